@@ -1,0 +1,68 @@
+# make quickstart   install into .venv, then train the tiny student of templates/quickstart (a CPU is enough)
+# make test         lint, types and the default test suite
+#
+# PYTHON=/path/to/python3.12 chooses the interpreter; PYTEST_ARGS='-n 4 -k config' goes to pytest.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICKSTART ?= quickstart
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint docs clean install install-dev
+
+help:
+	@sed -n 's/^# \(make\)/\1/p' Makefile
+	@echo "make lint | docs | clean"
+
+quickstart: $(VENV)/.installed
+	@test -e "$(QUICKSTART)/config.yml" || \
+		$(BIN)/rnow init --template quickstart --name quickstart --dir "$(QUICKSTART)" --yes
+	@$(BIN)/rnow run --dir "$(QUICKSTART)"
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# docs/configuration.md is written from the config schema; a test fails when it is out of date.
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/make_docs.py
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One interpreter is chosen once, when the environment is made: the first of the list that runs and is 3.11 or newer.
+$(BIN)/python:
+	@found=; \
+	for candidate in $(PYTHON) $(if $(PYTHON),,python3.11 python3.12 python3.13 python3 python); do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+			found=$$candidate; break; \
+		fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "rnow needs Python 3.11 or newer; tried: $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)." >&2; \
+		echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; \
+	fi; \
+	echo "creating $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
+		echo "This Python cannot make virtual environments; on Debian and Ubuntu install python3-venv." >&2; exit 2; }
+
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	@echo "installing rnow (first time: about a gigabyte of wheels)"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
+	@echo "installing rnow with its development tools"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,337 @@
+"""Make what ``templates/quickstart`` ships: a tokenizer, a tiny teacher, a tiny student, and ``train.jsonl``.
+
+The task is to reverse a word (``Reverse: planet`` -> ``tenalp``). Every letter of the answer can be read off the prompt,
+so one wrong letter does not derail the rest, and the answer can be checked.
+
+How the two models differ, and why:
+
+- The **teacher** (3 layers) is trained on clean answers. Its *inputs* are damaged: some letters of the answer so far
+  are replaced, and sometimes the answer runs past its end, while the targets stay right. It therefore goes on
+  correctly after a mistake, which is what scoring a student's own text needs: a teacher that never saw mistakes gives
+  noise after the first one.
+- The **student** (2 layers) is trained on *sloppy* answers: each letter of its targets is replaced by a random one
+  with probability ``--typo-rate``. It knows how to reverse, and it has learned to make typos at that rate; sampled at
+  temperature 1 it gets about half of the words right. Distillation has to take the typos out. (A student without any
+  probability on the right letter would learn nothing from reverse KL on its own samples.)
+
+Both share one byte-level tokenizer (one token per byte of UTF-8, so any text encodes) and one chat template.
+Embeddings are tied to the head and start at a standard deviation of 0.1 instead of 0.02: LoRA freezes embeddings, head
+and norms, and with small rows no change of the linear layers can make the output distribution sharper.
+
+Words in ``train.jsonl`` appear in neither model's training. The same seed gives the same files on the same machine
+and the same torch version; across machines float arithmetic differs. Accuracies are printed for the weights as
+shipped, rounded to bfloat16.
+
+Usage: ``python scripts/make_quickstart_models.py [--out templates/quickstart] [--seed 0]`` (about six minutes on two cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+log = logging.getLogger("make_quickstart_models")
+
+INSTRUCTION = "Reverse: "
+MIN_LETTERS, MAX_LETTERS = 5, 10
+ROWS = 4096
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+PAD_TOKEN, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
+ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|tool|>")
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+        {{- raise_exception('Unknown role: ' + message.role) }}
+    {%- endif %}
+    {{- '<|' + message.role + '|>' + (message.content or '') + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- endif %}"""
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 characters that byte-level tokenizers write bytes 0..255 as (GPT-2's table), in byte order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte: the id of a byte is its value, special tokens follow."""
+    vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.add_special_tokens([PAD_TOKEN, END_OF_TURN, *ROLE_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_OF_TURN,
+        pad_token=PAD_TOKEN,
+        additional_special_tokens=list(ROLE_TOKENS),
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+
+def pseudo_word(rng: random.Random) -> str:
+    """A pronounceable word of 5 to 10 letters, such as ``planet`` or ``brimosket``."""
+    onsets = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gr pl pr sh sk sl sp st th tr".split()
+    vowels = "a e i o u a e i o ai ea ee oo ou".split()
+    codas = ["", "", "", *"l m n r s t x ck ld lm nd ng nt rd rk rm rn sk st".split()]
+    target = rng.randint(MIN_LETTERS, MAX_LETTERS)
+    while True:
+        word = ""
+        while len(word) < target:
+            word += rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas)
+        if len(word) == target:
+            return word
+
+
+def random_letters(rng: random.Random) -> str:
+    """Any 5 to 10 letters: keeps the models from relying on what words usually look like."""
+    return "".join(rng.choices(LETTERS, k=rng.randint(MIN_LETTERS, MAX_LETTERS)))
+
+
+def dataset_words(seed: int) -> list[str]:
+    """The distinct words of train.jsonl, palindromes left out."""
+    rng = random.Random(f"{seed}/dataset")
+    words: dict[str, None] = {}
+    while len(words) < ROWS:
+        word = pseudo_word(rng)
+        if word != word[::-1]:
+            words[word] = None
+    return list(words)
+
+
+def write_dataset(path: Path, words: Sequence[str]) -> None:
+    """One row per word, in the hosted train.jsonl format."""
+    rows = (
+        {
+            "messages": [{"role": "user", "content": INSTRUCTION + word}],
+            "rewards": ["accuracy"],
+            "metadata": {"answer": word[::-1]},
+        }
+        for word in words
+    )
+    lines = (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Turns words into the token ids that the chat template would give (checked once), fast."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self.pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+        self.before = [user, *INSTRUCTION.encode()]
+        self.after = [self.end, *b"\n", assistant]
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": INSTRUCTION + "planet"}], add_generation_prompt=True, return_dict=False
+        )
+        if self.prompt("planet") != expected:
+            raise RuntimeError(f"the chat template gives {expected}, the encoder {self.prompt('planet')}")
+
+    def prompt(self, word: str) -> list[int]:
+        """Ids of the rendered prompt, ready for the answer."""
+        return [*self.before, *word.encode(), *self.after]
+
+
+def damage(letters: Sequence[int], rate: float, rng: random.Random) -> list[int]:
+    """Each letter replaced by a random one with probability ``rate``."""
+    alphabet = LETTERS.encode()
+    return [rng.choice(alphabet) if rng.random() < rate else letter for letter in letters]
+
+
+def sloppy_answer(answer: list[int], end: int, rate: float, rng: random.Random) -> tuple[list[int], list[int]]:
+    """(inputs, targets) of the student: the typos are in both, as in a text written by someone careless."""
+    written = damage(answer, rate, rng)
+    return written, [*written, end]
+
+
+def corrected_answer(answer: list[int], end: int, rate: float, rng: random.Random) -> tuple[list[int], list[int]]:
+    """(inputs, targets) of the teacher: what was written so far is damaged, what comes next is right."""
+    written, targets = damage(answer, rate, rng), [*answer, end]
+    if rng.random() < rate:  # whoever missed the end should stop now
+        extra = rng.randint(1, 2)
+        written += rng.choices(LETTERS.encode(), k=extra)
+        targets += [end] * extra
+    return written, targets
+
+
+def batches(
+    encoder: Encoder, *, teacher: bool, typo_rate: float, size: int, excluded: set[str], rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (input ids, labels), both [size, T]; -100 where nothing is predicted. Fresh words every time."""
+    while True:
+        rows: list[tuple[list[int], list[int]]] = []
+        while len(rows) < size:
+            word = pseudo_word(rng) if rng.random() < 0.5 else random_letters(rng)
+            if word in excluded:
+                continue
+            prompt, answer = encoder.prompt(word), list(word[::-1].encode())
+            rate = rng.choice((0.0, 0.1, 0.3)) if teacher else typo_rate
+            written, targets = (corrected_answer if teacher else sloppy_answer)(answer, encoder.end, rate, rng)
+            rows.append((prompt + written, [-100] * (len(prompt) - 1) + targets))
+        width = max(len(ids) for ids, _ in rows)
+        yield (
+            torch.tensor([ids + [encoder.pad] * (width - len(ids)) for ids, _ in rows]),
+            torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]),
+        )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, *, layers: int, seed: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of width 128 (4 heads of 32, 2 key-value heads, feed-forward 384), freshly initialised, float32."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config).float()
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def train(
+    model: Qwen3ForCausalLM,
+    data: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    name: str,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Plain supervised training: AdamW, warm-up over 5 %, cosine to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))),
+    )
+    model.train()
+    started, total = time.monotonic(), 0.0
+    for step in range(1, steps + 1):
+        ids, labels = next(data)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = labels != -100
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[wanted])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if step % 100 == 0:
+            log.info("%s %4d/%d  loss %.4f  %.0f s", name, step, steps, total / 100, time.monotonic() - started)
+            total = 0.0
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accuracy(model: Qwen3ForCausalLM, encoder: Encoder, words: Sequence[str], *, temperature: float, seed: int) -> float:
+    """Share of ``words`` reversed exactly, one sample each; temperature 0 is greedy."""
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    right = 0
+    for length in sorted({len(word) for word in words}):  # equal lengths need no padding
+        group = [word for word in words if len(word) == length]
+        ids, cache, written = torch.tensor([encoder.prompt(word) for word in group]), None, []
+        for _ in range(length + 1):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, logits = output.past_key_values, output.logits[:, -1].float()
+            if temperature:
+                ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                ids = logits.argmax(-1, keepdim=True)
+            written.append(ids)
+        for word, answer in zip(group, torch.cat(written, dim=1).tolist(), strict=True):
+            right += answer == [*word[::-1].encode(), encoder.end]
+    return right / len(words)
+
+
+def parse_arguments() -> argparse.Namespace:
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(description="Make the models and the data of templates/quickstart.")
+    parser.add_argument("--out", type=Path, default=root / "templates" / "quickstart")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--teacher-steps", type=int, default=1500)
+    parser.add_argument("--student-steps", type=int, default=1500)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--typo-rate", type=float, default=0.09, help="per letter, in the student's targets")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the tokenizer, both models and train.jsonl, and print how good the models are."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    tokenizer, words = build_tokenizer(), dataset_words(arguments.seed)
+    encoder, excluded = Encoder(tokenizer), set(words)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_dataset(arguments.out / "train.jsonl", words)
+
+    for offset, (name, layers, steps) in enumerate(
+        (("teacher", 3, arguments.teacher_steps), ("student", 2, arguments.student_steps))
+    ):
+        model = build_model(tokenizer, layers=layers, seed=arguments.seed + offset)
+        data = batches(
+            encoder,
+            teacher=name == "teacher",
+            typo_rate=arguments.typo_rate,
+            size=arguments.batch_size,
+            excluded=excluded,
+            rng=random.Random(f"{arguments.seed}/{name}"),
+        )
+        train(model, data, name=name, steps=steps, learning_rate=arguments.learning_rate)
+        folder = arguments.out / name
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        shipped = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for temperature in (0.0, 1.0):
+            share = accuracy(shipped, encoder, words, temperature=temperature, seed=arguments.seed)
+            log.info("%s: accuracy %.3f at temperature %.0f (%d unseen words)", name, share, temperature, len(words))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""On-policy distillation on your own machine.
+
+``from rnow import Config, run`` is the Python entrance. Nothing heavy is imported until a name is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rnow.config import Config
+    from rnow.run.build import run
+    from rnow.teacher import load_teacher
+
+__version__ = "0.1.0"
+
+__all__ = ["Config", "__version__", "load_teacher", "run"]
+
+_HOMES = {"Config": "rnow.config", "load_teacher": "rnow.teacher"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "run":
+        # The subpackage itself is callable, so `rnow.run` means one thing whoever imported it first.
+        return importlib.import_module("rnow.run")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'rnow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

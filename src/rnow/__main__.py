@@ -1,0 +1,14 @@
+"""``python -m rnow`` and the ``rnow`` command."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    from rnow.cli.main import run_command_line
+
+    raise SystemExit(run_command_line())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Reward advantages: how much better a rollout did than its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+STD_EPSILON = 1e-6
+
+AdvantageEstimator = Literal["grpo", "reinforce"]
+
+
+def reward_advantages(
+    rewards: Sequence[Sequence[float]], estimator: AdvantageEstimator, *, scale: bool = True
+) -> list[list[float]]:
+    """One advantage per rollout, constant over its tokens.
+
+    Args:
+        rewards: one inner sequence per group; groups may differ in size.
+        estimator: ``grpo`` centres by the group mean and, with ``scale``, divides by the group's population standard
+            deviation plus 1e-6 (Shao et al. 2024, eq. 3); ``reinforce`` centres by the mean of the whole batch.
+        scale: the division of ``grpo``; ``reinforce`` ignores it.
+
+    Returns:
+        Advantages in the shape of ``rewards``.
+    """
+    groups = [torch.tensor(list(group), dtype=torch.float64) for group in rewards]
+    if estimator == "reinforce":
+        everything = torch.cat(groups) if groups else torch.zeros(0, dtype=torch.float64)
+        mean = everything.mean() if everything.numel() else everything.sum()
+        return [(group - mean).tolist() for group in groups]
+    return [_group_relative(group, scale).tolist() for group in groups]
+
+
+def _group_relative(group: Tensor, scale: bool) -> Tensor:
+    if group.numel() == 0:
+        return group
+    centred = group - group.mean()
+    if not scale:
+        return centred
+    return centred / (group.std(correction=0) + STD_EPSILON)

@@ -1,0 +1,80 @@
+"""Records that hold tensors: the later half of the chain in ``rnow.types``.
+
+Per-token tensors of a sample are aligned with its ``token_ids``: index i describes token i. Only ``MicroBatch`` is
+flattened and shifted, in ``batching.collate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rnow.types import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledEvidence:
+    """The least a teacher can say: its log-probability of each token the student sampled.
+
+    ``teacher_logprobs``: float32 ``[T]``, natural log, 0 where the sample's ``loss_mask`` is False.
+    """
+
+    teacher_logprobs: Tensor
+
+
+Evidence = SampledEvidence
+"""What a teacher returns per sample. Top-k lists and hidden states join this union when an estimator needs them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSample:
+    """A sample with everything the update needs. ``evidence=None`` means this run has no teacher."""
+
+    sample: Sample
+    reward_advantage: float
+    evidence: Evidence | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The training samples of one optimizer step and the number of loss tokens they hold together (N)."""
+
+    samples: tuple[TrainingSample, ...]
+    num_loss_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A right-padded slice of a batch. B sequences of T tokens, R loss tokens in all.
+
+    Attributes:
+        token_ids: int64 ``[B, T]``, padded on the right; causal attention needs no mask for that.
+        rows: int64 ``[R]``, index into the flattened ``[B * T]`` hidden states of the state that predicts each target.
+        targets: int64 ``[R]``, the sampled ids.
+        sampler_logprobs, reward_advantages: float32 ``[R]``.
+        teacher_logprobs: float32 ``[R]``, or None without a teacher.
+        sample_ids: the B sample ids, in row order, and ``counts``: how many of the R rows belong to each.
+    """
+
+    token_ids: Tensor
+    rows: Tensor
+    targets: Tensor
+    sampler_logprobs: Tensor
+    reward_advantages: Tensor
+    teacher_logprobs: Tensor | None
+    sample_ids: tuple[str, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What an update reports: scalar metrics, and the student's live logprobs of the loss tokens per sample id
+    (float32 ``[loss tokens]``, at the first update of the batch). ``skipped`` is set when a non-finite loss or gradient
+    kept the optimizer from stepping.
+    """
+
+    metrics: Mapping[str, float]
+    logprobs: Mapping[str, Tensor]
+    skipped: bool = False

@@ -1,0 +1,46 @@
+"""`rnow check`: everything that can be known before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rnow.cli.options import AsJson, Folder, Overrides, load, placed
+
+if TYPE_CHECKING:
+    from rnow.config import LoadedConfig
+
+
+def check(overrides: Overrides = None, folder: Folder = Path(), as_json: AsJson = False) -> None:
+    """Validate the project and show what a run would do, without training."""
+    show_plan(load(folder, overrides), folder, as_json=as_json)
+
+
+def show_plan(loaded: LoadedConfig, folder: Path, *, as_json: bool) -> None:
+    """Resolve and check everything, then print the plan and the resolved config, secrets redacted."""
+    from rnow.cli.output import console, print_json, print_lines
+    from rnow.config import to_dict, to_yaml
+    from rnow.project.secrets import load_secrets, redact
+    from rnow.run import build
+    from rnow.run.plan_view import plan_view
+
+    with placed(loaded):
+        plan = build.check(loaded.config, folder)
+    secrets = load_secrets(folder)
+    if as_json:
+        text = json.dumps({**plan.to_dict(), "config": to_dict(loaded.config)})
+        print_json(json.loads(redact(text, {name: _in_json(secrets[name]) for name in secrets})))
+        return
+    out = console()
+    out.print(plan_view(plan, out))
+    print_lines(["", "resolved config:", *_indented(redact(to_yaml(loaded.config), secrets))])
+
+
+def _in_json(text: str) -> str:
+    """``text`` as it looks inside a JSON string."""
+    return json.dumps(text)[1:-1]
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.splitlines()]

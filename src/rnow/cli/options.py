@@ -1,0 +1,77 @@
+"""The options several commands share, and how they become a loaded config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rnow.errors import RnowError
+
+if TYPE_CHECKING:
+    from rnow.config import LoadedConfig
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that win over config.yml, e.g. trainer.learning_rate=2e-5",
+        show_default=False,
+    ),
+]
+Folder = Annotated[Path, typer.Option("--dir", "-d", help="The project folder.", metavar="FOLDER")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Sets model.path.", metavar="PATH")
+]
+Epochs = Annotated[
+    str | None, typer.Option("--epochs", "-e", help="Sets trainer.num_epochs.", metavar="N")
+]
+BatchSize = Annotated[
+    str | None, typer.Option("--batch-size", "-b", help="Sets data.batch_size.", metavar="N")
+]
+LearningRate = Annotated[
+    str | None, typer.Option("--lr", help="Sets trainer.learning_rate.", metavar="RATE")
+]
+Name = Annotated[str | None, typer.Option("--name", "-n", help="Sets model.name.", metavar="NAME")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
+
+_KEY = re.compile(r"([a-z_]+)\.[a-z_0-9]+([.\[][a-z_0-9.\[\]]*)?")
+
+
+def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> LoadedConfig:
+    """The project's config with the command line laid over it; warnings and changes are printed to standard error.
+
+    Args:
+        folder: the project folder.
+        overrides: ``key=value`` settings; they win over flags.
+        flags: values of shorthand flags by their name in ``rnow.config.SHORTHANDS``, None where not given.
+
+    Raises:
+        ConfigError: the config, or a setting, is not valid.
+    """
+    from rnow.cli.output import print_notice
+    from rnow.config import SHORTHANDS, load_config
+
+    settings = [f"{SHORTHANDS[name]}={value}" for name, value in flags.items() if value is not None]
+    loaded = load_config(folder, [*settings, *(overrides or [])])
+    for line in loaded.warnings:
+        print_notice(f"warning: {line}")
+    for line in loaded.changes:
+        print_notice(line)
+    return loaded
+
+
+@contextmanager
+def placed(loaded: LoadedConfig) -> Iterator[None]:
+    """Errors that name only a config key (``teacher.path``) leave here with the file and line that set it."""
+    try:
+        yield
+    except RnowError as error:
+        match = _KEY.fullmatch(error.where or "")
+        if match and hasattr(loaded.config, match[1]):
+            error.where = loaded.where(match[0])
+        raise

@@ -1,0 +1,59 @@
+"""Printing that every command shares. rich is imported on use: `rnow --help` must stay quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rnow.errors import RnowError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on standard output, or on standard error."""
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def print_error(error: RnowError) -> None:
+    """The report of an error on standard error: no traceback, nothing that could control the terminal."""
+    from rich.text import Text
+
+    from rnow.run.terminal import escape_control
+
+    title, _, rest = escape_control(error.render()).partition(":")
+    text = Text.assemble((title, "bold red"), ":", rest)
+    text.highlight_regex(r"(?m)^  (where|why|fix):", "bold")
+    console(stderr=True).print(text, soft_wrap=True, highlight=False)
+
+
+def print_notice(line: str) -> None:
+    """One line on standard error."""
+    from rich.text import Text
+
+    from rnow.run.terminal import escape_control
+
+    console(stderr=True).print(
+        Text(escape_control(line), style="yellow"), soft_wrap=True, highlight=False
+    )
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Plain lines on standard output."""
+    from rich.text import Text
+
+    from rnow.run.terminal import escape_control
+
+    out = console()
+    for line in lines:
+        out.print(Text(escape_control(line)), soft_wrap=True, highlight=False)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One JSON document on standard output, for scripts."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,73 @@
+"""`rnow test`: rollouts without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rnow.cli.options import Folder, Model, Overrides, load, placed
+from rnow.errors import InputError
+
+DEFAULT_PROMPTS = 4
+
+
+def rehearse_rollouts(
+    overrides: Overrides = None,
+    folder: Folder = Path(),
+    count: Annotated[
+        int | None,
+        typer.Option("-n", "--num", min=1, help="How many prompts.", show_default="4"),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option("-e", "--entries", help="Rows of the training file, from 0.", metavar="0,2,5"),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every row.")] = False,
+    model: Model = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show whole conversations.")
+    ] = False,
+) -> None:
+    """Let the student answer some prompts and score the answers, without training. Writes rollouts/."""
+    chosen = parse_rows(rows) if rows is not None else None
+    if sum((count is not None, chosen is not None, every)) > 1:
+        raise InputError("-n, -e and --all exclude each other", fix="give one of them")
+    loaded = load(folder, overrides, model=model)
+
+    from rnow.cli.output import console
+    from rnow.run.rehearse import rehearse
+
+    limit = None if every or chosen is not None else count or DEFAULT_PROMPTS
+    with placed(loaded):
+        summary = rehearse(
+            loaded.config,
+            folder=folder,
+            limit=limit,
+            rows=chosen,
+            verbose=verbose,
+            console=console(),
+        )
+    raise typer.Exit(summary.exit_code)
+
+
+def parse_rows(text: str) -> tuple[int, ...]:
+    """``0,2,5`` and ``3-6`` -> row numbers, in order, each once.
+
+    Raises:
+        InputError: something else.
+    """
+    rows: dict[int, None] = {}
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isascii() and first.isdigit()):
+            raise _bad_rows(text)
+        if dash and not (last.isascii() and last.isdigit() and int(last) >= int(first)):
+            raise _bad_rows(text)
+        rows.update(dict.fromkeys(range(int(first), int(last or first) + 1)))
+    return tuple(rows)
+
+
+def _bad_rows(text: str) -> InputError:
+    return InputError(f"-e {text!r} is not a list of rows", fix="write rows like 0,2,5 or 3-6")

@@ -1,0 +1,59 @@
+"""`rnow run`: train, or continue training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rnow.cli.check import show_plan
+from rnow.cli.options import (
+    AsJson,
+    BatchSize,
+    Epochs,
+    Folder,
+    LearningRate,
+    Model,
+    Name,
+    Overrides,
+    load,
+    placed,
+)
+
+
+def run(
+    overrides: Overrides = None,
+    folder: Folder = Path(),
+    model: Model = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    name: Name = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Check only, as `rnow check`.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over in a new run folder instead of continuing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the project's student. Run it again to continue after a stop."""
+    loaded = load(
+        folder, overrides, model=model, epochs=epochs, batch_size=batch_size, lr=lr, name=name
+    )
+    if debug:
+        show_plan(loaded, folder, as_json=as_json)
+        return
+
+    from rnow.cli.output import console, print_json
+    from rnow.run import build
+    from rnow.run.console import RunDisplay
+
+    display = RunDisplay(console(stderr=as_json))
+    try:
+        with placed(loaded):
+            summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)
+    finally:
+        display.close()
+    if as_json:
+        print_json(summary.to_dict())
+    raise typer.Exit(summary.exit_code)

@@ -1,0 +1,55 @@
+"""Rules that hold between keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rnow.config.problems import Problem
+
+if TYPE_CHECKING:
+    from rnow.config.schema import Config
+
+
+def find_contradictions(config: Config) -> list[Problem]:
+    """Every pair of settings that cannot go together."""
+    problems: list[Problem] = []
+    if config.dataset_type == "distill" and config.teacher is None:
+        problems.append(
+            Problem(
+                path=("teacher", "path"),
+                message="dataset_type distill needs a teacher",
+                hint="add a teacher section with path: <HuggingFace id or local folder>",
+            )
+        )
+    if config.dataset_type != "distill" and config.teacher is not None:
+        problems.append(
+            Problem(
+                path=("teacher",),
+                message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
+                hint="remove the teacher section, or set dataset_type: distill",
+            )
+        )
+    algorithm = config.algorithm
+    if (
+        config.dataset_type in ("distill", "rl")
+        and algorithm.kl_penalty_coef == 0
+        and algorithm.reward_coef == 0
+    ):
+        problems.append(
+            Problem(
+                path=("algorithm", "kl_penalty_coef"),
+                message="kl_penalty_coef and reward_coef are both 0, so nothing would be learned",
+                hint="set kl_penalty_coef above 0 to follow the teacher, or reward_coef above 0 to follow the rewards",
+            )
+        )
+    names = [source.name for source in config.data.sources]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            problems.append(
+                Problem(
+                    path=("data", "train_file", index, "name"),
+                    message=f"two datasets are named {name}",
+                    hint="give each its own name",
+                )
+            )
+    return problems

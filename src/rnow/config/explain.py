@@ -1,0 +1,153 @@
+"""pydantic's errors in plain words: what was expected, what was given, at which key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rnow.config.problems import KeyPath, Problem
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model_type": "a section of key: value lines",
+    "model_attributes_type": "a section of key: value lines",
+    "dict_type": "a section of key: value lines",
+}
+
+MISSING: dict[KeyPath, str] = {
+    ("dataset_type",): "add the line dataset_type: distill",
+    ("model",): "add a model section with path: <HuggingFace id or local folder>",
+}
+
+LIMITS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def explain(error: ValidationError) -> list[Problem]:
+    """One Problem per fault, in the order of the schema; unknown keys come with a suggestion."""
+    from rnow.config.suggest import suggest
+
+    problems = []
+    items = error.errors(include_url=False, include_context=True)
+    for item in items:
+        path: KeyPath = item["loc"]
+        inside = any(other["loc"][: len(path)] == path != other["loc"] for other in items)
+        if item["type"] == "too_short" and inside:
+            continue  # not an empty list: pydantic counts only the entries that were valid
+        if item["type"] == "extra_forbidden":
+            problems.append(
+                Problem(path=path, message="unknown key", hint=suggest(path), unknown=True)
+            )
+        else:
+            problems.append(explain_value(path, item))
+    return problems
+
+
+def explain_value(path: KeyPath, item: ErrorDetails) -> Problem:
+    """A wrong value in words."""
+    kind, given, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "missing":
+        return Problem(path=path, message="required, but missing", hint=MISSING.get(path))
+    if kind in EXPECTED:
+        expected = EXPECTED[kind]
+        if path[:2] == ("data", "train_file") and kind == "model_type":
+            expected = "a path, or a section with path and name"
+        return Problem(
+            path=path,
+            message=f"expected {expected}, got {in_words(given)}",
+            hint=hint_for(path, kind, given),
+        )
+    if kind in LIMITS:
+        name, words = LIMITS[kind]
+        return Problem(
+            path=path, message=f"must be {words} {context[name]:g}, got {in_words(given)}"
+        )
+    if kind == "literal_error":
+        return Problem(
+            path=path,
+            message=f"expected one of {plain(context['expected'])}, got {in_words(given)}",
+            hint=right_case(context["expected"], given),
+        )
+    if kind in ("string_too_short", "too_short"):
+        return Problem(path=path, message="must not be empty")
+    return Problem(path=path, message=f"{item['msg']}, got {in_words(given)}")
+
+
+def plain(expected: str) -> str:
+    """pydantic's ``'a', 'b' or True`` as ``a, b or true``."""
+    return expected.replace("'", "").replace("True", "true").replace("False", "false")
+
+
+def right_case(expected: str, given: object) -> str | None:
+    """The choice that differs from what was given only in its case."""
+    for choice in plain(expected).replace(" or ", ", ").split(", "):
+        if isinstance(given, str) and given.strip().lower() == choice.lower():
+            return f"write {choice}"
+    return None
+
+
+def in_words(value: object) -> str:
+    """A value as the user would recognise it, with its type where that is the surprise."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        shown = value if len(value) <= 60 else value[:57] + "..."
+        return f'the text "{shown}"'
+    if isinstance(value, int | float):
+        shown = str(value)
+        return f"the number {shown if len(shown) <= 40 else shown[:37] + '...'}"
+    if isinstance(value, Mapping):
+        return "a section of key: value lines"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return f"a {type(value).__name__}"
+
+
+def hint_for(path: KeyPath, kind: str, given: object) -> str | None:
+    """What to write instead, when the given value makes it plain."""
+    if kind == "string_type" and isinstance(given, bool | int | float):
+        word = in_words(given).removeprefix("the number ")
+        return f'for text, write "{word}" with quotes'
+    if kind in ("int_type", "int_from_float") and isinstance(given, float) and given.is_integer():
+        return f"write {int(given)}"
+    if kind == "bool_type" and isinstance(given, str):
+        word = given.strip().lower()
+        if word in ("yes", "on", "true"):
+            return "write true"
+        if word in ("no", "off", "false"):
+            return "write false"
+    if kind == "model_type" and path in (("model",), ("teacher",)) and isinstance(given, str):
+        return f"the model belongs to the key {path[0]}.path"
+    if kind in ("int_type", "float_type") and isinstance(given, str) and is_number(given):
+        if "_" in given:
+            return f"write {given.strip().replace('_', '')}"
+        return f"write {given.strip()} without quotes"
+    return None
+
+
+def is_number(text: str) -> bool:
+    """Whether the text reads as a plain number."""
+    try:
+        return float(text) == float(text)
+    except ValueError:
+        return False

@@ -1,0 +1,106 @@
+"""Keys of older project folders: accepted, moved to their new place, one warning each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rnow.config.overrides import lookup
+from rnow.config.problems import KeyPath, dotted
+
+CHARS_PER_TOKEN = 4
+
+OLD_THINKING_MODES = {"easy": "low", "hard": "high"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """The config with only today's keys, the warnings, and new key -> old key for the places of errors."""
+
+    data: dict[str, Any]
+    warnings: list[str]
+    moved: dict[KeyPath, KeyPath]
+
+
+def _tokens(characters: object) -> object:
+    """Characters to tokens, at four a token; anything but a whole number is left for the schema to refuse."""
+    if isinstance(characters, int) and not isinstance(characters, bool) and characters > 0:
+        return -(-characters // CHARS_PER_TOKEN)
+    return characters
+
+
+def _thinking(mode: object) -> object:
+    return OLD_THINKING_MODES.get(mode, mode) if isinstance(mode, str) else mode
+
+
+def _entry(step: object) -> object:
+    return [{"step": step}]
+
+
+def _same(value: object) -> object:
+    return value
+
+
+RENAMED: tuple[tuple[KeyPath, KeyPath, Callable[[object], object], str], ...] = (
+    (("dataset_id",), ("project_id",), _same, ""),
+    (("dataset_name",), ("project_name",), _same, ""),
+    (("eval_step",), ("evals",), _entry, " as a list of {step: N}"),
+    (("trainer", "eval_step"), ("evals",), _entry, " as a list of {step: N}"),
+    (
+        ("thinking_mode",),
+        ("rollout", "reasoning_mode"),
+        _thinking,
+        "; easy and hard become low and high",
+    ),
+    (
+        ("rollout", "thinking_mode"),
+        ("rollout", "reasoning_mode"),
+        _thinking,
+        "; easy and hard become low and high",
+    ),
+    (
+        ("rollout", "max_tool_response_chars"),
+        ("rollout", "max_tool_response"),
+        _tokens,
+        f", which counts tokens; {CHARS_PER_TOKEN} characters are taken as one",
+    ),
+)
+
+
+def migrate(data: Mapping[str, Any]) -> Migration:
+    """Move every legacy key. A new key that is also set wins over the old one."""
+    result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
+    warnings: list[str] = []
+    moved: dict[KeyPath, KeyPath] = {}
+    for old, new, convert, note in RENAMED:
+        known, value = lookup(result, old)
+        if not known:
+            continue
+        _remove(result, old)
+        target = result if len(new) == 1 else result.setdefault(str(new[0]), {})
+        if target is None:
+            target = result[str(new[0])] = {}
+        if not isinstance(target, dict):
+            continue
+        if target.get(str(new[-1])) is not None:
+            warnings.append(
+                f"{dotted(old)} is an old key and ignored, because {dotted(new)} is set"
+            )
+            continue
+        warnings.append(f"{dotted(old)} is an old key: write {dotted(new)}{note}")
+        target[str(new[-1])] = convert(value)
+        moved[new] = old
+        if new == ("evals",):
+            moved["evals", 0, "step"] = old
+    known, step = lookup(result, ("trainer", "save_step"))
+    if known and step == 0 and type(step) is int:
+        result["trainer"]["save_step"] = -1
+        warnings.append("trainer.save_step: 0 is an old value: write -1 to save at the end")
+    return Migration(data=result, warnings=warnings, moved=moved)
+
+
+def _remove(data: dict[str, Any], path: KeyPath) -> None:
+    for part in path[:-1]:
+        data = data[str(part)]
+    del data[str(path[-1])]

@@ -1,0 +1,95 @@
+"""Different spellings of the same setting, brought to one. Plain data in, plain data out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from rnow.errors import NotYetSupported
+
+SECTION_NAMES = (
+    "data",
+    "model",
+    "teacher",
+    "algorithm",
+    "rollout",
+    "sampler",
+    "trainer",
+    "evaluation",
+    "evals",
+)
+
+RL_DEFAULTS = {"kl_penalty_coef": 0.01, "reward_coef": 1.0}
+
+
+def plain_path(value: object) -> object:
+    """A pathlib path as text; anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop empty sections (a header whose keys are all commented out) and fill defaults that depend on dataset_type."""
+    filled = {k: v for k, v in values.items() if not (k in SECTION_NAMES and v is None)}
+    algorithm = filled.get("algorithm", {})
+    if isinstance(algorithm, Mapping):
+        algorithm = {k: v for k, v in algorithm.items() if not (k in RL_DEFAULTS and v is None)}
+        if filled.get("dataset_type") == "rl":
+            algorithm = {**RL_DEFAULTS, **algorithm}
+        filled["algorithm"] = algorithm
+    return filled
+
+
+def text_or_list(value: object) -> object:
+    """One text becomes a list of one, nothing an empty list, a list a tuple."""
+    value = plain_path(value)
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    return (value,)
+
+
+def name_sources(value: object) -> object:
+    """``train_file`` as a tuple of {path, name, ...} with every source named."""
+    if value is None:
+        return value
+    entries = list(value) if isinstance(value, list | tuple) else [value]
+    sources: list[object] = []
+    for index, entry in enumerate(entries):
+        entry = plain_path(entry)
+        if isinstance(entry, str):
+            entry = {"path": entry}
+        if isinstance(entry, Mapping):
+            entry = {**entry, "path": plain_path(entry["path"])} if "path" in entry else dict(entry)
+            if entry.get("name") is None:
+                entry["name"] = f"dataset_{index}"
+        sources.append(entry)
+    return tuple(sources)
+
+
+def one_path(value: object) -> object:
+    """A list of one student is that student.
+
+    Raises NotYetSupported for several: each would be a run of its own.
+    """
+    if isinstance(value, list | tuple):
+        if len(value) > 1:
+            raise NotYetSupported(
+                "a list of several students is not supported yet",
+                where="model.path",
+                fix="start one run for each: rnow run model.path=<id> model.name=<name>",
+            )
+        return plain_path(value[0]) if value else value
+    return plain_path(value)
+
+
+def auto_or_bool(value: object) -> object:
+    """Refuse 0 and 1, which equal false and true and would pass for them."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise PydanticCustomError(
+            "literal_error", "not one of the choices", {"expected": "'auto', True or False"}
+        )
+    return value

@@ -1,0 +1,29 @@
+"""Settings that are valid but deserve a word."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rnow.config.schema import Config
+
+
+def find_notices(config: Config) -> list[str]:
+    """One line for each such setting."""
+    notices: list[str] = []
+    rollout = config.rollout
+    cuts = [f"top_p {rollout.top_p:g}"] if rollout.top_p < 1 else []
+    cuts += [f"top_k {rollout.top_k}"] if rollout.top_k > 0 else []
+    if cuts:
+        notices.append(
+            f"rollout: with {' and '.join(cuts)} the sampled distribution differs from the trained one"
+        )
+    if config.trainer.max_billing is not None:
+        notices.append("trainer.max_billing is ignored: nothing is billed here")
+    if any(entry.eval_id is not None for entry in config.evals):
+        notices.append(
+            "evals: eval_id is ignored; local runs evaluate the held-out prompts (data.val_split)"
+        )
+    if config.evals and config.data.val_split == 0:
+        notices.append("evals: data.val_split is 0, so there are no held-out prompts to evaluate")
+    return notices

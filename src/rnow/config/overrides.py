@@ -1,0 +1,171 @@
+"""``key=value`` settings of the command line, laid over the file."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rnow.config.normalise import SECTION_NAMES
+from rnow.config.problems import KeyPath, dotted
+from rnow.config.strict_yaml import NULL, parse_value
+from rnow.errors import ConfigError
+
+COMMAND_LINE = "command line"
+
+SHORTHANDS = {
+    "model": "model.path",
+    "epochs": "trainer.num_epochs",
+    "batch_size": "data.batch_size",
+    "lr": "trainer.learning_rate",
+    "name": "model.name",
+}
+"""Flags of ``rnow run`` and the keys they set. Put them before the dotted overrides, which win."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """One setting: the path of its key and the typed value."""
+
+    path: KeyPath
+    value: Any
+
+
+def parse_override(text: str) -> Override:
+    """``trainer.learning_rate=2e-5`` -> path and value.
+
+    The value is YAML (``[a.jsonl, b.jsonl]`` is a list), except that a key which wants text takes it as it stands:
+    ``model.name=2024`` needs no quotes.
+    """
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if any(
+        "\ud800" <= c <= "\udfff" for c in text
+    ):  # how Python passes on bytes of another encoding
+        raise ConfigError(
+            "an override is not UTF-8", where=COMMAND_LINE, fix="use a UTF-8 terminal"
+        )
+    if not equals:
+        raise ConfigError(
+            f'"{text}" is not an override',
+            where=COMMAND_LINE,
+            fix="write key=value, for example trainer.learning_rate=2e-5",
+        )
+    if not key or not all(key.split(".")):
+        raise ConfigError(
+            f'"{text}" has no key before the =' if not key else f'"{key}" is not a key',
+            where=COMMAND_LINE,
+            fix="write key=value, for example trainer.learning_rate=2e-5",
+        )
+    path = tuple(key.split("."))
+    if wants_text(path) and not NULL.fullmatch(value) and not value.startswith(('"', "'", "[")):
+        return Override(path=path, value=value)
+    if len(path) > 1 and field_at(path[:1]) is not None and path[0] not in SECTION_NAMES:
+        raise ConfigError(f"{path[0]} is not a section", where=f"{COMMAND_LINE} ({key})")
+    try:
+        return Override(path=path, value=parse_value(value, COMMAND_LINE))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{value} is not a YAML value: {error.message.removeprefix('not valid YAML: ')}",
+            where=f"{COMMAND_LINE} ({key})",
+            fix=f"put quotes around it: '{key}=\"{value}\"'",
+        ) from None
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+    """A copy of ``data`` with the overrides in place; absent sections are created."""
+    result = dict(data)
+    for override in overrides:
+        _set(result, override)
+    return result
+
+
+def _set(data: dict[str, Any], override: Override) -> None:
+    *outer, last = override.path
+    for depth, part in enumerate(outer):
+        inner = data.get(str(part))
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError(
+                f"{dotted(override.path[: depth + 1])} is not a section, so {dotted(override.path)} cannot be set",
+                where=f"{COMMAND_LINE} ({dotted(override.path)})",
+            )
+        data[str(part)] = data = dict(inner or {})
+    data[str(last)] = override.value
+
+
+def lookup(data: Any, path: KeyPath) -> tuple[bool, Any]:
+    """Whether the path is set, and its value."""
+    for part in path:
+        if not isinstance(data, dict) or part not in data:
+            return False, None
+        data = data[part]
+    return True, data
+
+
+def describe_changes(before: dict[str, Any], overrides: Sequence[Override]) -> list[str]:
+    """``trainer.learning_rate: 0.0001 (default) -> 2e-5`` for every key whose value the command line changed."""
+    last = {override.path: override.value for override in overrides}
+    lines = []
+    for path, value in last.items():
+        known, old = lookup(before, path)
+        shown = show(old) if known else show_default(path)
+        if shown != show(value):
+            lines.append(f"{dotted(path)}: {shown} -> {show(value)}")
+    return lines
+
+
+def show(value: object) -> str:
+    """A value as one would write it in YAML, on one line."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return re.sub(r"e([-+])0*", lambda m: "e" + m[1].replace("+", ""), repr(value))
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(show, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def show_default(path: KeyPath) -> str:
+    """The schema's default of a key that the file does not set."""
+    field = field_at(path)
+    if field is None or field.is_required():
+        return "not set"
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "default_text" in extra:
+        return f"{str(extra['default_text']).replace('`', '')} (default)"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return "not set" if default is None else f"{show(default)} (default)"
+
+
+def field_at(path: KeyPath) -> Any:
+    """The pydantic field of a top-level key or of a key in a section; None for anything else."""
+    from rnow.config.schema import SECTIONS, Config
+
+    if len(path) == 1:
+        return Config.model_fields.get(str(path[0]))
+    if len(path) == 2 and path[0] in SECTIONS:
+        return SECTIONS[str(path[0])].model_fields.get(str(path[1]))
+    return None
+
+
+def wants_text(path: KeyPath) -> bool:
+    """Whether the key holds free text (or text or nothing)."""
+    field = field_at(path)
+    return field is not None and _is_text(field.annotation)
+
+
+def _is_text(annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _is_text(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return all(map(_is_text, inner))
+    return annotation is str

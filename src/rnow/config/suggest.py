@@ -1,0 +1,158 @@
+"""Did you mean: from a key that does not exist to the one that does."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from rnow.config.problems import KeyPath
+
+ENTRIES = ("evals", "data.train_file")
+"""Lists of sections: their keys are named alone, and suggested only inside them."""
+
+ALIASES = {
+    "eval_step": "evals",
+    "dataset_id": "project_id",
+    "dataset_name": "project_name",
+    "thinking_mode": "rollout.reasoning_mode",
+    "max_tool_response_chars": "rollout.max_tool_response",
+    "lr": "trainer.learning_rate",
+    "learningrate": "trainer.learning_rate",
+    "epochs": "trainer.num_epochs",
+    "epoch": "trainer.num_epochs",
+    "num_train_epochs": "trainer.num_epochs",
+    "steps": "trainer.max_steps",
+    "save_steps": "trainer.save_step",
+    "save_every": "trainer.save_step",
+    "checkpoint_interval": "trainer.save_step",
+    "grad_clip": "trainer.max_grad_norm",
+    "gradient_clipping": "trainer.max_grad_norm",
+    "warmup": "trainer.warmup_steps",
+    "lr_scheduler": "trainer.lr_schedule",
+    "lr_scheduler_type": "trainer.lr_schedule",
+    "bs": "data.batch_size",
+    "batch": "data.batch_size",
+    "train_batch_size": "data.batch_size",
+    "per_device_train_batch_size": "data.batch_size",
+    "num_generations": "data.group_size",
+    "num_rollouts": "data.group_size",
+    "rollouts_per_prompt": "data.group_size",
+    "n": "data.group_size",
+    "dataset": "data.train_file",
+    "dataset_path": "data.train_file",
+    "train_data": "data.train_file",
+    "train_path": "data.train_file",
+    "file": "data.train_file",
+    "val_size": "data.val_split",
+    "eval_split": "data.val_split",
+    "type": "dataset_type",
+    "task": "dataset_type",
+    "student": "model.path",
+    "student_model": "model.path",
+    "student_path": "model.path",
+    "base_model": "model.path",
+    "model_path": "model.path",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "rank": "model.qlora_rank",
+    "r": "model.qlora_rank",
+    "lora_rank": "model.qlora_rank",
+    "lora_r": "model.qlora_rank",
+    "lora_alpha": "model.qlora_alpha",
+    "alpha": "model.qlora_alpha",
+    "load_in_4bit": "model.quantization",
+    "torch_dtype": "model.dtype",
+    "precision": "model.dtype",
+    "teacher_model": "teacher.path",
+    "teacher_path": "teacher.path",
+    "teacher_name": "teacher.path",
+    "beta": "algorithm.kl_penalty_coef",
+    "kl_coef": "algorithm.kl_penalty_coef",
+    "kl_coefficient": "algorithm.kl_penalty_coef",
+    "kl_penalty": "algorithm.kl_penalty_coef",
+    "kl_weight": "algorithm.kl_penalty_coef",
+    "loss": "algorithm.loss_fn",
+    "loss_function": "algorithm.loss_fn",
+    "advantage_estimator": "algorithm.adv_estimator",
+    "estimator": "algorithm.kl_estimator",
+    "clip_ratio": "algorithm.clip_ratio_high",
+    "max_length": "rollout.max_context_window",
+    "max_seq_length": "rollout.max_context_window",
+    "max_seq_len": "rollout.max_context_window",
+    "context_window": "rollout.max_context_window",
+    "max_new_tokens": "rollout.max_tokens",
+    "max_completion_length": "rollout.max_tokens",
+    "max_response_length": "rollout.max_tokens",
+    "temp": "rollout.temperature",
+    "thinking": "rollout.reasoning_mode",
+    "enable_thinking": "rollout.reasoning_mode",
+    "timeout": "rollout.rollout_timeout",
+    "mcp": "rollout.mcp_url",
+    "eval": "evals",
+    "wandb": "wandb_project",
+    "wandb_run_name": "wandb_name",
+    "run_name": "model.name",
+    "random_seed": "seed",
+    "output": "output_dir",
+}
+
+
+@cache
+def known_keys() -> dict[str, tuple[str, ...]]:
+    """Section -> its keys; the section "" is the top level."""
+    from rnow.config.schema import SECTIONS, Config, DatasetSource, EvalEntry
+
+    keys = {name: tuple(model.model_fields) for name, model in SECTIONS.items()}
+    keys["evals"] = tuple(EvalEntry.model_fields)
+    keys["data.train_file"] = tuple(DatasetSource.model_fields)
+    keys[""] = tuple(Config.model_fields)
+    return keys
+
+
+def snake(word: str) -> str:
+    """``learningRate`` and ``learning-rate`` -> ``learning_rate``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", word).replace("-", "_").replace(" ", "_").lower()
+
+
+def suggest(path: KeyPath) -> str | None:
+    """A hint for the unknown key at ``path``: the key that was probably meant, else the keys that exist there."""
+    words = [part for part in path if isinstance(part, str)]
+    section, written = ".".join(words[:-1]), words[-1]
+    if written == "<<":
+        return "merge keys are not part of YAML 1.2; write the keys out"
+    if not section and "." in written:
+        *outer, written = written.split(".")
+        section = ".".join(outer)
+        if written in known_keys().get(section, ()):
+            return f"write {written} inside the section {section}"
+    found = closest(section, snake(written))
+    if found:
+        return f"did you mean {' or '.join(found)}?"
+    here = known_keys().get(section)
+    return f"known here: {', '.join(here)}" if here else None
+
+
+def closest(section: str, word: str) -> list[str]:
+    """Dotted keys that ``word`` in ``section`` may have meant, the best first."""
+    from difflib import get_close_matches
+
+    keys = known_keys()
+    here = keys.get(section, ())
+    if word in here:
+        return [_join(section, word)]
+    if word in ALIASES:
+        return [ALIASES[word]]
+    near = get_close_matches(word, here, n=1, cutoff=0.75)
+    if near:
+        return [_join(section, near[0])]
+    elsewhere = [s for s in keys if s not in (*ENTRIES, section)]
+    same = [_join(s, word) for s in elsewhere if word in keys[s]]
+    if same:
+        return same[:3]
+    leaves = {leaf: _join(s, leaf) for s in elsewhere for leaf in keys[s]}
+    near = get_close_matches(word, [*leaves, *ALIASES], n=1, cutoff=0.8)
+    return [leaves.get(near[0]) or ALIASES[near[0]]] if near else []
+
+
+def _join(section: str, key: str) -> str:
+    return f"{section}.{key}" if section and section not in ENTRIES else key

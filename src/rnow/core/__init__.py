@@ -1,0 +1,15 @@
+"""What a user's rewards.py imports: ``from rnow.core import reward, RewardArgs, get_response, llm_judge``.
+
+``reward`` is both a submodule and the decorator inside it. Importing the submodule binds its name in this package once;
+the ``from`` import below then rebinds the name to the decorator, and later imports of the submodule come from
+``sys.modules`` without binding again. So ``from rnow.core import reward`` is always the decorator, and ``from
+rnow.core.reward import ...`` always reads the submodule.
+"""
+
+from __future__ import annotations
+
+from rnow.core.judge import JudgeError, llm_judge
+from rnow.core.messages import get_response
+from rnow.core.reward import RewardArgs, reward
+
+__all__ = ["JudgeError", "RewardArgs", "get_response", "llm_judge", "reward"]

@@ -1,0 +1,192 @@
+"""``llm_judge``: ask an OpenAI-compatible endpoint for a number."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import math
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+DEFAULT_MODEL = "gpt-4o-mini"
+DEFAULT_BASE_URL = "https://api.openai.com/v1"
+_MAX_ANSWER_BYTES = 1 << 20
+_MAX_JUDGES = 32
+_ATTEMPTS = 3
+_RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
+
+_secrets: ContextVar[Mapping[str, str] | None] = ContextVar("judge_secrets", default=None)
+
+
+class JudgeError(RuntimeError):
+    """The judge gave no usable score: unreachable, refused, or an answer outside the schema."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    url: str
+    api_key: str | None
+    payload: Mapping[str, Any]
+    timeout: float
+
+
+@contextmanager
+def judge_secrets(secrets: Mapping[str, str]) -> Iterator[None]:
+    """Let ``llm_judge`` find its key and address in the project's secrets while this is open."""
+    token = _secrets.set(secrets)
+    try:
+        yield
+    finally:
+        _secrets.reset(token)
+
+
+async def llm_judge(
+    prompt: str,
+    *,
+    model: str | None = None,
+    system: str | None = None,
+    minimum: float = 0.0,
+    maximum: float = 1.0,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    temperature: float | None = None,
+    timeout: float = 60.0,
+) -> float:
+    """The score a judge model gives to ``prompt``, checked to be a number from ``minimum`` to ``maximum``.
+
+    Args:
+        prompt: what to judge and by which rule.
+        model: default ``OPENAI_MODEL``, else ``gpt-4o-mini``.
+        system: extra instruction for the judge.
+        base_url: address of the endpoint up to ``/v1``; default ``OPENAI_BASE_URL``, else OpenAI.
+        api_key: default ``OPENAI_API_KEY``. These names are looked up in the project's ``.env``, then in the environment.
+        timeout: seconds for the whole call, retries included.
+
+    Raises:
+        JudgeError: no key, no answer, or an answer that is not a score.
+    """
+    address = base_url or _setting("OPENAI_BASE_URL") or DEFAULT_BASE_URL
+    key = api_key or _setting("OPENAI_API_KEY")
+    if key is None and address == DEFAULT_BASE_URL:
+        raise JudgeError(
+            "llm_judge has no key: put OPENAI_API_KEY in .env (or OPENAI_BASE_URL of your own server)"
+        )
+    instruction = f'You are a judge. Answer with JSON only: {{"score": number from {minimum:g} to {maximum:g}}}.'
+    payload: dict[str, Any] = {
+        "model": model or _setting("OPENAI_MODEL") or DEFAULT_MODEL,
+        "messages": [
+            {"role": "system", "content": f"{instruction}\n{system}" if system else instruction},
+            {"role": "user", "content": prompt},
+        ],
+        "response_format": _score_schema(minimum, maximum),
+    }
+    if temperature is not None:
+        payload["temperature"] = temperature
+    request = _Request(
+        url=address.rstrip("/") + "/chat/completions", api_key=key, payload=payload, timeout=timeout
+    )
+    loop = asyncio.get_running_loop()
+    answer = await loop.run_in_executor(_executor(), _ask, request)
+    return _read_score(answer, minimum, maximum)
+
+
+def _setting(name: str) -> str | None:
+    secrets = _secrets.get()
+    return (secrets.get(name) if secrets else None) or os.environ.get(name) or None
+
+
+@cache
+def _executor() -> ThreadPoolExecutor:
+    # asyncio's own pool has only a few threads on a small machine; judging is waiting, not computing.
+    return ThreadPoolExecutor(_MAX_JUDGES, thread_name_prefix="judge")
+
+
+def _score_schema(minimum: float, maximum: float) -> dict[str, Any]:
+    score = {"type": "number", "description": f"from {minimum:g} to {maximum:g}"}
+    schema = {
+        "type": "object",
+        "properties": {"score": score},
+        "required": ["score"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "score", "strict": True, "schema": schema},
+    }
+
+
+def _ask(request: _Request) -> str:
+    """The judge's text. Runs in a thread."""
+    deadline = time.monotonic() + request.timeout
+    payload = dict(request.payload)
+    attempt = 0
+    while True:
+        attempt += 1
+        left = deadline - time.monotonic()
+        try:
+            return _post(request, payload, timeout=max(left, 0.1))
+        except urllib.error.HTTPError as error:
+            body = error.read(500).decode("utf-8", "replace").strip()
+            if error.code == 400 and "response_format" in body and "response_format" in payload:
+                # Some servers know no schemas; the instruction and the check of the answer remain.
+                del payload["response_format"]
+                continue
+            problem = f"answered {error.code}: {body or error.reason}"
+            final = error.code not in _RETRIED
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"cannot be reached: {getattr(error, 'reason', None) or error}"
+            final = False
+        pause = 0.5 * 2**attempt
+        if final or attempt >= _ATTEMPTS or time.monotonic() + pause >= deadline:
+            if request.api_key:
+                problem = problem.replace(request.api_key, "***")
+            raise JudgeError(f"the judge at {request.url} {problem}")
+        time.sleep(pause)
+
+
+def _post(request: _Request, payload: Mapping[str, Any], *, timeout: float) -> str:
+    if not request.url.startswith(("http://", "https://")):
+        raise JudgeError(
+            f"the judge's address must start with http:// or https://, not {request.url}"
+        )
+    headers = {"Content-Type": "application/json"}
+    if request.api_key:
+        headers["Authorization"] = f"Bearer {request.api_key}"
+    call = urllib.request.Request(
+        request.url, data=json.dumps(payload).encode(), headers=headers, method="POST"
+    )
+    with urllib.request.urlopen(call, timeout=timeout) as response:
+        raw = response.read(_MAX_ANSWER_BYTES)
+    try:
+        content = json.loads(raw)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        shown = raw[:200].decode("utf-8", "replace")
+        raise JudgeError(f"the judge at {request.url} sent no chat completion: {shown!r}") from None
+    if not isinstance(content, str):
+        raise JudgeError(f"the judge at {request.url} sent no text: {content!r:.200}")
+    return content
+
+
+def _read_score(answer: str, minimum: float, maximum: float) -> float:
+    found = re.search(r"\{.*\}", answer, re.DOTALL)
+    try:
+        score = json.loads(found.group() if found else answer)
+        score = score["score"] if isinstance(score, dict) else score
+    except (ValueError, LookupError):
+        raise JudgeError(f"the judge gave no score: {answer!r:.200}") from None
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise JudgeError(f"the judge's score is not a number: {score!r:.200}")
+    if not minimum <= score <= maximum:
+        raise JudgeError(f"the judge's score {score:g} is not between {minimum:g} and {maximum:g}")
+    return float(score)

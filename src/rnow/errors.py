@@ -1,0 +1,110 @@
+"""The errors a user can meet, and the exit code each one ends the program with.
+
+Every error says what is wrong, where (file, line, key), why it matters and what to type to mend it. Raise the narrowest
+class here for anything a user can cause; let programming mistakes surface as ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_TEMPORARY = 75
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class RnowError(Exception):
+    """A problem shown to the user as a short report instead of a traceback.
+
+    Args:
+        message: what is wrong, one sentence.
+        title: a short heading; the default is the class's own.
+        where: the place, e.g. ``config.yml:12 (teacher.path)``.
+        why: why this cannot work, when the message alone does not say it.
+        fix: what to type or change, in the imperative.
+        details: further lines, for errors that list several places.
+    """
+
+    exit_code = EXIT_FAILED
+    default_title = "Run failed"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        title: str | None = None,
+        where: str | None = None,
+        why: str | None = None,
+        fix: str | None = None,
+        details: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.title = title or self.default_title
+        self.where = where
+        self.why = why
+        self.fix = fix
+        self.details = tuple(details)
+
+    def render(self) -> str:
+        """The report as plain text, one labelled line per part."""
+        lines = [f"{self.title}: {self.message}"]
+        lines += [f"  {detail}" for detail in self.details]
+        for label, text in (("where", self.where), ("why", self.why), ("fix", self.fix)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+
+class InputError(RnowError):
+    """Bad or unreachable input found before training: nothing was written."""
+
+    exit_code = EXIT_BAD_INPUT
+    default_title = "Bad input"
+
+
+class ConfigError(InputError):
+    """config.yml, or an override of it, is not valid."""
+
+    default_title = "Invalid config"
+
+
+class DataError(InputError):
+    """A training file is not valid."""
+
+    default_title = "Invalid training data"
+
+
+class ModelError(InputError):
+    """A student or teacher model cannot be used."""
+
+    default_title = "Unusable model"
+
+
+class NotYetSupported(InputError):
+    """A documented setting that this version refuses instead of ignoring it."""
+
+    default_title = "Not supported yet"
+
+
+class TemporaryError(RnowError):
+    """Training stopped for a reason outside it (disk full, teacher down); the state is saved."""
+
+    exit_code = EXIT_TEMPORARY
+    default_title = "Stopped for now"
+
+
+class StopRequested(RnowError):
+    """The user asked to stop (Ctrl-C or SIGTERM); raised at the next safe point.
+
+    Args:
+        exit_code: 130 after SIGINT, 143 after SIGTERM.
+    """
+
+    default_title = "Stopped"
+
+    def __init__(self, message: str = "stop requested", *, exit_code: int = EXIT_INTERRUPTED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,195 @@
+"""Loading a causal language model's weights, and taking it apart into body and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rnow.algorithm.head import Head
+from rnow.errors import ModelError
+
+Quantization = Literal["none", "nf4", "int8"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+PROBE_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CausalLM:
+    """A loaded model in two halves.
+
+    Attributes:
+        model: the whole HuggingFace model.
+        body: the transformer without the head; called with ``input_ids`` it returns ``last_hidden_state`` after the final norm.
+        head: the frozen head, cut to ``vocabulary`` rows.
+        device: where inputs go.
+        quantization: how the linear layers are stored.
+    """
+
+    model: Any
+    body: Any
+    head: Head
+    device: torch.device
+    quantization: Quantization
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA when there is one, else the CPU; anything else is taken literally.
+
+    Raises:
+        ModelError: CUDA asked for and absent, or a name torch does not know.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device '{name}'", fix="use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device '{name}' was asked for, but torch sees no GPU", fix="set the device to auto or cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 arithmetic is slow."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def load_causal_lm(
+    local_dir: Path,
+    *,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = "none",
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> CausalLM:
+    """Load safetensors weights from a folder, frozen and in eval mode.
+
+    Args:
+        vocabulary: ids the tokenizer can produce; the head is cut to them.
+        quantization: ``nf4`` double-quantises with a ``dtype`` compute type; ``int8`` is bitsandbytes' LLM.int8.
+        device_map: accelerate's placement, e.g. ``auto`` to spread over several GPUs; overrides ``device``.
+
+    Raises:
+        ModelError: the folder does not load as a causal LM, or its head does something we do not reproduce.
+    """
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    if quantization != "none":
+        arguments["quantization_config"] = _quantization_config(quantization, dtype)
+        arguments["device_map"] = {"": device}
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(local_dir), **arguments)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{local_dir.name} does not fit on {device}",
+            why=str(error).splitlines()[0],
+            fix="load it quantised (quantization: nf4), or on more cards (teacher.device_map: auto)",
+        ) from error
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"{local_dir.name} does not load as a causal language model",
+            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            fix="check the folder with AutoModelForCausalLM.from_pretrained, or name another model",
+        ) from error
+    if "device_map" not in arguments:
+        model = model.to(device)
+    _keep_nf4_layout(model)
+    model.requires_grad_(False)
+    model.eval()
+    loaded = take_apart(model, vocabulary=vocabulary, quantization=quantization)
+    _probe_head(loaded, local_dir)
+    return loaded
+
+
+def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "none") -> CausalLM:
+    """Find body and head of a HuggingFace causal LM already in memory."""
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ModelError(f"{type(model).__name__} has no output embedding, so it is no causal language model")
+    weight: Tensor = output.weight.detach()
+    rows = min(vocabulary, weight.shape[0])
+    bias = getattr(output, "bias", None)
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    head = Head(
+        weight=weight[:rows],
+        bias=None if bias is None else bias.detach()[:rows],
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return CausalLM(
+        model=model,
+        body=body,
+        head=head,
+        device=model.get_input_embeddings().weight.device,
+        quantization=quantization,
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies the logits by ``logit_scale``; Granite divides them by ``logits_scaling``."""
+    if getattr(config, "logit_scale", None):
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)
+    return 1.0
+
+
+def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_nf4_layout(model: nn.Module) -> None:
+    """On AVX512-bf16 CPUs bitsandbytes repacks NF4 weights in place on the first no-grad forward, and training after
+    that gets wrong gradients (measured: 96% off). The switch keeps the layout that both directions read."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _probe_head(loaded: CausalLM, local_dir: Path) -> None:
+    """Our head on the body's hidden states must give the model's own logits; an unknown transform shows here."""
+    ids = torch.arange(1, 9, device=loaded.device)[None, :] % loaded.head.vocabulary
+    expected = loaded.model(input_ids=ids, use_cache=False).logits[0, :, : loaded.head.vocabulary]
+    expected = expected.float()
+    hidden = loaded.body(input_ids=ids, use_cache=False).last_hidden_state[0]
+    found = loaded.head.logits(hidden.to(loaded.head.weight.device)).float().to(expected.device)
+    gap = (torch.log_softmax(expected, -1) - torch.log_softmax(found, -1)).abs().max().item()
+    scale = expected.abs().max().item() + 1.0
+    if not gap <= PROBE_TOLERANCE * scale:
+        raise ModelError(
+            f"the output head of {local_dir.name} ({type(loaded.model).__name__}) is not a plain projection",
+            why=f"its logits differ from hidden states times head by {gap:.3g}; log-probabilities would be wrong",
+            fix="use a model whose head is a linear layer (Qwen, Llama, Mistral, Gemma, Granite, Cohere ... are)",
+        )

@@ -1,0 +1,24 @@
+"""Hidden states of chosen rows: what scoring and training share on the way through a model's body."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rnow.algorithm.records import MicroBatch
+from rnow.models.loading import CausalLM
+
+CPU_MICRO_BATCH_TOKENS = 4096
+GPU_MICRO_BATCH_TOKENS = 16384
+
+
+def hidden_rows(lm: CausalLM, micro: MicroBatch) -> Tensor:
+    """``[R, H]``: the final hidden state that predicts each loss token. Prompt and tool rows never reach the head."""
+    output = lm.body(input_ids=micro.token_ids, use_cache=False)
+    hidden = output.last_hidden_state
+    rows = hidden.reshape(-1, hidden.shape[-1])[micro.rows.to(hidden.device)]
+    return rows.to(lm.head.weight.device)
+
+
+def default_micro_batch_tokens(lm: CausalLM) -> int:
+    """Tokens of one padded micro-batch when the config does not say."""
+    return CPU_MICRO_BATCH_TOKENS if lm.device.type == "cpu" else GPU_MICRO_BATCH_TOKENS

@@ -1,0 +1,214 @@
+"""The prompts of a run, and which of them each step takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rnow.errors import DataError, NotYetSupported
+from rnow.project.faults import MAX_SHOWN, excerpt
+from rnow.project.rows import Row, RowRules
+from rnow.project.sources import Source, read_source
+from rnow.types import Prompt
+
+
+@dataclass(slots=True, kw_only=True)
+class Dataset:
+    """All prompts of a run, in file order.
+
+    ``prompts`` are trained on, ``held_out`` only evaluated. ``content_hash`` is a sha256 over all rows as the student sees
+    them (hexadecimal), the same whatever is held out. ``warnings`` are sentences for the user.
+    """
+
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...] = ()
+    content_hash: str = ""
+    warnings: tuple[str, ...] = ()
+    shuffle: bool = True
+    _epoch: tuple[tuple[int, int], tuple[int, ...]] | None = field(default=None, repr=False)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Full batches in one epoch. Raises DataError when there is none."""
+        steps = len(self.prompts) // batch_size
+        if steps == 0:
+            raise self._too_few(batch_size)
+        return steps
+
+    def num_steps(self, batch_size: int, epochs: int) -> int:
+        """Steps of a run. An epoch is floor(prompts / batch_size) full batches: the rest of its order is left out,
+        and another epoch's order leaves out others. Raises DataError when a batch is larger than the dataset."""
+        return self.steps_per_epoch(batch_size) * epochs
+
+    def batch(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
+        """The prompts of ``step`` (from 0): a pure function of its arguments, so a resumed run needs no cursor."""
+        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
+        order = self._order(epoch, seed)
+        return [self.prompts[row] for row in order[index * batch_size : (index + 1) * batch_size]]
+
+    def _order(self, epoch: int, seed: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(len(self.prompts))
+        if self._epoch is None or self._epoch[0] != (epoch, seed):
+            keys = [_key("epoch", seed, epoch, prompt.id) for prompt in self.prompts]
+            self._epoch = (epoch, seed), tuple(sorted(range(len(keys)), key=keys.__getitem__))
+        return self._epoch[1]
+
+    def _too_few(self, batch_size: int) -> DataError:
+        count = len(self.prompts)
+        held = (
+            f" ({len(self.held_out)} more are held out by data.val_split)" if self.held_out else ""
+        )
+        noun = "prompt" if count == 1 else "prompts"
+        return DataError(
+            f"data.batch_size is {batch_size}, but there {'is' if count == 1 else 'are'} only {count} {noun} "
+            f"to train on{held}",
+            title="Batch larger than the dataset",
+            where="config.yml (data.batch_size)",
+            why="a step takes batch_size different prompts",
+            fix=f"set data.batch_size to {count} or less, or add rows" if count else "add rows",
+        )
+
+
+def load_dataset(
+    sources: Sequence[Source],
+    *,
+    dataset_type: str,
+    known_rewards: Collection[str] = (),
+    known_tools: Collection[str] | None = (),
+    base_dir: Path,
+    val_split: float = 0.0,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> Dataset:
+    """Read and check every dataset of a run.
+
+    Args:
+        sources: entries of ``data.train_file``, in order; relative paths start at ``base_dir``.
+        dataset_type: ``distill``, ``sft`` or ``rl``; it decides what a row must end with.
+        known_rewards: names of the project's reward functions.
+        known_tools: names of its tools; None = not known before the run.
+        val_split: share of each dataset that is held out, chosen by ``seed``. At least one row of each when above 0, and
+            at least one row of each is trained on.
+        shuffle: a new order every epoch; False keeps the order of the files.
+
+    Raises:
+        DataError, NotYetSupported: see ``read_source``.
+    """
+    if dataset_type == "midtrain":
+        raise NotYetSupported(
+            'midtrain rows ({"text": ...}) are not read yet',
+            where="config.yml (dataset_type)",
+            fix="use dataset_type: distill",
+        )
+    rules = RowRules(
+        dataset_type=dataset_type, known_rewards=known_rewards, known_tools=known_tools
+    )
+    prompts: list[Prompt] = []
+    held_out: list[Prompt] = []
+    warnings: list[str] = []
+    digest = hashlib.sha256()
+    for index, (name, source) in enumerate(zip(_names(sources), sources, strict=True)):
+        file = read_source(source, rules, base_dir)
+        warnings += file.warnings
+        rows = [_prompt(name, source.path, number, row) for number, row in enumerate(file.rows)]
+        for row in rows:
+            digest.update(_canonical(index, row))
+        held = _held_out_rows(rows, val_split, seed)
+        prompts += [prompt for prompt in rows if prompt.row not in held]
+        held_out += [prompt for prompt in rows if prompt.row in held]
+    return Dataset(
+        prompts=tuple(prompts),
+        held_out=tuple(held_out),
+        content_hash=digest.hexdigest(),
+        warnings=tuple(warnings),
+        shuffle=shuffle,
+    )
+
+
+def oversized_rows_error(rows: Sequence[tuple[Prompt, int]], limit: int) -> DataError:
+    """The error for prompts of more than ``limit`` tokens: ``rows`` are (prompt, its tokens)."""
+    longest = max(tokens for _, tokens in rows)
+    details = [
+        f"{_place(prompt)}: {tokens} tokens | {_shown(prompt)}"
+        for prompt, tokens in rows[:MAX_SHOWN]
+    ]
+    if len(rows) > MAX_SHOWN:
+        details.append(f"... and {len(rows) - MAX_SHOWN} more")
+    prompts = "1 prompt does" if len(rows) == 1 else f"{len(rows)} prompts do"
+    return DataError(
+        f"{prompts} not fit the window: at most {limit} tokens leave room for an answer",
+        title="Prompts too long",
+        where=_place(rows[0][0]),
+        fix=f"shorten or remove these rows, or raise rollout.max_context_window above {longest}",
+        details=details,
+    )
+
+
+def _place(prompt: Prompt) -> str:
+    if prompt.line is not None:
+        return f"{prompt.source}:{prompt.line}"
+    return f"{prompt.source}, row {prompt.row + 1}"
+
+
+def _shown(prompt: Prompt) -> str:
+    content = prompt.messages[-1].get("content", "")
+    return excerpt(content if isinstance(content, str) else json.dumps(content, default=str))
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    names = [source.name or f"dataset_{index}" for index, source in enumerate(sources)]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise DataError(
+                f'two datasets are named "{name}"',
+                where="config.yml (data.train_file)",
+                why="metrics and row ids carry the name",
+                fix="give each its own name",
+            )
+    return names
+
+
+def _prompt(dataset: str, source: str, number: int, row: Row) -> Prompt:
+    return Prompt(
+        id=f"{dataset}/{number}",
+        dataset=dataset,
+        row=number,
+        messages=row.messages,
+        rewards=row.rewards,
+        tools=row.tools,
+        metadata=row.metadata,
+        variables=row.variables,
+        source=source,
+        line=row.line,
+    )
+
+
+def _canonical(dataset: int, prompt: Prompt) -> bytes:
+    """The row as bytes that do not depend on its file's format, key order or blanks."""
+    value: list[Any] = [
+        dataset,
+        prompt.messages,
+        prompt.rewards,
+        prompt.tools,
+        prompt.metadata,
+        prompt.variables,
+    ]
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
+    return text.encode() + b"\n"
+
+
+def _held_out_rows(prompts: Sequence[Prompt], val_split: float, seed: int) -> set[int]:
+    if val_split <= 0 or len(prompts) < 2:
+        return set()
+    count = min(max(round(len(prompts) * val_split), 1), len(prompts) - 1)
+    ranked = sorted(prompts, key=lambda prompt: _key("held out", seed, prompt.id))
+    return {prompt.row for prompt in ranked[:count]}
+
+
+def _key(*parts: str | int) -> bytes:
+    # A keyed hash gives one order on every Python version, which `random.shuffle` does not promise.
+    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()

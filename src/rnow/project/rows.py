@@ -1,0 +1,299 @@
+"""What one row of training data must look like, whatever file it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rnow.project.faults import did_you_mean
+from rnow.project.json_text import JsonPath
+from rnow.project.variables import substitute_message
+
+ROLES = ("system", "user", "assistant", "tool")
+ROW_KEYS = frozenset(
+    ("messages", "rewards", "tools", "metadata", "variables", "docker", "docker_env", "text")
+)
+_ROLE_HINTS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ROLE_HINTS |= {"developer": "system", "function": "tool"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowRules:
+    """What the run expects of its rows.
+
+    ``known_rewards`` are the functions of rewards.py; ``known_tools`` those of tools.py, or None when they cannot be
+    known before the run (an MCP server lists its own).
+    """
+
+    dataset_type: str
+    known_rewards: Collection[str] = ()
+    known_tools: Collection[str] | None = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A valid row, its variables substituted. ``line`` is 1-based, None where the source has no lines."""
+
+    messages: Sequence[Mapping[str, Any]]
+    rewards: tuple[str, ...]
+    tools: tuple[str, ...] | None
+    metadata: Mapping[str, Any]
+    variables: Mapping[str, Any]
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFault:
+    """One thing wrong with a row, and the path of the value at fault inside it."""
+
+    path: JsonPath
+    message: str
+    fix: str | None = None
+    unsupported: bool = False
+
+
+@dataclass(slots=True)
+class _Checker:
+    rules: RowRules
+    faults: list[RowFault] = field(default_factory=list)
+
+    def fault(
+        self, path: JsonPath, message: str, *, fix: str | None = None, unsupported: bool = False
+    ) -> None:
+        self.faults.append(RowFault(path=path, message=message, fix=fix, unsupported=unsupported))
+
+
+def check_row(value: Any, rules: RowRules, *, line: int | None = None) -> Row | list[RowFault]:
+    """The row in its normal form, or everything that is wrong with it.
+
+    ``null`` stands for an absent key. A null or missing ``content`` is read as "" beside ``tool_calls``. Keys of messages
+    are kept; unknown keys of rows are left to the caller (``unknown_keys``).
+    """
+    if not isinstance(value, dict):
+        return [RowFault(path=(), message=f"a row is an object {{...}}, not {_kind(value)}")]
+    check = _Checker(rules)
+    messages = _messages(value, check)
+    metadata = _object(value, "metadata", check)
+    variables = _object(value, "variables", check)
+    rewards = _rewards(value, check)
+    tools = _tools(value, check)
+    _docker(value, check)
+    if check.faults:
+        return check.faults
+    return Row(
+        messages=tuple(substitute_message(message, variables) for message in messages),
+        rewards=rewards,
+        tools=tools,
+        metadata=metadata,
+        variables=variables,
+        line=line,
+    )
+
+
+def unknown_keys(value: Mapping[str, Any]) -> set[str]:
+    """Keys of a row that mean nothing here."""
+    return set(value) - ROW_KEYS if value.keys() - ROW_KEYS else set()
+
+
+def _messages(row: Mapping[str, Any], check: _Checker) -> list[dict[str, Any]]:
+    value = row.get("messages")
+    if value is None:
+        hint = ""
+        if "messages" not in row:
+            near = did_you_mean("messages", [key for key in row if key not in ROW_KEYS])
+            hint = near.replace("did you mean", "is it") if near else ""
+        check.fault((), f'the row has no "messages"{hint}', fix='give every row "messages": [...]')
+        return []
+    if not isinstance(value, list):
+        check.fault(("messages",), f'"messages" is a list, not {_kind(value)}')
+        return []
+    if not value:
+        check.fault(("messages",), '"messages" is empty', fix="give every row at least one message")
+        return []
+    before = len(check.faults)
+    messages = [_message(item, ("messages", index), check) for index, item in enumerate(value)]
+    if len(check.faults) > before:
+        return []
+    last = messages[-1]["role"]
+    kind = check.rules.dataset_type
+    if last == "assistant" and kind in ("distill", "rl"):
+        check.fault(
+            ("messages", len(messages) - 1),
+            f"the row ends with an assistant message; in {kind} the student writes it",
+            fix="remove the last assistant message of these rows, or train on it with dataset_type: sft",
+        )
+    if kind == "sft" and all(message["role"] != "assistant" for message in messages):
+        check.fault(("messages",), "the row has no assistant message to train on")
+    return messages
+
+
+def _message(value: Any, path: JsonPath, check: _Checker) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        check.fault(path, f"a message is an object with role and content, not {_kind(value)}")
+        return {}
+    role = value.get("role")
+    if role not in ROLES:
+        if not isinstance(role, str):
+            problem = "the message has no role" if role is None else f"role is {_kind(role)}"
+        else:
+            better = _ROLE_HINTS.get(role.lower())
+            hint = f' (did you mean "{better}"?)' if better else did_you_mean(role, ROLES)
+            problem = f'unknown role "{_short(role)}"{hint}'
+        check.fault((*path, "role"), problem, fix="a role is system, user, assistant or tool")
+    message = dict(value)
+    if value.get("tool_calls") is not None and not isinstance(value["tool_calls"], list):
+        check.fault(
+            (*path, "tool_calls"), f"tool_calls is a list, not {_kind(value['tool_calls'])}"
+        )
+    content = value.get("content")
+    if content is None:
+        if value.get("tool_calls"):
+            message["content"] = ""
+        else:
+            word = "null content" if "content" in value else "no content"
+            check.fault(
+                (*path, "content"),
+                f'the message has {word}; "" is allowed, null only beside tool_calls',
+            )
+    elif isinstance(content, list):
+        for index, part in enumerate(content):
+            _part(part, (*path, "content", index), check)
+    elif not isinstance(content, str):
+        check.fault(
+            (*path, "content"), f"content is a string or a list of parts, not {_kind(content)}"
+        )
+    return message
+
+
+def _part(part: Any, path: JsonPath, check: _Checker) -> None:
+    if not isinstance(part, dict):
+        check.fault(
+            path, f'a part is an object like {{"type": "text", "text": "..."}}, not {_kind(part)}'
+        )
+    elif part.get("type") == "text":
+        if not isinstance(part.get("text"), str):
+            check.fault((*path, "text"), 'a text part has a string under "text"')
+    elif isinstance(part.get("type"), str):
+        check.fault(
+            (*path, "type"),
+            f'parts of type "{_short(part["type"])}" are not supported yet, only text',
+            fix="remove these parts, or the rows that need them",
+            unsupported=True,
+        )
+    else:
+        check.fault(path, 'the part has no "type"')
+
+
+def _object(row: Mapping[str, Any], key: str, check: _Checker) -> Mapping[str, Any]:
+    value = row.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        check.fault((key,), f'"{key}" is an object {{...}}, not {_kind(value)}')
+        return {}
+    return value
+
+
+def _names(row: Mapping[str, Any], key: str, check: _Checker) -> tuple[str, ...] | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        check.fault((key,), f'"{key}" is a list of names, not {_kind(value)}')
+        return None
+    names: list[str] = []
+    for index, name in enumerate(value):
+        if not isinstance(name, str):
+            check.fault((key, index), f'"{key}" is a list of names; this one is {_kind(name)}')
+        elif name in names:
+            check.fault((key, index), f'"{_short(name)}" is listed twice in "{key}"')
+        else:
+            names.append(name)
+    return tuple(names)
+
+
+def _rewards(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...]:
+    names = _names(row, "rewards", check)
+    known = check.rules.known_rewards
+    for name in names or ():
+        if name in known:
+            continue
+        path = ("rewards", row["rewards"].index(name))
+        if known:
+            check.fault(
+                path,
+                f'unknown reward "{_short(name)}"{did_you_mean(name, known)}',
+                fix=f"rewards.py has: {', '.join(sorted(known))}",
+            )
+        else:
+            check.fault(
+                path,
+                f'unknown reward "{_short(name)}": there is no @reward function',
+                fix="write it in rewards.py beside config.yml, decorated with @reward",
+            )
+    if (
+        check.rules.dataset_type == "rl"
+        and not names
+        and isinstance(row.get("rewards"), list | None)
+    ):
+        check.fault(
+            ("rewards",), "the row names no reward", fix='in rl every row needs "rewards": ["name"]'
+        )
+    return names or ()
+
+
+def _tools(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...] | None:
+    names = _names(row, "tools", check)
+    known = check.rules.known_tools
+    if known is None:
+        return names
+    for name in names or ():
+        if name in known:
+            continue
+        path = ("tools", row["tools"].index(name))
+        if known:
+            hint, fix = did_you_mean(name, known), f"the tools are: {', '.join(sorted(known))}"
+        else:
+            hint, fix = ": the project has no tools", 'remove "tools" from these rows'
+        check.fault(path, f'unknown tool "{_short(name)}"{hint}', fix=fix)
+    return names
+
+
+def _docker(row: Mapping[str, Any], check: _Checker) -> None:
+    if row.get("docker") is not None:
+        if not isinstance(row["docker"], str):
+            check.fault(
+                ("docker",), f'"docker" is the name of an image, not {_kind(row["docker"])}'
+            )
+        else:
+            check.fault(
+                ("docker",),
+                '"docker" is not supported yet',
+                fix='remove "docker" and "docker_env" from these rows',
+                unsupported=True,
+            )
+    elif row.get("docker_env") is not None:
+        check.fault(
+            ("docker_env",), '"docker_env" needs "docker"', fix='add "docker", or remove it'
+        )
+
+
+_KINDS: Sequence[tuple[Callable[[Any], bool], str]] = (
+    (lambda value: value is None, "null"),
+    (lambda value: isinstance(value, bool), "true or false"),
+    (lambda value: isinstance(value, int | float), "a number"),
+    (lambda value: isinstance(value, str), "a string"),
+    (lambda value: isinstance(value, list), "a list"),
+    (lambda value: isinstance(value, dict), "an object"),
+)
+
+
+def _kind(value: Any) -> str:
+    return next((word for test, word in _KINDS if test(value)), type(value).__name__)
+
+
+def _short(text: str) -> str:
+    from rnow.project.faults import escape
+
+    return escape(text if len(text) <= 40 else text[:37] + "...")

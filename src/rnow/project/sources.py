@@ -1,0 +1,271 @@
+"""Where the rows of one dataset come from: a local .jsonl, .json or .parquet, or a HuggingFace dataset id."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rnow.errors import DataError, InputError
+from rnow.project.faults import Fault, FaultList, excerpt
+from rnow.project.jsonl import RowFile, UnknownKeys, read_rows
+from rnow.project.rows import Row, RowRules, check_row
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
+_LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
+_QUESTION_COLUMNS = ("prompt", "question")
+
+
+class Source(Protocol):
+    """One entry of ``data.train_file``."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+
+
+def read_source(source: Source, rules: RowRules, base_dir: Path) -> RowFile:
+    """The rows of one dataset, all checked.
+
+    A path with a known suffix, or which exists, is a file; ``org/name`` (``org/name:config`` for one of several
+    configurations) is a HuggingFace dataset, of which ``source.split`` is read. Columns ``prompt`` and ``question``
+    become a user message where there are no ``messages``.
+
+    Raises:
+        DataError: a missing or faulty file, a dataset that cannot be fetched, or rows at fault.
+        NotYetSupported: rows that need a feature this version lacks.
+    """
+    path = Path(base_dir, Path(source.path).expanduser())
+    try:
+        return _read_local(source, path, rules)
+    except OSError as error:
+        reason = error.strerror or _first_line(error)
+        raise DataError(f"{source.path} cannot be read", where=_KEY, why=reason) from None
+
+
+def _read_local(source: Source, path: Path, rules: RowRules) -> RowFile:
+    if path.is_dir():
+        raise DataError(
+            f"{source.path} is a folder, not a file",
+            where=_KEY,
+            fix="name a .jsonl, .json or .parquet file inside it",
+        )
+    if not path.exists():
+        if path.suffix.lower() not in _LOCAL_SUFFIXES and _HUB_ID.fullmatch(source.path):
+            return _read_hub(source, rules)
+        raise _missing(source.path, path)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _check_table(_parquet_rows(path, source.path), rules, source.path)
+    if suffix == ".json" and _starts_with_array(path):
+        return _check_table(_array_rows(path, source.path), rules, source.path)
+    return read_rows(path, rules, label=source.path)
+
+
+_KEY = "config.yml (data.train_file)"
+
+
+def _missing(name: str, path: Path) -> DataError:
+    folder = path.parent
+    if not folder.is_dir():
+        return DataError(
+            f"{name} does not exist: there is no folder {folder}",
+            where=_KEY,
+            fix="correct the path",
+        )
+    files = sorted(
+        entry.name for entry in folder.iterdir() if entry.suffix.lower() in _LOCAL_SUFFIXES
+    )
+    near = difflib.get_close_matches(path.name, files, n=3, cutoff=0.5) or files[:3]
+    prefix = name[: -len(path.name)] if name.endswith(path.name) else ""
+    fix = "correct the path, or give a HuggingFace dataset id like org/name"
+    if near:
+        fix = "did you mean " + " or ".join(prefix + file for file in near) + "?"
+    return DataError(f"{name} does not exist", where=_KEY, why=f"looked for {path}", fix=fix)
+
+
+def _check_table(rows: Iterable[Any], rules: RowRules, label: str) -> RowFile:
+    """Rows that have no text of their own: places are ``row N`` (from 1), and there is no column."""
+    faults = FaultList()
+    unknown = UnknownKeys()
+    checked: list[Row] = []
+    mapped: set[str] = set()
+    for number, raw in enumerate(rows, start=1):
+        value, column = _with_messages(raw)
+        if column:
+            mapped.add(column)
+        unknown.see(value)
+        result = check_row(value, rules)
+        if isinstance(result, Row):
+            if not faults.total:
+                checked.append(result)
+            continue
+        for fault in result:
+            faults.add(
+                Fault(
+                    place=f"row {number}",
+                    column=None,
+                    message=fault.message,
+                    excerpt=_value_excerpt(value, fault.path),
+                    fix=fault.fix,
+                    unsupported=fault.unsupported,
+                )
+            )
+    if faults.total:
+        raise faults.error(label)
+    if not checked:
+        raise DataError(f"{label} has no rows", where=label, fix="give it at least one row")
+    notes = tuple(
+        f'{label}: the column "{column}" is used as the user message' for column in sorted(mapped)
+    )
+    return RowFile(rows=tuple(checked), warnings=notes + unknown.warnings(label))
+
+
+def _with_messages(raw: Any) -> tuple[Any, str | None]:
+    """The row with ``messages``, and the column they were made from, if they were not there."""
+    if not isinstance(raw, dict) or raw.get("messages") is not None:
+        return raw, None
+    for column in _QUESTION_COLUMNS:
+        value = raw.get(column)
+        if isinstance(value, list):
+            messages = value
+        elif isinstance(value, str):
+            messages = [{"role": "user", "content": value}]
+        else:
+            continue
+        rest = {key: item for key, item in raw.items() if key not in (column, "messages")}
+        return {**rest, "messages": messages}, column
+    return raw, None
+
+
+def _value_excerpt(value: Any, path: tuple[str | int, ...]) -> str:
+    for step in path:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            break
+    return excerpt(json.dumps(value, ensure_ascii=False, default=str)[:200])
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A columnar row as a jsonl row: Arrow fills absent fields with nulls, inside messages too."""
+    clean = {key: value for key, value in row.items() if value is not None}
+    for key, value in clean.items():
+        if key in ("messages", *_QUESTION_COLUMNS) and isinstance(value, list):
+            clean[key] = [
+                {name: item for name, item in message.items() if item is not None}
+                if isinstance(message, dict)
+                else message
+                for message in value
+            ]
+    return clean
+
+
+def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, Any]]:
+    # pyarrow is what `datasets` reads parquet with; going to it directly leaves no copy in a cache folder.
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield _without_nulls(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{label} is not a readable parquet file", where=label, why=_first_line(error)
+        ) from None
+
+
+def _starts_with_array(path: Path) -> bool:
+    with path.open("rb") as stream:
+        head = stream.read(4096)
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _array_rows(path: Path, label: str) -> list[Any]:
+    from rnow.project.json_text import JsonFault, parse
+
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        rows = parse(text)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{label} is not UTF-8 at byte {error.start + 1}", where=label, fix="save it as UTF-8"
+        ) from None
+    except JsonFault as fault:
+        line = text.count("\n", 0, fault.column - 1) + 1
+        start = text.rfind("\n", 0, fault.column - 1) + 1
+        column = fault.column - start
+        end = text.find("\n", start)
+        shown = Fault(
+            place=f"line {line}",
+            column=column,
+            message=fault.message,
+            excerpt=excerpt(text[start : end if end >= 0 else len(text)], column),
+        )
+        faults = FaultList()
+        faults.add(shown)
+        raise faults.error(label) from None
+    return rows
+
+
+def _read_hub(source: Source, rules: RowRules) -> RowFile:
+    name, _, config = source.path.partition(":")
+    label = source.path
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            "reading a HuggingFace dataset needs the `datasets` package",
+            where=_KEY,
+            why=_first_line(error),
+            fix="pip install datasets",
+        ) from None
+    try:
+        table = datasets.load_dataset(name, config or None, split=source.split)
+    except Exception as error:
+        raise _hub_error(label, source.split, error) from None
+    return _check_table((_without_nulls(row) for row in _dict_rows(table)), rules, label)
+
+
+def _dict_rows(table: Any) -> Iterator[dict[str, Any]]:
+    for row in table:
+        yield dict(row)
+
+
+def _hub_error(label: str, split: str, error: Exception) -> DataError:
+    """What to do depends on the words of the error: the library raises ValueError for half of its cases."""
+    reason = _first_line(error)
+    kind = type(error).__name__
+    lowered = reason.lower()
+    if "config name is missing" in lowered or "builderconfig" in lowered:
+        fix = f"name one of its configurations: data.train_file: {label.partition(':')[0]}:CONFIG"
+    elif "split" in lowered:
+        fix = "choose a split that exists: data.train_file: [{path: ..., split: ...}]" + (
+            f" (now {split})"
+        )
+    elif "gated" in lowered or "401" in lowered or "403" in lowered:
+        fix = "accept its terms on its page and log in with `hf auth login`"
+    elif "offlinemode" in lowered:
+        fix = "unset HF_HUB_OFFLINE, or download it and give a local .jsonl or .parquet file"
+    elif kind == "DatasetNotFoundError":
+        fix = (
+            "check the spelling (ids are case-sensitive), or `hf auth login` for a private dataset"
+        )
+    else:
+        fix = "check the network, or download it and give a local .jsonl or .parquet file"
+    return DataError(
+        f"the dataset {label} cannot be loaded", where=_KEY, why=f"{kind}: {reason}", fix=fix
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:300] if text else type(error).__name__

@@ -1,0 +1,112 @@
+"""The seams of the program: what the loop needs of each part, in one to three methods.
+
+Every protocol has one scripted fake in ``tests/fakes.py`` and one conformance test that each implementation passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from rnow.types import Adapter, Completion, Message, Prompt, RewardResult, Rollout, Sample, SamplingParams
+
+if TYPE_CHECKING:
+    from rnow.algorithm.records import Batch, Evidence, UpdateResult
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws completions from the student."""
+
+    async def complete(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, seed: int
+    ) -> Completion:
+        """Sample one completion. The same ids, params, seed and adapter give the same tokens on one machine, whatever
+        else is in flight and in whatever order requests arrive, as long as the whole set of requests is the same."""
+        ...
+
+    def live_rollout(self) -> AbstractContextManager[None]:
+        """Hold this open for the life of one rollout. A batching sampler runs when every live rollout waits on it."""
+        ...
+
+    def load_policy(self, adapter: Adapter, *, version: int) -> None:
+        """Sample from these weights from now on and stamp completions with ``version``."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Judges the tokens the student wrote."""
+
+    async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
+        """Evidence for each sample, keyed by sample id."""
+        ...
+
+
+class Environment(Protocol):
+    """One episode around one prompt; single use."""
+
+    async def start(self) -> tuple[int, ...]:
+        """The token ids of the first prompt."""
+        ...
+
+    async def step(self, completion: Completion) -> EnvironmentStep:
+        """Take the student's turn; say what is appended to the context and whether the episode is over."""
+        ...
+
+    async def close(self) -> None:
+        """Release whatever the episode holds."""
+        ...
+
+
+class EnvironmentStep(Protocol):
+    """What an environment answers: the ids appended after the student's turn, and whether it is over."""
+
+    @property
+    def observation_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def messages(self) -> tuple[Message, ...]: ...
+
+    @property
+    def done(self) -> bool: ...
+
+
+@runtime_checkable
+class Rewarder(Protocol):
+    """Runs the user's reward functions."""
+
+    async def score(self, prompt: Prompt, rollout: Rollout) -> RewardResult | None:
+        """The reward of one rollout, or None when its prompt names no reward."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """The student as something that learns."""
+
+    def update(self, batch: Batch) -> UpdateResult:
+        """Take the optimizer steps of one batch."""
+        ...
+
+    def adapter(self) -> Adapter:
+        """The current LoRA weights."""
+        ...
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Everything that is needed to continue: optimizer moments and step count (the adapter is saved beside it)."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue from ``state_dict()``."""
+        ...
+
+
+@runtime_checkable
+class MetricSink(Protocol):
+    """Receives the numbers of each step."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        ...

@@ -1,0 +1,227 @@
+"""Running all rollouts of a step at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rnow.algorithm.seeds import rollout_seed
+from rnow.errors import RnowError
+from rnow.protocols import Environment, Sampler
+from rnow.types import (
+    Completion,
+    Message,
+    Prompt,
+    Purpose,
+    Rollout,
+    RolloutGroup,
+    RolloutStatus,
+    SamplingParams,
+    Turn,
+)
+
+
+class RolloutStore(Protocol):
+    """Remembers finished rollouts, so that a resumed step need not repeat them."""
+
+    def finished(self, prompt_id: str, index: int) -> Rollout | None:
+        """The rollout, if it was finished before."""
+        ...
+
+    def add(self, rollout: Rollout) -> None:
+        """Remember a rollout that just finished."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSettings:
+    """What does not change between the prompts of a run.
+
+    Attributes:
+        group_size: rollouts per prompt.
+        window: most tokens of a whole conversation.
+        max_tokens: most tokens of one completion.
+        stop_token_ids, temperature, top_p, top_k: as in SamplingParams.
+        run_seed, purpose: the fixed parts of every seed.
+    """
+
+    group_size: int
+    window: int
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    top_k: int
+    run_seed: int
+    purpose: Purpose
+
+    def params(self, context_length: int) -> SamplingParams:
+        """Sampling parameters after ``context_length`` tokens of context."""
+        return SamplingParams(
+            max_tokens=min(self.max_tokens, self.window - context_length),
+            stop_token_ids=self.stop_token_ids,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
+
+async def collect_rollouts(
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    environments: Callable[[Prompt], Environment],
+    settings: RolloutSettings,
+    *,
+    step: int,
+    store: RolloutStore | None = None,
+) -> list[RolloutGroup]:
+    """``group_size`` rollouts of every prompt, concurrently; groups in the order of the prompts.
+
+    An environment that raises makes a rollout of status ``failed``, which is data; a sampler that raises ends the step.
+    """
+    tasks: dict[tuple[int, int], asyncio.Task[Rollout]] = {}
+    try:
+        async with asyncio.TaskGroup() as group:
+            for position, prompt in enumerate(prompts):
+                for index in range(settings.group_size):
+                    if store is None or store.finished(prompt.id, index) is None:
+                        tasks[position, index] = group.create_task(
+                            _run_rollout(prompt, index, sampler, environments, settings, step, store)
+                        )
+    except BaseExceptionGroup as failures:
+        raise _first_cause(failures) from failures
+    return [
+        RolloutGroup(
+            prompt=prompt,
+            rollouts=tuple(
+                _rollout_of(tasks, store, position, prompt, index)
+                for index in range(settings.group_size)
+            ),
+        )
+        for position, prompt in enumerate(prompts)
+    ]
+
+
+def _rollout_of(
+    tasks: Mapping[tuple[int, int], asyncio.Task[Rollout]],
+    store: RolloutStore | None,
+    position: int,
+    prompt: Prompt,
+    index: int,
+) -> Rollout:
+    if task := tasks.get((position, index)):
+        return task.result()
+    finished = store.finished(prompt.id, index) if store else None
+    assert finished is not None
+    return finished
+
+
+async def _run_rollout(
+    prompt: Prompt,
+    index: int,
+    sampler: Sampler,
+    environments: Callable[[Prompt], Environment],
+    settings: RolloutSettings,
+    step: int,
+    store: RolloutStore | None,
+) -> Rollout:
+    with sampler.live_rollout():
+        rollout = await _Episode(prompt, index, sampler, settings, step).run(environments(prompt))
+    if store is not None:
+        store.add(rollout)
+    return rollout
+
+
+class _Episode:
+    """One rollout in the making: the flat token sequence and its per-token streams, kept aligned."""
+
+    def __init__(
+        self, prompt: Prompt, index: int, sampler: Sampler, settings: RolloutSettings, step: int
+    ) -> None:
+        self._prompt = prompt
+        self._index = index
+        self._sampler = sampler
+        self._settings = settings
+        self._step = step
+        self._token_ids: list[int] = []
+        self._loss_mask: list[bool] = []
+        self._logprobs: list[float] = []
+        self._turns: list[Turn] = []
+        self._messages: list[Message] = []
+
+    async def run(self, environment: Environment) -> Rollout:
+        try:
+            observation = await environment.start()
+            while True:
+                self._append(observation, False, (0.0,) * len(observation))
+                if len(self._token_ids) >= self._settings.window:
+                    return self._rollout("truncated")
+                completion = await self._complete()
+                self._append(completion.token_ids, True, completion.logprobs)
+                step = await environment.step(completion)
+                self._messages.extend(step.messages)
+                text = str(step.messages[0].get("content", "")) if step.messages else ""
+                self._turns.append(
+                    Turn(observation_token_ids=observation, completion=completion, text=text)
+                )
+                if completion.finish_reason == "length":
+                    return self._rollout("truncated")
+                if step.done:
+                    return self._rollout("completed")
+                observation = step.observation_token_ids
+        except (RnowError, _SamplerFailed):
+            raise
+        except Exception as error:
+            return self._rollout("failed", f"{type(error).__name__}: {error}")
+        finally:
+            await environment.close()
+
+    async def _complete(self) -> Completion:
+        seed = rollout_seed(
+            self._settings.run_seed,
+            self._settings.purpose,
+            self._step,
+            self._prompt.id,
+            self._index,
+            len(self._turns),
+        )
+        try:
+            params = self._settings.params(len(self._token_ids))
+            return await self._sampler.complete(self._token_ids, params, seed)
+        except RnowError:
+            raise
+        except Exception as error:
+            raise _SamplerFailed from error
+
+    def _append(self, token_ids: Sequence[int], sampled: bool, logprobs: Sequence[float]) -> None:
+        self._token_ids.extend(token_ids)
+        self._loss_mask.extend([sampled] * len(token_ids))
+        self._logprobs.extend(logprobs)
+
+    def _rollout(self, status: RolloutStatus, error: str | None = None) -> Rollout:
+        return Rollout(
+            prompt_id=self._prompt.id,
+            index=self._index,
+            token_ids=tuple(self._token_ids),
+            loss_mask=tuple(self._loss_mask),
+            sampler_logprobs=tuple(self._logprobs),
+            turns=tuple(self._turns),
+            messages=tuple(self._messages),
+            status=status,
+            error=error,
+        )
+
+
+class _SamplerFailed(Exception):
+    """Carries a sampler's exception past the boundary that turns environment faults into failed rollouts."""
+
+
+def _first_cause(failures: BaseExceptionGroup) -> BaseException:
+    error = failures.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, _SamplerFailed) and error.__cause__ is not None:
+        return error.__cause__
+    return error

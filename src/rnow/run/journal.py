@@ -1,0 +1,136 @@
+"""Finished rollouts of the step in progress, on disk before the step ends.
+
+A step that was interrupted while the teacher or the update worked does not sample again. Rollouts that finish together
+are written together and closed with a commit line; what follows the last commit line is ignored, so that a resumed step
+sees whole sub-batches of the embedded sampler and decodes the rest in the same batches as an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from rnow.types import Completion, Rollout, Turn
+
+
+class Journal:
+    """The rollouts of one step at one policy version.
+
+    Args:
+        path: one file per step.
+        version: rollouts of another policy version are not reused.
+    """
+
+    def __init__(self, path: Path, *, version: int) -> None:
+        self._path = path
+        self._version = version
+        self._known = {(r.prompt_id, r.index): r for r in _read(path) if r.policy_version == version}
+        self._pending: list[Rollout] = []
+
+    def finished(self, prompt_id: str, index: int) -> Rollout | None:
+        """See ``RolloutStore.finished``."""
+        return self._known.get((prompt_id, index))
+
+    def add(self, rollout: Rollout) -> None:
+        """See ``RolloutStore.add``. Written one turn of the event loop later, with all that finish in this one."""
+        if not self._pending:
+            asyncio.get_running_loop().call_soon(self.commit)
+        self._pending.append(rollout)
+
+    def commit(self) -> None:
+        """Write what is pending now."""
+        if not self._pending:
+            return
+        lines = [json.dumps(_to_json(rollout), separators=(",", ":")) for rollout in self._pending]
+        self._pending = []
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("\n".join([*lines, '{"commit":true}', ""]))
+
+
+class JournalFolder:
+    """Journals of the steps that a resume might start from."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def open(self, step: int) -> Journal:
+        """The journal of a step (from 1), whose rollouts come from the policy after ``step - 1`` updates."""
+        return Journal(self._folder / f"step-{step:06d}.jsonl", version=step - 1)
+
+    def forget(self, *, keep: set[int]) -> None:
+        """Delete the journals of all steps but these: only a step that follows a checkpoint can be resumed."""
+        names = {f"step-{step:06d}.jsonl" for step in keep}
+        for path in self._folder.glob("step-*.jsonl"):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+
+
+def _to_json(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "prompt_id": rollout.prompt_id,
+        "index": rollout.index,
+        "status": rollout.status,
+        "error": rollout.error,
+        "token_ids": rollout.token_ids,
+        "loss_mask": [int(on) for on in rollout.loss_mask],
+        "sampler_logprobs": rollout.sampler_logprobs,
+        "messages": rollout.messages,
+        "turns": [
+            {
+                "observation_token_ids": turn.observation_token_ids,
+                "text": turn.text,
+                "token_ids": turn.completion.token_ids,
+                "logprobs": turn.completion.logprobs,
+                "finish_reason": turn.completion.finish_reason,
+                "policy_version": turn.completion.policy_version,
+            }
+            for turn in rollout.turns
+        ],
+    }
+
+
+def _from_json(row: dict[str, Any]) -> Rollout:
+    return Rollout(
+        prompt_id=row["prompt_id"],
+        index=row["index"],
+        status=row["status"],
+        error=row["error"],
+        token_ids=tuple(row["token_ids"]),
+        loss_mask=tuple(bool(on) for on in row["loss_mask"]),
+        sampler_logprobs=tuple(row["sampler_logprobs"]),
+        messages=tuple(row["messages"]),
+        turns=tuple(
+            Turn(
+                observation_token_ids=tuple(turn["observation_token_ids"]),
+                text=turn["text"],
+                completion=Completion(
+                    token_ids=tuple(turn["token_ids"]),
+                    logprobs=tuple(turn["logprobs"]),
+                    finish_reason=turn["finish_reason"],
+                    policy_version=turn["policy_version"],
+                ),
+            )
+            for turn in row["turns"]
+        ),
+    )
+
+
+def _read(path: Path) -> list[Rollout]:
+    if not path.exists():
+        return []
+    committed: list[Rollout] = []
+    open_rows: list[Rollout] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            if row.get("commit"):
+                committed += open_rows
+                open_rows = []
+            else:
+                open_rows.append(_from_json(row))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            break
+    return committed

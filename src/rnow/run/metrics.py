@@ -1,0 +1,76 @@
+"""The numbers of a step that come from its rollouts and rewards. Names as in NUMERICS: ``family/name``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rnow.types import Rollout, RolloutGroup, ScoredGroup
+
+
+def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """``reward/mean``, ``reward/<name>`` and ``reward/failure_fraction``; empty when no prompt names a reward."""
+    results = [item.reward for group in scored for item in group.rollouts if item.reward]
+    if not results:
+        return {}
+    metrics = {"reward/mean": _mean([result.total for result in results])}
+    for name in sorted({name for result in results for name in result.breakdown}):
+        values = [result.breakdown[name] for result in results if name in result.breakdown]
+        metrics[f"reward/{name}"] = _mean(values)
+    metrics["reward/failure_fraction"] = _mean([float(bool(result.errors)) for result in results])
+    return metrics
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup] | Sequence[ScoredGroup]) -> dict[str, float]:
+    """``completions/*`` and ``tokens/*`` of a step."""
+    rollouts = [_rollout(item) for group in groups for item in group.rollouts]
+    usable = [rollout for rollout in rollouts if rollout.status != "failed"]
+    completion = sum(rollout.completion_tokens for rollout in usable)
+    total = sum(len(rollout.token_ids) for rollout in usable)
+    count = max(1, len(usable))
+    return {
+        "completions/mean_length": completion / count,
+        "completions/truncated_fraction": _count(usable, "truncated") / count,
+        "completions/eos_fraction": _ended(usable) / count,
+        "rollouts/failed_fraction": _count(rollouts, "failed") / max(1, len(rollouts)),
+        "tokens/prompt": float(total - completion),
+        "tokens/completion": float(completion),
+        "tokens/total": float(total),
+    }
+
+
+def throughput_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """``throughput/completion_tokens_per_s`` over the whole step."""
+    seconds = metrics.get("time/step", 0.0)
+    tokens = metrics.get("tokens/completion", 0.0)
+    return {"throughput/completion_tokens_per_s": tokens / seconds if seconds > 0 else 0.0}
+
+
+def memory_metrics() -> dict[str, float]:
+    """``memory/peak_gb``: most memory so far, of the GPU if torch uses one, else of the process; 10^9 bytes."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return {"memory/peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory/peak_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
+
+
+def _rollout(item: object) -> Rollout:
+    return item if isinstance(item, Rollout) else item.rollout  # type: ignore[attr-defined]
+
+
+def _ended(rollouts: Sequence[Rollout]) -> int:
+    return sum(bool(r.turns) and r.turns[-1].completion.finish_reason == "stop" for r in rollouts)
+
+
+def _count(rollouts: Sequence[Rollout], status: str) -> int:
+    return sum(rollout.status == status for rollout in rollouts)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+

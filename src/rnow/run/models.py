@@ -1,0 +1,60 @@
+"""Loading the models of a run as its config says."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from rnow.config import Config, ModelSection, TeacherSection
+from rnow.models.loading import CausalLM, Quantization, choose_device, choose_dtype, load_causal_lm
+from rnow.models.resolve import ResolvedModel
+
+
+def load_student(config: Config, resolved: ResolvedModel, vocabulary: int) -> CausalLM:
+    """The student's frozen base; ``quantization: auto`` is nf4 on CUDA and none elsewhere."""
+    section = config.model
+    device = choose_device(section.device)
+    quantization: Quantization
+    if section.quantization == "auto":
+        quantization = "nf4" if device.type == "cuda" else "none"
+    else:
+        quantization = section.quantization
+    return _load(section, resolved, vocabulary, device, quantization, None)
+
+
+def load_teacher_model(
+    section: TeacherSection, resolved: ResolvedModel, vocabulary: int
+) -> CausalLM:
+    """The teacher, with the head cut to the ids that both models know."""
+    device = choose_device(section.device)
+    return _load(section, resolved, vocabulary, device, section.quantization, section.device_map)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the model libraries would tear through the live table."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _load(
+    section: ModelSection | TeacherSection,
+    resolved: ResolvedModel,
+    vocabulary: int,
+    device: torch.device,
+    quantization: Quantization,
+    device_map: str | None,
+) -> CausalLM:
+    return load_causal_lm(
+        resolved.local_dir,
+        vocabulary=vocabulary,
+        dtype=choose_dtype(section.dtype, device),
+        device=device,
+        quantization=quantization,
+        device_map=device_map,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )

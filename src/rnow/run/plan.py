@@ -1,0 +1,382 @@
+"""The plan of a run: what it will do, how large it is and whether it fits, before a weight is loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from rnow.models.resolve import ResolvedModel
+from rnow.models.shape import measure
+from rnow.run.memory import (
+    MemoryPart,
+    MemorySettings,
+    ModelMemory,
+    Quantization,
+    Stage,
+    memory_parts,
+    peak,
+    savings,
+)
+from rnow.run.preflight import Preflight
+
+if TYPE_CHECKING:
+    from rnow.config import Config
+    from rnow.project import Dataset
+
+DEFAULT_MAX_TOKENS = 4096
+MOMENTS_AND_ADAPTER = 3
+MAX_ADVICE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """A device and its memory in bytes; ``free_bytes`` is what this process could still take."""
+
+    device: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """One model of the run. ``weights_bytes`` is the size of its files, ``dtype`` that of unquantised numbers."""
+
+    path: str
+    revision: str | None
+    architecture: str
+    parameters: int
+    weights_bytes: int
+    dtype: str
+    quantization: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """What one device has to hold. ``peak_bytes`` is an estimate at the longest sequences; ``advice`` names settings
+    that lower it, with the peak each gives."""
+
+    info: DeviceInfo
+    parts: tuple[MemoryPart, ...]
+    peak_bytes: int
+    peak_stage: Stage
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate is within the free memory."""
+        return self.peak_bytes <= self.info.free_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Counts are totals of the run unless named per step; sizes are bytes.
+
+    ``completion_tokens`` is the longest answer, ``max_total_tokens`` what all answers together cannot exceed.
+    """
+
+    dataset_type: str
+    run_dir: str
+    student: ModelPlan
+    teacher: ModelPlan | None
+    prompts: int
+    held_out: int
+    epochs: int
+    steps: int
+    prompts_per_step: int
+    rollouts_per_prompt: int
+    rollouts: int
+    updates: int
+    window: int
+    longest_prompt: int
+    completion_tokens: int
+    max_total_tokens: int
+    vocabulary: int
+    stop_ids: tuple[int, ...]
+    trainable_parameters: int
+    devices: tuple[DevicePlan, ...]
+    checkpoint_bytes: int
+    checkpoints_bytes: int
+    disk_free_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory and disk suffice by the estimate."""
+        return self.disk_suffices and all(device.fits for device in self.devices)
+
+    @property
+    def disk_suffices(self) -> bool:
+        """Whether the checkpoints kept at once fit the disk."""
+        return self.checkpoints_bytes <= self.disk_free_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``, verdicts included."""
+        values = asdict(self)
+        for device, plain in zip(self.devices, values["devices"], strict=True):
+            plain["fits"] = device.fits
+        return {**values, "fits": self.fits}
+
+
+def build_plan(
+    config: Config,
+    dataset: Dataset,
+    student: ResolvedModel,
+    teacher: ResolvedModel | None,
+    preflight: Preflight,
+    *,
+    run_dir: Path,
+    devices: Mapping[str, DeviceInfo] | None = None,
+) -> Plan:
+    """Work out what ``rnow run`` would do.
+
+    Args:
+        run_dir: where the run folder will be; need not exist.
+        devices: memory of the devices by name (``cpu``, ``cuda:0``); looked up when not given.
+
+    Raises:
+        ModelError: a configuration that is no causal LM, or a device that does not exist.
+        DataError: fewer prompts than a batch takes.
+    """
+    data, trainer = config.data, config.trainer
+    epoch_steps = dataset.num_steps(data.batch_size, trainer.num_epochs)
+    steps = min(epoch_steps, trainer.max_steps or epoch_steps)
+    rollouts = steps * data.batch_size * data.group_size
+    lengths = [len(ids) for ids in preflight.prompt_token_ids.values()]
+    cap = config.rollout.max_tokens or DEFAULT_MAX_TOKENS
+    completion = min(cap, preflight.window - min(lengths, default=0))
+
+    student_device = _device_name(config.model.device, None)
+    student_quantization = config.model.quantization
+    if student_quantization == "auto":
+        student_quantization = "nf4" if student_device.startswith("cuda") else "none"
+    student_plan, student_memory = _model(
+        student, config.model, student_device, cast(Quantization, student_quantization)
+    )
+    teacher_plan, teacher_memory = None, None
+    if teacher is not None and config.teacher is not None:
+        teacher_plan, teacher_memory = _model(
+            teacher,
+            config.teacher,
+            _device_name(config.teacher.device, config.teacher.device_map),
+            config.teacher.quantization,
+        )
+
+    known = dict(devices or {})
+    used = [plan.device for plan in (student_plan, teacher_plan) if plan is not None]
+    infos = {name: known.get(name) or describe_device(name) for name in dict.fromkeys(used)}
+    settings = _settings(
+        config,
+        student_memory,
+        teacher_memory,
+        preflight,
+        completion=completion,
+        device=infos[student_device],
+    )
+    checkpoint = (
+        student_memory.shape.lora_parameters(config.model.qlora_rank) * 4 * MOMENTS_AND_ADAPTER
+    )
+    return Plan(
+        dataset_type=config.dataset_type,
+        run_dir=str(run_dir),
+        student=student_plan,
+        teacher=teacher_plan,
+        prompts=len(dataset.prompts),
+        held_out=len(dataset.held_out),
+        epochs=trainer.num_epochs,
+        steps=steps,
+        prompts_per_step=data.batch_size,
+        rollouts_per_prompt=data.group_size,
+        rollouts=rollouts,
+        updates=steps * trainer.updates_per_batch,
+        window=preflight.window,
+        longest_prompt=preflight.longest_prompt,
+        completion_tokens=completion,
+        max_total_tokens=rollouts * completion,
+        vocabulary=preflight.vocabulary,
+        stop_ids=preflight.stop_ids,
+        trainable_parameters=student_memory.shape.lora_parameters(config.model.qlora_rank),
+        devices=_device_plans(settings, infos, student_plan, teacher_plan),
+        checkpoint_bytes=checkpoint,
+        # One more than is kept: the next is complete before the oldest goes.
+        checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
+        disk_free_bytes=_free_disk(run_dir),
+        warnings=(*dataset.warnings, *preflight.warnings),
+    )
+
+
+def describe_device(name: str) -> DeviceInfo:
+    """Name and memory of a torch device; any other name stands for all GPUs together."""
+    import torch
+
+    if name == "cpu" or not torch.cuda.is_available():
+        total, free = _cpu_memory()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return DeviceInfo(
+            device=name, name=f"CPU, {cores} cores", total_bytes=total, free_bytes=free
+        )
+    if name.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(name)
+        title = torch.cuda.get_device_name(name)
+        return DeviceInfo(device=name, name=title, total_bytes=total, free_bytes=free)
+    cards = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+    return DeviceInfo(
+        device=name,
+        name=f"{len(cards)} GPUs",
+        total_bytes=sum(total for _, total in cards),
+        free_bytes=sum(free for free, _ in cards),
+    )
+
+
+def _model(
+    resolved: ResolvedModel, section: Any, device: str, quantization: Quantization
+) -> tuple[ModelPlan, ModelMemory]:
+    """``section`` is the config's ``model`` or ``teacher``."""
+    import torch
+
+    from rnow.models.loading import choose_dtype
+
+    kind = "cpu" if device.startswith("cpu") or not torch.cuda.is_available() else "cuda"
+    dtype = choose_dtype(section.dtype, torch.device(kind))
+    shape = measure(resolved, trust_remote_code=section.trust_remote_code)
+    memory = ModelMemory(shape=shape, width=dtype.itemsize, quantization=quantization)
+    plan = ModelPlan(
+        path=resolved.path,
+        revision=resolved.revision,
+        architecture=shape.architecture,
+        parameters=shape.parameters,
+        weights_bytes=resolved.weights_bytes,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=quantization,
+        device=device,
+    )
+    return plan, memory
+
+
+def _device_name(device: str, device_map: str | None) -> str:
+    """One name per device, so that two models on one card are added up: ``cuda`` is ``cuda:0``, and so is every device
+    map on a machine with a single GPU."""
+    import torch
+
+    from rnow.models.loading import choose_device
+
+    if device_map is not None:
+        several = torch.cuda.is_available() and torch.cuda.device_count() > 1
+        return f"device_map {device_map}" if several else _device_name("auto", None)
+    name = str(choose_device(device))
+    return "cuda:0" if name == "cuda" else name
+
+
+def _settings(
+    config: Config,
+    student: ModelMemory,
+    teacher: ModelMemory | None,
+    preflight: Preflight,
+    *,
+    completion: int,
+    device: DeviceInfo,
+) -> MemorySettings:
+    """The same defaults as the parts themselves take."""
+    from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
+    from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
+    from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
+
+    on_gpu = device.device.startswith("cuda")
+    cache = CPU_BATCH_BYTES if not on_gpu else int(device.total_bytes * GPU_BATCH_FRACTION)
+    if config.sampler.batch_memory_gb is not None:
+        cache = int(config.sampler.batch_memory_gb * 1e9)
+    tokens = config.trainer.micro_batch_tokens
+    checkpointing = config.trainer.gradient_checkpointing
+    return MemorySettings(
+        student=student,
+        teacher=teacher,
+        rank=config.model.qlora_rank,
+        rollouts=config.data.batch_size * config.data.group_size,
+        prompt_tokens=preflight.longest_prompt,
+        completion_tokens=completion,
+        window=preflight.window,
+        micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
+        gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
+        cache_budget=cache,
+        head_buffer=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
+    )
+
+
+def _device_plans(
+    settings: MemorySettings,
+    infos: Mapping[str, DeviceInfo],
+    student: ModelPlan,
+    teacher: ModelPlan | None,
+) -> tuple[DevicePlan, ...]:
+    owners: dict[str, list[Literal["student", "teacher"]]] = {student.device: ["student"]}
+    if teacher is not None:
+        owners.setdefault(teacher.device, []).append("teacher")
+    plans = []
+    for device, models in owners.items():
+        parts = tuple(part for part in memory_parts(settings) if part.model in models)
+        most, stage = peak(parts)
+        advice: tuple[str, ...] = ()
+        if most > infos[device].free_bytes:
+            advice = tuple(
+                f"{setting}  (peak {format_bytes(after)})"
+                for setting, after in savings(settings, models)[:MAX_ADVICE]
+            )
+        plans.append(
+            DevicePlan(
+                info=infos[device], parts=parts, peak_bytes=most, peak_stage=stage, advice=advice
+            )
+        )
+    return tuple(plans)
+
+
+def format_bytes(amount: float) -> str:
+    """``1.2 GB``, ``34 MB``: powers of ten, as disks and cards are sold."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if amount >= size:
+            value = amount / size
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:,.0f} {unit}"
+    return f"{amount:.0f} B"
+
+
+def _cpu_memory() -> tuple[int, int]:
+    """(total, available) bytes for this process: the machine's, or its container's if that is less."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    free = _meminfo_available() or page * os.sysconf("SC_AVPHYS_PAGES")
+    limit = _cgroup_number("memory.max")
+    if limit is not None and limit < total:
+        used = _cgroup_number("memory.current") or 0
+        return limit, min(free, max(0, limit - used))
+    return total, free
+
+
+def _meminfo_available() -> int | None:
+    """The kernel's own figure, which counts caches it would give up."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        text = (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _free_disk(folder: Path) -> int:
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

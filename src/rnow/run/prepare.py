@@ -1,0 +1,105 @@
+"""Everything about a run that can be known, and refused, before a weight is loaded or a file written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rnow.config import Config, refuse_reserved
+from rnow.errors import ConfigError, InputError
+from rnow.models.ids import check_model_id
+from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.project.project import Project, load_project
+from rnow.run.folder import RunFolder, choose_run_folder
+from rnow.run.preflight import Preflight, run_preflight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A project that passed its checks. ``num_steps`` is 0 when nothing is to be trained (``rnow test``)."""
+
+    config: Config
+    project: Project
+    student: ResolvedModel
+    teacher: ResolvedModel | None
+    preflight: Preflight
+    num_steps: int
+
+    @property
+    def run_name(self) -> str:
+        """``model.name``, else ``project_name``, else the folder's own name."""
+        own = self.project.folder.resolve().name
+        return self.config.model.name or self.config.project_name or own or "run"
+
+    def run_folder(self, *, fresh: bool = False) -> RunFolder:
+        """Where the run is kept; relative to the project."""
+        base = self.project.folder / self.config.output_dir
+        return choose_run_folder(base, self.run_name, fresh=fresh)
+
+
+def prepare(config: Config, folder: Path, *, weights: bool, training: bool = True) -> Prepared:
+    """Check ids, data, models and tokenizers, in the order of what is cheapest to be told.
+
+    Args:
+        folder: the project.
+        weights: fetch the weights too (a run), or only what describes them (a check).
+        training: the number of steps matters; False leaves batch sizes and the teacher out.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    refuse_reserved(config)
+    check_model_id(config.model.path, key="model.path", where="model.path")
+    if config.teacher is not None:
+        check_model_id(config.teacher.path, key="teacher.path", where="teacher.path")
+    project = load_project(folder, config)
+    dataset = project.dataset
+    num_steps = 0
+    if training:
+        num_steps = dataset.num_steps(config.data.batch_size, config.trainer.num_epochs)
+        num_steps = min(num_steps, config.trainer.max_steps or num_steps)
+        _check_evals(config, held_out=len(dataset.held_out))
+    student = resolve_model(
+        config.model.path,
+        key="model.path",
+        where="model.path",
+        base_dir=folder,
+        revision=config.model.revision,
+        weights=weights,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    teacher = None
+    if training and config.teacher is not None:
+        teacher = resolve_model(
+            config.teacher.path,
+            key="teacher.path",
+            where="teacher.path",
+            base_dir=folder,
+            revision=config.teacher.revision,
+            weights=weights,
+            trust_remote_code=config.teacher.trust_remote_code,
+        )
+    preflight = run_preflight(config, [*dataset.prompts, *dataset.held_out], student, teacher)
+    return Prepared(
+        config=config,
+        project=project,
+        student=student,
+        teacher=teacher,
+        preflight=preflight,
+        num_steps=num_steps,
+    )
+
+
+def _check_evals(config: Config, *, held_out: int) -> None:
+    if config.evals and not held_out:
+        raise ConfigError(
+            "evals are scheduled, but no prompts are held out to evaluate",
+            where="evals",
+            fix="set data.val_split, e.g. 0.05, or remove evals",
+        )
+    if config.data.val_split > 0 and not held_out:
+        raise InputError(
+            f"data.val_split {config.data.val_split} holds out no prompt of this dataset",
+            where="data.val_split",
+            fix="raise it, or set it to 0",
+        )

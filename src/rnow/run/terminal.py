@@ -1,0 +1,119 @@
+"""Small pure pieces of terminal output: safe text, sparklines, bars, and numbers in a few columns."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 (tab and newline excepted), DEL, C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069]"  # bidi controls, line separators
+)
+_SPARKS = {True: "▁▂▃▄▅▆▇█", False: "_.-=+*%#"}
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def escape_control(text: str) -> str:
+    r"""Make text from a user, a file or a model safe to print: control characters become ``\x1b``-style escapes.
+
+    Tabs and newlines stay. Lone surrogates are escaped too, so that printing cannot fail.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match.group())
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    safe = _UNSAFE.sub(escape, text)
+    return safe.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def sparkline(
+    values: Sequence[float],
+    *,
+    width: int = 20,
+    low: float | None = None,
+    high: float | None = None,
+    unicode: bool = True,
+) -> str:
+    """The last ``width`` values as one character each, scaled to [low, high] (their own range when not given).
+
+    A value that is not finite shows as a space. A flat series is drawn at the lowest level.
+    """
+    shown = list(values)[-width:] if width > 0 else []
+    finite = [value for value in shown if math.isfinite(value)]
+    if not finite:
+        return " " * len(shown)
+    low = min(finite) if low is None else low
+    high = max(finite) if high is None else high
+    marks = _SPARKS[unicode]
+    span = high - low
+    line = []
+    for value in shown:
+        if not math.isfinite(value):
+            line.append(" ")
+            continue
+        level = (value - low) / span if span > 0 else 0.0
+        line.append(marks[min(len(marks) - 1, max(0, int(level * len(marks))))])
+    return "".join(line)
+
+
+def bar(fraction: float, width: int, *, unicode: bool = True) -> str:
+    """A horizontal bar of at most ``width`` cells; ``fraction`` is clamped to [0, 1], not finite draws nothing."""
+    if not math.isfinite(fraction) or width <= 0:
+        return ""
+    cells = min(1.0, max(0.0, fraction)) * width
+    if not unicode:
+        return "#" * round(cells)
+    whole = int(cells)
+    part = _EIGHTHS[int((cells - whole) * 8)].strip()
+    return "█" * whole + part
+
+
+def format_number(value: float) -> str:
+    """A metric in at most eight characters: three significant digits that matter, never ``0.000`` for a small value."""
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 10_000 or size < 0.0005:
+        return f"{value:.0e}" if size < 1e-4 or size >= 1e6 else f"{value:.1e}"
+    if size >= 100:
+        return f"{value:.0f}"
+    if size >= 10:
+        return f"{value:.1f}"
+    return f"{value:.3f}"
+
+
+def format_rate(value: float) -> str:
+    """Tokens per second in at most five characters."""
+    if not math.isfinite(value):
+        return "-"
+    if value >= 99_500:
+        return f"{value / 1000:.0f}k"
+    if value >= 9_950:
+        return f"{value / 1000:.1f}k"
+    return f"{value:.0f}"
+
+
+def format_seconds(value: float) -> str:
+    """A short duration in seconds, for one stage of one step."""
+    if not math.isfinite(value):
+        return "-"
+    if value >= 100:
+        return f"{value:.0f}s"
+    return f"{value:.1f}s" if value >= 10 else f"{value:.2f}s"
+
+
+def format_clock(seconds: float) -> str:
+    """A long duration: ``0:42``, ``1:02:03``, ``2d 03:04``."""
+    if not math.isfinite(seconds):
+        return "-:--"
+    whole = max(0, round(seconds))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        days, hour = divmod(hours, 24)
+        return f"{days}d {hour:02d}:{minute:02d}"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"

@@ -1,0 +1,1 @@
+"""Drawing completions from the student."""

@@ -1,0 +1,203 @@
+"""A plain batched decode loop over a HuggingFace body and a frozen head.
+
+``generate`` would do, but for three things that matter here: equal prompts share one prefill, each row has its own
+counter-based random stream, and the log-probability of the drawn token comes from the very distribution it was drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnow.algorithm.batching import pad_right
+from rnow.algorithm.head import Head
+from rnow.algorithm.seeds import uniforms
+from rnow.types import SamplingParams
+
+RANDOM_BLOCK = 64
+COMPACT_BELOW = 0.7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One completion to draw."""
+
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What was drawn for one request; ``stopped`` is True when the last id is a stop id."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stopped: bool
+
+
+@torch.inference_mode()
+def decode(
+    body: Any,
+    head: Head,
+    requests: Sequence[Request],
+    *,
+    device: torch.device,
+    poll: Callable[[], None],
+) -> list[Drawn]:
+    """Draw one completion per request, all decoded as one batch.
+
+    Args:
+        body: the transformer without its head.
+        head: the frozen head, cut to the tokenizer's real ids (padding rows cannot be drawn).
+        requests: they must agree in everything but prompt, seed and ``max_tokens``.
+        poll: called once per decoded token; may raise to stop.
+    """
+    params = requests[0].params
+    cache, hidden, attention, positions = _prefill(body, requests, device)
+    rows = len(requests)
+    limits = torch.tensor([request.params.max_tokens for request in requests], device=device)
+    stops = torch.tensor(params.stop_token_ids, device=device)
+    longest = int(limits.max())
+    width = attention.shape[1]
+    attention = torch.cat([attention, attention.new_ones(rows, longest)], dim=1)
+    token_ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
+    logprobs = torch.zeros(rows, longest, dtype=torch.float32, device=device)
+    lengths = torch.zeros(rows, dtype=torch.long, device=device)
+    stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+    # Rows still in the batch, and which of them are still going; the finished ones ride along until a compaction pays.
+    live = torch.arange(rows, device=device)
+    going = torch.ones(rows, dtype=torch.bool, device=device)
+    noise = _Noise([request.seed for request in requests], device)
+
+    for position in range(longest):
+        poll()
+        drawn, drawn_logprobs = draw(head.logits(hidden), params, noise.at(position)[live])
+        token_ids[live, position] = drawn
+        logprobs[live, position] = drawn_logprobs.float()
+        lengths[live] += going
+        hit = torch.isin(drawn, stops)
+        stopped[live] |= hit & going
+        going = going & ~hit & (limits[live] > position + 1)
+        remaining = int(going.sum())
+        if remaining == 0:
+            break
+        if remaining < COMPACT_BELOW * live.numel():
+            kept = going.nonzero().flatten()
+            cache.reorder_cache(kept)
+            live, drawn, going = live[kept], drawn[kept], going[kept]
+            attention, positions = attention[kept], positions[kept]
+        positions = positions + 1
+        output = body(
+            input_ids=drawn[:, None],
+            attention_mask=attention[:, : width + position + 1],
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden = output.last_hidden_state[:, -1]
+    return _collect(token_ids, logprobs, lengths, stopped)
+
+
+def draw(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one id per row by inverting the cumulative distribution at ``uniform``.
+
+    Args:
+        logits: ``[B, V]`` float32 or wider.
+        uniform: float64 ``[B]`` in [0, 1).
+
+    Returns:
+        ids int64 ``[B]`` and their log-probabilities ``[B]`` after temperature, top-k and top-p, i.e. under the
+        distribution that was sampled. Greedy (temperature 0) reports them at temperature 1.
+    """
+    if params.temperature == 0:
+        chosen = logits.argmax(dim=-1)
+        return chosen, torch.log_softmax(logits, dim=-1).gather(1, chosen[:, None]).squeeze(1)
+    if params.temperature != 1.0:
+        logits = logits / params.temperature
+    logits = _truncate(logits, params)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    cumulative = logprobs.double().exp_().cumsum_(dim=-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    # right=True: the first id whose cumulative mass exceeds the threshold, so an id of probability 0 is never drawn.
+    chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    return chosen.squeeze(1), logprobs.gather(1, chosen).squeeze(1)
+
+
+def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
+    if 0 < params.top_k < logits.shape[-1]:
+        smallest = torch.topk(logits, params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if params.top_p < 1.0:
+        ordered, order = torch.sort(logits, dim=-1, descending=True)
+        mass = torch.softmax(ordered, dim=-1)
+        outside = mass.cumsum(dim=-1) - mass >= params.top_p
+        outside[:, 0] = False
+        logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
+    return logits
+
+
+class _Noise:
+    """Uniform numbers per row and position, made in blocks as the decode goes on."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._seeds = list(seeds)
+        self._device = device
+        self._block: Tensor | None = None
+
+    def at(self, position: int) -> Tensor:
+        """float64 ``[rows]`` of one position; positions must be asked in order."""
+        offset = position % RANDOM_BLOCK
+        if offset == 0 or self._block is None:
+            start = position - offset
+            block = np.stack([uniforms(seed, start, RANDOM_BLOCK) for seed in self._seeds])
+            self._block = torch.from_numpy(block).to(self._device)
+        return self._block[:, offset]
+
+
+def _prefill(
+    body: Any, requests: Sequence[Request], device: torch.device
+) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """Run each distinct prompt once, then copy its cache to every request that has it.
+
+    Returns the cache, the last hidden states ``[B, H]``, the attention mask ``[B, T]`` and the last position ids ``[B]``.
+    """
+    from transformers import DynamicCache
+
+    distinct: dict[tuple[int, ...], int] = {}
+    source = [distinct.setdefault(request.prompt_token_ids, len(distinct)) for request in requests]
+    prompts = list(distinct)
+    width = max(len(prompt) for prompt in prompts)
+    # Left padding, so that every row's next token lands in the same column of the cache.
+    token_ids = pad_right([prompt[::-1] for prompt in prompts]).flip(1).to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    columns = torch.arange(width, device=device)[None, :]
+    attention = (columns >= (width - lengths)[:, None]).long()
+    position_ids = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache(config=body.config)
+    output = body(
+        input_ids=token_ids,
+        attention_mask=attention,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    index = torch.tensor(source, device=device)
+    if len(prompts) < len(requests):
+        cache.reorder_cache(index)
+    hidden = output.last_hidden_state[:, -1][index]
+    return cache, hidden, attention[index], position_ids[index, -1]
+
+
+def _collect(token_ids: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Drawn]:
+    return [
+        Drawn(token_ids=tuple(ids[:length]), logprobs=tuple(values[:length]), stopped=bool(end))
+        for ids, values, length, end in zip(
+            token_ids.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
+        )
+    ]

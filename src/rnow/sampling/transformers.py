@@ -1,0 +1,192 @@
+"""The embedded sampler: a HuggingFace model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from rnow.models.loading import CausalLM
+from rnow.sampling.decode import Drawn, Request, decode
+from rnow.sampling.weights import MergedWeights, SamplingMode, sampling_mode
+from rnow.types import Adapter, Completion, SamplingParams
+
+CPU_BATCH_BYTES = 2 * 2**30
+GPU_BATCH_FRACTION = 0.25
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: Request
+    future: asyncio.Future[Completion]
+
+
+class TransformersSampler:
+    """Gathers requests until every live rollout waits, then decodes them together.
+
+    Requests are sorted by prompt and seed first, so the order in which they arrive cannot change a number. Equal prompts
+    share one prefill; the batch is cut into sub-batches that keep the KV cache and one step's logits within a fixed budget
+    (fixed, not what happens to be free: the cut decides which rows share a matrix product, and runs must repeat).
+
+    Args:
+        lm: the model to sample from. For a student, the one the policy trains; make the sampler before the policy.
+        mode: ``merged`` or ``shared`` for a student (``sampling_mode`` chooses), None for a model without an adapter.
+        batch_bytes: the budget of a sub-batch; by default 2 GiB on a CPU, a quarter of the card on a GPU.
+        poll: called once per decoded token; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        *,
+        mode: SamplingMode | None,
+        batch_bytes: int | None = None,
+        poll: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.mode = mode
+        self._merged = MergedWeights(lm) if mode == "merged" else None
+        self._lm = self._merged.lm if self._merged else lm
+        self._batch_bytes = batch_bytes or default_batch_bytes(lm.device)
+        self._poll = poll
+        self._version = 0
+        self._live = 0
+        self._waiting: list[_Waiting] = []
+        self._parts: deque[list[_Waiting]] = deque()
+        self._check_scheduled = False
+
+    @classmethod
+    def for_student(
+        cls, lm: CausalLM, *, batch_bytes: int | None = None, poll: Callable[[], None] = lambda: None
+    ) -> TransformersSampler:
+        """A sampler for a student about to be trained, in the mode its weights allow."""
+        return cls(lm, mode=sampling_mode(lm), batch_bytes=batch_bytes, poll=poll)
+
+    def load_policy(self, adapter: Adapter, *, version: int) -> None:
+        """See ``Sampler.load_policy``. A shared model already holds the policy's weights."""
+        if self._merged is not None:
+            self._merged.load(adapter)
+        self._version = version
+
+    @contextmanager
+    def live_rollout(self) -> Iterator[None]:
+        """See ``Sampler.live_rollout``."""
+        self._live += 1
+        try:
+            yield
+        finally:
+            self._live -= 1
+            self._check_soon()
+
+    async def complete(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, seed: int
+    ) -> Completion:
+        """See ``Sampler.complete``."""
+        request = Request(prompt_token_ids=tuple(prompt_token_ids), params=params, seed=seed)
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(request, future))
+        self._check_soon()
+        return await future
+
+    def _check_soon(self) -> None:
+        # Deferred by one turn of the event loop, so that rollouts started together are all counted before the first of
+        # them can look like the only one.
+        if self._waiting and not self._parts and not self._check_scheduled:
+            self._check_scheduled = True
+            asyncio.get_running_loop().call_soon(self._run_if_all_wait)
+
+    def _run_if_all_wait(self) -> None:
+        self._check_scheduled = False
+        self._waiting = [waiting for waiting in self._waiting if not waiting.future.done()]
+        if not self._waiting or len(self._waiting) < self._live:
+            return
+        batch, self._waiting = self._waiting, []
+        batch.sort(key=lambda waiting: (waiting.request.prompt_token_ids, waiting.request.seed))
+        self._parts.extend(self._split(batch))
+        self._run_part()
+
+    def _run_part(self) -> None:
+        """Decode one sub-batch, then let the rollouts that it finished be recorded before the next one starts."""
+        part = self._parts.popleft()
+        try:
+            drawn = self._decode([waiting.request for waiting in part])
+        except Exception as error:  # every waiting rollout must hear of it, whatever it is
+            for waiting in [*part, *(waiting for rest in self._parts for waiting in rest)]:
+                if not waiting.future.done():
+                    waiting.future.set_exception(error)
+            self._parts.clear()
+            return
+        for waiting, result in zip(part, drawn, strict=True):
+            if not waiting.future.done():
+                waiting.future.set_result(self._completion(result))
+        loop = asyncio.get_running_loop()
+        if self._parts:
+            # Two turns of the event loop: one for the rollouts to finish, one for the journal to write them down.
+            loop.call_soon(loop.call_soon, self._run_part)
+        else:
+            self._check_soon()
+
+    def _completion(self, drawn: Drawn) -> Completion:
+        return Completion(
+            token_ids=drawn.token_ids,
+            logprobs=drawn.logprobs,
+            finish_reason="stop" if drawn.stopped else "length",
+            policy_version=self._version,
+        )
+
+    def _decode(self, requests: list[Request]) -> list[Drawn]:
+        try:
+            return decode(
+                self._lm.body, self._lm.head, requests, device=self._lm.device, poll=self._poll
+            )
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(requests) // 2
+        return self._decode(requests[:half]) + self._decode(requests[half:])
+
+    def _split(self, batch: list[_Waiting]) -> Iterator[list[_Waiting]]:
+        """Cut a sorted batch where the settings change or the budget is full. Greedy from the front: what is left after
+        the first sub-batches is cut as it would have been."""
+        part: list[_Waiting] = []
+        longest = 0
+        for waiting in batch:
+            request = waiting.request
+            longest = max(longest, len(request.prompt_token_ids) + request.params.max_tokens)
+            if part and (
+                _settings(part[0].request) != _settings(request)
+                or (len(part) + 1) * self._row_bytes(longest) > self._batch_bytes
+            ):
+                yield part
+                part, longest = [], len(request.prompt_token_ids) + request.params.max_tokens
+            part.append(waiting)
+        yield part
+
+    def _row_bytes(self, tokens: int) -> int:
+        logits = 4 * 8 * self._lm.head.vocabulary  # logits, logprobs, and a float64 cumulative sum
+        return tokens * kv_bytes_per_token(self._lm) + logits
+
+
+def default_batch_bytes(device: torch.device) -> int:
+    """The fixed budget of one sub-batch on this device."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * GPU_BATCH_FRACTION)
+    return CPU_BATCH_BYTES
+
+
+def kv_bytes_per_token(lm: CausalLM) -> int:
+    """Bytes of keys and values that one token of one sequence holds, over all layers."""
+    config = lm.body.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = 2 if lm.head.weight.dtype in (torch.bfloat16, torch.float16) else 4
+    return 2 * config.num_hidden_layers * heads * head_dim * width
+
+
+def _settings(request: Request) -> tuple[object, ...]:
+    params = request.params
+    return params.stop_token_ids, params.temperature, params.top_p, params.top_k

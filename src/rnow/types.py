@@ -1,0 +1,165 @@
+"""Records that travel through the program. Frozen, keyword-only, standard library only.
+
+A worked example, for one prompt with ``group_size`` 2 (ids are invented)::
+
+    Prompt(id="dataset_0/17", messages=({"role": "user", "content": "reverse: cat"},), ...)
+      -> 2 x Rollout(token_ids=(1, 5, 9, 2,   20, 21, 22, 3),
+                     loss_mask=(F, F, F, F,   T,  T,  T,  T),     # the sampled tokens, end-of-turn included
+                     sampler_logprobs=(0., 0., 0., 0., -.1, -.2, -.7, -.01))
+      -> RolloutGroup(prompt, rollouts) -> ScoredGroup(prompt, [ScoredRollout, ScoredRollout])
+      -> 2 x Sample -> (with teacher evidence, floor 3) 2 x TrainingSample -> Batch -> UpdateResult
+
+Index i of every per-token sequence describes token i. Nothing here is shifted for next-token prediction; that
+happens once, in ``rnow.algorithm.batching``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = Mapping[str, Any]
+"""One chat message: ``role`` and ``content`` at least, as in train.jsonl."""
+
+FinishReason = Literal["stop", "length"]
+"""vLLM's words: ``stop`` = the model ended its turn, ``length`` = the token cap cut it."""
+
+RolloutStatus = Literal["completed", "truncated", "failed"]
+
+Purpose = Literal["train", "eval", "test"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One row of a training file: what the student is asked, and what its rewards may look at.
+
+    ``id`` is stable across epochs and runs (``dataset_0/<row>``); ``line`` is its 1-based line in the file, if it has one.
+    """
+
+    id: str
+    dataset: str
+    row: int
+    messages: Sequence[Message]
+    rewards: Sequence[str] = ()
+    tools: Sequence[str] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. The defaults sample from the model's own distribution.
+
+    ``stop_token_ids`` are all ids that end a turn; ``top_k`` 0 means no limit; ``temperature`` 0 is greedy.
+    """
+
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One generation: the sampled ids, their log-probabilities under the distribution they were drawn from, and the
+    version of the adapter that drew them. ``token_ids`` ends with the stop id when ``finish_reason`` is ``stop``.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One exchange inside a rollout: the ids appended to the context, the student's completion, and its text."""
+
+    observation_token_ids: tuple[int, ...]
+    completion: Completion
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One attempt at a prompt, with all its turns flattened into one token sequence."""
+
+    prompt_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    sampler_logprobs: tuple[float, ...]
+    turns: tuple[Turn, ...]
+    messages: tuple[Message, ...]
+    status: RolloutStatus
+    error: str | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        """How many tokens the student wrote."""
+        return sum(self.loss_mask)
+
+    @property
+    def policy_version(self) -> int:
+        """The adapter version of the first completion, or -1 for a rollout without one."""
+        return self.turns[0].completion.policy_version if self.turns else -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All rollouts of one prompt in one step."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardResult:
+    """What the reward functions said of one rollout: the combined value, each part, and the failures by name."""
+
+    total: float
+    breakdown: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout:
+    """A rollout with its reward. ``reward`` is None for a prompt that names no reward."""
+
+    rollout: Rollout
+    reward: RewardResult | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A group after its rewards ran."""
+
+    prompt: Prompt
+    rollouts: tuple[ScoredRollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One trained sequence. ``id`` is unique within a step: ``<prompt id>#<rollout index>``."""
+
+    id: str
+    dataset: str
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    sampler_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """The student's current LoRA weights, as something a sampler can load.
+
+    ``tensors`` maps PEFT's names (``base_model.model.….lora_A.weight``) to tensors on the trainer's device, without a
+    copy; ``config`` is PEFT's adapter_config.json as a dict. Treat both as read-only.
+    """
+
+    tensors: Mapping[str, Any]
+    config: Mapping[str, Any]

@@ -1,0 +1,432 @@
+"""The command line: what it passes on, what it prints, and the code it ends with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rnow.run
+from rnow import __version__
+from rnow.cli import hosted
+from rnow.cli.main import run_command_line
+from rnow.cli.rehearse import parse_rows
+from rnow.errors import DataError, InputError, ModelError, TemporaryError
+
+CONFIG = """\
+# my project
+dataset_type: distill
+data:
+  train_file: train.jsonl
+model:
+  path: student
+teacher:
+  path: teacher
+trainer:
+  learning_rate: 1e-4
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    (folder / "config.yml").write_text(CONFIG)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+class Plan:
+    """A plan that says who made it."""
+
+    def __init__(self, config: Any, folder: Path) -> None:
+        self.config, self.folder = config, folder
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model": self.config.model.path, "lr": self.config.trainer.learning_rate}
+
+
+class Build:
+    """Stands for rnow.run.build and rnow.run.rehearse; records how it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, dict[str, Any]]] = []
+        self.error: BaseException | None = None
+        self.exit_code = 0
+        self.notes: list[str] = []
+
+    def _called(self, what: str, config: Any, options: dict[str, Any]) -> Any:
+        self.calls.append((what, config, options))
+        if self.error is not None:
+            raise self.error
+        return types.SimpleNamespace(exit_code=self.exit_code, to_dict=lambda: {"steps": 7})
+
+    def run(self, config: Any, *, folder: Path, fresh: bool, display: Any) -> Any:
+        for note in self.notes:
+            display.note(note)
+        return self._called("run", config, {"folder": folder, "fresh": fresh})
+
+    def check(self, config: Any, folder: Path) -> Plan:
+        self._called("check", config, {"folder": folder})
+        return Plan(config, folder)
+
+    def rehearse(self, config: Any, **options: Any) -> Any:
+        options.pop("console")
+        return self._called("rehearse", config, options)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    fake = Build()
+    for name in ("build", "rehearse"):
+        module: Any = types.ModuleType(f"rnow.run.{name}")
+        module.run, module.check, module.rehearse = fake.run, fake.check, fake.rehearse
+        monkeypatch.setitem(sys.modules, f"rnow.run.{name}", module)
+        monkeypatch.setattr(rnow.run, name, module, raising=False)
+    view: Any = types.ModuleType("rnow.run.plan_view")
+    view.plan_view = lambda plan, console: f"plan for {plan.config.model.path}"
+    monkeypatch.setitem(sys.modules, "rnow.run.plan_view", view)
+    return fake
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def rnow_(capsys: pytest.CaptureFixture[str]) -> Run:
+    """``rnow_("check", "--json") -> (exit code, standard output, standard error)``."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = run_command_line(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_run_passes_flags_and_overrides(project: Path, build: Build, rnow_: Run) -> None:
+    arguments = [
+        "run",
+        "-m",
+        "other",
+        "-e",
+        "3",
+        "-b",
+        "8",
+        "--lr",
+        "2e-5",
+        "-n",
+        "2024",
+        "--fresh",
+        "data.group_size=2",
+    ]
+    code, _, error = rnow_(*arguments)
+    assert code == 0, error
+    what, config, options = build.calls[0]
+    assert (what, options) == ("run", {"folder": Path(), "fresh": True})
+    assert config.model.path == "other"
+    assert config.model.name == "2024"
+    assert config.trainer.num_epochs == 3
+    assert config.trainer.learning_rate == 2e-5
+    assert (config.data.batch_size, config.data.group_size) == (8, 2)
+    assert "trainer.learning_rate: 1e-4 -> 2e-5" in error.replace("0.0001", "1e-4")
+
+
+def test_dotted_overrides_win_over_flags(project: Path, build: Build, rnow_: Run) -> None:
+    assert rnow_("run", "--lr", "1e-3", "trainer.learning_rate=5e-5")[0] == 0
+    assert build.calls[0][1].trainer.learning_rate == 5e-5
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 130, 143])
+def test_run_ends_with_the_code_of_its_summary(
+    project: Path, build: Build, rnow_: Run, code: int
+) -> None:
+    build.exit_code = code
+    assert rnow_("run")[0] == code
+
+
+def test_run_in_another_folder(
+    project: Path, build: Build, rnow_: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert rnow_("run", "-d", "my project")[0] == 0
+    assert build.calls[0][2]["folder"] == Path("my project")
+
+
+def test_run_json_is_the_only_thing_on_standard_output(
+    project: Path, build: Build, rnow_: Run
+) -> None:
+    build.notes = ["a note from the run"]
+    code, out, error = rnow_("run", "--json", "data.batch_size=2")
+    assert code == 0
+    assert json.loads(out) == {"steps": 7}
+    assert "a note from the run" in error
+
+
+@pytest.mark.parametrize("command", [["check"], ["run", "--debug"]])
+def test_check(project: Path, build: Build, rnow_: Run, command: list[str]) -> None:
+    code, out, _ = rnow_(*command)
+    assert code == 0
+    assert out.startswith("plan for student\n\nresolved config:\n")
+    assert "    learning_rate: 0.0001\n" in out
+    code, out, _ = rnow_(*command, "--json", "model.path=x")
+    assert code == 0
+    shown = json.loads(out)
+    assert (shown["model"], shown["lr"]) == ("x", 1e-4)
+    assert shown["config"]["teacher"]["path"] == "teacher"
+    assert [call[0] for call in build.calls] == ["check", "check"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_check_redacts_secrets(project: Path, build: Build, rnow_: Run, flags: list[str]) -> None:
+    (project / ".env").write_text('TOKEN="very-se\\"cret"\n')
+    out = rnow_("check", *flags, 'description=uses very-se"cret here')[1]
+    assert "cret here" not in out
+    assert "[TOKEN] here" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], {"limit": 4, "rows": None, "verbose": False}),
+        (["-n", "2", "-v"], {"limit": 2, "rows": None, "verbose": True}),
+        (["-e", "0,2,5"], {"limit": None, "rows": (0, 2, 5), "verbose": False}),
+        (["--all"], {"limit": None, "rows": None, "verbose": False}),
+    ],
+)
+def test_rehearsal_options(
+    project: Path, build: Build, rnow_: Run, arguments: list[str], options: Mapping[str, Any]
+) -> None:
+    code, _, error = rnow_("test", *arguments, "--model", "m", "rollout.max_tokens=5")
+    assert code == 0, error
+    what, config, given = build.calls[0]
+    assert what == "rehearse"
+    assert given == {"folder": Path(), **options}
+    assert (config.model.path, config.rollout.max_tokens) == ("m", 5)
+
+
+def test_rehearsal_choices_exclude_each_other(project: Path, build: Build, rnow_: Run) -> None:
+    code, _, error = rnow_("test", "-n", "2", "--all")
+    assert code == 2
+    assert "exclude each other" in error
+    assert build.calls == []
+
+
+def test_parse_rows() -> None:
+    assert parse_rows("0,2,5") == (0, 2, 5)
+    assert parse_rows(" 3-5 , 1,4") == (3, 4, 5, 1)
+    for bad in ("", "a", "1,", "-1", "5-3", "1--2", "²"):
+        with pytest.raises(InputError, match="not a list of rows"):
+            parse_rows(bad)
+
+
+def test_an_error_is_a_report_without_traceback(project: Path, build: Build, rnow_: Run) -> None:
+    build.error = DataError(
+        "line 3 is not JSON", where="train.jsonl:3", fix="mend it", details=["{\x1b[2J [bold]x[/]"]
+    )
+    code, out, error = rnow_("run")
+    assert code == 2
+    assert out == ""
+    assert error == (
+        "Invalid training data: line 3 is not JSON\n"
+        "  {\\x1b[2J [bold]x[/]\n"
+        "  where: train.jsonl:3\n"
+        "  fix: mend it\n"
+    )
+
+
+def test_an_error_at_a_key_gets_its_line(project: Path, build: Build, rnow_: Run) -> None:
+    for arguments, place in (
+        (["run"], "config.yml:8"),
+        (["check"], "config.yml:8"),
+        (["run", "teacher.path=x"], "command line"),
+    ):
+        build.error = ModelError("no such teacher", where="teacher.path")
+        assert f"where: {place} (teacher.path)\n" in rnow_(*arguments)[2]
+    build.error = ModelError("bad row", where="train.jsonl")
+    assert "where: train.jsonl\n" in rnow_("run")[2]
+
+
+def test_a_temporary_error_ends_with_75(project: Path, build: Build, rnow_: Run) -> None:
+    build.error = TemporaryError("disk full")
+    assert rnow_("run")[0] == 75
+
+
+def test_a_fault_of_the_program_shows_its_traceback(
+    project: Path, build: Build, rnow_: Run
+) -> None:
+    build.error = ZeroDivisionError("oops")
+    code, _, error = rnow_("run")
+    assert code == 1
+    assert "Traceback" in error
+    assert "ZeroDivisionError: oops" in error
+    assert "fault in rnow itself" in error
+
+
+def test_ctrl_c_ends_with_130(project: Path, build: Build, rnow_: Run) -> None:
+    build.error = KeyboardInterrupt()
+    assert rnow_("run")[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["run", "--no-such-option"], "No such option"),
+        (["dance"], "No such command"),
+        (["run", "x"], "is not an override"),
+        (["run", "--epochs", "many"], "trainer.num_epochs"),
+        (["run", "-d", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_usage_ends_with_2(
+    project: Path, build: Build, rnow_: Run, arguments: list[str], text: str
+) -> None:
+    code, out, error = rnow_(*arguments)
+    assert code == 2
+    assert text in out + error
+    assert "Traceback" not in error
+    assert build.calls == []
+
+
+@pytest.mark.parametrize("command", ["login", "logout", "orgs"])
+def test_accounts_are_not_needed(rnow_: Run, command: str) -> None:
+    code, out, error = rnow_(command)
+    assert (code, error) == (0, "")
+    assert len(out.splitlines()) == 1
+    assert "no account" in out
+
+
+def test_version(rnow_: Run) -> None:
+    assert rnow_("--version")[:2] == (0, f"rnow {__version__} (rnow-local)\n")
+
+
+def test_the_hosted_client_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rnow_: Run
+) -> None:
+    assert hosted.hosted_client_notice() is None
+    info = tmp_path / "rnow-0.4.37.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rnow\nVersion: 0.4.37\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, _, error = rnow_("login")
+    assert code == 0
+    assert len(error.splitlines()) == 1
+    assert "hosted client (rnow 0.4.37)" in error
+    assert rnow_("--help")[2] == ""
+    assert rnow_("--version")[2] == ""
+
+
+# -- init ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "empty folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_init_writes_here_and_says_what_next(empty: Path, rnow_: Run) -> None:
+    code, out, error = rnow_("init", "-t", "distill", "-n", "mine")
+    assert code == 0, error
+    assert "project_name: mine\n" in (empty / "config.yml").read_text()
+    assert "wrote config.yml" in out
+    assert "rnow run" in out
+    assert "cd " not in out
+    code, out, _ = rnow_("init", "-t", "distill", "-n", "mine", "-y")
+    assert code == 0
+    assert "kept your config.yml" in out
+
+
+def test_init_into_another_folder_names_it(empty: Path, rnow_: Run) -> None:
+    code, out, _ = rnow_("init", "-t", "distill", "-d", "a b/c")
+    assert code == 0
+    assert (empty / "a b" / "c" / "train.jsonl").is_file()
+    assert "cd 'a b/c'" in out
+
+
+def test_init_refuses_without_a_terminal(empty: Path, rnow_: Run) -> None:
+    (empty / "config.yml").write_text("mine\n")
+    (empty / "train.jsonl").write_text("mine\n")
+    code, out, error = rnow_("init", "-t", "distill")
+    assert code == 2
+    assert out == ""
+    assert "  config.yml\n" in error
+    assert "  train.jsonl\n" in error
+    assert sorted(path.name for path in empty.iterdir()) == ["config.yml", "train.jsonl"]
+
+
+def test_init_yes_keeps_and_force_overwrites(empty: Path, rnow_: Run) -> None:
+    (empty / "config.yml").write_text("mine\n")
+    code, out, _ = rnow_("init", "-t", "distill", "-y", "-n", "x")
+    assert code == 0
+    assert "kept your config.yml" in out
+    assert "project_name was not changed" in out
+    assert (empty / "config.yml").read_text() == "mine\n"
+    assert (empty / "train.jsonl").is_file()
+    assert rnow_("init", "-t", "distill", "--force")[0] == 0
+    assert "dataset_type" in (empty / "config.yml").read_text()
+
+
+def test_init_lists_templates(empty: Path, rnow_: Run) -> None:
+    code, out, _ = rnow_("init", "--list")
+    assert code == 0
+    assert "distill  " in out
+    assert list(empty.iterdir()) == []
+
+
+def test_init_unknown_template(empty: Path, rnow_: Run) -> None:
+    code, _, error = rnow_("init", "-t", "distil")
+    assert code == 2
+    assert "use --template distill" in error
+    assert list(empty.iterdir()) == []
+
+
+def test_init_asks_about_each_file_on_a_terminal(empty: Path) -> None:
+    (empty / "config.yml").write_text("mine\n")
+    (empty / "train.jsonl").write_text("mine\n")
+    code, shown = on_a_terminal(["init", "-t", "distill"], answers="y\nn\n", cwd=empty)
+    assert code == 0, shown
+    assert shown.count("Overwrite it?") == 2
+    assert "dataset_type" in (empty / "config.yml").read_text()
+    assert (empty / "train.jsonl").read_text() == "mine\n"
+    assert (empty / "rewards.py").is_file()
+
+
+def test_init_interrupted_at_the_question_writes_nothing(empty: Path) -> None:
+    (empty / "config.yml").write_text("mine\n")
+    code, _ = on_a_terminal(["init", "-t", "distill"], answers="\x04", cwd=empty)
+    assert code != 0
+    assert [path.name for path in empty.iterdir()] == ["config.yml"]
+
+
+def on_a_terminal(arguments: list[str], *, answers: str, cwd: Path) -> tuple[int, str]:
+    """Run a command on a pseudo-terminal and type the answers."""
+    master, slave = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rnow", *arguments],
+            cwd=cwd,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        )
+        os.close(slave)
+        os.write(master, answers.encode())
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal is gone when the process ends
+            while piece := os.read(master, 4096):
+                shown += piece
+        return process.wait(timeout=30), shown.decode()
+    finally:
+        os.close(master)

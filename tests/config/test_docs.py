@@ -1,0 +1,42 @@
+"""docs/configuration.md is what the schema says, and its minimal config runs as far as the config goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rnow.config import load_config
+from rnow.config.docs import COMMAND, MINIMAL, main, render
+from rnow.config.schema import SECTIONS, Config, DatasetSource, EvalEntry
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), f"run: {COMMAND}"
+
+
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
+    main([str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == render()
+    with pytest.raises(SystemExit, match="usage"):
+        main([])
+
+
+def test_every_key_has_a_sentence() -> None:
+    for model in (DatasetSource, EvalEntry, *SECTIONS.values()):
+        for key, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{key}"
+            assert field.description.endswith("."), f"{model.__name__}.{key}"
+    for key, field in Config.model_fields.items():
+        assert field.description or key in (*SECTIONS, "evals"), key
+
+
+def test_the_minimal_config_is_valid(tmp_path: Path) -> None:
+    assert MINIMAL in PAGE.read_text(encoding="utf-8")
+    path = tmp_path / "config.yml"
+    path.write_text(MINIMAL)
+    loaded = load_config(path)
+    assert loaded.warnings == []
+    assert loaded.config.trainer.num_epochs == 1

@@ -1,0 +1,349 @@
+"""From a file or folder to a Config: overrides, places, legacy keys, notices, reserved values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rnow.config import SHORTHANDS, Config, LoadedConfig, load_config
+from rnow.config.output import dump_yaml
+from rnow.config.overrides import field_at, parse_override
+from rnow.config.reserved import RESERVED, refuse_reserved
+from rnow.config.strict_yaml import NULL
+from rnow.errors import ConfigError, NotYetSupported
+
+BASE = """\
+dataset_type: distill
+model:
+  path: student
+teacher:
+  path: teacher
+"""
+
+Load = Callable[..., LoadedConfig]
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    monkeypatch.chdir(tmp_path)
+
+    def write_and_load(more: str = "", *overrides: str) -> LoadedConfig:
+        Path("config.yml").write_text(BASE + more, encoding="utf-8")
+        return load_config("config.yml", overrides)
+
+    return write_and_load
+
+
+# places
+
+
+def test_where(load: Load) -> None:
+    loaded = load("evals:\n  - step: 3\n", "data.batch_size=8")
+    assert loaded.where("teacher.path") == "config.yml:5 (teacher.path)"
+    assert loaded.where("teacher.revision") == "config.yml:4 (teacher.revision)"
+    assert loaded.where("trainer.num_epochs") == "config.yml (trainer.num_epochs)"
+    assert loaded.where("data.batch_size") == "command line (data.batch_size)"
+    assert loaded.where("evals[0].step") == "config.yml:7 (evals[0].step)"
+
+
+@pytest.mark.parametrize("name", ["config.yml", "config.yaml", "config.json"])
+def test_a_folder_holds_one_config(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="no config"):
+        load_config(tmp_path)
+    values = {"dataset_type": "distill", "model": {"path": "s"}, "teacher": {"path": "t"}}
+    (tmp_path / name).write_text(json.dumps(values, indent="\t" if name.endswith("json") else None))
+    assert load_config(tmp_path).path == tmp_path / name
+    assert Config.from_file(tmp_path) == Config(**values)
+    other = "config.json" if name != "config.json" else "config.yml"
+    (tmp_path / other).write_text("{}")
+    with pytest.raises(ConfigError, match="more than one"):
+        load_config(tmp_path)
+
+
+def test_json_text_with_surrogate_pairs_and_tabs(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(
+        '{\t"dataset_type": "distill",\n\t"description": "\\ud83d\\ude00 \\u0041\\/",\n'
+        '\t"model": {"path": "s"}, "teacher": {"path": "t"}}'
+    )
+    loaded = load_config(path)
+    assert loaded.config.description == "\U0001f600 A/"
+    assert loaded.where("description") == f"{path}:2 (description)"
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "nope.yml")
+
+
+# overrides
+
+
+def test_overrides_change_values_and_are_told(load: Load) -> None:
+    loaded = load(
+        "data:\n  batch_size: 2\n  train_file: train.jsonl\n",
+        "trainer.learning_rate=2e-5",
+        "data.batch_size=8",
+        "data.train_file=[a.jsonl,b.jsonl]",
+        "evaluation.teacher=false",
+        "model.qlora_alpha=16",
+        "data.group_size=4",
+    )
+    config = loaded.config
+    assert config.trainer.learning_rate == 2e-5
+    assert [s.path for s in config.data.sources] == ["a.jsonl", "b.jsonl"]
+    assert config.evaluation.teacher is False
+    assert loaded.changes == [
+        "trainer.learning_rate: 0.0001 (default) -> 2e-5",
+        "data.batch_size: 2 -> 8",
+        "data.train_file: train.jsonl -> [a.jsonl, b.jsonl]",
+        "evaluation.teacher: true (default) -> false",
+        "model.qlora_alpha: 2 x qlora_rank (default) -> 16",
+        "data.group_size: 4 (default) -> 4",
+    ]
+
+
+def test_the_last_override_wins(load: Load) -> None:
+    loaded = load("seed: 1\n", "seed=2", "seed=3")
+    assert loaded.config.seed == 3
+    assert loaded.changes == ["seed: 1 -> 3"]
+    assert load("seed: 1\n", "seed=1").changes == []
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "2024", "true", "1e-5", "a: b", "@x", "a=b", "*", "#1", " x"]
+)
+def test_text_keys_take_text_as_it_stands(load: Load, text: str) -> None:
+    loaded = load("", f"model.path={text}", f"model.name={text}")
+    assert loaded.config.model.path == text
+    assert loaded.config.model.name == text
+
+
+def test_an_empty_override_unsets(load: Load) -> None:
+    assert load("wandb_project: p\n", "wandb_project=").config.wandb_project is None
+    assert load("wandb_project: p\n", "wandb_project=null").config.wandb_project is None
+    assert load("", 'wandb_project="null"').config.wandb_project == "null"
+
+
+def test_an_override_repairs_a_file(load: Load) -> None:
+    assert (
+        load("trainer:\n  num_epochs: zero\n", "trainer.num_epochs=2").config.trainer.num_epochs
+        == 2
+    )
+
+
+def test_an_override_does_not_hide_an_empty_section(load: Load) -> None:
+    assert load("trainer:\n", "trainer.num_epochs=2").config.trainer.num_epochs == 2
+
+
+def test_shorthands_name_real_keys() -> None:
+    for key in SHORTHANDS.values():
+        assert field_at(tuple(key.split("."))) is not None, key
+
+
+scalars = (
+    st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.lists(st.integers() | st.text(alphabet="abc1 .:'\"", max_size=8), max_size=4)
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=scalars)
+def test_overrides_are_typed_as_yaml(value: Any) -> None:
+    override = parse_override("trainer.learning_rate=" + json.dumps(value))
+    assert override.path == ("trainer", "learning_rate")
+    assert override.value == value
+    assert type(override.value) is type(value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["C"]), min_size=1))
+def test_any_text_survives_an_override(text: str) -> None:
+    quoted = NULL.fullmatch(text) or text.startswith(('"', "'", "["))
+    override = parse_override(
+        "description=" + (json.dumps(text, ensure_ascii=False) if quoted else text)
+    )
+    assert override.value == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=40))
+def test_any_override_is_read_or_refused(text: str) -> None:
+    try:
+        override = parse_override(text)
+    except ConfigError as error:
+        where = error.where
+    else:
+        where = ".".join(map(str, override.path))
+    assert where
+
+
+# legacy
+
+
+@pytest.mark.parametrize(
+    ("more", "warning", "key", "value"),
+    [
+        ("dataset_id: a\n", "dataset_id is an old key: write project_id", "project_id", "a"),
+        (
+            "dataset_name: a\n",
+            "dataset_name is an old key: write project_name",
+            "project_name",
+            "a",
+        ),
+        (
+            "rollout:\n  thinking_mode: hard\n",
+            "rollout.thinking_mode is an old key: write rollout.reasoning_mode",
+            "rollout.reasoning_mode",
+            "high",
+        ),
+        (
+            "rollout:\n  max_tool_response_chars: 4001\n",
+            "rollout.max_tool_response_chars is an old key: write rollout.max_tool_response",
+            "rollout.max_tool_response",
+            1001,
+        ),
+        (
+            "trainer:\n  save_step: 0\n",
+            "trainer.save_step: 0 is an old value",
+            "trainer.save_step",
+            -1,
+        ),
+        (
+            "trainer:\n  max_billing: 5\n",
+            "trainer.max_billing is ignored",
+            "trainer.max_billing",
+            5.0,
+        ),
+    ],
+)
+def test_legacy_keys_warn_once(load: Load, more: str, warning: str, key: str, value: Any) -> None:
+    loaded = load(more)
+    assert len(loaded.warnings) == 1
+    assert loaded.warnings[0].startswith(warning)
+    found: Any = loaded.config
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize("more", ["eval_step: 7\n", "trainer:\n  eval_step: 7\n"])
+def test_legacy_eval_step(load: Load, more: str) -> None:
+    loaded = load(more + "data:\n  val_split: 0.1\n")
+    assert [entry.step for entry in loaded.config.evals] == [7]
+    assert len(loaded.warnings) == 1
+    assert loaded.where("evals[0].step").startswith("config.yml:")
+
+
+def test_the_new_key_wins_over_the_old_one(load: Load) -> None:
+    loaded = load("dataset_name: old\nproject_name: new\n")
+    assert loaded.config.project_name == "new"
+    assert loaded.warnings == [
+        "dataset_name is an old key and ignored, because project_name is set"
+    ]
+
+
+def test_legacy_key_below_something_that_is_no_section(load: Load) -> None:
+    with pytest.raises(ConfigError, match="rollout: expected a section"):
+        load("rollout: 3\nthinking_mode: low\n")
+
+
+# notices
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("rollout:\n  top_p: 0.9\n", "top_p 0.9"),
+        ("rollout:\n  top_k: 20\n", "top_k 20"),
+        ("data:\n  val_split: 0.1\nevals:\n  - {step: 1, eval_id: e}\n", "eval_id is ignored"),
+        ("evals:\n  - step: 1\n", "val_split is 0"),
+    ],
+)
+def test_notices(load: Load, more: str, words: str) -> None:
+    (warning,) = load(more).warnings
+    assert words in warning
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_off_is_silent(load: Load, top_k: int) -> None:
+    assert load(f"rollout:\n  top_k: {top_k}\n  top_p: 1.0\n").warnings == []
+
+
+# reserved
+
+EXAMPLES = {
+    "dataset_type": ["sft", "rl", "midtrain"],
+    "data.train_file": ["[{path: a, teacher: b}]"],
+    "teacher.agentic": ["true"],
+    "teacher.backend": ["vllm"],
+    "teacher.url": ["example.org"],
+    "algorithm.adv_estimator": ["gae"],
+    "algorithm.kl_estimator": ["exact", "topk"],
+    "algorithm.kl_baseline": ["expected"],
+    "algorithm.kl_discount": ["0.5"],
+    "rollout.max_turns": ["2"],
+    "rollout.mcp_url": ["localhost:1", "[a, b]"],
+    "sampler.backend": ["vllm"],
+}
+ALLOWED = {
+    "teacher.agentic": ["false", "null"],
+    "teacher.backend": ["auto", "transformers"],
+    "algorithm.adv_estimator": ["grpo", "reinforce"],
+    "algorithm.kl_discount": ["0"],
+    "rollout.max_turns": ["1", "null"],
+    "rollout.mcp_url": ["[]", "null"],
+    "sampler.backend": ["auto", "transformers"],
+}
+
+
+def pairs(table: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(key, value) for key, values in table.items() for value in values]
+
+
+@pytest.mark.parametrize("key", [entry.key for entry in RESERVED])
+def test_every_reserved_key_is_tried(key: str) -> None:
+    assert key in EXAMPLES
+
+
+@pytest.mark.parametrize(("key", "value"), pairs(EXAMPLES))
+def test_reserved_values_are_refused(load: Load, key: str, value: str) -> None:
+    with pytest.raises(NotYetSupported) as caught:
+        load("", f"{key}={value}")
+    assert caught.value.where == f"command line ({key})"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("key", "value"), pairs(ALLOWED))
+def test_other_values_of_reserved_keys_pass(load: Load, key: str, value: str) -> None:
+    load("", f"{key}={value}")
+
+
+def test_reserved_values_from_python() -> None:
+    config = Config(
+        dataset_type="distill",
+        model={"path": "s"},
+        teacher={"path": "t"},
+        algorithm={"kl_estimator": "exact"},
+    )
+    with pytest.raises(NotYetSupported, match="kl_estimator: exact"):
+        refuse_reserved(config)
+
+
+def test_a_dumped_config_loads(load: Load) -> None:
+    text = dump_yaml({"description": "no", "wandb_name": "1e-5", "seed": 3})
+    config = load(text).config
+    assert (config.description, config.wandb_name, config.seed) == ("no", "1e-5", 3)
+
+
+def test_an_override_in_another_encoding() -> None:
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        parse_override("model.name=caf\udce9")

@@ -1,0 +1,201 @@
+"""Datasets that are not jsonl: parquet, a JSON array, and a HuggingFace id (the library's answer is scripted)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rnow.errors import DataError, NotYetSupported
+from rnow.project import Dataset, load_dataset
+
+USER = {"role": "user", "content": "Hi"}
+
+
+@dataclass(frozen=True)
+class FileSource:
+    path: str
+    name: str = ""
+    split: str = "train"
+
+
+def load(folder: Path, source: FileSource | str, **options: Any) -> Dataset:
+    found = FileSource(source) if isinstance(source, str) else source
+    fields = {"dataset_type": "distill", "base_dir": folder, "known_rewards": {"r"}}
+    return load_dataset([found], **(fields | options))
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_parquet_rows_are_what_jsonl_rows_are(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [USER], "metadata": {"answer": "4"}, "rewards": ["r"]},
+        {"messages": [USER, {"role": "tool", "content": "x", "name": "f"}, USER], "rewards": None},
+    ]
+    write_parquet(tmp_path / "t.parquet", rows)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table, text = load(tmp_path, "t.parquet"), load(tmp_path, "t.jsonl")
+    assert [p.messages for p in table.prompts] == [p.messages for p in text.prompts]
+    assert table.prompts[0].metadata == {"answer": "4"}
+    assert table.content_hash == text.content_hash
+    assert [p.line for p in table.prompts] == [None, None]
+    assert [p.id for p in table.prompts] == ["dataset_0/0", "dataset_0/1"]
+
+
+def test_faulty_parquet_rows_are_named_by_row(tmp_path: Path) -> None:
+    write_parquet(
+        tmp_path / "t.parquet",
+        [{"messages": [USER]}, {"messages": [{"role": "robot", "content": "Hi"}]}],
+    )
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, "t.parquet")
+    assert caught.value.details == ('row 2: unknown role "robot" | "robot"',)
+    assert caught.value.where == "t.parquet, row 2"
+
+
+def test_what_is_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        load(tmp_path, "t.parquet")
+
+
+def test_an_empty_parquet(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "t.parquet", [])
+    with pytest.raises(DataError, match="has no rows"):
+        load(tmp_path, "t.parquet")
+
+
+def test_a_json_array(tmp_path: Path) -> None:
+    rows = [{"messages": [USER], "metadata": {"a": 1}}, {"messages": [USER], "metadata": {"b": 2}}]
+    (tmp_path / "t.json").write_text(json.dumps(rows, indent=2), encoding="utf-8-sig")
+    dataset = load(tmp_path, "t.json")
+    assert [dict(prompt.metadata) for prompt in dataset.prompts] == [{"a": 1}, {"b": 2}]
+
+
+def test_json_that_is_one_row_per_line(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({"messages": [USER]}) + "\n")
+    assert load(tmp_path, "t.json").prompts[0].line == 1
+
+
+def test_a_faulty_json_array_is_named_by_line_and_column(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('[\n  {"messages": [],\n   "metadata": NaN}\n]')
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, "t.json")
+    assert caught.value.details == ('line 3, column 16: NaN is not JSON |    "metadata": NaN}',)
+
+
+def test_a_json_array_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_bytes(b'["\xff"]')
+    with pytest.raises(DataError, match="not UTF-8 at byte 3"):
+        load(tmp_path, "t.json")
+
+
+class Hub:
+    """Stands for ``datasets.load_dataset``."""
+
+    def __init__(self, rows: list[dict[str, Any]], error: Exception | None = None) -> None:
+        self.rows = rows
+        self.error = error
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, name: str, config: str | None = None, *, split: str) -> list[dict[str, Any]]:
+        self.calls.append((name, config, split))
+        if self.error:
+            raise self.error
+        return self.rows
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    import datasets
+
+    scripted = Hub([{"messages": [USER]}])
+    monkeypatch.setattr(datasets, "load_dataset", scripted)
+    return scripted
+
+
+def test_a_hub_dataset(tmp_path: Path, hub: Hub) -> None:
+    dataset = load(tmp_path, FileSource("org/name", split="test[:10]"))
+    assert hub.calls == [("org/name", None, "test[:10]")]
+    assert dataset.prompts[0].messages == (USER,)
+    assert dataset.prompts[0].source == "org/name"
+    assert dataset.warnings == ()
+
+
+def test_a_hub_dataset_with_a_configuration(tmp_path: Path, hub: Hub) -> None:
+    load(tmp_path, "org/name:main")
+    assert hub.calls == [("org/name", "main", "train")]
+
+
+@pytest.mark.parametrize("column", ["prompt", "question"])
+def test_common_columns_become_a_user_message_and_it_is_said(
+    tmp_path: Path, hub: Hub, column: str
+) -> None:
+    hub.rows = [{column: "2+2?", "answer": "4", "messages": None}]
+    dataset = load(tmp_path, "org/name")
+    assert dataset.prompts[0].messages == ({"role": "user", "content": "2+2?"},)
+    assert dataset.warnings == (
+        f'org/name: the column "{column}" is used as the user message',
+        'org/name: these keys of its rows are ignored: "answer"',
+    )
+
+
+def test_a_prompt_column_of_messages(tmp_path: Path, hub: Hub) -> None:
+    hub.rows = [{"prompt": [USER | {"name": None}]}]
+    assert load(tmp_path, "org/name").prompts[0].messages == (USER,)
+
+
+def test_hub_rows_are_checked(tmp_path: Path, hub: Hub) -> None:
+    hub.rows = [{"text": "no messages"}]
+    with pytest.raises(DataError, match="1 fault"):
+        load(tmp_path, "org/name")
+    hub.rows = [{"messages": [USER], "docker": "image"}]
+    with pytest.raises(NotYetSupported):
+        load(tmp_path, "org/name")
+
+
+class DatasetNotFoundError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (DatasetNotFoundError("Dataset 'org/name' doesn't exist"), "case-sensitive"),
+        (ValueError("Unknown split \"train\". Should be one of ['test']."), "split: ..."),
+        (ValueError("Config name is missing.\nPlease pick one"), "org/name:CONFIG"),
+        (RuntimeError("Dataset is gated. You must be authenticated"), "hf auth login"),
+        (OSError("Network is unreachable"), "check the network"),
+        (ConnectionError("Couldn't reach it (OfflineModeIsEnabled)"), "unset HF_HUB_OFFLINE"),
+    ],
+)
+def test_what_to_do_when_it_cannot_be_fetched(
+    tmp_path: Path, hub: Hub, error: Exception, fix: str
+) -> None:
+    hub.error = error
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, "org/name")
+    assert caught.value.fix is not None
+    assert fix in caught.value.fix
+    assert "\n" not in str(caught.value.why)
+
+
+def test_a_local_file_wins_over_an_id(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "name").write_text(json.dumps({"messages": [USER]}))
+    load(tmp_path, "org/name")
+    assert hub.calls == []
+
+
+def test_a_path_the_system_refuses(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        load(tmp_path, "x" * 300 + ".jsonl")
+    assert caught.value.why == "File name too long"

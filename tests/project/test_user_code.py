@@ -1,0 +1,264 @@
+"""Loading rewards.py: what is found, what is refused with its line, and that projects do not leak into each other."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rnow.core import RewardArgs
+from rnow.errors import InputError, NotYetSupported
+from rnow.project.user_code import load_rewards
+
+HEAD = "from rnow.core import reward, RewardArgs\n"
+
+
+@pytest.fixture(autouse=True)
+def _restore_imports() -> Iterator[None]:
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name.startswith("_rnow_user_"):
+            del sys.modules[name]
+
+
+def write(folder: Path, code: str, name: str = "rewards.py") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(textwrap.dedent(code))
+
+
+def refused(folder: Path, code: str) -> InputError:
+    write(folder, code)
+    with pytest.raises(InputError) as caught:
+        load_rewards(folder)
+    assert caught.value.exit_code == 2
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    return caught.value
+
+
+def test_no_file_means_no_rewards(tmp_path: Path) -> None:
+    assert load_rewards(tmp_path) == {}
+
+
+def test_rewards_by_name(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        HEAD
+        + """
+@reward
+def plain(args, messages):
+    return helper()
+
+@reward(precondition=True, timeout=3)
+async def gate(args: RewardArgs, messages: list, strict: bool = True) -> float:
+    return 1.0
+
+def helper():
+    return 0.5
+""",
+    )
+    rewards = load_rewards(tmp_path)
+    assert list(rewards) == ["plain", "gate"]
+    assert rewards["plain"].function(RewardArgs(), []) == 0.5
+    assert (rewards["gate"].precondition, rewards["gate"].timeout) == (True, 3.0)
+
+
+def test_a_path_with_spaces_and_dots(tmp_path: Path) -> None:
+    folder = tmp_path / "my project v1.0"
+    write(folder, HEAD + "@reward\ndef f(args, messages): return 1.0\n")
+    assert list(load_rewards(folder)) == ["f"]
+
+
+def test_rewards_of_a_helper_and_of_a_factory_count(tmp_path: Path) -> None:
+    write(tmp_path, HEAD + "@reward\ndef shared(args, messages): return 1.0\n", "scoring.py")
+    write(
+        tmp_path,
+        HEAD
+        + """
+import scoring
+
+def make(name):
+    def f(args, messages):
+        return 0.0
+    f.__name__ = name
+    reward(f)
+
+make("a")
+make("b")
+""",
+    )
+    assert sorted(load_rewards(tmp_path)) == ["a", "b", "shared"]
+
+
+def test_two_projects_with_helpers_of_one_name(tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        write(tmp_path / name, f"VALUE = {value}\n", "helpers.py")
+        write(
+            tmp_path / name,
+            HEAD + f"import helpers\n@reward\ndef {name}(args, messages): return helpers.VALUE\n",
+        )
+    one, two = load_rewards(tmp_path / "one"), load_rewards(tmp_path / "two")
+    assert (list(one), list(two)) == (["one"], ["two"])
+    assert one["one"].function(None, []) == 1.0
+    assert two["two"].function(None, []) == 2.0
+
+
+def test_a_users_file_cannot_stand_in_for_a_library(tmp_path: Path) -> None:
+    (tmp_path / "pkg_of_user").mkdir()
+    (tmp_path / "pkg_of_user" / "inner.py").write_text("X = 1\n")
+    write(tmp_path, "X = 2\n", "wandb.py")
+    write(
+        tmp_path,
+        HEAD
+        + "import wandb\nfrom pkg_of_user import inner\n@reward\ndef f(args, messages): return wandb.X + inner.X\n",
+    )
+    had = sys.modules.pop("wandb", None)
+    try:
+        assert load_rewards(tmp_path)["f"].function(None, []) == 3
+        assert "wandb" not in sys.modules
+        assert not [name for name in sys.modules if name.startswith("pkg_of_user")]
+        assert sys.path[0] != str(tmp_path)
+    finally:
+        if had is not None:
+            sys.modules["wandb"] = had
+
+
+def test_imports_inside_functions_still_work(tmp_path: Path) -> None:
+    write(tmp_path, "X = 5.0\n", "lazy_helper_of_user.py")
+    write(
+        tmp_path,
+        HEAD
+        + "@reward\ndef f(args, messages):\n    import lazy_helper_of_user as h\n    return h.X\n",
+    )
+    assert load_rewards(tmp_path)["f"].function(None, []) == 5.0
+    sys.modules.pop("lazy_helper_of_user")
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    for name in ("first", "other"):
+        write(tmp_path, HEAD + f"@reward\ndef {name}(args, messages): return 1.0\n")
+        assert list(load_rewards(tmp_path)) == [name]
+
+
+def test_noise_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, HEAD + "print('loading')\n@reward\ndef f(args, messages): return 1.0\n")
+    load_rewards(tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "loading\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "where", "why"),
+    [
+        ("x = 1\ndef f(:\n", "rewards.py is not valid Python", "rewards.py:2", "SyntaxError"),
+        (
+            "\nimport no_such_package_anywhere.sub\n",
+            'imports "no_such_package_anywhere", which is not installed',
+            "rewards.py:2",
+            "ModuleNotFoundError: No module named 'no_such_package_anywhere'",
+        ),
+        (
+            "from rnow.core import rewrad\n",
+            "rewards.py cannot be imported",
+            "rewards.py:1",
+            "ImportError: cannot import name 'rewrad'",
+        ),
+        (
+            "def f():\n    return 1 / 0\n\nf()\n",
+            "rewards.py cannot be imported",
+            "rewards.py:2",
+            "ZeroDivisionError: division by zero",
+        ),
+        ("import sys\nsys.exit(3)\n", "ends the program", "rewards.py:2", "SystemExit: 3"),
+        (
+            HEAD + "@reward(precondtion=True)\ndef f(args, messages): return 1.0\n",
+            "rewards.py cannot be imported",
+            "rewards.py:2",
+            "unexpected keyword argument 'precondtion'",
+        ),
+        (
+            HEAD + "@reward(timeout=-1)\ndef f(args, messages): return 1.0\n",
+            "rewards.py cannot be imported",
+            "rewards.py:2",
+            "timeout must be a positive number",
+        ),
+        (
+            "raise ValueError('\\x1b[2Jgone')\n",
+            "cannot be imported",
+            "rewards.py:1",
+            "\\x1b[2Jgone",
+        ),
+    ],
+)
+def test_what_cannot_be_imported(
+    tmp_path: Path, code: str, message: str, where: str, why: str
+) -> None:
+    error = refused(tmp_path, code)
+    assert message in error.message
+    assert error.where == where
+    assert error.why is not None
+    assert why in error.why
+    assert error.fix
+    assert error.title == "Invalid rewards"
+
+
+def test_a_fault_in_a_helper_is_shown_there(tmp_path: Path) -> None:
+    write(tmp_path, "\n\nraise RuntimeError('broken')\n", "scoring.py")
+    error = refused(tmp_path, "import scoring\n")
+    assert error.where == "scoring.py:3"
+    assert "scoring" not in sys.modules
+
+
+def test_requirements_are_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("no_such_package_anywhere\n")
+    error = refused(tmp_path, "import no_such_package_anywhere\n")
+    assert error.fix is not None
+    assert "pip install -r requirements.txt" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("signature", "accepted"),
+    [
+        ("def f(args, messages)", True),
+        ("def f(*anything)", True),
+        ("def f(args, messages, k=1, *, j=2)", True),
+        ("def f(messages)", False),
+        ("def f()", False),
+        ("def f(args, messages, expected)", False),
+        ("async def f(args, messages, *, expected)", False),
+    ],
+)
+def test_parameters(tmp_path: Path, signature: str, accepted: bool) -> None:
+    code = HEAD + f"\n@reward\n{signature}:\n    return 1.0\n"
+    if accepted:
+        write(tmp_path, code)
+        assert list(load_rewards(tmp_path)) == ["f"]
+        return
+    error = refused(tmp_path, code)
+    assert error.message == 'the reward "f" cannot be called with (args, messages)'
+    assert error.where == "rewards.py:3"
+    assert error.fix == "write it as def f(args: RewardArgs, messages: list) -> float"
+
+
+def test_generators_are_refused(tmp_path: Path) -> None:
+    error = refused(tmp_path, HEAD + "@reward\ndef f(args, messages):\n    yield 1.0\n")
+    assert (error.message, error.where) == ('the reward "f" yields', "rewards.py:2")
+
+
+def test_two_rewards_of_one_name(tmp_path: Path) -> None:
+    one = "@reward\ndef f(args, messages): return 1.0\n"
+    error = refused(tmp_path, HEAD + one + one)
+    assert error.message == 'two rewards are named "f"'
+    assert error.where == "rewards.py:2 and rewards.py:4"
+
+
+def test_sandbox_is_refused(tmp_path: Path) -> None:
+    error = refused(tmp_path, HEAD + "@reward(sandbox=True)\ndef f(args, messages): return 1.0\n")
+    assert isinstance(error, NotYetSupported)
+    assert error.where == "rewards.py:2"

@@ -1,0 +1,126 @@
+"""score_rewards: order, bounds, and what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from rnow.core import RewardArgs, reward
+from rnow.core.reward import reward_spec
+from rnow.rewards import RewardRunner, score_rewards
+from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
+
+
+def make_groups(count: int, size: int, *rewards: str) -> list[RolloutGroup]:
+    groups = []
+    for row in range(count):
+        prompt = Prompt(
+            id=f"d/{row}",
+            dataset="d",
+            row=row,
+            messages=({"role": "user", "content": "Hi"},),
+            rewards=rewards,
+        )
+        rollouts = tuple(
+            Rollout(
+                prompt_id=prompt.id,
+                index=index,
+                token_ids=(),
+                loss_mask=(),
+                sampler_logprobs=(),
+                turns=(),
+                messages=({"role": "assistant", "content": f"{row}.{index}"},),
+                status="completed",
+            )
+            for index in range(size)
+        )
+        groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
+    return groups
+
+
+class Recorder:
+    """A rewarder that answers late ones first and counts how many are at work."""
+
+    def __init__(self, fail_on: str | None = None) -> None:
+        self.at_work = 0
+        self.most = 0
+        self.cancelled = 0
+        self.fail_on = fail_on
+
+    async def score(self, prompt: Prompt, rollout: Rollout) -> RewardResult | None:
+        self.at_work += 1
+        self.most = max(self.most, self.at_work)
+        try:
+            if prompt.id == self.fail_on:
+                raise RuntimeError("broken rewarder")
+            await asyncio.sleep(0.01 / (1 + prompt.row) if self.fail_on is None else 30)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.at_work -= 1
+        return RewardResult(total=prompt.row + rollout.index / 10)
+
+
+def test_results_keep_the_order_of_the_groups() -> None:
+    groups = make_groups(5, 3)
+    scored = asyncio.run(score_rewards(groups, Recorder()))
+    assert [group.prompt.id for group in scored] == [group.prompt.id for group in groups]
+    for group, original in zip(scored, groups, strict=True):
+        assert [item.rollout for item in group.rollouts] == list(original.rollouts)
+        for item in group.rollouts:
+            assert item.reward == RewardResult(total=group.prompt.row + item.rollout.index / 10)
+
+
+def test_no_more_at_once_than_allowed() -> None:
+    recorder = Recorder()
+    asyncio.run(score_rewards(make_groups(6, 4), recorder, max_concurrent=3))
+    assert recorder.most == 3
+
+
+def test_a_broken_rewarder_ends_the_others_and_is_raised() -> None:
+    recorder = Recorder(fail_on="d/1")
+    with pytest.raises(RuntimeError, match="broken rewarder"):
+        asyncio.run(score_rewards(make_groups(3, 2), recorder))
+    assert recorder.cancelled == 4
+    assert recorder.at_work == 0
+
+
+def test_no_groups() -> None:
+    assert asyncio.run(score_rewards([], Recorder())) == []
+
+
+@pytest.mark.parametrize("name", ["sync_reward", "async_reward"])
+def test_trivial_rewards_cost_next_to_nothing(name: str) -> None:
+    """128 rollouts take a few milliseconds on two cores; the bound leaves room for a busy machine."""
+
+    @reward
+    def sync_reward(args: RewardArgs, messages: list) -> float:
+        return 1.0
+
+    @reward
+    async def async_reward(args: RewardArgs, messages: list) -> float:
+        return 1.0
+
+    functions = {
+        spec.name: spec
+        for spec in (reward_spec(sync_reward), reward_spec(async_reward))
+        if spec is not None
+    }
+    groups = make_groups(32, 4, name)
+
+    async def best_of(times: int) -> float:
+        runner = RewardRunner(functions)
+        best = float("inf")
+        for _ in range(times):
+            started = time.perf_counter()
+            scored = await score_rewards(groups, runner)
+            best = min(best, time.perf_counter() - started)
+            assert all(
+                item.reward and item.reward.total == 1 for g in scored for item in g.rollouts
+            )
+        return best
+
+    assert asyncio.run(best_of(10)) < 0.03

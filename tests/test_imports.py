@@ -1,0 +1,128 @@
+"""What importing the package costs: names come lazily, and the light commands load nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "vllm", "bitsandbytes", "datasets", "wandb")
+NOT_FOR_HELP = (*HEAVY, "pydantic", "yaml", "numpy")
+
+
+def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def loaded_after(arguments: list[str], cwd: Path) -> tuple[int, set[str], str]:
+    """Exit code of a command, the top-level modules it loaded, and what it wrote to standard error."""
+    done = run_python(
+        f"""
+        import json, sys
+        from rnow.cli.main import run_command_line
+        code = run_command_line({arguments!r})
+        names = sorted({{name.partition(".")[0] for name in sys.modules}})
+        print("\\n" + json.dumps([code, names]))
+        """,
+        cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    code, names = json.loads(done.stdout.splitlines()[-1])
+    return code, set(names), done.stderr
+
+
+def test_import_rnow_loads_only_itself(tmp_path: Path) -> None:
+    done = run_python(
+        "import sys, rnow; print([n for n in sys.modules if n.startswith('rnow')])", tmp_path
+    )
+    assert done.stdout.strip() == "['rnow']", done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str]) -> None:
+    code, modules, _ = loaded_after(arguments, tmp_path)
+    assert code == 0
+    assert not modules.intersection(NOT_FOR_HELP)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--help"], ["init", "-y", "-t", "distill"], ["init", "--list"], ["login"]],
+)
+def test_light_commands_load_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
+    code, modules, error = loaded_after(arguments, tmp_path)
+    assert code == 0, error
+    assert not modules.intersection(HEAVY)
+
+
+@pytest.mark.parametrize("command", [["run"], ["check"], ["check", "--json"], ["run", "--debug"]])
+def test_config_error_loads_nothing_heavy(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "config.yml").write_text("dataset_type: distill\ntrainer:\n  lr: 1e-4\n")
+    code, modules, error = loaded_after(command, tmp_path)
+    assert code == 2
+    assert "Traceback" not in error
+    assert "learning_rate" in error
+    assert not modules.intersection(HEAVY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yml"]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "from rnow import run",
+        "import rnow.run; from rnow import run",
+        "import rnow.run.terminal; from rnow import run",
+        "from rnow import run; import rnow.run.terminal",
+        "import rnow; run = rnow.run; from rnow.run import terminal; import rnow.run.sinks",
+        "from rnow.run import sinks; import rnow; run = rnow.run",
+    ],
+)
+def test_run_is_the_function_and_the_package_in_any_order(tmp_path: Path, order: str) -> None:
+    done = run_python(
+        f"""
+        import sys, types
+        build = types.ModuleType("rnow.run.build")
+        def run(config, *, fresh=False):
+            return ("ran", config, fresh)
+        build.run = run
+        sys.modules["rnow.run.build"] = build
+        del run
+        {order}
+        import inspect
+        import rnow, rnow.run.terminal
+        assert run is rnow.run
+        assert run("config", fresh=True) == ("ran", "config", True)
+        assert rnow.run.terminal.format_clock(60) == "1:00"
+        assert list(inspect.signature(run).parameters) == ["config", "fresh"]
+        print("ok")
+        """,
+        tmp_path,
+    )
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_unknown_names_are_attribute_errors(tmp_path: Path) -> None:
+    import rnow
+
+    with pytest.raises(AttributeError, match="no attribute 'train'"):
+        rnow.train  # noqa: B018
+    assert {"Config", "run", "load_teacher", "__version__"} <= set(dir(rnow))
+
+
+def test_config_is_reached_through_the_package() -> None:
+    import rnow
+    from rnow.config import Config
+
+    assert rnow.Config is Config
