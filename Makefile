@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev
 
 # docs/configuration.md is written from the config schema; a test fails when it is out of date.
 docs: $(VENV)/.installed
-	$(BIN)/python scripts/make_docs.py
+	$(BIN)/python -m rnow.config.docs docs/configuration.md
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

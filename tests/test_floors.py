@@ -65,6 +65,7 @@ FLOORS: dict[str, float] = {
     "run.saver": 5,
     "run.__init__": 6,
     "run.build": 6,
+    "run.parts": 6,
     "run.plan": 6,
     "run.plan_view": 6,
     "run.preflight": 6,

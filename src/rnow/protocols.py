@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from rnow.types import Adapter, Completion, Message, Prompt, RewardResult, Rollout, Sample, SamplingParams
+from rnow.types import (
+    Adapter,
+    Completion,
+    Message,
+    Prompt,
+    RewardResult,
+    Rollout,
+    Sample,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:
     from rnow.algorithm.records import Batch, Evidence, UpdateResult

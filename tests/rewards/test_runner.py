@@ -419,10 +419,10 @@ def test_cancelling_the_score_cancels_the_reward() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert ended == ["cancelled"]
 
     asyncio.run(stop())
-    assert ended == ["cancelled"]
 
 
 def test_one_runner_serves_several_event_loops() -> None:

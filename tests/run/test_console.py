@@ -14,7 +14,7 @@ from rich.console import Console
 from rnow.run.console import Display, QuietDisplay, RunDisplay, wants_live
 from rnow.run.live_table import LiveTable, choose_columns
 from rnow.run.plain_lines import PlainLines
-from rnow.run.result_table import result_table
+from rnow.run.result_table import headline, result_table
 from rnow.run.step_history import StepHistory, stage_seconds
 
 PLAN = [
@@ -164,6 +164,27 @@ def test_eta_does_not_count_loading(clock: Clock) -> None:
     history.add(1, 11, {})
     assert history.seconds_left() == pytest.approx(10)
     display.close()
+
+
+def test_eta_counts_steps_not_what_is_between_them(clock: Clock) -> None:
+    history = StepHistory(clock)
+    for step, seconds in ((1, 9.0), (2, 1.0), (3, 3.0)):
+        clock.now += 100  # an evaluation
+        history.add(step, 13, {"time/step": seconds})
+    assert history.seconds_left() == pytest.approx(20)
+
+
+def test_headline_metrics() -> None:
+    results = {
+        "reward/mean": 0.5,
+        "tokens/total": 9.0,
+        "teacher_kl": 0.1,
+        "pass@4": 0.9,
+        "pass@1": 0.5,
+    }
+    assert list(headline(results)) == ["pass@1", "pass@4", "teacher_kl"]
+    assert list(headline({"tokens/total": 9.0, "reward/mean": 0.5})) == ["reward/mean"]
+    assert headline({"mine": 1.0}) == {"mine": 1.0}
 
 
 def test_missing_and_non_finite_metrics_are_drawn(

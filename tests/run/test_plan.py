@@ -129,6 +129,20 @@ def test_a_plan_that_does_not_fit_says_what_to_change(
     )
 
 
+def test_only_what_is_always_held_makes_a_plan_hopeless(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    device = plan_of(models).devices[0]
+    always = sum(part.bytes for part in device.parts if part.stage == "always")
+    tight = plan_of(models, device=replace(ROOMY, free_bytes=always))
+    assert not tight.fits
+    assert not tight.devices[0].hopeless
+    assert "may not fit with the longest answers" in shown(tight)
+    hopeless = plan_of(models, device=replace(ROOMY, free_bytes=always - 1))
+    assert hopeless.devices[0].hopeless
+    assert "does not fit: at most" in shown(hopeless)
+
+
 def test_a_full_disk_does_not_fit(
     models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,8 @@ def build_training_samples(
 def build_batch(training: Sequence[TrainingSample]) -> Batch:
     """A batch and its N."""
     return Batch(
-        samples=tuple(training), num_loss_tokens=sum(sum(item.sample.loss_mask) for item in training)
+        samples=tuple(training),
+        num_loss_tokens=sum(sum(item.sample.loss_mask) for item in training),
     )
 
 

@@ -38,7 +38,9 @@ def shape_advantages(
     advantages = reward_coef * reward_advantages
     if teacher_logprobs is None:
         return ShapedAdvantages(
-            advantages=advantages, teacher_kl=None, clamped=torch.zeros_like(advantages, dtype=torch.bool)
+            advantages=advantages,
+            teacher_kl=None,
+            clamped=torch.zeros_like(advantages, dtype=torch.bool),
         )
     teacher_kl = k1(logprobs.detach(), teacher_logprobs)
     bounded = teacher_kl.clamp(-kl_clamp, kl_clamp)

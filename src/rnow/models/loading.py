@@ -51,7 +51,10 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ModelError(f"unknown device '{name}'", fix="use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device '{name}' was asked for, but torch sees no GPU", fix="set the device to auto or cpu")
+        raise ModelError(
+            f"device '{name}' was asked for, but torch sees no GPU",
+            fix="set the device to auto or cpu",
+        )
     return device
 
 
@@ -99,7 +102,7 @@ def load_causal_lm(
     if device_map is not None:
         arguments["device_map"] = device_map
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(local_dir), **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(local_dir), **arguments)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{local_dir.name} does not fit on {device}",
@@ -126,11 +129,15 @@ def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "non
     """Find body and head of a HuggingFace causal LM already in memory."""
     output = model.get_output_embeddings()
     if output is None:
-        raise ModelError(f"{type(model).__name__} has no output embedding, so it is no causal language model")
+        raise ModelError(
+            f"{type(model).__name__} has no output embedding, so it is no causal language model"
+        )
     weight: Tensor = output.weight.detach()
     rows = min(vocabulary, weight.shape[0])
     bias = getattr(output, "bias", None)
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = (
+        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    )
     head = Head(
         weight=weight[:rows],
         bias=None if bias is None else bias.detach()[:rows],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.errors import ModelError
+from rnow.models.refusal import one_line
 from rnow.models.resolve import ResolvedModel
 from rnow.rollout.rendering import render_text
 from rnow.types import Message
@@ -48,7 +49,7 @@ def load_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool = False) 
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(
             f"the tokenizer of '{resolved.path}' does not load",
-            why=first_line(error),
+            why=one_line(error),
             fix="check the folder with AutoTokenizer.from_pretrained",
         ) from error
 
@@ -172,12 +173,6 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 # --- comparisons --------------------------------------------------------------------------------------------------
@@ -313,7 +308,7 @@ def _compare_templates(
             theirs = render_text(teacher, messages, reasoning_mode=reasoning_mode)
         except Exception as error:  # jinja's errors, and whatever a template raises by itself
             return [
-                f"the teacher's chat template refuses a prompt ({first_line(error)}); the student's is used for both"
+                f"the teacher's chat template refuses a prompt ({one_line(error)}); the student's is used for both"
             ]
         if ours != theirs:
             position = next(

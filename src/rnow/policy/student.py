@@ -232,7 +232,9 @@ class LoraPolicy:
             raise ValueError("the saved adapter has other layers than this one")
         for name, parameter in mine.items():
             if parameter.shape != tensors[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
+                )
             parameter.copy_(tensors[name])
 
     def state_dict(self) -> dict[str, Any]:

@@ -88,7 +88,9 @@ async def collect_rollouts(
                 for index in range(settings.group_size):
                     if store is None or store.finished(prompt.id, index) is None:
                         tasks[position, index] = group.create_task(
-                            _run_rollout(prompt, index, sampler, environments, settings, step, store)
+                            _run_rollout(
+                                prompt, index, sampler, environments, settings, step, store
+                            )
                         )
     except BaseExceptionGroup as failures:
         raise _first_cause(failures) from failures

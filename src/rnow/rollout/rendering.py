@@ -43,13 +43,11 @@ def render_text(
 def control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     """Matches the text of every added token of the tokenizer, whether or not it is marked special (Qwen3's
     ``<tool_call>`` and ``<think>`` are not). None when there is none."""
-    cached = getattr(tokenizer, "_rnow_control_pattern", False)
-    if cached is not False:
-        return cached
-    texts = sorted((t for t in tokenizer.get_added_vocab() if len(t.strip()) > 1), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
-    tokenizer._rnow_control_pattern = pattern
-    return pattern
+    if not hasattr(tokenizer, "_rnow_control_pattern"):
+        texts = sorted((t for t in tokenizer.get_added_vocab() if len(t.strip()) > 1), key=len)
+        longest_first = "|".join(map(re.escape, reversed(texts)))
+        tokenizer._rnow_control_pattern = re.compile(longest_first) if texts else None
+    return tokenizer._rnow_control_pattern
 
 
 def neutralise(text: str, controls: re.Pattern[str] | None) -> str:
@@ -62,7 +60,9 @@ def neutralise(text: str, controls: re.Pattern[str] | None) -> str:
 
 def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """The text of sampled ids, control tokens left out, nothing cleaned up."""
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(
+        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 def _safe_message(message: Message, controls: re.Pattern[str] | None) -> dict[str, Any]:

@@ -16,13 +16,7 @@ from rnow.errors import RnowError, StopRequested
 from rnow.models.loading import CausalLM
 from rnow.models.resolve import tokenizer_hash
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
-from rnow.project.secrets import redact
-from rnow.protocols import Environment
 from rnow.rewards.advantages import rollout_advantages
-from rnow.rewards.runner import RewardRunner
-from rnow.rollout.collect import RolloutSettings
-from rnow.rollout.environment import SingleTurn
-from rnow.rollout.rendering import decode
 from rnow.run import changes
 from rnow.run.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.run.console import Display, QuietDisplay
@@ -33,6 +27,13 @@ from rnow.run.folder import RunFolder
 from rnow.run.journal import JournalFolder
 from rnow.run.loop import Parts, train
 from rnow.run.models import load_student, load_teacher_model, quiet_libraries
+from rnow.run.parts import (
+    batch_bytes,
+    build_rewarder,
+    environment_maker,
+    redactor,
+    rollout_settings,
+)
 from rnow.run.plan import Plan, build_plan
 from rnow.run.prepare import Prepared, prepare
 from rnow.run.recorder import Recorder
@@ -44,9 +45,6 @@ from rnow.run.summary import RunSummary, build_values, device_name, versions
 from rnow.run.transcripts import TranscriptWriter
 from rnow.sampling.transformers import TransformersSampler
 from rnow.teacher.transformers import TransformersTeacher
-from rnow.types import Prompt, Purpose
-
-DEFAULT_MAX_TOKENS = 4096
 
 
 def check(config: Config, folder: str | Path = ".") -> Plan:
@@ -119,6 +117,8 @@ class _Builder:
         self._display = display
         self._stack = stack
         self._stop = StopFlag()
+        self._redact = redactor(prepared)
+        self._environments = environment_maker(prepared)
         self._facts = self._build_facts()
         self._seconds_before = 0.0
 
@@ -130,7 +130,7 @@ class _Builder:
         )
         # The sampler first: in merged mode it copies the base as it is before PEFT wraps it.
         sampler = TransformersSampler.for_student(
-            student, batch_bytes=self._batch_bytes(), poll=self._stop.poll
+            student, batch_bytes=batch_bytes(self._prepared), poll=self._stop.poll
         )
         policy = self._build_policy(student)
         self._display.stage("loading the teacher")
@@ -211,7 +211,9 @@ class _Builder:
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
         for line in found.warned:
-            self._display.note(f"warning: changed since the checkpoint, and it shapes the result: {line}")
+            self._display.note(
+                f"warning: changed since the checkpoint, and it shapes the result: {line}"
+            )
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
 
@@ -228,8 +230,8 @@ class _Builder:
             sampler,
             self._as_teacher(student),
             teacher,
-            self._environment,
-            self._settings("test", group_size=1),
+            self._environments,
+            rollout_settings(self._prepared, "test", group_size=1),
             student.head.vocabulary,
         )
         for note in found.notes:
@@ -286,7 +288,7 @@ class _Builder:
         sampler = None
         if self._config.evaluation.teacher:
             sampler = TransformersSampler(
-                model, mode=None, batch_bytes=self._batch_bytes(), poll=self._stop.poll
+                model, mode=None, batch_bytes=batch_bytes(self._prepared), poll=self._stop.poll
             )
         return self._as_teacher(model), sampler
 
@@ -359,10 +361,10 @@ class _Builder:
         return Parts(
             num_steps=self._prepared.num_steps,
             prompts_of=lambda step: dataset.batch(step - 1, config.data.batch_size, config.seed),
-            environments=self._environment,
-            settings=self._settings("train", group_size=config.data.group_size),
+            environments=self._environments,
+            settings=rollout_settings(self._prepared, "train", group_size=config.data.group_size),
             sampler=sampler,
-            rewarder=self._rewarder(),
+            rewarder=build_rewarder(self._prepared),
             advantages=partial(
                 rollout_advantages, estimator=estimator, scale=config.algorithm.scale_rewards
             ),
@@ -382,18 +384,18 @@ class _Builder:
     ) -> Evaluations:
         section, dataset = self._config.evaluation, self._prepared.project.dataset
         held_out = dataset.held_out[: section.max_prompts]
-        rewarder = self._rewarder()
+        rewarder = build_rewarder(self._prepared)
 
         def evaluator(samples: int, temperature: float, pass_at: tuple[int, ...]) -> Evaluator:
             settings = replace(
-                self._settings("eval", group_size=samples),
+                rollout_settings(self._prepared, "eval", group_size=samples),
                 temperature=temperature,
                 top_p=1.0,
                 top_k=0,
             )
             return Evaluator(
                 prompts=held_out,
-                environments=self._environment,
+                environments=self._environments,
                 settings=settings,
                 rewarder=rewarder,
                 success_reward=section.success_reward,
@@ -428,39 +430,6 @@ class _Builder:
             recorder=recorder,
         )
 
-    def _environment(self, prompt: Prompt) -> Environment:
-        preflight = self._prepared.preflight
-        return SingleTurn(
-            preflight.prompt_token_ids[prompt.id], partial(decode, preflight.tokenizer)
-        )
-
-    def _settings(self, purpose: Purpose, *, group_size: int) -> RolloutSettings:
-        rollout = self._config.rollout
-        return RolloutSettings(
-            group_size=group_size,
-            window=self._prepared.preflight.window,
-            max_tokens=rollout.max_tokens or DEFAULT_MAX_TOKENS,
-            stop_token_ids=self._prepared.preflight.stop_ids,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=max(0, rollout.top_k),
-            run_seed=self._config.seed,
-            purpose=purpose,
-        )
-
-    def _rewarder(self) -> RewardRunner:
-        project = self._prepared.project
-        return RewardRunner(
-            project.rewards,
-            secrets=project.secrets,
-            timeout=self._config.rollout.reward_timeout,
-            include_thinking=self._config.rollout.include_thinking,
-        )
-
-    def _batch_bytes(self) -> int | None:
-        gigabytes = self._config.sampler.batch_memory_gb
-        return None if gigabytes is None else int(gigabytes * 1e9)
-
     # ---- words ------------------------------------------------------------------------------------------------
 
     def _build_facts(self) -> dict[str, Any]:
@@ -480,9 +449,6 @@ class _Builder:
 
     def _redacted_config(self) -> dict[str, Any]:
         return _map_text(to_dict(self._config), self._redact)
-
-    def _redact(self, text: str) -> str:
-        return redact(text, self._prepared.project.secrets)
 
     def _header(self, student: CausalLM, sampler: TransformersSampler, done: int) -> list[str]:
         config, prepared = self._config, self._prepared

@@ -49,7 +49,9 @@ def compare(
         if before.get(key) != after.get(key):
             found[_class_of(key)].append(f"{key}: {before.get(key)} -> {after.get(key)}")
     found["refused"] += [
-        f"{what} changed" for name, what in FACTS.items() if old_facts.get(name) != new_facts.get(name)
+        f"{what} changed"
+        for name, what in FACTS.items()
+        if old_facts.get(name) != new_facts.get(name)
     ]
     return Changes(**{name: tuple(lines) for name, lines in found.items()})
 

@@ -130,7 +130,9 @@ class CheckpointStore:
 
     def _disk_full(self, why: str) -> TemporaryError:
         step = self.newest_step()
-        kept = "no earlier checkpoint" if step is None else f"the last good checkpoint is step {step}"
+        kept = (
+            "no earlier checkpoint" if step is None else f"the last good checkpoint is step {step}"
+        )
         return TemporaryError(
             f"no space left to save a checkpoint; {kept}",
             where=str(self._folder),
@@ -144,7 +146,8 @@ class CheckpointStore:
         for name, data in files.items():
             write_synced(aside / name, data)
         entries = {
-            name: {"size": len(data), "sha256": sha256_of(aside / name)} for name, data in files.items()
+            name: {"size": len(data), "sha256": sha256_of(aside / name)}
+            for name, data in files.items()
         }
         manifest = to_json({"format": 1, "step": step, "files": entries}, indent=2) + "\n"
         write_synced(aside / MANIFEST, manifest.encode())

@@ -26,7 +26,9 @@ class Journal:
     def __init__(self, path: Path, *, version: int) -> None:
         self._path = path
         self._version = version
-        self._known = {(r.prompt_id, r.index): r for r in _read(path) if r.policy_version == version}
+        self._known = {
+            (r.prompt_id, r.index): r for r in _read(path) if r.policy_version == version
+        }
         self._pending: list[Rollout] = []
 
     def finished(self, prompt_id: str, index: int) -> Rollout | None:

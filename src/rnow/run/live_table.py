@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from rnow.run.result_table import result_table
+from rnow.run.result_table import headline, result_table
 from rnow.run.step_history import StepHistory, StepRow, stage_seconds
 from rnow.run.terminal import (
     escape_control,
@@ -78,12 +78,17 @@ class LiveTable:
         self._history.add(step, total, metrics)
 
     def note(self, text: str) -> None:
-        mark = "▲ " if self._unicode else "! "
-        self._console.print(Text.assemble((mark, "yellow"), escape_control(text)), highlight=False)
+        if text.startswith("warning:"):
+            mark, style = ("▲ " if self._unicode else "! "), "yellow"
+        else:
+            mark, style = ("· " if self._unicode else "- "), "dim"
+        self._console.print(Text.assemble((mark, style), escape_control(text)), highlight=False)
 
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._evaluations[name] = dict(results)
-        shown = "  ".join(f"{key} {format_number(value)}" for key, value in results.items())
+        shown = "  ".join(
+            f"{key} {format_number(value)}" for key, value in headline(results).items()
+        )
         mark = "● " if self._unicode else "* "
         line = Text.assemble((mark, "cyan"), f"{name}  ", (shown, "bold"))
         self._console.print(Text(escape_control(line.plain), spans=line.spans), highlight=False)
@@ -94,6 +99,7 @@ class LiveTable:
         if self._evaluations:
             self._console.print()
             self._console.print(result_table(self._evaluations, self._console))
+        self._console.print()
         self._console.print(Rule(Text("done", style="bold green"), align="left", style="green"))
         for line in lines:
             self._console.print(_closing_line(line), soft_wrap=True, highlight=False)

@@ -72,5 +72,3 @@ def _count(rollouts: Sequence[Rollout], status: str) -> int:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-

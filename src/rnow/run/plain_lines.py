@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from rnow.run.result_table import result_table
+from rnow.run.result_table import headline, result_table
 from rnow.run.step_history import StepHistory, stage_seconds
 from rnow.run.terminal import (
     escape_control,
@@ -64,7 +64,9 @@ class PlainLines:
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._flush()
         self._evaluations[name] = dict(results)
-        shown = "  ".join(f"{key} {format_number(value)}" for key, value in results.items())
+        shown = "  ".join(
+            f"{key} {format_number(value)}" for key, value in headline(results).items()
+        )
         self._print(f"evaluation {name}:  {shown}")
 
     def finish(self, lines: Sequence[str]) -> None:

@@ -72,6 +72,11 @@ class DevicePlan:
         """Whether the estimate is within the free memory."""
         return self.peak_bytes <= self.info.free_bytes
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether even what is held at all times is too much; otherwise shorter answers than the longest may fit."""
+        return sum(p.bytes for p in self.parts if p.stage == "always") > self.info.free_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

@@ -106,7 +106,10 @@ def _verdict(device: DevicePlan) -> RenderableType:
     room = f"{format_bytes(info.free_bytes)} free of {format_bytes(info.total_bytes)} ({escape_control(info.name)})"
     if device.fits:
         return Text(f"fits: {peak}, {room}", style="green")
-    text = Text(f"does not fit: {peak}, {room}", style="bold red")
+    if device.hopeless:
+        text = Text(f"does not fit: {peak}, {room}", style="bold red")
+    else:
+        text = Text(f"may not fit with the longest answers: {peak}, {room}", style="bold yellow")
     if not device.advice:
         return text
     lines = "".join(f"\n  {line}" for line in device.advice)

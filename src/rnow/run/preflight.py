@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnow.errors import InputError
+from rnow.models.refusal import one_line
 from rnow.models.resolve import ResolvedModel
 from rnow.models.tokenizer import (
     compare_tokenizers,
     encode_texts,
-    first_line,
     load_tokenizer,
     read_config,
     require_chat_template,
@@ -168,7 +168,7 @@ def _render(tokenizer: Any, prompts: Sequence[Prompt], mode: str | None) -> dict
             texts[prompt.id] = render_text(tokenizer, prompt.messages, reasoning_mode=mode)
         except Exception as error:  # a template raises jinja's errors, or Python's on odd messages
             raise InputError(
-                f"the chat template refuses this conversation: {first_line(error)}",
+                f"the chat template refuses this conversation: {one_line(error)}",
                 title="Prompt does not fit the chat template",
                 where=place_of(prompt),
                 details=[f"roles: {', '.join(str(m.get('role')) for m in prompt.messages)}"],

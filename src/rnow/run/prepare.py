@@ -49,9 +49,11 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
         InputError: the first thing that is wrong.
     """
     refuse_reserved(config)
-    check_model_id(config.model.path, key="model.path", where="model.path")
+    check_model_id(config.model.path, key="model.path", where="model.path", base_dir=folder)
     if config.teacher is not None:
-        check_model_id(config.teacher.path, key="teacher.path", where="teacher.path")
+        check_model_id(
+            config.teacher.path, key="teacher.path", where="teacher.path", base_dir=folder
+        )
     project = load_project(folder, config)
     dataset = project.dataset
     num_steps = 0

@@ -52,13 +52,16 @@ class Recorder:
         return StageClock(self._display.stage)
 
     def forget_after(self, step: int) -> None:
-        """Drop what an interrupted run recorded beyond the checkpoint it continues from."""
+        """Drop what an interrupted run recorded beyond the checkpoint it continues from, and show what is left."""
         self._metrics.truncate_after(step + 1)
         self._transcripts.forget_from(step + 1)
         kept = [row for row in self.evaluations() if row["step"] <= step]
         if self._folder.evaluations.exists():
             text = "".join(to_json(row) + "\n" for row in kept)
             replace_file(self._folder.evaluations, text.encode())
+        for row in kept:
+            numbers = {key: row[key] for key in row if key not in ("name", "step")}
+            self._display.evaluation(row["name"], numbers)
 
     def record(
         self,
@@ -92,7 +95,11 @@ class Recorder:
         self._display.note(reason)
         if self._skipped >= MAX_SKIPPED:
             saved = sorted(self._folder.checkpoints.glob("step-??????"))
-            good = f"the last good checkpoint is {saved[-1].name}" if saved else "nothing was saved yet"
+            good = (
+                f"the last good checkpoint is {saved[-1].name}"
+                if saved
+                else "nothing was saved yet"
+            )
             raise RnowError(
                 f"{MAX_SKIPPED} steps in a row brought no finite update; {good}",
                 title="Training diverged",

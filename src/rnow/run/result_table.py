@@ -16,6 +16,23 @@ _MAX_ROWS = 10
 _MAX_METRICS = 4
 
 
+def headline(results: Mapping[str, float]) -> dict[str, float]:
+    """The few metrics of an evaluation that are worth a line: ``pass@k``, teacher_kl, and the mean reward when there is
+    no ``pass@k``. An evaluation with none of these shows what it has.
+    """
+    passed = sorted((name for name in results if name.startswith("pass@")), key=_pass_order)
+    chosen = [*passed[:3], "teacher_kl"]
+    if not passed:
+        chosen.append("reward/mean")
+    shown = {name: results[name] for name in chosen if name in results}
+    return shown or dict(list(results.items())[:_MAX_METRICS])
+
+
+def _pass_order(name: str) -> tuple[int, str]:
+    digits = name.removeprefix("pass@")
+    return (int(digits) if digits.isdecimal() else 1 << 30, name)
+
+
 def result_table(evaluations: Mapping[str, Mapping[str, float]], console: Console) -> Table:
     """One row per evaluation, one column per metric; a bar shows the first metric and, where it fits, the second.
 
@@ -25,7 +42,7 @@ def result_table(evaluations: Mapping[str, Mapping[str, float]], console: Consol
     names = list(evaluations)
     if len(names) > _MAX_ROWS:
         names = names[:2] + names[-(_MAX_ROWS - 2) :]
-    metrics = list(dict.fromkeys(key for name in names for key in evaluations[name]))
+    metrics = list(dict.fromkeys(key for name in names for key in headline(evaluations[name])))
     metrics = metrics[:_MAX_METRICS]
     unicode = console.encoding.lower().startswith("utf")
     widest_name = max((len(escape_control(name)) for name in names), default=0)

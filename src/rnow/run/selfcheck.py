@@ -112,7 +112,8 @@ def _check_teacher(first: Sequence[float], second: Sequence[float], vocabulary: 
     fix = "check that the teacher's weights match its config (dtype, quantization, a complete download)"
     if bad := [value for value in first if not math.isfinite(value)]:
         raise ModelError(
-            f"the teacher gives {len(bad)} non-finite log-probabilities in {len(first)} tokens", fix=fix
+            f"the teacher gives {len(bad)} non-finite log-probabilities in {len(first)} tokens",
+            fix=fix,
         )
     if (highest := max(first, default=0.0)) > POSITIVE_TOLERANCE:
         raise ModelError(f"the teacher gives a log-probability above 0 ({highest:.4g})", fix=fix)

@@ -70,7 +70,15 @@ class StepHistory:
         return self.rows[-1].number if self.rows else 0
 
     def seconds_per_step(self) -> float:
-        """Mean wall seconds of the newest steps; NaN before the first."""
+        """Mean seconds of the newest steps; NaN before the first.
+
+        From ``time/step`` where the steps have it: evaluations and checkpoints between steps do not count, nor does the
+        first step of the process, which warms up, once there is another.
+        """
+        recent = list(self.rows)[1:][-_PACE_STEPS:] or list(self.rows)
+        timed = [row.metrics.get("time/step", math.nan) for row in recent]
+        if timed and all(map(math.isfinite, timed)):
+            return sum(timed) / len(timed)
         if len(self._times) < 2:
             return math.nan
         return (self._times[-1] - self._times[0]) / (len(self._times) - 1)

@@ -179,7 +179,7 @@ def _prefill(
     columns = torch.arange(width, device=device)[None, :]
     attention = (columns >= (width - lengths)[:, None]).long()
     position_ids = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    cache = DynamicCache(config=body.config)
+    cache: Any = DynamicCache(config=body.config)
     output = body(
         input_ids=token_ids,
         attention_mask=attention,

@@ -60,7 +60,11 @@ class TransformersSampler:
 
     @classmethod
     def for_student(
-        cls, lm: CausalLM, *, batch_bytes: int | None = None, poll: Callable[[], None] = lambda: None
+        cls,
+        lm: CausalLM,
+        *,
+        batch_bytes: int | None = None,
+        poll: Callable[[], None] = lambda: None,
     ) -> TransformersSampler:
         """A sampler for a student about to be trained, in the mode its weights allow."""
         return cls(lm, mode=sampling_mode(lm), batch_bytes=batch_bytes, poll=poll)

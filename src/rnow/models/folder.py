@@ -1,0 +1,93 @@
+"""Model folders on this machine: what has to be in one, and what to say when it is not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from rnow.errors import ModelError
+from rnow.models.refusal import Refusal, adapter_refused, read_json
+from rnow.models.weight_files import PICKLED, WEIGHTS, check_weights
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""One of these makes a tokenizer."""
+
+
+def check_folder(folder: Path, refusal: Refusal) -> int:
+    """Bytes of the folder's weights, after checking that it holds a whole model."""
+    names = {entry.name for entry in folder.iterdir()}
+    if "adapter_config.json" in names:
+        raise adapter_refused(refusal)
+    missing = _missing_parts(names)
+    if "config.json" in missing or len(missing) == 3:
+        raise _not_a_model(folder, names, missing, refusal)
+    read_json(folder / "config.json", refusal)
+    if missing and missing[0].startswith("tokenizer"):
+        raise refusal.error(
+            f"the folder '{refusal.path}' has no tokenizer",
+            why="the tokenizer turns the prompts into the ids the model was trained on",
+            fix="save it beside the weights: AutoTokenizer.from_pretrained(<the original id>).save_pretrained(<folder>)",
+        )
+    return check_weights(folder, names, refusal)
+
+
+def _missing_parts(names: set[str]) -> list[str]:
+    missing = []
+    if "config.json" not in names:
+        missing.append("config.json")
+    if not names.intersection(TOKENIZER_FILES):
+        missing.append("tokenizer (tokenizer.json)")
+    if not any(name.endswith((".safetensors", *PICKLED)) for name in names):
+        missing.append(f"weights ({WEIGHTS})")
+    return missing
+
+
+def _not_a_model(
+    folder: Path, names: set[str], missing: Sequence[str], refusal: Refusal
+) -> ModelError:
+    gguf = sorted(name for name in names if name.endswith(".gguf"))
+    if gguf:
+        return refusal.error(
+            f"the folder '{refusal.path}' holds a GGUF file ({gguf[0]}), which cannot be trained or scored here",
+            fix="use the original model: config.json, tokenizer.json and safetensors weights",
+        )
+    inside = model_folders(folder)
+    beside = [] if inside else model_folders(folder.parent)
+    suggestions = [f"{refusal.path.rstrip('/')}/{name}" for name in inside]
+    suggestions += [str(Path(refusal.path.rstrip("/")).parent / name) for name in beside]
+    return refusal.error(
+        f"the folder '{refusal.path}' is not a model: it has no " + ", no ".join(missing),
+        fix=_try_one_of(refusal.key, suggestions)
+        or f"{refusal.key}: a folder written by save_pretrained, or a HuggingFace id",
+    )
+
+
+def no_such_folder(folder: Path, refusal: Refusal) -> ModelError:
+    """The error for a folder that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(folder.name, model_folders(folder.parent), n=3, cutoff=0.4)
+    near = near or model_folders(folder.parent)
+    suggestions = [str(Path(refusal.path.rstrip("/")).parent / name) for name in near]
+    if refusal.path.startswith("./"):
+        suggestions = [f"./{text}" for text in suggestions]
+    start = (
+        "" if Path(refusal.path).expanduser().is_absolute() else " (relative to the project folder)"
+    )
+    return refusal.error(
+        f"there is no folder '{refusal.path}'{start}",
+        fix=_try_one_of(refusal.key, suggestions)
+        or f"{refusal.key}: an existing folder with config.json, or a HuggingFace id",
+    )
+
+
+def model_folders(parent: Path) -> list[str]:
+    """Names of the first three folders in ``parent`` that hold a config.json."""
+    try:
+        folders = sorted(entry for entry in parent.iterdir() if (entry / "config.json").is_file())
+    except OSError:
+        return []
+    return [folder.name for folder in folders[:3]]
+
+
+def _try_one_of(key: str, suggestions: Sequence[str]) -> str | None:
+    return f"{key}: " + "  or  ".join(suggestions) if suggestions else None
