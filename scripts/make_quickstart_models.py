@@ -9,10 +9,11 @@ How the two models differ, and why:
   are replaced, and sometimes the answer runs past its end, while the targets stay right. It therefore goes on
   correctly after a mistake, which is what scoring a student's own text needs: a teacher that never saw mistakes gives
   noise after the first one.
-- The **student** (2 layers) is trained on *sloppy* answers: each letter of its targets is replaced by a random one
-  with probability ``--typo-rate``. It knows how to reverse, and it has learned to make typos at that rate; sampled at
-  temperature 1 it gets about half of the words right. Distillation has to take the typos out. (A student without any
-  probability on the right letter would learn nothing from reverse KL on its own samples.)
+- The **student** (2 layers) is trained on answers in which each letter is replaced, with probability ``--slip-rate``,
+  by the letter before or after it: ``tenalp`` may read ``tennlp``. It learns to reverse and to slip at that rate, so
+  at temperature 1 it gets about half of the words right (greedy decoding, which hides slips, already gets nearly all).
+  Distillation has to take the slips out. A student without any probability on the right letter would learn nothing:
+  reverse KL on its own samples only shifts weight among letters that it does write.
 
 Both share one byte-level tokenizer (one token per byte of UTF-8, so any text encodes) and one chat template.
 Embeddings are tied to the head and start at a standard deviation of 0.1 instead of 0.02: LoRA freezes embeddings, head
@@ -22,7 +23,7 @@ Words in ``train.jsonl`` appear in neither model's training. The same seed gives
 and the same torch version; across machines float arithmetic differs. Accuracies are printed for the weights as
 shipped, rounded to bfloat16.
 
-Usage: ``python scripts/make_quickstart_models.py [--out templates/quickstart] [--seed 0]`` (about six minutes on two cores).
+Usage: ``python scripts/make_quickstart_models.py [--out templates/quickstart] [--seed 0]`` (about five minutes).
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ log = logging.getLogger("make_quickstart_models")
 INSTRUCTION = "Reverse: "
 MIN_LETTERS, MAX_LETTERS = 5, 10
 ROWS = 4096
+ONSETS = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gr pl pr sh sk sl sp st th tr"
+VOWELS = "a e i o u a e i o ai ea ee oo ou"
+CODAS = "l m n r s t x ck ld lm nd ng nt rd rk rm rn sk st"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 PAD_TOKEN, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
@@ -54,7 +58,18 @@ CHAT_TEMPLATE = """\
     {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
         {{- raise_exception('Unknown role: ' + message.role) }}
     {%- endif %}
-    {{- '<|' + message.role + '|>' + (message.content or '') + '<|im_end|>\\n' }}
+    {%- if message.tool_calls %}
+        {{- raise_exception('This chat template has no tool calls.') }}
+    {%- endif %}
+    {{- '<|' + message.role + '|>' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content or [] %}
+            {{- '' + part.text }}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|assistant|>' }}
@@ -92,9 +107,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def pseudo_word(rng: random.Random) -> str:
     """A pronounceable word of 5 to 10 letters, such as ``planet`` or ``brimosket``."""
-    onsets = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gr pl pr sh sk sl sp st th tr".split()
-    vowels = "a e i o u a e i o ai ea ee oo ou".split()
-    codas = ["", "", "", *"l m n r s t x ck ld lm nd ng nt rd rk rm rn sk st".split()]
+    onsets, vowels, codas = ONSETS.split(), VOWELS.split(), ["", "", "", *CODAS.split()]
     target = rng.randint(MIN_LETTERS, MAX_LETTERS)
     while True:
         word = ""
@@ -147,31 +160,50 @@ class Encoder:
         self.before = [user, *INSTRUCTION.encode()]
         self.after = [self.end, *b"\n", assistant]
         expected = tokenizer.apply_chat_template(
-            [{"role": "user", "content": INSTRUCTION + "planet"}], add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": INSTRUCTION + "planet"}],
+            add_generation_prompt=True,
+            return_dict=False,
         )
         if self.prompt("planet") != expected:
-            raise RuntimeError(f"the chat template gives {expected}, the encoder {self.prompt('planet')}")
+            raise RuntimeError(
+                f"the chat template gives {expected}, the encoder {self.prompt('planet')}"
+            )
 
     def prompt(self, word: str) -> list[int]:
         """Ids of the rendered prompt, ready for the answer."""
         return [*self.before, *word.encode(), *self.after]
 
 
-def damage(letters: Sequence[int], rate: float, rng: random.Random) -> list[int]:
-    """Each letter replaced by a random one with probability ``rate``."""
+def slip(letters: Sequence[int], rate: float, rng: random.Random) -> list[int]:
+    """Each letter replaced by the one before or after it with probability ``rate``."""
+    written = list(letters)
+    for index in range(len(letters)):
+        if rng.random() < rate:
+            written[index] = letters[
+                rng.choice([i for i in (index - 1, index + 1) if 0 <= i < len(letters)])
+            ]
+    return written
+
+
+def scramble(letters: Sequence[int], rate: float, rng: random.Random) -> list[int]:
+    """Each letter replaced by any letter with probability ``rate``."""
     alphabet = LETTERS.encode()
     return [rng.choice(alphabet) if rng.random() < rate else letter for letter in letters]
 
 
-def sloppy_answer(answer: list[int], end: int, rate: float, rng: random.Random) -> tuple[list[int], list[int]]:
-    """(inputs, targets) of the student: the typos are in both, as in a text written by someone careless."""
-    written = damage(answer, rate, rng)
+def slipping_answer(
+    answer: list[int], end: int, rate: float, rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """(inputs, targets) of the student: the slips are in both, as in a text written by someone careless."""
+    written = slip(answer, rate, rng)
     return written, [*written, end]
 
 
-def corrected_answer(answer: list[int], end: int, rate: float, rng: random.Random) -> tuple[list[int], list[int]]:
+def corrected_answer(
+    answer: list[int], end: int, rate: float, rng: random.Random
+) -> tuple[list[int], list[int]]:
     """(inputs, targets) of the teacher: what was written so far is damaged, what comes next is right."""
-    written, targets = damage(answer, rate, rng), [*answer, end]
+    written, targets = rng.choice((slip, scramble))(answer, rate, rng), [*answer, end]
     if rng.random() < rate:  # whoever missed the end should stop now
         extra = rng.randint(1, 2)
         written += rng.choices(LETTERS.encode(), k=extra)
@@ -180,7 +212,13 @@ def corrected_answer(answer: list[int], end: int, rate: float, rng: random.Rando
 
 
 def batches(
-    encoder: Encoder, *, teacher: bool, typo_rate: float, size: int, excluded: set[str], rng: random.Random
+    encoder: Encoder,
+    *,
+    teacher: bool,
+    slip_rate: float,
+    size: int,
+    excluded: set[str],
+    rng: random.Random,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (input ids, labels), both [size, T]; -100 where nothing is predicted. Fresh words every time."""
     while True:
@@ -190,8 +228,10 @@ def batches(
             if word in excluded:
                 continue
             prompt, answer = encoder.prompt(word), list(word[::-1].encode())
-            rate = rng.choice((0.0, 0.1, 0.3)) if teacher else typo_rate
-            written, targets = (corrected_answer if teacher else sloppy_answer)(answer, encoder.end, rate, rng)
+            rate = rng.choice((0.0, 0.1, 0.3)) if teacher else slip_rate
+            written, targets = (corrected_answer if teacher else slipping_answer)(
+                answer, encoder.end, rate, rng
+            )
             rows.append((prompt + written, [-100] * (len(prompt) - 1) + targets))
         width = max(len(ids) for ids, _ in rows)
         yield (
@@ -238,11 +278,15 @@ def train(
     learning_rate: float,
 ) -> None:
     """Plain supervised training: AdamW, warm-up over 5 %, cosine to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))),
+        lambda step: min(
+            (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
+        ),
     )
     model.train()
     started, total = time.monotonic(), 0.0
@@ -258,7 +302,14 @@ def train(
         schedule.step()
         total += loss.item()
         if step % 100 == 0:
-            log.info("%s %4d/%d  loss %.4f  %.0f s", name, step, steps, total / 100, time.monotonic() - started)
+            log.info(
+                "%s %4d/%d  loss %.4f  %.0f s",
+                name,
+                step,
+                steps,
+                total / 100,
+                time.monotonic() - started,
+            )
             total = 0.0
 
 
@@ -266,7 +317,14 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, encoder: Encoder, words: Sequence[str], *, temperature: float, seed: int) -> float:
+def accuracy(
+    model: Qwen3ForCausalLM,
+    encoder: Encoder,
+    words: Sequence[str],
+    *,
+    temperature: float,
+    seed: int,
+) -> float:
     """Share of ``words`` reversed exactly, one sample each; temperature 0 is greedy."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -289,15 +347,19 @@ def accuracy(model: Qwen3ForCausalLM, encoder: Encoder, words: Sequence[str], *,
 
 def parse_arguments() -> argparse.Namespace:
     root = Path(__file__).resolve().parents[1]
-    parser = argparse.ArgumentParser(description="Make the models and the data of templates/quickstart.")
+    parser = argparse.ArgumentParser(
+        description="Make the models and the data of templates/quickstart."
+    )
     parser.add_argument("--out", type=Path, default=root / "templates" / "quickstart")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--teacher-steps", type=int, default=1500)
-    parser.add_argument("--student-steps", type=int, default=1500)
+    parser.add_argument("--teacher-steps", type=int, default=800)
+    parser.add_argument("--student-steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--typo-rate", type=float, default=0.09, help="per letter, in the student's targets")
+    parser.add_argument(
+        "--slip-rate", type=float, default=0.09, help="per letter, in the student's targets"
+    )
     return parser.parse_args()
 
 
@@ -318,7 +380,7 @@ def main() -> None:
         data = batches(
             encoder,
             teacher=name == "teacher",
-            typo_rate=arguments.typo_rate,
+            slip_rate=arguments.slip_rate,
             size=arguments.batch_size,
             excluded=excluded,
             rng=random.Random(f"{arguments.seed}/{name}"),
@@ -330,7 +392,13 @@ def main() -> None:
         shipped = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for temperature in (0.0, 1.0):
             share = accuracy(shipped, encoder, words, temperature=temperature, seed=arguments.seed)
-            log.info("%s: accuracy %.3f at temperature %.0f (%d unseen words)", name, share, temperature, len(words))
+            log.info(
+                "%s: accuracy %.3f at temperature %.0f (%d unseen words)",
+                name,
+                share,
+                temperature,
+                len(words),
+            )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ sample id), so a test that passes with a fake does not pass by luck.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,10 +69,12 @@ class FakeSampler:
     ) -> Completion:
         request = SamplerRequest(prompt_token_ids=tuple(prompt_token_ids), params=params, seed=seed)
         self.requests.append(request)
+        number = len(self.requests) - 1
+        await asyncio.sleep(0)  # as a real one would: other rollouts get their turn
         if callable(self._replies):
             reply = self._replies(request)
         else:
-            reply = self._replies[(len(self.requests) - 1) % len(self._replies)]
+            reply = self._replies[number % len(self._replies)]
         if isinstance(reply, BaseException):
             raise reply
         ids = tuple(reply)[: params.max_tokens]

@@ -105,6 +105,8 @@ class StopRequested(RnowError):
 
     default_title = "Stopped"
 
-    def __init__(self, message: str = "stop requested", *, exit_code: int = EXIT_INTERRUPTED) -> None:
+    def __init__(
+        self, message: str = "stop requested", *, exit_code: int = EXIT_INTERRUPTED
+    ) -> None:
         super().__init__(message)
         self.exit_code = exit_code

@@ -118,10 +118,12 @@ class _ChunkedSelect(torch.autograd.Function):
             empty = hidden.new_zeros(0, hidden.shape[1])
             ctx.save_for_backward(torch.cat(derivatives) if derivatives else empty)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        nothing = hidden.new_zeros(0, dtype=dtype)
-        entropy = torch.cat(entropies) if entropies else nothing
+        if not logprobs:
+            logprobs.append(hidden.new_zeros(0, dtype=dtype))
+            entropies.append(hidden.new_zeros(0, dtype=dtype))
+        entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
-        return (torch.cat(logprobs) if logprobs else nothing), entropy
+        return torch.cat(logprobs), entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None, None]:

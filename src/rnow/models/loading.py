@@ -86,6 +86,7 @@ def load_causal_lm(
     Raises:
         ModelError: the folder does not load as a causal LM, or its head does something we do not reproduce.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     arguments: dict[str, Any] = {
@@ -109,7 +110,7 @@ def load_causal_lm(
             why=str(error).splitlines()[0],
             fix="load it quantised (quantization: nf4), or on more cards (teacher.device_map: auto)",
         ) from error
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{local_dir.name} does not load as a causal language model",
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,

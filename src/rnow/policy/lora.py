@@ -42,8 +42,20 @@ def attach_lora(lm: CausalLM, *, rank: int, alpha: int, seed: int, base_name: st
         raise ModelError("the student has no linear layer to adapt")
     for parameter in trainable.values():
         parameter.data = parameter.data.float()
+    _switch_off_dropout(model)
     model.eval()
     return model
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of the base to 0. Gradient checkpointing works in training mode only, where a base with, say,
+    ``attention_dropout`` 0.1 would otherwise be scored by one distribution and trained by another."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -250,6 +250,7 @@ class LoraPolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``."""
         self.updates = int(state["updates"])
+        self._adamw.state.clear()
         moments = state["moments"]
         for name, parameter in self._parameters.items():
             saved = _saved_name(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -130,7 +131,7 @@ async def _run_rollout(
     store: RolloutStore | None,
 ) -> Rollout:
     with sampler.live_rollout():
-        rollout = await _Episode(prompt, index, sampler, settings, step).run(environments(prompt))
+        rollout = await _Episode(prompt, index, sampler, settings, step).run(environments)
     if store is not None:
         store.add(rollout)
     return rollout
@@ -153,32 +154,42 @@ class _Episode:
         self._turns: list[Turn] = []
         self._messages: list[Message] = []
 
-    async def run(self, environment: Environment) -> Rollout:
+    async def run(self, environments: Callable[[Prompt], Environment]) -> Rollout:
         try:
-            observation = await environment.start()
-            while True:
-                self._append(observation, False, (0.0,) * len(observation))
-                if len(self._token_ids) >= self._settings.window:
-                    return self._rollout("truncated")
-                completion = await self._complete()
-                self._append(completion.token_ids, True, completion.logprobs)
-                step = await environment.step(completion)
-                self._messages.extend(step.messages)
-                text = str(step.messages[0].get("content", "")) if step.messages else ""
-                self._turns.append(
-                    Turn(observation_token_ids=observation, completion=completion, text=text)
-                )
-                if completion.finish_reason == "length":
-                    return self._rollout("truncated")
-                if step.done:
-                    return self._rollout("completed")
-                observation = step.observation_token_ids
+            environment = environments(self._prompt)
+            try:
+                rollout = await self._play(environment)
+            except BaseException:
+                # What went wrong first is what must be heard of: a sampler's failure ends the step.
+                with suppress(Exception):
+                    await environment.close()
+                raise
+            await environment.close()
+            return rollout
         except (RnowError, _SamplerFailed):
             raise
         except Exception as error:
             return self._rollout("failed", f"{type(error).__name__}: {error}")
-        finally:
-            await environment.close()
+
+    async def _play(self, environment: Environment) -> Rollout:
+        observation = await environment.start()
+        while True:
+            self._append(observation, False, (0.0,) * len(observation))
+            if len(self._token_ids) >= self._settings.window:
+                return self._rollout("truncated")
+            completion = await self._complete()
+            self._append(completion.token_ids, True, completion.logprobs)
+            step = await environment.step(completion)
+            self._messages.extend(step.messages)
+            text = str(step.messages[0].get("content", "")) if step.messages else ""
+            self._turns.append(
+                Turn(observation_token_ids=observation, completion=completion, text=text)
+            )
+            if completion.finish_reason == "length":
+                return self._rollout("truncated")
+            if step.done:
+                return self._rollout("completed")
+            observation = step.observation_token_ids
 
     async def _complete(self) -> Completion:
         seed = rollout_seed(

@@ -55,7 +55,10 @@ def neutralise(text: str, controls: re.Pattern[str] | None) -> str:
     reads the same and encodes as ordinary text. Text without one is returned unchanged."""
     if controls is None:
         return text
-    return controls.sub(lambda match: match.group()[0] + ZERO_WIDTH + match.group()[1:], text)
+    # Again until none is left: two control tokens may share letters, and one pass breaks only the first of them.
+    while controls.search(text):
+        text = controls.sub(lambda match: match.group()[0] + ZERO_WIDTH + match.group()[1:], text)
+    return text
 
 
 def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
@@ -66,18 +69,21 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 def _safe_message(message: Message, controls: re.Pattern[str] | None) -> dict[str, Any]:
-    content = message.get("content")
-    if isinstance(content, str):
-        content = neutralise(content, controls)
-    elif isinstance(content, Sequence):
-        content = [_safe_part(part, controls) for part in content]
-    return {**message, "content": "" if content is None else content}
+    # Templates print more than the content: names, reasoning, the arguments of tool calls.
+    safe = {
+        key: value if key == "role" else _safe(value, controls) for key, value in message.items()
+    }
+    return safe | {"content": "" if safe.get("content") is None else safe["content"]}
 
 
-def _safe_part(part: Any, controls: re.Pattern[str] | None) -> Any:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return {**part, "text": neutralise(part["text"], controls)}
-    return part
+def _safe(value: Any, controls: re.Pattern[str] | None) -> Any:
+    if isinstance(value, str):
+        return neutralise(value, controls)
+    if isinstance(value, Mapping):
+        return {_safe(key, controls): _safe(item, controls) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_safe(item, controls) for item in value]
+    return value
 
 
 def _reasoning_switches(reasoning_mode: str | None) -> dict[str, Any]:

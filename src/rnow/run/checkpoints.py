@@ -28,6 +28,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 MOMENTS = "optimizer.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
+FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MOMENTS, STATE)
 FREE_SPACE_MARGIN = 1.1
 
 
@@ -158,19 +159,19 @@ class CheckpointStore:
 
     def _fault(self, folder: Path) -> str | None:
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            entries = manifest["files"].items()
-        except FileNotFoundError:
+            entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            expected = [(name, entries[name]["size"], entries[name]["sha256"]) for name in FILES]
+        except (FileNotFoundError, NotADirectoryError):
             return "no manifest"
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             return "unreadable manifest"
-        for name, entry in entries:
+        for name, size, digest in expected:
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != entry["size"]:
-                return f"{name} has {path.stat().st_size} bytes, not {entry['size']}"
-            if sha256_of(path) != entry["sha256"]:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if sha256_of(path) != digest:
                 return f"{name} was changed"
         return None
 

@@ -39,10 +39,14 @@ class Evaluations:
     recorder: Recorder
 
     async def before(self, done: int) -> None:
-        """Student and teacher before the first step. A resumed run has them already."""
-        known = {row["name"] for row in self.recorder.evaluations()}
-        if self.main is None or done > 0:
+        """Student and teacher before the first step. A resumed run has them already; what it may lack are those that
+        were due after its last step, when the stop came during them."""
+        if done > 0:
+            await self.after_step(done)
             return
+        if self.main is None:
+            return
+        known = {row["name"] for row in self.recorder.evaluations()}
         if BEFORE not in known:
             await self._run(BEFORE, self.main, 0, self.sampler, self.teacher)
         if self.teacher_sampler is not None and TEACHER not in known:

@@ -13,6 +13,9 @@ from typing import Any
 
 from rnow.errors import InputError
 
+MAX_NAME = 100
+"""Letters of a folder's name; most file systems take 255 bytes, and ``--fresh`` adds a number."""
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -74,11 +77,7 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise InputError(
-                f"cannot write to the run folder: {error.strerror}",
-                where=str(self.path),
-                fix="choose another place with output_dir=PATH, or change the permissions",
-            ) from error
+            raise self._not_writable(error) from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -92,12 +91,14 @@ class RunFolder:
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
-        except Timeout as error:
+        except Timeout as error:  # an OSError too, so it comes first
             raise InputError(
                 "another rnow process is working in this run folder",
                 where=str(self.path),
                 fix="wait for it, stop it, or start a separate run with --fresh or -n NAME",
             ) from error
+        except OSError as error:
+            raise self._not_writable(error) from error
         try:
             yield
         finally:
@@ -106,14 +107,22 @@ class RunFolder:
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that came to its end, or None."""
         try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
+        return summary if isinstance(summary, dict) else None
+
+    def _not_writable(self, error: OSError) -> InputError:
+        return InputError(
+            f"cannot write to the run folder: {error.strerror}",
+            where=str(self.path),
+            fix="choose another place with output_dir=PATH, or change the permissions",
+        )
 
 
 def choose_run_folder(output_dir: Path, name: str, *, fresh: bool) -> RunFolder:
     """``output_dir/name``; with ``fresh`` the first of ``name``, ``name-2``, ``name-3`` ... that does not exist."""
-    safe = _UNSAFE.sub("-", name).strip("-.") or "run"
+    safe = _UNSAFE.sub("-", name)[:MAX_NAME].strip("-.") or "run"
     path, count = output_dir / safe, 1
     while fresh and path.exists():
         count += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ class Journal:
     def __init__(self, path: Path, *, version: int) -> None:
         self._path = path
         self._version = version
-        self._known = {
-            (r.prompt_id, r.index): r for r in _read(path) if r.policy_version == version
-        }
+        committed, self._end = _read(path)
+        self._known = {(r.prompt_id, r.index): r for r in committed if r.policy_version == version}
         self._pending: list[Rollout] = []
 
     def finished(self, prompt_id: str, index: int) -> Rollout | None:
@@ -42,13 +42,20 @@ class Journal:
         self._pending.append(rollout)
 
     def commit(self) -> None:
-        """Write what is pending now."""
+        """Write what is pending now, in place of anything after the last commit line. A full disk loses the lines, not
+        the run: a resumed step samples these rollouts again."""
         if not self._pending:
             return
         lines = [json.dumps(_to_json(rollout), separators=(",", ":")) for rollout in self._pending]
         self._pending = []
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("\n".join([*lines, '{"commit":true}', ""]))
+        data = "\n".join([*lines, '{"commit":true}', ""]).encode()
+        with suppress(OSError):
+            self._path.touch()
+            with self._path.open("r+b") as file:
+                file.seek(self._end)
+                file.truncate()
+                file.write(data)
+            self._end += len(data)
 
 
 class JournalFolder:
@@ -120,19 +127,21 @@ def _from_json(row: dict[str, Any]) -> Rollout:
     )
 
 
-def _read(path: Path) -> list[Rollout]:
-    if not path.exists():
-        return []
+def _read(path: Path) -> tuple[list[Rollout], int]:
+    """The committed rollouts, and how many bytes of the file hold them."""
     committed: list[Rollout] = []
     open_rows: list[Rollout] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    end = position = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        position += len(line)
         try:
             row = json.loads(line)
-            if row.get("commit"):
+            if row.get("commit") and line.endswith(b"\n"):
                 committed += open_rows
                 open_rows = []
+                end = position
             else:
                 open_rows.append(_from_json(row))
         except (ValueError, KeyError, TypeError, AttributeError):
             break
-    return committed
+    return committed, end

@@ -112,7 +112,8 @@ class Recorder:
         if not self._folder.evaluations.exists():
             return []
         rows = []
-        for line in self._folder.evaluations.read_text(encoding="utf-8").splitlines():
+        # Not splitlines(): a name may hold U+2028, which JSON leaves as it is.
+        for line in self._folder.evaluations.read_text(encoding="utf-8").split("\n"):
             try:
                 rows.append(json.loads(line))
             except ValueError:  # a line cut by a crash

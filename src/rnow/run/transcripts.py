@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rnow.algorithm.records import Evidence
 from rnow.rollout.samples import sample_id
-from rnow.run.files import to_json
+from rnow.run.files import map_text, to_json
 from rnow.types import Rollout, ScoredGroup, ScoredRollout
 
 
@@ -30,7 +30,7 @@ class TranscriptWriter:
     Args:
         folder: made when the first step is written.
         token_text: the text of one id.
-        redact: replaces secrets in a line of text.
+        redact: replaces secrets in a text.
     """
 
     def __init__(
@@ -57,7 +57,10 @@ class TranscriptWriter:
         ]
         path = self._folder / f"step-{step:06d}.jsonl"
         aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        # A lone surrogate, which UTF-8 cannot hold, becomes \udc80: its own escape in JSON.
+        aside.write_bytes(
+            "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+        )
         aside.replace(path)
 
     def forget_from(self, step: int) -> None:
@@ -82,17 +85,17 @@ class TranscriptWriter:
             "step": step,
             "id": key,
             "prompt_id": group.prompt.id,
-            "messages": list(group.prompt.messages),
-            "answer": list(rollout.messages),
+            "messages": map_text(list(group.prompt.messages), self._redact),
+            "answer": map_text(list(rollout.messages), self._redact),
             "status": rollout.status,
-            "error": rollout.error,
+            "error": map_text(rollout.error, self._redact),
             "reward": None if reward is None else reward.total,
             "rewards": {} if reward is None else dict(reward.breakdown),
-            "reward_errors": {} if reward is None else dict(reward.errors),
+            "reward_errors": {} if reward is None else map_text(reward.errors, self._redact),
             "teacher_kl": sum(kls) / len(kls) if kls else None,
             "tokens": tokens,
         }
-        return self._redact(to_json(row))
+        return to_json(row)
 
     def _tokens(
         self, rollout: Rollout, evidence: Evidence | None, logprobs: Tensor | None
@@ -117,11 +120,12 @@ class TranscriptWriter:
 
     def _text(self, token_id: int) -> str:
         if token_id not in self._texts:
-            self._texts[token_id] = self._token_text(token_id)
+            self._texts[token_id] = self._redact(self._token_text(token_id))
         return self._texts[token_id]
 
 
 def read_transcripts(folder: Path, step: int) -> list[dict[str, Any]]:
     """The rows of one step, as dicts."""
     path = folder / f"step-{step:06d}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): U+2028 and its like stand unescaped inside the texts.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -122,6 +122,8 @@ class TransformersSampler:
                 if not waiting.future.done():
                     waiting.future.set_exception(error)
             self._parts.clear()
+            # Those who asked again between two sub-batches were not part of it; nobody else would start theirs.
+            self._check_soon()
             return
         for waiting, result in zip(part, drawn, strict=True):
             if not waiting.future.done():

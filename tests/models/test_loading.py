@@ -1,0 +1,158 @@
+"""Loading weights, and taking a model apart into body and head."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from rnow.errors import ModelError
+from rnow.models import loading
+from rnow.models.loading import choose_device, choose_dtype, load_causal_lm, take_apart
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 16, 27, 38, 49]])
+
+
+def load(folder: Path, **changes: Any) -> loading.CausalLM:
+    return load_causal_lm(
+        folder, **{"vocabulary": 100, "dtype": torch.float32, "device": CPU} | changes
+    )
+
+
+@torch.no_grad()
+def own_and_model_logits(lm: loading.CausalLM) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = lm.body(input_ids=IDS, use_cache=False).last_hidden_state[0]
+    return lm.head.logits(hidden), lm.model(input_ids=IDS).logits[0, :, : lm.head.vocabulary]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_body_and_head_give_the_models_logits(
+    tiny_model_dir: Callable[..., Path], tied: bool
+) -> None:
+    lm = load(tiny_model_dir(tie_word_embeddings=tied))
+    own, models = own_and_model_logits(lm)
+    torch.testing.assert_close(own, models, atol=1e-5, rtol=1e-5)
+
+
+def test_it_is_frozen_and_in_eval_mode(tiny_model_dir: Callable[..., Path]) -> None:
+    lm = load(tiny_model_dir())
+    assert not lm.model.training
+    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+
+
+def test_the_head_is_cut_to_the_vocabulary(tiny_model_dir: Callable[..., Path]) -> None:
+    folder = tiny_model_dir(vocab_size=128)
+    assert load(folder).head.vocabulary == 100
+    assert load(folder, vocabulary=500).head.vocabulary == 128, "never more rows than there are"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_asked_dtype_is_loaded(tiny_model_dir: Callable[..., Path], dtype: torch.dtype) -> None:
+    lm = load(tiny_model_dir(), dtype=dtype)
+    assert {parameter.dtype for parameter in lm.model.parameters()} == {dtype}
+    assert lm.head.logits(torch.zeros(2, 64, dtype=dtype)).dtype == torch.float32
+
+
+def test_nf4_has_its_layout_switch_off(tiny_model_dir: Callable[..., Path]) -> None:
+    lm = load(tiny_model_dir(), quantization="nf4")
+    quantised = [m for m in lm.model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(quantised) == 14
+    assert all(module.support_avx512bf16_for_cpu is False for module in quantised)
+    assert all(module.weight.quant_state.nested for module in quantised), "double quantisation"
+    assert lm.head.weight.is_floating_point(), "the head stays out of it"
+
+
+def test_a_folder_of_rubbish_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(ModelError, match="does not load as a causal language model"):
+        load(tmp_path)
+
+
+def test_a_truncated_weight_file_is_refused(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model_dir(), tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(ModelError, match="does not load"):
+        load(folder)
+
+
+def test_a_head_that_does_something_else_is_refused(
+    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose logits are not hidden states times head would be scored wrongly without a word."""
+    forward = Qwen3ForCausalLM.forward
+
+    def bent(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", bent)
+    with pytest.raises(ModelError, match="not a plain projection"):
+        load(tiny_model_dir(seed=3))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+    ],
+)
+def test_heads_with_a_scale_or_a_cap(family: str, changes: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.5,
+        **changes,
+    )
+    torch.manual_seed(0)
+    lm = take_apart(AutoModelForCausalLM.from_config(config).eval().float(), vocabulary=97)
+    own, models = own_and_model_logits(lm)
+    torch.testing.assert_close(own, models, atol=1e-4, rtol=1e-4)
+    plain = lm.body(input_ids=IDS, use_cache=False).last_hidden_state[0] @ lm.head.weight.T
+    assert (plain - models).abs().max() > 0.01, "the transform does something here"
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    assert choose_device("cpu") == CPU
+    with pytest.raises(ModelError, match="no GPU"):
+        choose_device("cuda")
+    with pytest.raises(ModelError, match="unknown device"):
+        choose_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.bfloat16),
+        ("float16", "cpu", torch.float16),
+        ("bfloat16", "cpu", torch.bfloat16),
+    ],
+)
+def test_dtypes(name: str, device: str, expected: torch.dtype) -> None:
+    assert choose_dtype(name, torch.device(device)) == expected

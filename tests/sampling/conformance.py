@@ -1,0 +1,135 @@
+"""The samplers under test, each beside the plain model whose distribution it must draw from.
+
+To hold another sampler to the same tests, add a function to ``CANDIDATES`` (with ``pytest.param(..., marks=...)`` where it
+needs a device or a package).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnow.models.loading import CausalLM, load_causal_lm
+from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.protocols import Sampler
+from rnow.sampling.transformers import TransformersSampler
+from rnow.sampling.weights import SamplingMode
+from rnow.types import Completion, SamplingParams
+
+VOCABULARY = 100
+HEAD_ROWS = 128
+STOP_IDS = tuple(range(0, 100, 7))
+VERSION = 3
+SAMPLERS = 2
+
+Request = tuple[Sequence[int], SamplingParams, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A sampler and what it is measured against.
+
+    Attributes:
+        make: another sampler of the same policy, with ``VERSION`` loaded; at most ``SAMPLERS`` times.
+        logits: ids ``[T]`` -> float32 logits ``[T, HEAD_ROWS]`` of the policy's model, padded rows included.
+        tolerance: on log-probabilities, nats.
+    """
+
+    make: Callable[[], Sampler]
+    logits: Callable[[Sequence[int]], Tensor]
+    tolerance: float
+
+    def logprobs(self, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+        """``[T, VOCABULARY]``: row t is the distribution of the token after ids[t]."""
+        return torch.log_softmax(self.logits(ids)[:, :VOCABULARY] / temperature, dim=-1)
+
+
+def load_student(folder: Path) -> CausalLM:
+    """A float32 student whose padding rows, were they not cut off, would take nearly all of the mass."""
+    lm = load_causal_lm(
+        folder, vocabulary=VOCABULARY, dtype=torch.float32, device=torch.device("cpu")
+    )
+    lm.model.lm_head.weight.data[VOCABULARY:] *= 40
+    return lm
+
+
+def make_policy(lm: CausalLM, **changes: Any) -> LoraPolicy:
+    """A policy whose adapter does something: B is drawn, not 0."""
+    optimizer = changes.pop("optimizer", OptimizerSettings(learning_rate=1e-2))
+    objective = changes.pop("objective", Objective())
+    policy = LoraPolicy(
+        lm,
+        rank=4,
+        alpha=8,
+        seed=1,
+        base_name="tiny",
+        objective=objective,
+        optimizer=optimizer,
+        **changes,
+    )
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        name: torch.randn(tensor.shape, generator=generator) * 0.1
+        for name, tensor in policy.adapter().tensors.items()
+    }
+    policy.load_adapter(tensors)
+    return policy
+
+
+def embedded(mode: SamplingMode) -> Callable[[Callable[..., Path]], Candidate]:
+    """The transformers sampler in one of its two modes."""
+
+    def build(tiny_model_dir: Callable[..., Path]) -> Candidate:
+        lm = load_student(tiny_model_dir(vocab_size=HEAD_ROWS))
+        # A merged copy can only be taken before PEFT wraps the base, so a few are made ahead.
+        unused = [TransformersSampler(lm, mode=mode) for _ in range(SAMPLERS)]
+        policy = make_policy(lm)
+
+        def make() -> TransformersSampler:
+            sampler = unused.pop()
+            sampler.load_policy(policy.adapter(), version=VERSION)
+            return sampler
+
+        @torch.no_grad()
+        def logits(ids: Sequence[int]) -> Tensor:
+            return policy.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+
+        return Candidate(make=make, logits=logits, tolerance=1e-5)
+
+    return build
+
+
+CANDIDATES = [
+    pytest.param(embedded("merged"), id="transformers-merged"),
+    pytest.param(embedded("shared"), id="transformers-shared"),
+]
+
+
+def params(max_tokens: int = 12, **changes: Any) -> SamplingParams:
+    """Sampling parameters with many stop ids, so that rows end at different times."""
+    return SamplingParams(**{"max_tokens": max_tokens, "stop_token_ids": STOP_IDS} | changes)
+
+
+def prompt(length: int, first: int = 5) -> tuple[int, ...]:
+    """Some prompt of that many tokens."""
+    return tuple((first + 11 * position) % VOCABULARY for position in range(length))
+
+
+def complete_all(sampler: Sampler, requests: Sequence[Request]) -> list[Completion]:
+    """All requests as concurrent rollouts, answers in the order of the requests."""
+
+    async def one(request: Request) -> Completion:
+        with sampler.live_rollout():
+            return await sampler.complete(*request)
+
+    async def everything() -> list[Completion]:
+        return await asyncio.gather(*map(one, requests))
+
+    return asyncio.run(everything())

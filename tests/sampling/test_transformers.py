@@ -1,0 +1,333 @@
+"""The embedded sampler's own promises: one prefill per prompt, a memory budget, and batching by live rollouts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.sampling.conformance import (
+    HEAD_ROWS,
+    VOCABULARY,
+    complete_all,
+    load_student,
+    make_policy,
+    params,
+    prompt,
+)
+
+from rnow.errors import StopRequested
+from rnow.models.loading import CausalLM, load_causal_lm
+from rnow.sampling import transformers as module
+from rnow.sampling.transformers import TransformersSampler, kv_bytes_per_token
+from rnow.types import Completion
+
+OPEN = params(max_tokens=6, stop_token_ids=())
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model_dir: Callable[..., Path]) -> CausalLM:
+    return load_student(tiny_model_dir(vocab_size=HEAD_ROWS))
+
+
+def sampler_of(lm: CausalLM, **options: Any) -> TransformersSampler:
+    return TransformersSampler(lm, mode=None, **options)
+
+
+class Shapes:
+    """Rows and columns of every call of the body."""
+
+    def __init__(self, lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[int, int]] = []
+        forward = lm.body.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.seen.append(tuple(kwargs["input_ids"].shape))
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(lm.body, "forward", counted)
+
+
+class Batches:
+    """Prompts of every batch that is decoded; ``fail`` makes the n-th one raise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.prompts: list[list[tuple[int, ...]]] = []
+        self.fail: dict[int, BaseException] = {}
+        decode = module.decode
+
+        def recorded(body: Any, head: Any, requests: Sequence[Any], **options: Any) -> Any:
+            self.prompts.append([request.prompt_token_ids for request in requests])
+            if error := self.fail.get(len(self.prompts) - 1):
+                raise error
+            return decode(body, head, requests, **options)
+
+        monkeypatch.setattr(module, "decode", recorded)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(prompts) for prompts in self.prompts]
+
+
+def test_equal_prompts_share_one_prefill(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = Shapes(lm, monkeypatch)
+    complete_all(
+        sampler_of(lm),
+        [(prompt(20, first), OPEN, seed) for first in (1, 2) for seed in range(5)],
+    )
+    assert shapes.seen[0] == (2, 20)
+    assert shapes.seen[1:] == [(10, 1)] * 5
+
+
+def test_finished_rows_leave_the_batch(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = Shapes(lm, monkeypatch)
+    complete_all(
+        sampler_of(lm),
+        [
+            (prompt(4), params(max_tokens=cap, stop_token_ids=()), cap)
+            for cap in (2, 2, 2, 2, 2, 2, 9, 9)
+        ],
+    )
+    assert shapes.seen[1:] == [(8, 1)] + [(2, 1)] * 7
+
+
+def test_sub_batches_keep_the_budget_and_the_answers(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [(prompt(3 + seed % 5), OPEN, seed) for seed in range(11)]
+    whole = complete_all(sampler_of(lm), requests)
+    batches = Batches(monkeypatch)
+    row = (7 + OPEN.max_tokens) * kv_bytes_per_token(lm) + 32 * VOCABULARY
+    parts = complete_all(sampler_of(lm, batch_bytes=3 * row), requests)
+    assert max(batches.sizes) <= 4
+    assert len(batches.sizes) >= 3
+    assert sum(batches.sizes) == 11
+    assert [one.token_ids for one in parts] == [one.token_ids for one in whole]
+
+
+def test_a_request_larger_than_the_budget_runs_alone(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Batches(monkeypatch)
+    done = complete_all(sampler_of(lm, batch_bytes=1), [(prompt(4), OPEN, seed) for seed in (1, 2)])
+    assert batches.sizes == [1, 1]
+    assert [len(one.token_ids) for one in done] == [6, 6]
+
+
+def test_the_cut_does_not_depend_on_arrival(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches(monkeypatch)
+    requests = [(prompt(3 + seed % 5), OPEN, seed) for seed in range(11)]
+    sampler = sampler_of(lm, batch_bytes=4 * 13 * kv_bytes_per_token(lm))
+    complete_all(sampler, requests)
+    first = list(batches.prompts)
+    batches.prompts.clear()
+    complete_all(sampler, requests[::-1])
+    assert batches.prompts == first
+    assert len(first) > 1
+
+
+def test_an_error_in_decode_reaches_every_rollout(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Batches(monkeypatch)
+    batches.fail = {1: RuntimeError("broken")}
+    sampler = sampler_of(lm, batch_bytes=1)
+
+    async def scenario() -> list[Any]:
+        async def one(seed: int) -> Completion:
+            with sampler.live_rollout():
+                return await sampler.complete(prompt(4), OPEN, seed)
+
+        return await asyncio.gather(*(one(seed) for seed in range(5)), return_exceptions=True)
+
+    found = asyncio.run(scenario())
+    assert sum(isinstance(one, Completion) for one in found) == 1, "the first sub-batch was done"
+    assert sum(isinstance(one, RuntimeError) for one in found) == 4
+
+
+def test_a_stop_is_noticed_between_tokens(lm: CausalLM) -> None:
+    polled = []
+
+    def poll() -> None:
+        polled.append(1)
+        if len(polled) == 4:
+            raise StopRequested
+
+    with pytest.raises(StopRequested):
+        complete_all(sampler_of(lm, poll=poll), [(prompt(4), params(100, stop_token_ids=()), 1)])
+    assert len(polled) == 4
+
+
+def test_the_sampler_works_after_an_error(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches(monkeypatch)
+    batches.fail = {0: RuntimeError("broken")}
+    sampler = sampler_of(lm)
+    with pytest.raises(RuntimeError, match="broken"):
+        complete_all(sampler, [(prompt(4), OPEN, 1)])
+    assert len(complete_all(sampler, [(prompt(4), OPEN, 1)])[0].token_ids) == 6
+
+
+def test_a_request_that_came_between_sub_batches_outlives_an_error(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two sub-batches answers a caller, who asks again; then the second fails."""
+    batches = Batches(monkeypatch)
+    batches.fail = {1: RuntimeError("broken")}
+    sampler = sampler_of(lm, batch_bytes=1)
+
+    async def scenario() -> tuple[Completion, Any]:
+        async def twice() -> Completion:
+            await sampler.complete(prompt(3, first=1), OPEN, 1)
+            return await sampler.complete(prompt(5, first=1), OPEN, 2)
+
+        again = asyncio.ensure_future(twice())
+        broken = asyncio.ensure_future(sampler.complete(prompt(4, first=9), OPEN, 3))
+        results = await asyncio.wait_for(
+            asyncio.gather(again, broken, return_exceptions=True), timeout=20
+        )
+        return results[0], results[1]
+
+    second, failed = asyncio.run(scenario())
+    assert isinstance(failed, RuntimeError)
+    assert len(second.token_ids) == 6
+
+
+def test_out_of_memory_halves_the_batch(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [(prompt(4), OPEN, seed) for seed in range(6)]
+    whole = complete_all(sampler_of(lm), requests)
+    batches = Batches(monkeypatch)
+    batches.fail = {0: torch.OutOfMemoryError("full"), 1: torch.OutOfMemoryError("full")}
+    halved = complete_all(sampler_of(lm), requests)
+    assert batches.sizes == [6, 3, 1, 2, 3]
+    assert [one.token_ids for one in halved] == [one.token_ids for one in whole]
+
+
+def test_out_of_memory_at_one_request_is_an_error(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Batches(monkeypatch)
+    batches.fail = {0: torch.OutOfMemoryError("full")}
+    with pytest.raises(torch.OutOfMemoryError):
+        complete_all(sampler_of(lm), [(prompt(4), OPEN, 1)])
+
+
+def test_a_rollout_that_waits_on_a_tool_holds_the_batch(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Batches(monkeypatch)
+    sampler = sampler_of(lm)
+
+    async def scenario() -> None:
+        tool, left = asyncio.Event(), asyncio.Event()
+
+        async def busy() -> None:
+            with sampler.live_rollout():
+                await sampler.complete(prompt(3), OPEN, 1)
+                await tool.wait()
+                await sampler.complete(prompt(9), OPEN, 2)
+            left.set()
+
+        async def plain(seed: int) -> None:
+            with sampler.live_rollout():
+                await sampler.complete(prompt(3), OPEN, seed)
+                await sampler.complete(prompt(5), OPEN, seed)
+
+        tasks = [asyncio.ensure_future(job) for job in (busy(), plain(3), plain(4))]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert batches.sizes == [3], "two wait for the one that is with its tool"
+        tool.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+    assert batches.sizes == [3, 3]
+
+
+def test_the_others_go_on_when_a_rollout_leaves(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Batches(monkeypatch)
+    sampler = sampler_of(lm)
+
+    async def scenario() -> None:
+        tool = asyncio.Event()
+
+        async def fails() -> None:
+            with sampler.live_rollout():
+                await tool.wait()
+                raise OSError
+
+        async def plain(seed: int) -> Completion:
+            with sampler.live_rollout():
+                return await sampler.complete(prompt(3), OPEN, seed)
+
+        failing = asyncio.ensure_future(fails())
+        others = [asyncio.ensure_future(plain(seed)) for seed in (1, 2)]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert batches.sizes == []
+        tool.set()
+        await asyncio.gather(failing, return_exceptions=True)
+        await asyncio.wait_for(asyncio.gather(*others), timeout=20)
+
+    asyncio.run(scenario())
+    assert batches.sizes == [2]
+
+
+def test_a_cancelled_rollout_is_not_decoded(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches(monkeypatch)
+    sampler = sampler_of(lm)
+
+    async def scenario() -> None:
+        tool = asyncio.Event()
+
+        async def holds() -> None:
+            with sampler.live_rollout():
+                await tool.wait()
+
+        async def plain(seed: int) -> Completion:
+            with sampler.live_rollout():
+                return await sampler.complete(prompt(3), OPEN, seed)
+
+        holder = asyncio.ensure_future(holds())
+        kept, dropped = (asyncio.ensure_future(plain(seed)) for seed in (1, 2))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        dropped.cancel()
+        tool.set()
+        await asyncio.wait_for(kept, timeout=20)
+        await holder
+
+    asyncio.run(scenario())
+    assert batches.sizes == [1]
+
+
+def test_float32_is_sampled_merged_and_bfloat16_shared(tiny_model_dir: Callable[..., Path]) -> None:
+    folder = tiny_model_dir(vocab_size=HEAD_ROWS)
+    cpu = torch.device("cpu")
+    whole = load_causal_lm(folder, vocabulary=VOCABULARY, dtype=torch.float32, device=cpu)
+    half = load_causal_lm(folder, vocabulary=VOCABULARY, dtype=torch.bfloat16, device=cpu)
+    assert TransformersSampler.for_student(whole).mode == "merged"
+    assert TransformersSampler.for_student(half).mode == "shared"
+
+
+def test_a_shared_sampler_follows_the_policy(tiny_model_dir: Callable[..., Path]) -> None:
+    """bfloat16: no merging, so the very next batch sees the new adapter, and only the version is set by loading."""
+    lm = load_causal_lm(
+        tiny_model_dir(vocab_size=HEAD_ROWS),
+        vocabulary=VOCABULARY,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    sampler = TransformersSampler.for_student(lm)
+    request = (prompt(6), params(max_tokens=20, stop_token_ids=()), 1)
+    before = complete_all(sampler, [request])[0]
+    policy = make_policy(lm)
+    sampler.load_policy(policy.adapter(), version=1)
+    after = complete_all(sampler, [request])[0]
+    assert before.policy_version == 0
+    assert after.policy_version == 1
+    assert after.logprobs != before.logprobs

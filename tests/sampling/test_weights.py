@@ -1,0 +1,115 @@
+"""Merged weights: the same numbers as the PEFT model, from a base that is never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.sampling.conformance import HEAD_ROWS, VOCABULARY, load_student, make_policy
+
+from rnow.errors import ModelError
+from rnow.models.loading import CausalLM, load_causal_lm
+from rnow.policy.student import LoraPolicy
+from rnow.sampling.weights import MergedWeights, sampling_mode
+
+IDS = torch.tensor([[5, 16, 27, 38, 49, 60, 71, 82]])
+
+
+@pytest.fixture
+def student(tiny_model_dir: Callable[..., Path]) -> CausalLM:
+    return load_student(tiny_model_dir(vocab_size=HEAD_ROWS))
+
+
+@torch.no_grad()
+def logprobs(model: Any) -> torch.Tensor:
+    return torch.log_softmax(model(input_ids=IDS).logits[0, :, :VOCABULARY], dim=-1)
+
+
+def test_the_merged_copy_speaks_like_the_peft_model(student: CausalLM) -> None:
+    merged = MergedWeights(student)
+    base = logprobs(student.model)
+    policy = make_policy(student)
+    merged.load(policy.adapter())
+    assert (logprobs(policy.model) - base).abs().max() > 0.1, "the adapter does something"
+    torch.testing.assert_close(logprobs(merged.lm.model), logprobs(policy.model), atol=1e-5, rtol=0)
+
+
+def test_every_load_replaces_the_last(student: CausalLM) -> None:
+    merged = MergedWeights(student)
+    base = logprobs(student.model)
+    policy = make_policy(student)
+    strong = policy.adapter()
+    merged.load(strong)
+    nothing = replace(strong, tensors={name: t * 0 for name, t in strong.tensors.items()})
+    merged.load(nothing)
+    assert torch.equal(logprobs(merged.lm.model), base)
+
+
+def test_the_base_never_changes(student: CausalLM) -> None:
+    before = {name: t.clone() for name, t in student.model.state_dict().items()}
+    merged = MergedWeights(student)
+    policy = make_policy(student)
+    for count in range(25):
+        policy.load_adapter({name: t * (-1.1) ** count for name, t in make_adapter(policy).items()})
+        merged.load(policy.adapter())
+    after = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): tensor
+        for name, tensor in policy.model.state_dict().items()
+        if "lora_" not in name
+    }
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def make_adapter(policy: LoraPolicy) -> dict[str, torch.Tensor]:
+    return {name: t.clone() * 0.5 for name, t in policy.adapter().tensors.items()}
+
+
+def test_what_no_adapter_touches_is_not_copied(student: CausalLM) -> None:
+    merged = MergedWeights(student)
+    policy = make_policy(student)
+    merged.load(policy.adapter())
+    assert merged.lm.head.weight.data_ptr() == student.head.weight.data_ptr()
+    shared = student.model.get_input_embeddings().weight.data_ptr()
+    assert merged.lm.model.get_input_embeddings().weight.data_ptr() == shared
+
+
+def test_the_head_stays_cut(student: CausalLM) -> None:
+    assert MergedWeights(student).lm.head.vocabulary == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_dora": True}, {"rank_pattern": {"x": 2}}, {"alpha_pattern": {"x": 2}}]
+)
+def test_adapters_that_are_no_plain_product_are_refused(
+    student: CausalLM, change: dict[str, Any]
+) -> None:
+    merged = MergedWeights(student)
+    adapter = make_policy(student).adapter()
+    with pytest.raises(ModelError, match="plain LoRA"):
+        merged.load(replace(adapter, config={**adapter.config, **change}))
+
+
+def test_tied_embeddings_keep_their_rows(tiny_model_dir: Callable[..., Path]) -> None:
+    lm = load_causal_lm(
+        tiny_model_dir(tie_word_embeddings=True),
+        vocabulary=VOCABULARY,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    merged = MergedWeights(lm)
+    policy = make_policy(lm)
+    merged.load(policy.adapter())
+    torch.testing.assert_close(logprobs(merged.lm.model), logprobs(policy.model), atol=1e-5, rtol=0)
+
+
+def test_only_plain_float32_is_merged(student: CausalLM) -> None:
+    assert sampling_mode(student) == "merged"
+    assert sampling_mode(replace(student, quantization="nf4")) == "shared"
+    assert sampling_mode(replace(student, quantization="int8")) == "shared"
+    student.model.to(torch.bfloat16)
+    assert sampling_mode(student) == "shared"

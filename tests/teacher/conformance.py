@@ -1,0 +1,86 @@
+"""The teachers under test, each beside the plain model whose log-probabilities it must give.
+
+To hold another teacher to the same tests, add a function to ``CANDIDATES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnow.models.loading import load_causal_lm
+from rnow.protocols import Teacher
+from rnow.teacher.transformers import TransformersTeacher
+from rnow.types import Sample
+
+VOCABULARY = 100
+HEAD_ROWS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A teacher and what it is measured against.
+
+    Attributes:
+        make: a teacher at this temperature and micro-batch size (padded tokens, None = its own choice).
+        logits: ids ``[T]`` -> float32 ``[T, HEAD_ROWS]`` of the plain model.
+        tolerance: on log-probabilities, nats.
+    """
+
+    make: Callable[[float, int | None], Teacher]
+    logits: Callable[[Sequence[int]], Tensor]
+    tolerance: float
+
+    def expected(self, sample: Sample, temperature: float = 1.0) -> Tensor:
+        """``[T]``: a naive full softmax, 0 off the loss mask."""
+        logits = self.logits(sample.token_ids)[:, :VOCABULARY] / temperature
+        table = torch.log_softmax(logits.double(), dim=-1)
+        values = torch.zeros(len(sample.token_ids), dtype=torch.float64)
+        for position, on in enumerate(sample.loss_mask):
+            if on:
+                values[position] = table[position - 1, sample.token_ids[position]]
+        return values.float()
+
+
+def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
+    """The transformers teacher; its padding rows would take most of the mass if they were counted."""
+    lm = load_causal_lm(
+        tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=1),
+        vocabulary=VOCABULARY,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    lm.model.lm_head.weight.data[VOCABULARY:] *= 40
+
+    @torch.no_grad()
+    def logits(ids: Sequence[int]) -> Tensor:
+        return lm.model(input_ids=torch.tensor([list(ids)])).logits[0]
+
+    def make(temperature: float, micro_batch_tokens: int | None) -> TransformersTeacher:
+        return TransformersTeacher(
+            lm, temperature=temperature, micro_batch_tokens=micro_batch_tokens
+        )
+
+    return Candidate(make=make, logits=logits, tolerance=1e-5)
+
+
+CANDIDATES = [pytest.param(embedded, id="transformers")]
+
+
+def make_sample(
+    name: str, length: int, loss: Sequence[int] | None = None, first: int = 5
+) -> Sample:
+    """A sequence whose positions ``loss`` (default: the second half) were sampled."""
+    on = set(range(length // 2, length)) if loss is None else set(loss)
+    return Sample(
+        id=name,
+        dataset="dataset_0",
+        token_ids=tuple((first + 13 * position) % VOCABULARY for position in range(length)),
+        loss_mask=tuple(position in on for position in range(length)),
+        sampler_logprobs=(0.0,) * length,
+    )

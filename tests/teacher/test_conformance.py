@@ -1,0 +1,112 @@
+"""What every Teacher must do: see ``tests/teacher/conformance.py``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.teacher.conformance import CANDIDATES, Candidate, make_sample
+
+from rnow.protocols import Teacher
+from rnow.types import Sample
+
+SAMPLES = [
+    make_sample("dataset_0/0#0", 12),
+    make_sample("dataset_0/0#1", 3, first=50),
+    make_sample("dataset_1/7#0", 30, loss=[4, 5, 6, 20, 21, 29]),  # three turns
+    make_sample("dataset_1/7#1", 30, loss=[1], first=9),
+    make_sample("dataset_1/8#0", 8, loss=range(1, 8)),
+]
+
+
+@pytest.fixture(scope="module", params=CANDIDATES)
+def candidate(request: pytest.FixtureRequest, tiny_model_dir: Callable[..., Path]) -> Candidate:
+    return request.param(tiny_model_dir)
+
+
+def score(teacher: Teacher, samples: Sequence[Sample]) -> Mapping[str, Any]:
+    evidence = asyncio.run(teacher.score(samples))
+    return {name: found.teacher_logprobs for name, found in evidence.items()}
+
+
+def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=0)
+
+
+def test_is_a_teacher(candidate: Candidate) -> None:
+    assert isinstance(candidate.make(1.0, None), Teacher)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_values_are_those_of_a_full_softmax(candidate: Candidate, temperature: float) -> None:
+    found = score(candidate.make(temperature, None), SAMPLES)
+    expected = {sample.id: candidate.expected(sample, temperature) for sample in SAMPLES}
+    assert_same(found, expected, candidate.tolerance * 3)
+    assert all(values.dtype == torch.float32 for values in found.values())
+
+
+def test_padding_rows_take_no_probability(candidate: Candidate) -> None:
+    sample = SAMPLES[0]
+    with_padding = torch.log_softmax(candidate.logits(sample.token_ids), dim=-1)
+    position = sample.loss_mask.index(True)
+    naive = with_padding[position - 1, sample.token_ids[position]].item()
+    found = score(candidate.make(1.0, None), [sample])[sample.id][position].item()
+    assert found - naive > 0.5, "counting the padded ids would have cost half a nat here"
+
+
+def test_only_loss_tokens_are_judged(candidate: Candidate) -> None:
+    found = score(candidate.make(1.0, None), SAMPLES)
+    for sample in SAMPLES:
+        mask = torch.tensor(sample.loss_mask)
+        assert found[sample.id].shape == mask.shape
+        assert (found[sample.id][mask] < 0).all()
+        assert (found[sample.id][~mask] == 0).all()
+
+
+def test_answers_go_by_sample_id_whatever_the_order(candidate: Candidate) -> None:
+    teacher = candidate.make(1.0, None)
+    forwards = score(teacher, SAMPLES)
+    assert list(forwards) != [], "keyed by id"
+    assert_same(score(teacher, SAMPLES[::-1]), forwards, candidate.tolerance)
+    assert_same(score(teacher, SAMPLES[2:] + SAMPLES[:2]), forwards, candidate.tolerance)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 30, 61, 10_000])
+def test_micro_batches_change_nothing(candidate: Candidate, micro_batch_tokens: int) -> None:
+    expected = {sample.id: candidate.expected(sample) for sample in SAMPLES}
+    found = score(candidate.make(1.0, micro_batch_tokens), SAMPLES)
+    assert_same(found, expected, candidate.tolerance)
+
+
+def test_a_sample_alone_is_judged_as_among_others(candidate: Candidate) -> None:
+    teacher = candidate.make(1.0, None)
+    together = score(teacher, SAMPLES)
+    for sample in SAMPLES:
+        assert_same(score(teacher, [sample]), {sample.id: together[sample.id]}, candidate.tolerance)
+
+
+def test_later_tokens_do_not_matter(candidate: Candidate) -> None:
+    teacher = candidate.make(1.0, None)
+    sample = SAMPLES[0]
+    other = replace(sample, token_ids=(*sample.token_ids[:-1], 1))
+    before = score(teacher, [sample])[sample.id]
+    after = score(teacher, [other])[sample.id]
+    torch.testing.assert_close(before[:-1], after[:-1], atol=candidate.tolerance, rtol=0)
+    assert abs(before[-1] - after[-1]) > 1e-3
+
+
+def test_no_samples_no_evidence(candidate: Candidate) -> None:
+    assert score(candidate.make(1.0, None), []) == {}
+
+
+def test_asking_twice_gives_the_same(candidate: Candidate) -> None:
+    teacher = candidate.make(1.0, None)
+    first, second = score(teacher, SAMPLES), score(teacher, SAMPLES)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,189 @@
+"""The embedded teacher: on its own, against the student, and what it never holds in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.sampling.conformance import complete_all, make_policy, params, prompt
+from tests.teacher.conformance import VOCABULARY, make_sample
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rnow.algorithm import head
+from rnow.algorithm.batching import build_batch, build_training_samples
+from rnow.errors import ModelError, StopRequested
+from rnow.models.loading import CausalLM, load_causal_lm
+from rnow.sampling.transformers import TransformersSampler
+from rnow.teacher import load_teacher
+from rnow.teacher.score import score_with_teacher
+from rnow.teacher.transformers import TransformersTeacher
+from rnow.types import Completion, Sample
+
+ODD_VOCABULARY = 331
+
+
+@pytest.fixture
+def lm(tiny_model_dir: Callable[..., Path]) -> CausalLM:
+    return load(tiny_model_dir(num_hidden_layers=1))
+
+
+def load(folder: Path, vocabulary: int = VOCABULARY) -> CausalLM:
+    return load_causal_lm(
+        folder, vocabulary=vocabulary, dtype=torch.float32, device=torch.device("cpu")
+    )
+
+
+def sample_of(ids: tuple[int, ...], completion: Completion) -> Sample:
+    drawn = len(completion.token_ids)
+    return Sample(
+        id="dataset_0/0#0",
+        dataset="dataset_0",
+        token_ids=(*ids, *completion.token_ids),
+        loss_mask=(*[False] * len(ids), *[True] * drawn),
+        sampler_logprobs=(*[0.0] * len(ids), *completion.logprobs),
+    )
+
+
+# ---- on its own ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_a_teacher(tiny_model_dir: Callable[..., Path]) -> None:
+    folder = tiny_model_dir(num_hidden_layers=1, vocab_size=128)
+    teacher = load_teacher(str(folder))
+    ids = list(prompt(9))
+    found = asyncio.run(teacher.compute_logprobs_async(ids))
+    plain = load(folder).model(input_ids=torch.tensor([ids])).logits[0, :, :VOCABULARY]
+    expected = torch.log_softmax(plain, -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])
+    assert found[0] is None
+    assert found[1:] == pytest.approx(expected.squeeze(1).tolist(), abs=1e-5)
+    assert teacher.compute_logprobs(ids) == found
+
+
+def test_one_token_has_no_logprob(lm: CausalLM) -> None:
+    assert TransformersTeacher(lm).compute_logprobs([7]) == [None]
+
+
+@pytest.mark.parametrize("ids", [[], [5, VOCABULARY], [-1, 5]])
+def test_ids_that_cannot_be_are_refused(lm: CausalLM, ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="empty" if not ids else "outside the vocabulary of 100"):
+        asyncio.run(TransformersTeacher(lm).compute_logprobs_async(ids))
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        load_teacher(str(tmp_path / "nothing"))
+
+
+def test_without_a_teacher_there_is_no_evidence() -> None:
+    assert asyncio.run(score_with_teacher([make_sample("a", 4)], None)) is None
+
+
+def test_a_stop_is_noticed_between_micro_batches(lm: CausalLM) -> None:
+    seen = []
+
+    def poll() -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            raise StopRequested
+
+    teacher = TransformersTeacher(lm, micro_batch_tokens=1, poll=poll)
+    with pytest.raises(StopRequested):
+        teacher.score_now([make_sample(str(index), 6) for index in range(9)])
+    assert len(seen) == 3
+
+
+# ---- against the student -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("mode", ["merged", "shared"])
+def test_a_teacher_that_is_the_student_agrees_with_its_sampler(
+    lm: CausalLM, mode: Any, temperature: float
+) -> None:
+    """End to end: sampler, teacher and trainer give one number; the ratio is 1 and the KL 0."""
+    sampler = TransformersSampler(lm, mode=mode)
+    policy = make_policy(lm)
+    sampler.load_policy(policy.adapter(), version=0)
+    requests = [(prompt(3 + seed), params(15, temperature=temperature), seed) for seed in range(6)]
+    done = complete_all(sampler, requests)
+    teacher = TransformersTeacher(lm, temperature=temperature)
+    for (ids, *_), completion in zip(requests, done, strict=True):
+        sample = sample_of(tuple(ids), completion)
+        judged = teacher.score_now([sample])[sample.id].teacher_logprobs[len(ids) :]
+        gap = judged - torch.tensor(completion.logprobs)
+        assert (gap.exp() - 1).abs().max() < 1e-4
+        assert gap.mean().abs() < 1e-5
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+class _Tall(TorchDispatchMode):
+    """The most rows of any tensor made that has a vocabulary-sized dimension; the model's own weights excepted."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self._vocabulary = vocabulary
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and self._vocabulary in tensor.shape:
+                shares_weight = tensor.shape in ((self._vocabulary, 64), (64, self._vocabulary))
+                if not shares_weight:
+                    self.rows = max(self.rows, tensor.numel() // self._vocabulary)
+        return out
+
+
+@contextmanager
+def watch(vocabulary: int) -> Iterator[_Tall]:
+    with _Tall(vocabulary) as tall:
+        yield tall
+
+
+@pytest.fixture
+def odd(tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> CausalLM:
+    # The real buffer holds a whole batch of such a small head: shrink it to its least, 16 rows.
+    monkeypatch.setattr(head, "CPU_BUFFER_BYTES", 1)
+    folder = tiny_model_dir(num_hidden_layers=1, vocab_size=ODD_VOCABULARY)
+    return load(folder, vocabulary=ODD_VOCABULARY)
+
+
+def test_the_watch_sees_a_full_softmax(odd: CausalLM) -> None:
+    with watch(ODD_VOCABULARY) as tall, torch.no_grad():
+        odd.model(input_ids=torch.tensor([list(prompt(80))]))
+    assert tall.rows == 80
+
+
+def test_scoring_holds_no_tokens_by_vocabulary_tensor(odd: CausalLM) -> None:
+    samples = [make_sample(str(index), 80) for index in range(4)]
+    with watch(ODD_VOCABULARY) as tall:
+        evidence = TransformersTeacher(odd).score_now(samples)
+    assert len(evidence) == 4
+    assert 0 < tall.rows <= 16
+
+
+def test_updating_holds_no_tokens_by_vocabulary_tensor(odd: CausalLM) -> None:
+    samples = [make_sample(str(index), 80) for index in range(4)]
+    evidence = TransformersTeacher(odd).score_now(samples)
+    policy = make_policy(odd)
+    batch = build_batch(
+        build_training_samples(samples, {sample.id: 0.0 for sample in samples}, evidence)
+    )
+    with watch(ODD_VOCABULARY) as tall:
+        result = policy.update(batch)
+    assert not result.skipped
+    assert result.metrics["grad_norm"] > 0
+    assert 0 < tall.rows <= 16
+
+
+def test_prompt_rows_never_reach_the_head(lm: CausalLM) -> None:
+    with watch(VOCABULARY) as tall:
+        TransformersTeacher(lm).score_now([make_sample("a", 60, loss=[50, 51, 52])])
+    assert tall.rows == 3
