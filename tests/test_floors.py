@@ -43,7 +43,7 @@ FLOORS: dict[str, float] = {
     "run.checkpoints": 4,
     "run.clock": 4,
     "run.console": 4,
-    "run.files": 4,
+    "run.files": 2,  # standard library only; adapters are written with it on floor 4
     "run.folder": 4,
     "run.journal": 4,
     "run.live_table": 4,
@@ -65,7 +65,10 @@ FLOORS: dict[str, float] = {
     "run.saver": 5,
     "run.__init__": 6,
     "run.build": 6,
+    "run.backends": 6,
+    "run.facts": 6,
     "run.parts": 6,
+    "run.schedule": 6,
     "run.plan": 6,
     "run.plan_view": 6,
     "run.preflight": 6,
@@ -73,6 +76,7 @@ FLOORS: dict[str, float] = {
     "run.rehearse": 6,
     "run.selfcheck": 6,
     "run.summary": 6,
+    "serving": 3.5,
     "cli": 7,
     "__init__": 8,  # the entrances: `from rnow import ...` and `python -m rnow`
     "__main__": 8,

@@ -6,11 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
-
-# A busy machine is slow now and then: that is no failure. Loaded while tests are collected, so it holds for all of them.
-settings.register_profile("rnow", deadline=None, max_examples=60)
-settings.load_profile("rnow")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -176,7 +176,8 @@ def test_run_json_is_the_only_thing_on_standard_output(
 def test_check(project: Path, build: Build, rnow_: Run, command: list[str]) -> None:
     code, out, _ = rnow_(*command)
     assert code == 0
-    assert out.startswith("plan for student\n\nresolved config:\n")
+    assert out.startswith("resolved config:\n")
+    assert out.rstrip().endswith("plan for student")
     assert "    learning_rate: 0.0001\n" in out
     code, out, _ = rnow_(*command, "--json", "model.path=x")
     assert code == 0

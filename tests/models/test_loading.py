@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from rnow.errors import ModelError
@@ -98,6 +99,17 @@ def test_a_head_that_does_something_else_is_refused(
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", bent)
     with pytest.raises(ModelError, match="not a plain projection"):
         load(tiny_model_dir(seed=3))
+
+
+def test_weights_with_nan_are_refused_as_such(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model_dir(), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="non-finite logits"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

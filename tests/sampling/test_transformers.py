@@ -20,7 +20,7 @@ from tests.sampling.conformance import (
 )
 
 from rnow.errors import StopRequested
-from rnow.models.loading import CausalLM, load_causal_lm
+from rnow.models.loading import CausalLM, load_causal_lm, take_apart
 from rnow.sampling import transformers as module
 from rnow.sampling.transformers import TransformersSampler, kv_bytes_per_token
 from rnow.types import Completion
@@ -303,6 +303,24 @@ def test_a_cancelled_rollout_is_not_decoded(lm: CausalLM, monkeypatch: pytest.Mo
 
     asyncio.run(scenario())
     assert batches.sizes == [1]
+
+
+def test_padding_does_not_move_absolute_positions() -> None:
+    """Rotary positions forgive a shift of a whole row; learned ones (GPT-2) do not."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5
+    )
+    lm = take_apart(GPT2LMHeadModel(config).eval(), vocabulary=VOCABULARY)
+    requests = [(prompt(length), OPEN, length) for length in (2, 5, 11, 11, 30)]
+    for (ids, *_), done in zip(requests, complete_all(sampler_of(lm), requests), strict=True):
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.tensor([[*ids, *done.token_ids]])).logits[0]
+        rows = torch.log_softmax(logits, -1)[len(ids) - 1 : -1]
+        expected = rows.gather(1, torch.tensor(done.token_ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_float32_is_sampled_merged_and_bfloat16_shared(tiny_model_dir: Callable[..., Path]) -> None:

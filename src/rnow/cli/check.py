@@ -18,7 +18,7 @@ def check(overrides: Overrides = None, folder: Folder = Path(), as_json: AsJson 
 
 
 def show_plan(loaded: LoadedConfig, folder: Path, *, as_json: bool) -> None:
-    """Resolve and check everything, then print the plan and the resolved config, secrets redacted."""
+    """Resolve and check everything, then print the resolved config, secrets redacted, and the plan."""
     from rnow.cli.output import console, print_json, print_lines
     from rnow.config import to_dict, to_yaml
     from rnow.project.secrets import load_secrets, redact
@@ -32,9 +32,10 @@ def show_plan(loaded: LoadedConfig, folder: Path, *, as_json: bool) -> None:
         text = json.dumps({**plan.to_dict(), "config": to_dict(loaded.config)})
         print_json(json.loads(redact(text, {name: _in_json(secrets[name]) for name in secrets})))
         return
+    # The plan last: it is what the user looks at, and the config would push it off the screen.
+    print_lines(["resolved config:", *_indented(redact(to_yaml(loaded.config), secrets)), ""])
     out = console()
     out.print(plan_view(plan, out))
-    print_lines(["", "resolved config:", *_indented(redact(to_yaml(loaded.config), secrets))])
 
 
 def _in_json(text: str) -> str:

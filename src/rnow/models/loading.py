@@ -191,6 +191,12 @@ def _probe_head(loaded: CausalLM, local_dir: Path) -> None:
     ids = torch.arange(1, 9, device=loaded.device)[None, :] % loaded.head.vocabulary
     expected = loaded.model(input_ids=ids, use_cache=False).logits[0, :, : loaded.head.vocabulary]
     expected = expected.float()
+    if not torch.isfinite(expected).all():
+        raise ModelError(
+            f"the weights of {local_dir.name} give non-finite logits",
+            why="they hold NaN or infinity, or overflow in this dtype",
+            fix="check the download, or set another dtype (float16 overflows where bfloat16 does not)",
+        )
     hidden = loaded.body(input_ids=ids, use_cache=False).last_hidden_state[0]
     found = loaded.head.logits(hidden.to(loaded.head.weight.device)).float().to(expected.device)
     gap = (torch.log_softmax(expected, -1) - torch.log_softmax(found, -1)).abs().max().item()

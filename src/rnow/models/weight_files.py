@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -17,6 +18,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"^model-(\d+)-of-(\d+)\.safetensors$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
+_BLOCKS, _BLOCK = 64, 2**16
 _MAX_HEADER = 100 * 2**20
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -128,3 +130,19 @@ def no_safetensors(names: Iterable[str], refusal: Refusal) -> ModelError:
         f"'{refusal.path}' has no weights ({WEIGHTS})",
         fix="copy or download the weights into the folder",
     )
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Hex digest that changes when the weights do: names, sizes and evenly spaced blocks of every safetensors file.
+
+    A full hash of a large model takes longer than loading it; retraining changes every block, so a few are enough.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with file.open("rb") as stream:
+            for index in range(_BLOCKS):
+                stream.seek(max(0, size - _BLOCK) * index // (_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()

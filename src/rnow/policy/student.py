@@ -112,7 +112,8 @@ class LoraPolicy:
         metrics: dict[str, float] = {}
         skipped = False
         for _ in range(self.settings.updates_per_batch):
-            trace = self._accumulate(batch)
+            # A stop between two updates would leave a step half done: only the first can be interrupted.
+            trace = self._accumulate(batch, interruptible=first is None)
             norm = torch.nn.utils.clip_grad_norm_(
                 self._parameters.values(), self.settings.max_grad_norm
             ).item()
@@ -140,7 +141,7 @@ class LoraPolicy:
             skipped=skipped,
         )
 
-    def _accumulate(self, batch: Batch) -> PassTrace:
+    def _accumulate(self, batch: Batch, *, interruptible: bool = True) -> PassTrace:
         """Gradients of the whole batch, left in ``.grad``. Out of memory: the same batch again, half at a time."""
         lengths = [len(item.sample.token_ids) for item in batch.samples]
         while True:
@@ -150,7 +151,8 @@ class LoraPolicy:
             self.model.train(self._checkpointing)
             try:
                 for indices in plan:
-                    self._poll()
+                    if interruptible:
+                        self._poll()
                     micro = collate([batch.samples[index] for index in indices], self.lm.device)
                     self._backward(micro, batch.num_loss_tokens, trace)
                 return trace

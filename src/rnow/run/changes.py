@@ -21,10 +21,12 @@ REFUSED = (
     "rollout.max_context_window",
 )  # fmt: skip
 FACTS = {
-    "student_revision": "the student's weights",
+    "student_revision": "the student's revision",
+    "student_weights": "the student's weights",
     "tokenizer_hash": "the tokenizer",
     "dataset_hash": "the training data",
 }
+WARNED_FACTS = {"rewards_hash": "rewards.py"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +50,12 @@ def compare(
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             found[_class_of(key)].append(f"{key}: {before.get(key)} -> {after.get(key)}")
-    found["refused"] += [
-        f"{what} changed"
-        for name, what in FACTS.items()
-        if old_facts.get(name) != new_facts.get(name)
-    ]
+    for kind, facts in (("refused", FACTS), ("warned", WARNED_FACTS)):
+        found[kind] += [
+            f"{what} changed"
+            for name, what in facts.items()
+            if old_facts.get(name) != new_facts.get(name)
+        ]
     return Changes(**{name: tuple(lines) for name, lines in found.items()})
 
 

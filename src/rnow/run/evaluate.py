@@ -24,6 +24,7 @@ class Evaluator:
         prompts: held out from training.
         settings: purpose ``eval``; its ``group_size`` is the number of samples per prompt.
         success_reward: a rollout whose reward is at least this much counts as passed.
+        judged: whether ``teacher_kl`` can be given: sampler and teacher must see the same temperature.
         pass_at: the k of pass@k to report, where there are enough samples.
     """
 
@@ -32,6 +33,7 @@ class Evaluator:
     settings: RolloutSettings
     rewarder: Rewarder
     success_reward: float
+    judged: bool = True
     pass_at: tuple[int, ...] = PASS_AT
 
     async def evaluate(self, sampler: Sampler, teacher: Teacher | None) -> dict[str, float]:
@@ -44,7 +46,7 @@ class Evaluator:
         )
         scored = await score_rewards(groups, self.rewarder)
         metrics = self._pass_at(scored) | reward_metrics(scored) | rollout_metrics(scored)
-        if teacher is not None:
+        if teacher is not None and self.judged:
             metrics["teacher_kl"] = await self._teacher_kl(scored, teacher)
         return metrics
 

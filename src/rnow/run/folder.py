@@ -65,6 +65,22 @@ class RunFolder:
         """The trained adapter, as PEFT loads it."""
         return self.path / "adapter"
 
+    def check_writable(self) -> None:
+        """Say now, before models are loaded, that the folder could not be made later. Writes nothing.
+
+        Raises:
+            InputError: it, or the nearest folder above that exists, is read-only or no folder.
+        """
+        place = self.path.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(
+                f"cannot write to the run folder: {place} is read-only or no folder",
+                where=str(self.path),
+                fix="choose another place with output_dir=PATH, or change the permissions",
+            )
+
     def make(self) -> None:
         """Create the folder.
 
@@ -108,7 +124,7 @@ class RunFolder:
         """The summary of a run that came to its end, or None."""
         try:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         return summary if isinstance(summary, dict) else None
 
