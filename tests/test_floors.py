@@ -66,6 +66,7 @@ FLOORS: dict[str, float] = {
     "run.__init__": 6,
     "run.build": 6,
     "run.backends": 6,
+    "run.choices": 6,
     "run.facts": 6,
     "run.parts": 6,
     "run.schedule": 6,

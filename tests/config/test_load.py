@@ -284,24 +284,21 @@ EXAMPLES = {
     "dataset_type": ["sft", "rl", "midtrain"],
     "data.train_file": ["[{path: a, teacher: b}]"],
     "teacher.agentic": ["true"],
-    "teacher.backend": ["vllm"],
-    "teacher.url": ["example.org"],
     "algorithm.adv_estimator": ["gae"],
     "algorithm.kl_estimator": ["exact", "topk"],
     "algorithm.kl_baseline": ["expected"],
     "algorithm.kl_discount": ["0.5"],
     "rollout.max_turns": ["2"],
     "rollout.mcp_url": ["localhost:1", "[a, b]"],
-    "sampler.backend": ["vllm"],
 }
 ALLOWED = {
     "teacher.agentic": ["false", "null"],
-    "teacher.backend": ["auto", "transformers"],
+    "teacher.backend": ["auto", "transformers", "vllm"],
     "algorithm.adv_estimator": ["grpo", "reinforce"],
     "algorithm.kl_discount": ["0"],
     "rollout.max_turns": ["1", "null"],
     "rollout.mcp_url": ["[]", "null"],
-    "sampler.backend": ["auto", "transformers"],
+    "sampler.backend": ["auto", "transformers", "vllm"],
 }
 
 

@@ -78,7 +78,7 @@ def test_the_summary(summary: RunSummary, project: Project) -> None:
     assert values["evaluation"]["after"]["step"] == 3
     assert values["evaluation"]["before"]["teacher_kl"] > 0
     assert "teacher_kl" not in values["evaluation"]["teacher"]
-    assert values["sampler"] == {"backend": "transformers", "mode": "merged"}
+    assert values["sampler"] == {"backend": "transformers", "mode": "merged weights"}
     assert values["device"].startswith("cpu")
     assert values["versions"]["torch"] == torch.__version__
 

@@ -7,6 +7,8 @@ needs a device or a package).
 from __future__ import annotations
 
 import asyncio
+import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
 from rnow.protocols import Sampler
 from rnow.sampling.transformers import TransformersSampler
+from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.weights import SamplingMode
 from rnow.types import Completion, SamplingParams
 
@@ -40,11 +45,17 @@ class Candidate:
         make: another sampler of the same policy, with ``VERSION`` loaded; at most ``SAMPLERS`` times.
         logits: ids ``[T]`` -> float32 logits ``[T, HEAD_ROWS]`` of the policy's model, padded rows included.
         tolerance: on log-probabilities, nats.
+        exact: the same requests give bit-identical log-probabilities in any order of arrival.
+        max_temperature: the highest it takes.
+        close: called when the tests are done.
     """
 
     make: Callable[[], Sampler]
     logits: Callable[[Sequence[int]], Tensor]
     tolerance: float
+    exact: bool = True
+    max_temperature: float = 5.0
+    close: Callable[[], None] = lambda: None
 
     def logprobs(self, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
         """``[T, VOCABULARY]``: row t is the distribution of the token after ids[t]."""
@@ -106,9 +117,66 @@ def embedded(mode: SamplingMode) -> Callable[[Callable[..., Path]], Candidate]:
     return build
 
 
+def vllm(
+    kind: Callable[..., VllmSampler], samplers: int
+) -> Callable[[Callable[..., Path]], Candidate]:
+    """vLLM with the policy's adapter hot-loaded over a base on disk. It starts in half a minute, so ``make`` gives one of
+    at most ``samplers`` that really differ."""
+
+    def build(tiny_model_dir: Callable[..., Path]) -> Candidate:
+        source = tiny_model_dir(vocab_size=HEAD_ROWS)
+        lm = load_student(source)
+        folder = source.with_name(f"{source.name}-padded")
+        if not folder.exists():
+            shutil.copytree(source, folder)
+            lm.model.save_pretrained(folder)
+        policy = make_policy(lm)
+        started: list[VllmSampler] = []
+        made = itertools.count()
+
+        def make() -> VllmSampler:
+            number = next(made)
+            if number < samplers:
+                work = folder.with_name(f"{folder.name}-{kind.__name__}-{number}")
+                sampler = kind(
+                    folder,
+                    vocabulary=VOCABULARY,
+                    work_dir=work,
+                    log=work.with_suffix(".log"),
+                    dtype="float32",
+                    enforce_eager=True,
+                    max_num_seqs=64,
+                    max_lora_rank=policy.adapter().config["r"],
+                )
+                started.append(sampler)
+                sampler.load_policy(policy.adapter(), version=VERSION)
+            return started[number % samplers]
+
+        @torch.no_grad()
+        def logits(ids: Sequence[int]) -> Tensor:
+            return policy.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+
+        def close() -> None:
+            for sampler in started:
+                sampler.close()
+
+        return Candidate(
+            make=make,
+            logits=logits,
+            tolerance=1e-3,
+            exact=False,
+            max_temperature=2.0,
+            close=close,
+        )
+
+    return build
+
+
 CANDIDATES = [
     pytest.param(embedded("merged"), id="transformers-merged"),
     pytest.param(embedded("shared"), id="transformers-shared"),
+    pytest.param(vllm(VllmEngineSampler, 2), id="vllm-engine", marks=pytest.mark.vllm),
+    pytest.param(vllm(VllmServerSampler, 1), id="vllm-server", marks=pytest.mark.vllm),
 ]
 
 

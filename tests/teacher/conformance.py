@@ -5,9 +5,11 @@ To hold another teacher to the same tests, add a function to ``CANDIDATES``.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -30,15 +32,21 @@ class Candidate:
         make: a teacher at this temperature and micro-batch size (padded tokens, None = its own choice).
         logits: ids ``[T]`` -> float32 ``[T, HEAD_ROWS]`` of the plain model.
         tolerance: on log-probabilities, nats.
+        served: it stands behind a server, which judges at temperature 1 only (``make`` refuses others) and cannot leave
+            padding rows out of its softmax.
+        close: ends what ``make`` started.
     """
 
     make: Callable[[float, int | None], Teacher]
     logits: Callable[[Sequence[int]], Tensor]
     tolerance: float
+    served: bool = False
+    close: Callable[[], None] = lambda: None
 
     def expected(self, sample: Sample, temperature: float = 1.0) -> Tensor:
         """``[T]``: a naive full softmax, 0 off the loss mask."""
-        logits = self.logits(sample.token_ids)[:, :VOCABULARY] / temperature
+        rows = HEAD_ROWS if self.served else VOCABULARY
+        logits = self.logits(sample.token_ids)[:, :rows] / temperature
         table = torch.log_softmax(logits.double(), dim=-1)
         values = torch.zeros(len(sample.token_ids), dtype=torch.float64)
         for position, on in enumerate(sample.loss_mask):
@@ -69,7 +77,67 @@ def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
     return Candidate(make=make, logits=logits, tolerance=1e-5)
 
 
-CANDIDATES = [pytest.param(embedded, id="transformers")]
+def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], Candidate]:
+    """The vLLM teacher on a server of its own, or on one that somebody else started."""
+
+    def build(tiny_model_dir: Callable[..., Path]) -> Candidate:
+        from rnow.serving.server import VllmServer
+        from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
+
+        folder = tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=1)
+        log = folder.parent / f"teacher-{how}.log"
+        lm = load_causal_lm(
+            folder, vocabulary=HEAD_ROWS, dtype=torch.float32, device=torch.device("cpu")
+        )
+        patch = pytest.MonkeyPatch()
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+        @torch.no_grad()
+        def logits(ids: Sequence[int]) -> Tensor:
+            return lm.model(input_ids=torch.tensor([list(ids)])).logits[0]
+
+        if how == "managed":
+            one = VllmTeacher.managed(folder, log=log, dtype="float32", max_model_len=512)
+
+            def managed(temperature: float, micro_batch_tokens: int | None) -> VllmTeacher:
+                if temperature == 1.0:
+                    return one
+                return VllmTeacher.managed(folder, log=log, temperature=temperature)
+
+            def close() -> None:
+                one.close()
+                patch.undo()
+
+            return Candidate(make=managed, logits=logits, tolerance=1e-3, served=True, close=close)
+
+        server = VllmServer(
+            folder,
+            name="somebody-elses",
+            log=log,
+            arguments=["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"],
+        )
+        asyncio.run(server.start())
+        patch.setenv(API_KEY_VARIABLE, server._key)
+
+        def served(temperature: float, micro_batch_tokens: int | None) -> VllmTeacher:
+            return VllmTeacher.served(
+                server.url, temperature=temperature, max_concurrency=min(micro_batch_tokens or 1, 4)
+            )
+
+        def stop() -> None:
+            server.stop()
+            patch.undo()
+
+        return Candidate(make=served, logits=logits, tolerance=1e-3, served=True, close=stop)
+
+    return build
+
+
+CANDIDATES = [
+    pytest.param(embedded, id="transformers"),
+    pytest.param(vllm("managed"), id="vllm-managed", marks=pytest.mark.vllm),
+    pytest.param(vllm("served"), id="vllm-served", marks=pytest.mark.vllm),
+]
 
 
 def make_sample(

@@ -41,8 +41,6 @@ RESERVED = (
     Reserved(
         "teacher.agentic", "true", lambda v: v is True, "remove the key; there are no tools yet"
     ),
-    Reserved("teacher.backend", "vllm", lambda v: v == "vllm", "use teacher.backend: transformers"),
-    Reserved("teacher.url", "any", lambda v: v is not None, "use teacher.path"),
     Reserved(
         "algorithm.adv_estimator",
         "gae",
@@ -64,7 +62,6 @@ RESERVED = (
         "use max_turns: 1; there are no tools yet",
     ),
     Reserved("rollout.mcp_url", "any", bool, "remove the key; there are no tools yet"),
-    Reserved("sampler.backend", "vllm", lambda v: v == "vllm", "use sampler.backend: transformers"),
 )
 
 SEVERAL_STUDENTS = ("model.path", "a list of several")

@@ -169,7 +169,26 @@ class TeacherSection(Section):
     backend: Literal["auto", "transformers", "vllm"] = Field(
         default="auto", **described("The engine that runs the teacher; `auto` is transformers.")
     )
-    url: Text | None = Field(default=None, **described("Address of a served teacher."))
+    url: Text | None = Field(
+        default=None,
+        **described(
+            "Address of a vLLM server that serves the teacher; its key in RNOW_TEACHER_API_KEY. `path` still names the model.",
+            "none",
+        ),
+    )
+    served_model: Text | None = Field(
+        default=None, **described("Name of the teacher at `url`.", "the only one it serves")
+    )
+    tensor_parallel_size: Positive = Field(
+        default=1, **described("vllm: GPUs over which the teacher is spread.")
+    )
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, **described("vllm: share of the card.", "vLLM's own")
+    )
+    max_num_batched_tokens: Positive = Field(
+        default=1024,
+        **described("vllm: prompt tokens whose logits are in memory at once."),
+    )
 
 
 class AlgorithmSection(Section):
@@ -284,7 +303,51 @@ class SamplerSection(Section):
     """The engine that writes the rollouts."""
 
     backend: Literal["auto", "transformers", "vllm"] = Field(
-        default="auto", **described("The engine that samples; `auto` is transformers.")
+        default="auto",
+        **described(
+            "The engine that samples; `auto` is vllm on a GPU where it is installed, else transformers."
+        ),
+    )
+    mode: Literal["engine", "server"] = Field(
+        default="engine",
+        **described("vllm: an engine in a process of its own, or its HTTP server on loopback."),
+    )
+    url: Text | None = Field(
+        default=None,
+        **described(
+            "vllm: address of a server that is there already and sees the run folder under the same path.",
+            "we start our own",
+        ),
+    )
+    served_model: Text | None = Field(
+        default=None,
+        **described("Name of the base model at `url`.", "the only one it serves"),
+    )
+    dtype: DType = Field(
+        default="auto", **described("vllm: number format.", "that of the student's base")
+    )
+    quantization: Literal["auto", "nf4", "none"] = Field(
+        default="auto",
+        **described("vllm: quantization of the base; it should be the trainer's.", "the student's"),
+    )
+    gpu_memory_utilization: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        **described(
+            "vllm: share of the card for its weights and KV cache.",
+            "0.9 with a card of its own, 0.35 on a shared one",
+        ),
+    )
+    max_num_seqs: Positive = Field(default=256, **described("vllm: completions in flight at once."))
+    tensor_parallel_size: Positive = Field(
+        default=1, **described("vllm: GPUs over which the student is spread.")
+    )
+    enforce_eager: bool = Field(
+        default=False, **described("vllm: no CUDA graphs; starts faster, samples slower.")
+    )
+    enable_prefix_caching: bool = Field(
+        default=True, **described("vllm: the rollouts of a prompt share its cache.")
     )
     batch_memory_gb: float | None = Field(
         default=None,

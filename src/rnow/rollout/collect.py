@@ -23,6 +23,8 @@ from rnow.types import (
     Turn,
 )
 
+POLL_SECONDS = 0.2
+
 
 class RolloutStore(Protocol):
     """Remembers finished rollouts, so that a resumed step need not repeat them."""
@@ -46,6 +48,8 @@ class RolloutSettings:
         max_tokens: most tokens of one completion.
         stop_token_ids, temperature, top_p, top_k: as in SamplingParams.
         run_seed, purpose: the fixed parts of every seed.
+        poll: asked a few times per second while rollouts wait; may raise to stop.
+        timeout: seconds for one rollout, or None; one that takes longer is a failed rollout.
     """
 
     group_size: int
@@ -57,6 +61,8 @@ class RolloutSettings:
     top_k: int
     run_seed: int
     purpose: Purpose
+    timeout: float | None = None
+    poll: Callable[[], None] = lambda: None
 
     def params(self, context_length: int) -> SamplingParams:
         """Sampling parameters after ``context_length`` tokens of context."""
@@ -85,6 +91,7 @@ async def collect_rollouts(
     tasks: dict[tuple[int, int], asyncio.Task[Rollout]] = {}
     try:
         async with asyncio.TaskGroup() as group:
+            watch = group.create_task(_watch(settings.poll))
             for position, prompt in enumerate(prompts):
                 for index in range(settings.group_size):
                     if store is None or store.finished(prompt.id, index) is None:
@@ -93,6 +100,9 @@ async def collect_rollouts(
                                 prompt, index, sampler, environments, settings, step, store
                             )
                         )
+            if tasks:
+                await asyncio.wait(tasks.values())
+            watch.cancel()
     except BaseExceptionGroup as failures:
         raise _first_cause(failures) from failures
     return [
@@ -105,6 +115,13 @@ async def collect_rollouts(
         )
         for position, prompt in enumerate(prompts)
     ]
+
+
+async def _watch(poll: Callable[[], None]) -> None:
+    """Ends the group of rollouts, by raising in it, soon after a stop was asked for."""
+    while True:
+        poll()
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def _rollout_of(
@@ -158,7 +175,8 @@ class _Episode:
         try:
             environment = environments(self._prompt)
             try:
-                rollout = await self._play(environment)
+                async with asyncio.timeout(self._settings.timeout):
+                    rollout = await self._play(environment)
             except BaseException:
                 # What went wrong first is what must be heard of: a sampler's failure ends the step.
                 with suppress(Exception):

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from rnow.models.loading import CausalLM
+from rnow.errors import ConfigError
+from rnow.models.loading import CausalLM, choose_device, choose_dtype
+from rnow.models.resolve import ResolvedModel
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
 from rnow.protocols import Sampler, Teacher
-from rnow.run.models import load_student, load_teacher_model
+from rnow.run.choices import sampler_backend, student_share, teacher_backend, teacher_share
+from rnow.run.folder import RunFolder
+from rnow.run.models import load_student, load_teacher_model, student_quantization
 from rnow.run.parts import batch_bytes
 from rnow.run.prepare import Prepared
 from rnow.sampling.transformers import TransformersSampler
 from rnow.teacher.transformers import TransformersTeacher
+
+if TYPE_CHECKING:
+    from rnow.sampling.vllm_sampler import VllmSampler
+    from rnow.teacher.vllm import VllmTeacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +33,9 @@ class Backends:
     Attributes:
         student: the base that ``policy`` adapts.
         trainer_as_teacher: the student's own weights behind the Teacher protocol.
-        teacher_sampler: answers with the teacher, for evaluation; None where that is switched off.
+        teacher_sampler: answers with the teacher, for evaluation; None where that is switched off or the teacher is served.
         sampler_facts: what the summary says of the sampler.
+        poll: raises when a stop was asked for.
     """
 
     student: CausalLM
@@ -33,26 +45,53 @@ class Backends:
     teacher: Teacher | None
     teacher_sampler: Sampler | None
     sampler_facts: dict[str, str | None]
+    poll: Callable[[], None]
 
 
-def load_backends(
-    prepared: Prepared, *, poll: Callable[[], None], announce: Callable[[str], None]
+async def load_backends(
+    prepared: Prepared,
+    run_folder: RunFolder,
+    stack: ExitStack,
+    *,
+    poll: Callable[[], None],
+    announce: Callable[[str], None],
 ) -> Backends:
-    """Load the models that the config names.
+    """Load the models that the config names, and start the processes that serve them.
 
     Args:
+        run_folder: for the logs of vLLM processes, and the adapters they load.
+        stack: closes what was started.
         poll: called at safe points while models work; may raise to stop.
         announce: told what is being loaded.
 
     Raises:
-        ModelError: a model cannot be loaded.
+        ModelError: a model cannot be loaded or served.
+        ConfigError: settings that exclude each other.
     """
     config = prepared.config
     vocabulary = prepared.preflight.vocabulary
+    vllm = None
+    if sampler_backend(config) == "vllm":
+        announce("starting vLLM for the student")
+        vllm = build_vllm_sampler(prepared, run_folder)
+        stack.callback(vllm.close)
+        started = vllm.start()
+        if choose_device(config.model.device).type == "cuda":
+            # vLLM measures what is free on the card while it starts: nobody else may be loading meanwhile.
+            started.result()
     announce("loading the student")
     student = load_student(config, prepared.student, vocabulary)
-    # The sampler first: in merged mode it copies the base as it is before PEFT wraps it.
-    sampler = TransformersSampler.for_student(student, batch_bytes=batch_bytes(prepared), poll=poll)
+    facts: dict[str, str | None]
+    sampler: Sampler
+    if vllm is not None:
+        kind = "server" if config.sampler.url or config.sampler.mode == "server" else "engine"
+        sampler, facts = vllm, {"backend": "vllm", "mode": kind}
+    else:
+        # Before the policy: in merged mode it copies the base as it is before PEFT wraps it.
+        embedded = TransformersSampler.for_student(
+            student, batch_bytes=batch_bytes(prepared), poll=poll
+        )
+        sampler, facts = embedded, {"backend": "transformers", "mode": f"{embedded.mode} weights"}
     policy = build_policy(prepared, student, poll)
 
     def as_teacher(lm: CausalLM) -> TransformersTeacher:
@@ -63,15 +102,20 @@ def load_backends(
             poll=poll,
         )
 
-    teacher = teacher_sampler = None
+    teacher: Teacher | None = None
+    teacher_sampler = None
     if prepared.teacher is not None and config.teacher is not None:
-        announce("loading the teacher")
-        lm = load_teacher_model(config.teacher, prepared.teacher, vocabulary)
-        teacher = as_teacher(lm)
-        if config.evaluation.teacher:
-            teacher_sampler = TransformersSampler(
-                lm, mode=None, batch_bytes=batch_bytes(prepared), poll=poll
-            )
+        if teacher_backend(config.teacher) == "vllm":
+            announce("starting vLLM for the teacher")
+            teacher = await _start_vllm_teacher(prepared, prepared.teacher, run_folder, stack, poll)
+        else:
+            announce("loading the teacher")
+            lm = load_teacher_model(config.teacher, prepared.teacher, vocabulary)
+            teacher = as_teacher(lm)
+            if config.evaluation.teacher:
+                teacher_sampler = TransformersSampler(
+                    lm, mode=None, batch_bytes=batch_bytes(prepared), poll=poll
+                )
     return Backends(
         student=student,
         policy=policy,
@@ -79,8 +123,95 @@ def load_backends(
         trainer_as_teacher=as_teacher(student),
         teacher=teacher,
         teacher_sampler=teacher_sampler,
-        sampler_facts={"backend": "transformers", "mode": sampler.mode},
+        sampler_facts=facts,
+        poll=poll,
     )
+
+
+def build_vllm_sampler(prepared: Prepared, run_folder: RunFolder) -> VllmSampler:
+    """The vLLM sampler of the config; nothing is started yet."""
+    from rnow.sampling.vllm_engine import VllmEngineSampler
+    from rnow.sampling.vllm_server import VllmServerSampler
+
+    config, section = prepared.config, prepared.config.sampler
+    if section.url is None and find_spec("vllm") is None:
+        raise ConfigError(
+            "sampler.backend is vllm, but vLLM is not installed here",
+            where="sampler.backend",
+            fix="pip install 'rnow-local[vllm]', or set sampler.backend: transformers",
+        )
+    device = choose_device(config.model.device)
+    dtype = section.dtype if section.dtype != "auto" else config.model.dtype
+    quantization = section.quantization
+    if quantization == "auto":
+        quantization = student_quantization(config, device)
+    common = {
+        "vocabulary": prepared.preflight.vocabulary,
+        "work_dir": run_folder.path / "vllm",
+        "log": run_folder.path / "vllm-student.log",
+        "dtype": str(choose_dtype(dtype, device)).removeprefix("torch."),
+        "quantization": quantization,
+        "max_model_len": prepared.preflight.window,
+        "gpu_memory_utilization": student_share(config),
+        "max_num_seqs": section.max_num_seqs,
+        "tensor_parallel_size": section.tensor_parallel_size,
+        "enforce_eager": section.enforce_eager or device.type == "cpu",
+        "enable_prefix_caching": section.enable_prefix_caching,
+        "trust_remote_code": config.model.trust_remote_code,
+        "max_lora_rank": config.model.qlora_rank,
+    }
+    if section.url is None and section.mode == "engine":
+        return VllmEngineSampler(prepared.student.local_dir, **common)
+    return VllmServerSampler(
+        prepared.student.local_dir,
+        url=section.url,
+        api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
+        served_model=section.served_model,
+        **common,
+    )
+
+
+async def _start_vllm_teacher(
+    prepared: Prepared,
+    resolved: ResolvedModel,
+    run_folder: RunFolder,
+    stack: ExitStack,
+    poll: Callable[[], None],
+) -> VllmTeacher:
+    from rnow.teacher.vllm import VllmTeacher
+
+    section, preflight = prepared.config.teacher, prepared.preflight
+    assert section is not None
+    temperature = prepared.config.rollout.temperature
+    if section.url is not None:
+        teacher = VllmTeacher.served(
+            section.url, section.served_model, temperature=temperature, poll=poll
+        )
+    else:
+        device = choose_device(section.device)
+        teacher = VllmTeacher.managed(
+            resolved.local_dir,
+            log=run_folder.path / "vllm-teacher.log",
+            dtype=str(choose_dtype(section.dtype, device)).removeprefix("torch."),
+            quantization=section.quantization,
+            tensor_parallel_size=section.tensor_parallel_size,
+            gpu_memory_utilization=teacher_share(prepared.config),
+            max_num_batched_tokens=section.max_num_batched_tokens,
+            max_model_len=preflight.window,
+            temperature=temperature,
+            trust_remote_code=section.trust_remote_code,
+            poll=poll,
+        )
+        stack.callback(teacher.close)
+    await teacher.start()
+    found = await teacher.check(preflight.tokenizer, preflight.vocabulary, longest=preflight.window)
+    prepared.warn(*found.warnings)
+    if found.padding_mass:
+        prepared.warn(
+            f"the served teacher gives {found.padding_mass:.2e} of its probability to padding ids on average; "
+            "its log-probabilities are too low by about that much"
+        )
+    return teacher
 
 
 def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]) -> LoraPolicy:

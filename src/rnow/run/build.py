@@ -19,6 +19,7 @@ from rnow.rewards.advantages import rollout_advantages
 from rnow.run import changes
 from rnow.run.backends import Backends, load_backends
 from rnow.run.checkpoints import Checkpoint, CheckpointStore, export_adapter
+from rnow.run.choices import uses_vllm
 from rnow.run.console import Display, QuietDisplay
 from rnow.run.facts import build_facts, closing_lines, header_lines, redacted_config
 from rnow.run.files import replace_file, replace_json
@@ -79,7 +80,10 @@ def run(
     display = display or QuietDisplay()
     quiet_libraries()
     display.stage("checking")
-    prepared = prepare(config, Path(folder), weights=True)
+    prepared = replace(
+        prepare(config, Path(folder), weights=True),
+        warn=lambda *texts: [display.note(f"warning: {text}") for text in texts],
+    )
     for warning in (*prepared.project.warnings, *prepared.preflight.warnings):
         display.note(f"warning: {warning}")
     run_folder = prepared.run_folder(fresh=fresh)
@@ -135,19 +139,32 @@ class _Run:
         self._seconds_before = 0.0
 
     def run(self) -> RunSummary:
-        checkpoint = self._find_checkpoint()
-        backends = load_backends(self._prepared, poll=self._stop.poll, announce=self._display.stage)
-        with self._stop.watch(lambda: self._display.note("stopping at the next safe point ...")):
-            return _run_to_end(self._train(backends, checkpoint))
+        return _run_to_end(self._load_and_train(self._find_checkpoint()))
 
-    async def _train(self, backends: Backends, checkpoint: Checkpoint | None) -> RunSummary:
-        self._display.stage("checking the models against each other")
-        await self._selfcheck(backends)
-        # From here on the run writes.
+    async def _load_and_train(self, checkpoint: Checkpoint | None) -> RunSummary:
+        if uses_vllm(self._config):
+            self._make_folder()  # the engines log there
+        backends = await load_backends(
+            self._prepared,
+            self._folder,
+            self._stack,
+            poll=self._stop.poll,
+            announce=self._display.stage,
+        )
+        with self._stop.watch(lambda: self._display.note("stopping at the next safe point ...")):
+            self._display.stage("checking the models against each other")
+            await self._selfcheck(backends)
+            return await self._train(backends, checkpoint)
+
+    def _make_folder(self) -> None:
         self._folder.make()
         if not self._locked:
             self._stack.enter_context(self._folder.lock())
             self._refuse_newcomer()
+            self._locked = True
+
+    async def _train(self, backends: Backends, checkpoint: Checkpoint | None) -> RunSummary:
+        self._make_folder()  # from here on the run writes
         if self._shaped_differently:
             # Rollouts drawn under the old settings are not this run's.
             JournalFolder(self._folder.journal).forget(keep=set())
@@ -166,9 +183,9 @@ class _Run:
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
         try:
             await train(self._build_parts(backends, recorder, saver), done)
-        except StopRequested as stop:
-            stop.where = str(self._folder.path)
-            stop.fix = "run the same command again to continue"
+        except (StopRequested, TemporaryError) as stop:
+            stop.where = stop.where or str(self._folder.path)
+            stop.fix = stop.fix or "run the same command again to continue"
             raise
         return self._finish(backends, recorder, max(done, self._prepared.num_steps))
 
@@ -296,7 +313,10 @@ class _Run:
             num_steps=self._prepared.num_steps,
             prompts_of=lambda step: dataset.batch(step - 1, config.data.batch_size, config.seed),
             environments=environment_maker(self._prepared),
-            settings=rollout_settings(self._prepared, "train", group_size=config.data.group_size),
+            settings=replace(
+                rollout_settings(self._prepared, "train", group_size=config.data.group_size),
+                poll=self._stop.poll,
+            ),
             sampler=backends.sampler,
             rewarder=build_rewarder(self._prepared),
             advantages=partial(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from rnow.algorithm.batching import build_batch, build_training_samples
-from rnow.errors import StopRequested
+from rnow.errors import StopRequested, TemporaryError
 from rnow.protocols import Environment, Policy, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
@@ -37,7 +38,8 @@ class Parts:
 
 
 async def train(parts: Parts, done: int) -> None:
-    """Train from ``done`` finished steps to the last; on a stop request save, then raise it on."""
+    """Train from ``done`` finished steps to the last. A stop request, or a fault outside the run that outlasts its
+    retries, saves first and is raised on."""
     parts.sampler.load_policy(parts.policy.adapter(), version=done)
     try:
         await parts.evaluations.before(done)
@@ -48,8 +50,9 @@ async def train(parts: Parts, done: int) -> None:
             await parts.evaluations.after_step(step)
         parts.saver.save(done)
         await parts.evaluations.after(done)
-    except StopRequested:
-        parts.saver.save(done)
+    except (StopRequested, TemporaryError):
+        with suppress(TemporaryError):  # a full disk cannot hide what happened first
+            parts.saver.save(done)
         raise
 
 

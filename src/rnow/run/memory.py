@@ -60,6 +60,8 @@ class MemorySettings:
         gradient_checkpointing: activations are recomputed, only block inputs are kept.
         cache_budget: bytes of the sampler's caches in one sub-batch.
         head_buffer: bytes of one chunk of logits.
+        engine: bytes vLLM takes for the student's weights and caches, or None with the embedded sampler.
+        teacher_engine: the same for the teacher, or None with a teacher in this process.
     """
 
     student: ModelMemory
@@ -73,6 +75,8 @@ class MemorySettings:
     gradient_checkpointing: bool
     cache_budget: int
     head_buffer: int
+    engine: int | None = None
+    teacher_engine: int | None = None
 
     @property
     def sequence_tokens(self) -> int:
@@ -106,16 +110,21 @@ def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
         parts.append(MemoryPart(model=model, name=name, stage=stage, bytes=round(amount)))
 
     add("student", "weights", "always", student.weight_bytes)
-    if student.quantization == "none" and student.width == FLOAT32:
+    if settings.engine is not None:
+        add("student", "vLLM engine", "always", settings.engine)
+    elif student.quantization == "none" and student.width == FLOAT32:
         # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
         add("student", "merged copy", "always", student.shape.linear_parameters * FLOAT32)
     add("student", "adapter", "always", lora)
     add("student", "optimizer", "always", 2 * lora)
-    add("student", "sampling cache", "sampling", _cache_bytes(settings))
+    if settings.engine is None:
+        add("student", "sampling cache", "sampling", _cache_bytes(settings))
     add("student", "gradients", "update", lora)
     add("student", "activations", "update", _training_activations(settings))
     add("student", "head buffers", "update", _head_bytes(student, settings))
-    if teacher is not None:
+    if teacher is not None and settings.teacher_engine is not None:
+        add("teacher", "vLLM server", "always", settings.teacher_engine)
+    elif teacher is not None:
         add("teacher", "weights", "always", teacher.weight_bytes)
         add("teacher", "activations", "teacher", _scoring_activations(teacher, settings))
         add("teacher", "head buffers", "teacher", _head_bytes(teacher, settings))

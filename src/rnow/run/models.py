@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 
@@ -12,15 +13,18 @@ from rnow.models.resolve import ResolvedModel
 
 
 def load_student(config: Config, resolved: ResolvedModel, vocabulary: int) -> CausalLM:
-    """The student's frozen base; ``quantization: auto`` is nf4 on CUDA and none elsewhere."""
-    section = config.model
-    device = choose_device(section.device)
-    quantization: Quantization
-    if section.quantization == "auto":
-        quantization = "nf4" if device.type == "cuda" else "none"
-    else:
-        quantization = section.quantization
-    return _load(section, resolved, vocabulary, device, quantization, None)
+    """The student's frozen base."""
+    device = choose_device(config.model.device)
+    quantization = student_quantization(config, device)
+    return _load(config.model, resolved, vocabulary, device, quantization, None)
+
+
+def student_quantization(config: Config, device: torch.device) -> Literal["nf4", "none"]:
+    """``model.quantization`` with ``auto`` decided."""
+    chosen = config.model.quantization
+    if chosen == "auto":
+        return "nf4" if device.type == "cuda" else "none"
+    return chosen
 
 
 def load_teacher_model(

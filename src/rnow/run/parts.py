@@ -30,6 +30,7 @@ def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -
         top_k=max(0, rollout.top_k),
         run_seed=prepared.config.seed,
         purpose=purpose,
+        timeout=rollout.rollout_timeout,
     )
 
 

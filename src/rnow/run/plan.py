@@ -289,8 +289,15 @@ def _settings(
     """The same defaults as the parts themselves take."""
     from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
     from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
+    from rnow.run.choices import sampler_backend, student_share, teacher_backend, teacher_share
     from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 
+    served = None
+    if teacher is not None and config.teacher is not None:
+        by_vllm = teacher_backend(config.teacher) == "vllm"
+        served = _engine_bytes(by_vllm, teacher_share(config), teacher, device)
+        if config.teacher.url is not None:
+            teacher = None  # on somebody else's machine
     on_gpu = device.device.startswith("cuda")
     cache = CPU_BATCH_BYTES if not on_gpu else int(device.total_bytes * GPU_BATCH_FRACTION)
     if config.sampler.batch_memory_gb is not None:
@@ -308,8 +315,26 @@ def _settings(
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
         gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
         cache_budget=cache,
+        # A server given by url holds nothing here.
+        engine=0
+        if config.sampler.url is not None
+        else _engine_bytes(
+            sampler_backend(config) == "vllm", student_share(config), student, device
+        ),
+        teacher_engine=served,
         head_buffer=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
     )
+
+
+def _engine_bytes(
+    by_vllm: bool, share: float, model: ModelMemory, device: DeviceInfo
+) -> int | None:
+    """What a vLLM process takes: its share of a card at once, on a CPU its weights and VLLM_CPU_KVCACHE_SPACE."""
+    if not by_vllm:
+        return None
+    if device.device.startswith("cuda"):
+        return round(share * device.total_bytes)
+    return round(model.weight_bytes) + int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")) * 2**30
 
 
 def _device_plans(

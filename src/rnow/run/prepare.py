@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,11 @@ class Prepared:
     teacher: ResolvedModel | None
     preflight: Preflight
     num_steps: int
+    warn: Callable[..., None] = lambda *texts: None
+
+    def secret(self, name: str) -> str | None:
+        """A value of the project's ``.env``, else of the environment."""
+        return self.project.secrets.get(name) or os.environ.get(name) or None
 
     @property
     def run_name(self) -> str:
@@ -49,6 +56,7 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
         InputError: the first thing that is wrong.
     """
     refuse_reserved(config)
+    _check_served(config)
     check_model_id(config.model.path, key="model.path", where="model.path", base_dir=folder)
     if config.teacher is not None:
         check_model_id(
@@ -78,7 +86,7 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
             where="teacher.path",
             base_dir=folder,
             revision=config.teacher.revision,
-            weights=weights,
+            weights=weights and config.teacher.url is None,
             trust_remote_code=config.teacher.trust_remote_code,
         )
     preflight = run_preflight(config, [*dataset.prompts, *dataset.held_out], student, teacher)
@@ -90,6 +98,26 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
         preflight=preflight,
         num_steps=num_steps,
     )
+
+
+def _check_served(config: Config) -> None:
+    """Settings of served models that exclude each other."""
+    teacher = config.teacher
+    for key, section in (("sampler", config.sampler), ("teacher", teacher)):
+        if section is not None and section.url is not None and section.backend == "transformers":
+            raise ConfigError(
+                f"{key}.url names a vLLM server, but {key}.backend is transformers",
+                where=f"{key}.backend",
+                fix=f"set {key}.backend: vllm, or remove {key}.url",
+            )
+    served = teacher is not None and (teacher.backend == "vllm" or teacher.url is not None)
+    if served and config.rollout.temperature != 1.0:
+        raise ConfigError(
+            f"a served teacher cannot be used at temperature {config.rollout.temperature:g}",
+            where="rollout.temperature",
+            why="its prompt log-probabilities cannot be tempered, so teacher and student would not be comparable",
+            fix="set rollout.temperature: 1, or teacher.backend: transformers",
+        )
 
 
 def _check_evals(config: Config, *, held_out: int) -> None:

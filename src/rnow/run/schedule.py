@@ -24,7 +24,9 @@ def build_evaluations(prepared: Prepared, backends: Backends, recorder: Recorder
         return Evaluator(
             prompts=held_out,
             environments=environments,
-            settings=replace(settings, temperature=temperature, top_p=1.0, top_k=0),
+            settings=replace(
+                settings, temperature=temperature, top_p=1.0, top_k=0, poll=backends.poll
+            ),
             rewarder=rewarder,
             success_reward=section.success_reward,
             judged=temperature == prepared.config.rollout.temperature,

@@ -1,0 +1,77 @@
+"""The adapter as files that a server can load: PEFT's format, one folder per load, the previous one removed."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from rnow.run.files import to_json
+from rnow.types import Adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """One adapter on disk. ``number`` counts loads from 1. ``name`` is never used twice, neither by another run nor when a
+    version is loaded again with other weights: vLLM's prefix cache goes by it."""
+
+    name: str
+    number: int
+    version: int
+    folder: Path
+
+
+class AdapterFiles:
+    """Writes adapters below ``folder``.
+
+    Args:
+        private: only this user can read them. A server of another user needs False.
+    """
+
+    def __init__(self, folder: Path, *, private: bool = True) -> None:
+        self._folder = folder
+        self._private = private
+        self._tag = secrets.token_hex(4)
+        self._number = 0
+
+    def write(self, adapter: Adapter, version: int) -> StoredAdapter:
+        """Write ``adapter`` as PEFT does. The folder appears complete or not at all; it is not waited for on the disk,
+        since nobody needs it after a crash.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        self._number += 1
+        mode = 0o700 if self._private else 0o755
+        self._folder.mkdir(parents=True, exist_ok=True, mode=mode)
+        target = self._folder / f"adapter-{version}"
+        aside = self._folder / f".adapter-{version}"
+        for folder in (target, aside):
+            if folder.exists():
+                shutil.rmtree(folder)
+        aside.mkdir(mode=mode)
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()
+        }
+        save_file(tensors, aside / "adapter_model.safetensors")
+        (aside / "adapter_config.json").write_text(to_json(adapter.config, indent=2) + "\n")
+        for file in aside.iterdir():
+            file.chmod(mode & 0o666)
+        aside.rename(target)
+        return StoredAdapter(
+            name=f"rnow-{self._tag}-{version}-{self._number}",
+            number=self._number,
+            version=version,
+            folder=target.resolve(),
+        )
+
+    def discard(self, stored: StoredAdapter) -> None:
+        """Remove an adapter's files."""
+        shutil.rmtree(stored.folder, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove everything that was written."""
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,183 @@
+"""A vLLM server of our own: on this machine only, behind a random key, ended with us."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rnow.errors import ModelError, RnowError
+from rnow.serving.client import VllmClient
+from rnow.serving.process import ManagedProcess, ProcessFailed, StartFailed, free_port
+
+HOST = "127.0.0.1"
+START_TIMEOUT = 900.0
+"""Seconds until a server that is still loading is given up; a large model takes minutes to read."""
+
+_PORTS_TRIED = 5
+_PORT_TAKEN = "address already in use"
+
+
+def require_vllm(where: str | None = None) -> None:
+    """
+    Raises:
+        ModelError: vLLM is not installed in this environment.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ModelError(
+            "vLLM is not installed in this environment",
+            where=where,
+            fix="pip install 'rnow-local[vllm]', or set the backend to transformers",
+        )
+
+
+def _serve_command() -> list[str]:
+    """This environment's server. The module, since the ``vllm`` command need not be on the PATH and refuses to run where
+    the package has another name (the CPU build)."""
+    spec = importlib.util.find_spec("vllm")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    module = "entrypoints/openai/api_server.py"  # deprecated, so it may be gone one day
+    if places and not (Path(places[0]) / module).is_file():
+        return [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
+    # -P: a json.py in the user's folder must not become the server's.
+    return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+
+
+class VllmServer:
+    """vLLM's OpenAI-compatible server under the leash.
+
+    Args:
+        model: a model folder.
+        name: what the server calls itself in requests (``--served-model-name``), and we in errors.
+        log: its output is appended here.
+        arguments: further arguments of the server.
+        env: further environment variables.
+        start_timeout: seconds until it must be ready.
+        poll: called while it starts; may raise to stop.
+        command: what to run instead of this environment's vLLM; the arguments are appended.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        name: str,
+        log: Path,
+        arguments: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        start_timeout: float = START_TIMEOUT,
+        poll: Callable[[], None] = lambda: None,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.log = log
+        self._arguments = tuple(arguments)
+        self._env = dict(env or {})
+        self._start_timeout = start_timeout
+        self._poll = poll
+        self._command = tuple(command or _serve_command())
+        self._process: ManagedProcess | None = None
+        self._key = ""
+        self.url = ""
+
+    async def start(self) -> None:
+        """Start and wait until it serves the model. A port that was taken meanwhile is replaced by another.
+
+        Raises:
+            StartFailed: it ended or was not ready in time; the end of its log is in the details.
+        """
+        self.stop()
+        for last in (*[False] * (_PORTS_TRIED - 1), True):
+            try:
+                await self._start_once(free_port(HOST))
+                return
+            except StartFailed:
+                taken = self._process is not None and any(
+                    _PORT_TAKEN in line.lower() for line in self._process.log_tail(200)
+                )
+                self.stop()
+                if last or not taken:
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+
+    async def restart(self) -> None:
+        """End whatever is left of it and start again, on another port with another key.
+
+        Raises:
+            ProcessFailed: it did not come up.
+        """
+        self.stop(grace=0.0)
+        try:
+            await self.start()
+        except StartFailed as error:
+            raise ProcessFailed(
+                f"{self.name} ended and could not be started again: {error.message}",
+                details=error.details,
+                fix=error.fix,
+            ) from error
+
+    def client(self, *, timeout: float, max_concurrency: int) -> VllmClient:
+        """A client for the server as it runs now; a restart needs another."""
+        return VllmClient(self.url, self._key, timeout, max_concurrency, alive=self.alive)
+
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self._process is not None and self._process.alive()
+
+    def pids(self) -> set[int]:
+        """Ids of the server's processes."""
+        return self._process.pids() if self._process else set()
+
+    def log_tail(self, lines: int = 20) -> list[str]:
+        """The last lines of its log since it was last started."""
+        return self._process.log_tail(lines) if self._process else []
+
+    def stop(self, grace: float = 5.0) -> None:
+        """End it with all its processes; again: nothing."""
+        if self._process is not None:
+            self._process.stop(grace)
+
+    async def _start_once(self, port: int) -> None:
+        self._key = secrets.token_urlsafe(32)
+        self.url = f"http://{HOST}:{port}"
+        self._process = ManagedProcess(
+            [
+                *self._command,
+                "--model",
+                str(self.model),
+                "--served-model-name",
+                self.name,
+                "--host",
+                HOST,
+                "--port",
+                str(port),
+                # Without this the model's generation_config.json changes every request that leaves something out.
+                "--generation-config",
+                "vllm",
+                "--disable-uvicorn-access-log",
+                *self._arguments,
+            ],
+            # In the environment: a command line can be read by every user of the machine.
+            env={"VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1", **self._env},
+            log=self.log,
+            name=self.name,
+        )
+        self._process.start()
+        client = VllmClient(self.url, self._key, timeout=5.0, max_concurrency=1, alive=self.alive)
+
+        async def ready() -> bool:
+            self._poll()
+            # Health alone could be that of a stranger on the port; only ours knows the key.
+            if not await client.health():
+                return False
+            with contextlib.suppress(RnowError):
+                return any(model.id == self.name for model in await client.models())
+            return False
+
+        await self._process.wait_until(ready, timeout=self._start_timeout)

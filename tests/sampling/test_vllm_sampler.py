@@ -1,0 +1,382 @@
+"""Everything between the loop and vLLM, with a stand-in for vLLM in the worker process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rnow.errors import (
+    EXIT_TEMPORARY,
+    InputError,
+    ModelError,
+    NotYetSupported,
+    RnowError,
+    TemporaryError,
+)
+from rnow.protocols import Sampler
+from rnow.sampling.adapter_files import AdapterFiles
+from rnow.sampling.vllm_backend import LORA_RANKS, allowed_lora_rank
+from rnow.sampling.vllm_engine import EngineBackend
+from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_worker import Refused, engine_arguments
+from rnow.types import Adapter, Completion, SamplingParams
+
+STAND_IN = Path(__file__).with_name("vllm_stand_in.py")
+PARAMS = SamplingParams(max_tokens=8, stop_token_ids=())
+DRAW, DIE, DEAD, HANG, REFUSED, SLOW, STALE = (1,), (2,), (3,), (4,), (5,), (6,), (7,)
+
+Make = Callable[..., VllmSampler]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    made: list[VllmSampler] = []
+
+    def build(*, silence: float = 30.0, **settings: Any) -> VllmSampler:
+        backend = EngineBackend(
+            settings,
+            log=tmp_path / "log",
+            start_timeout=30.0,
+            request_timeout=silence,
+            command=(sys.executable, str(STAND_IN), str(tmp_path)),
+        )
+        files = AdapterFiles(tmp_path / "adapters")
+        made.append(VllmSampler(backend, vocabulary=10, max_lora_rank=8, files=files))
+        return made[-1]
+
+    yield build
+    for sampler in made:
+        sampler.close()
+
+
+def adapter(rank: int = 4) -> Adapter:
+    return Adapter(tensors={"a": torch.ones(2)}, config={"r": rank})
+
+
+def complete(sampler: VllmSampler, *requests: tuple[tuple[int, ...], int]) -> list[Completion]:
+    async def everything() -> list[Completion]:
+        return await asyncio.gather(
+            *[sampler.complete(prompt, PARAMS, seed) for prompt, seed in requests]
+        )
+
+    return asyncio.run(everything())
+
+
+def events(folder: Path) -> list[str]:
+    return (folder / "events").read_text().splitlines()
+
+
+def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [completion.token_ids for completion in completions]
+
+
+def test_it_starts_at_the_first_use_and_stamps_the_version(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+    assert isinstance(sampler, Sampler)
+    assert not (tmp_path / "events").exists()
+    assert complete(sampler, (DRAW, 12), (DRAW, 34)) == [
+        Completion(token_ids=ids, logprobs=(-0.5, -0.5), finish_reason="length", policy_version=0)
+        for ids in ((1, 2), (3, 4))
+    ]
+    sampler.load_policy(adapter(), version=5)
+    assert complete(sampler, (DRAW, 12))[0].policy_version == 5
+    sampler.load_policy(adapter(), version=6)
+    assert complete(sampler, (DRAW, 12))[0].policy_version == 6
+    assert [line for line in events(tmp_path) if "dr" not in line] == [
+        "start", "load adapter-5 of 1", "load adapter-6 of 1"
+    ]  # fmt: skip
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["adapter-6"]
+
+
+def test_a_stop_id_makes_it_a_stop(make: Make) -> None:
+    async def stopped() -> Completion:
+        params = SamplingParams(max_tokens=2, stop_token_ids=(4,))
+        return await make().complete(DRAW, params, 34)
+
+    assert asyncio.run(stopped()).finish_reason == "stop"
+
+
+def test_what_is_owed_is_drawn_again_after_a_death(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+    sampler.load_policy(adapter(), version=3)
+    done = complete(sampler, (SLOW, 11), (DIE, 22), (SLOW, 33), (DRAW, 44))
+    assert tokens(done) == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert {completion.policy_version for completion in done} == {3}
+    assert sampler.restarts == 1
+    lines = events(tmp_path)
+    assert lines.count("start") == 2
+    assert lines.count("load adapter-3 of 1") == 2
+    assert lines.count("drew 44") == 1, "what had been answered is not drawn again"
+    assert lines.count("draw 11") == 2
+
+
+def test_the_second_death_under_one_version_ends_the_run(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+    with pytest.raises(TemporaryError) as failure:
+        complete(sampler, (DEAD, 1))
+    assert failure.value.exit_code == EXIT_TEMPORARY
+    assert sampler.restarts == 1
+    with pytest.raises(TemporaryError):
+        complete(sampler, (DRAW, 1))
+    with pytest.raises(TemporaryError):
+        sampler.load_policy(adapter(), version=1)
+    assert events(tmp_path).count("start") == 2
+
+
+def test_a_new_version_may_restart_again(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+    complete(sampler, (DIE, 1))
+    sampler.load_policy(adapter(), version=1)
+    (tmp_path / "died").unlink()
+    assert tokens(complete(sampler, (DIE, 12))) == [(1, 2)]
+    assert sampler.restarts == 2
+
+
+def test_a_death_while_an_adapter_is_loaded(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+    complete(sampler, (DRAW, 1))
+    backend: Any = sampler._backend
+    backend._process.stop()
+    sampler.load_policy(adapter(), version=2)
+    assert sampler.restarts == 1
+    assert complete(sampler, (DRAW, 1))[0].policy_version == 2
+    assert events(tmp_path).count("load adapter-2 of 1") == 1
+
+
+def test_silence_is_taken_for_death(make: Make, tmp_path: Path) -> None:
+    sampler = make(silence=1.0)
+    complete(sampler, (DRAW, 1))
+
+    async def hang() -> list[Completion]:
+        tasks = [
+            asyncio.create_task(sampler.complete(prompt, PARAMS, 77)) for prompt in (HANG, DRAW)
+        ]
+        await asyncio.sleep(0.5)
+        (tmp_path / "events").write_text("")
+        while "start" not in events(tmp_path):
+            await asyncio.sleep(0.05)
+        (tmp_path / "healed").touch()
+        return list(await asyncio.gather(*tasks))
+
+    assert tokens(asyncio.run(hang())) == [(7, 7), (7, 7)]
+    assert sampler.restarts == 1
+
+
+def test_silence_without_anything_owed_is_no_death(make: Make) -> None:
+    sampler = make(silence=0.5)
+    complete(sampler, (DRAW, 1))
+    time.sleep(2.5)
+    complete(sampler, (DRAW, 1))
+    assert sampler.restarts == 0
+
+
+def test_a_refused_request_is_the_users_and_harms_nobody_else(make: Make) -> None:
+    sampler = make()
+    with pytest.raises(InputError, match="refused") as refusal:
+        complete(sampler, (REFUSED, 1))
+    assert refusal.value.why == "too long"
+    assert tokens(complete(sampler, (DRAW, 12))) == [(1, 2)]
+    assert sampler.restarts == 0
+
+
+def test_the_weights_of_another_version_are_an_error(make: Make) -> None:
+    sampler = make()
+    sampler.load_policy(adapter(), version=1)
+    with pytest.raises(RnowError, match="stale"):
+        complete(sampler, (STALE, 1))
+
+
+def test_ids_the_tokenizer_does_not_have_are_an_error(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+    sampler._vocabulary = 3
+    with pytest.raises(RnowError, match="token id 4"):
+        complete(sampler, (DRAW, 124))
+
+
+def test_a_cancelled_completion_is_aborted(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+
+    async def cancel() -> None:
+        task = asyncio.create_task(sampler.complete(HANG, PARAMS, 9))
+        while not (tmp_path / "events").exists() or "draw 9" not in events(tmp_path):
+            await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while "aborted 9" not in events(tmp_path):
+            await asyncio.sleep(0.02)
+
+    asyncio.run(asyncio.wait_for(cancel(), 20))
+    sampler.load_policy(adapter(), version=1)
+    assert complete(sampler, (DRAW, 1))[0].policy_version == 1
+
+
+def test_load_policy_beside_completions_is_a_mistake(make: Make) -> None:
+    sampler = make()
+
+    async def both() -> None:
+        task = asyncio.create_task(sampler.complete(SLOW, PARAMS, 9))
+        await asyncio.sleep(0)
+        while not sampler._drawing:
+            await asyncio.sleep(0.02)
+        with pytest.raises(RuntimeError, match="1 completions"):
+            sampler.load_policy(adapter(), version=1)
+        await task
+
+    asyncio.run(both())
+
+
+def test_load_policy_inside_a_running_loop(make: Make) -> None:
+    sampler = make()
+
+    async def loop() -> list[int]:
+        versions = []
+        for version in range(1, 4):
+            sampler.load_policy(adapter(), version=version)
+            versions.append((await sampler.complete(DRAW, PARAMS, 1)).policy_version)
+        return versions
+
+    assert asyncio.run(loop()) == [1, 2, 3]
+
+
+def test_probes_run_alone(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+
+    async def both() -> list[float]:
+        slow = [asyncio.create_task(sampler.complete(SLOW, PARAMS, 10 + i)) for i in range(3)]
+        while not sampler._drawing:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
+        probe = asyncio.create_task(sampler.probe([1, 2, 3], adapter=False))
+        await asyncio.sleep(0.05)
+        late = asyncio.create_task(sampler.complete(DRAW, PARAMS, 99))
+        await asyncio.gather(*slow, late)
+        return await probe
+
+    assert asyncio.run(both()) == [-1.0, -1.0]
+    lines = events(tmp_path)
+    assert max(map(lines.index, ["drew 10", "drew 11", "drew 12"])) < lines.index("probe")
+    assert lines.index("probe") < lines.index("draw 99")
+
+
+def test_sleep_and_wake_bring_the_adapter_back(make: Make, tmp_path: Path) -> None:
+    sampler = make(sleeps=True)
+    sampler.load_policy(adapter(), version=4)
+
+    async def nap() -> Completion:
+        await sampler.sleep()
+        with pytest.raises(RuntimeError, match="wake"):
+            await sampler.complete(DRAW, PARAMS, 1)
+        await sampler.wake()
+        return await sampler.complete(DRAW, PARAMS, 1)
+
+    assert asyncio.run(nap()).policy_version == 4
+    assert events(tmp_path)[-5:] == [
+        "sleep", "wake", "load adapter-4 of 1", "draw 1", "drew 1"
+    ]  # fmt: skip
+
+
+def test_no_sleep_where_the_engine_has_none(make: Make) -> None:
+    sampler = make()
+    sampler.start().result()
+    assert not sampler.supports_sleep
+    with pytest.raises(NotYetSupported):
+        asyncio.run(sampler.sleep())
+
+
+def test_an_engine_that_does_not_start_shows_its_log(make: Make) -> None:
+    sampler = make(fails=True)
+    with pytest.raises(ModelError) as failure:
+        sampler.load_policy(adapter(), version=0)
+    assert "no room for the KV cache" in "\n".join(failure.value.details)
+
+
+def test_an_engine_that_cannot_serve_the_model_says_why(make: Make) -> None:
+    with pytest.raises(ModelError) as failure:
+        make(refuses=True).start().result()
+    assert failure.value.why == "too old"
+
+
+def test_close_ends_the_process_and_removes_the_adapters(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+    sampler.load_policy(adapter(), version=0)
+    backend: Any = sampler._backend
+    pids = backend.pids()
+    assert pids
+    sampler.close()
+    sampler.close()
+    assert not (tmp_path / "adapters").exists()
+    assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
+    with pytest.raises(TemporaryError, match="closed"):
+        complete(sampler, (DRAW, 1))
+
+
+@pytest.mark.parametrize(
+    ("rank", "allowed"), [(1, 8), (8, 8), (9, 16), (32, 32), (257, 320), (512, 512)]
+)
+def test_ranks_are_rounded_up_to_what_vllm_allows(rank: int, allowed: int) -> None:
+    assert allowed_lora_rank(rank) == allowed
+    assert allowed in LORA_RANKS
+
+
+def test_ranks_beyond_vllm_are_an_error(make: Make) -> None:
+    with pytest.raises(ModelError, match="512"):
+        allowed_lora_rank(513)
+    with pytest.raises(ModelError, match="rank 9"):
+        make().load_policy(adapter(rank=9), version=0)
+
+
+def test_temperatures_beyond_vllm_are_an_error(make: Make) -> None:
+    params = SamplingParams(max_tokens=1, stop_token_ids=(), temperature=2.5)
+    with pytest.raises(InputError, match=r"2\.5"):
+        asyncio.run(make().complete(DRAW, params, 1))
+
+
+SETTINGS = dict.fromkeys(
+    ["local_dir", "dtype", "max_model_len", "gpu_memory_utilization", "max_num_seqs",
+     "tensor_parallel_size", "enforce_eager", "enable_prefix_caching", "trust_remote_code",
+     "max_lora_rank", "worker_extension"]
+) | {"quantization": "nf4", "enable_sleep": True}  # fmt: skip
+
+
+CUDA_ONLY = {"enable_sleep_mode"}
+CPU_ONLY = {"enable_chunked_prefill", "max_num_batched_tokens"}
+COMMON = {
+    "model", "dtype", "max_model_len", "gpu_memory_utilization", "max_num_seqs", "tensor_parallel_size",
+    "enforce_eager", "enable_prefix_caching", "trust_remote_code", "enable_lora", "max_loras",
+    "max_lora_rank", "logprobs_mode", "generation_config", "skip_tokenizer_init",
+    "worker_extension_cls", "quantization", "stream_interval", "disable_log_stats", "enable_log_requests",
+}  # fmt: skip
+KNOWN = COMMON | CUDA_ONLY | CPU_ONLY
+
+
+def test_engine_arguments_follow_what_this_vllm_has() -> None:
+    assert set(engine_arguments(SETTINGS, KNOWN, cpu=False)) == COMMON | CUDA_ONLY
+    assert set(engine_arguments(SETTINGS, KNOWN, cpu=True)) == COMMON | CPU_ONLY
+    without = KNOWN - {"stream_interval"}
+    assert "stream_interval" not in engine_arguments(SETTINGS, without, cpu=False)
+    with pytest.raises(Refused, match="has no logprobs_mode; "):
+        engine_arguments(SETTINGS, KNOWN - {"logprobs_mode"}, cpu=False)
+
+
+def test_engine_arguments_say_how_tokens_are_drawn_and_judged() -> None:
+    arguments = engine_arguments(SETTINGS, KNOWN, cpu=False)
+    assert arguments["logprobs_mode"] == "processed_logprobs"
+    assert arguments["generation_config"] == "vllm"
+    assert arguments["quantization"] == "bitsandbytes"
+    assert "quantization" not in engine_arguments(
+        SETTINGS | {"quantization": "none"}, KNOWN, cpu=False
+    )
+
+
+def test_on_a_cpu_prompts_are_not_cut() -> None:
+    arguments = engine_arguments(SETTINGS | {"max_model_len": 9000}, KNOWN, cpu=True)
+    assert arguments["enable_chunked_prefill"] is False
+    assert arguments["max_num_batched_tokens"] == 9000

@@ -1,0 +1,110 @@
+"""A worker process as ``rnow.sampling.vllm_worker`` runs it, around an engine that only counts: no vLLM needed.
+
+``python vllm_stand_in.py FOLDER FD``. Every event becomes a line of FOLDER/events. A prompt's first id says what happens:
+
+    1  draw: the ids are the seed's digits          4  never answers, as long as FOLDER/healed does not exist
+    2  the process ends, once (then as 1)           5  refused
+    3  the engine is dead                           6  answers after 0.3 s
+                                                    7  answers with the weights of "stale"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from rnow.sampling.vllm_worker import Gone, Refused, Worker, send
+
+
+class StandIn:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.adapters: list[str] = []
+        self.drawn = 0
+
+    def note(self, text: str) -> None:
+        with (self._folder / "events").open("a") as file:
+            file.write(text + "\n")
+
+    async def draw(self, request: dict[str, Any]) -> dict[str, Any]:
+        kind, adapter = request["prompt"][0], request["adapter"]
+        if adapter and adapter not in self.adapters:
+            raise Refused(f"no adapter {adapter}")
+        self.note(f"draw {request['seed']}")
+        try:
+            await self._misbehave(kind)
+        except asyncio.CancelledError:
+            self.note(f"aborted {request['seed']}")
+            raise
+        tokens = [int(digit) for digit in str(request["seed"])]
+        self.note(f"drew {request['seed']}")
+        return {
+            "tokens": tokens,
+            "logprobs": [-0.5] * len(tokens),
+            "finish": "length",
+            "adapter": "stale" if kind == 7 else adapter,
+        }
+
+    async def _misbehave(self, kind: int) -> None:
+        if kind == 2 and not (self._folder / "died").exists():
+            (self._folder / "died").touch()
+            await asyncio.sleep(0.1)
+            os._exit(1)
+        if kind == 3:
+            raise Gone("the engine is dead")
+        if kind == 5:
+            raise Refused("too long")
+        if kind == 6:
+            await asyncio.sleep(0.3)
+        while kind == 4 and not (self._folder / "healed").exists():
+            await asyncio.sleep(0.05)
+
+    async def probe(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.note("probe")
+        return {"logprobs": [-1.0] * (len(request["tokens"]) - 1)}
+
+    async def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        if not Path(request["folder"], "adapter_model.safetensors").is_file():
+            raise Refused("no such folder")
+        self.adapters.append(request["name"])
+        if request["replacing"] in self.adapters:
+            self.adapters.remove(request["replacing"])
+        self.note(f"load {Path(request['folder']).name} of {len(self.adapters)}")
+        return {}
+
+    async def sleep(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.note("sleep")
+        return {}
+
+    async def wake(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.adapters.clear()
+        self.note("wake")
+        return {}
+
+
+async def main(folder: Path, descriptor: int) -> None:
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
+    first = json.loads(await reader.readline())
+    engine = StandIn(folder)
+    engine.note("start")
+    if first["settings"].get("fails"):
+        sys.stderr.write("no room for the KV cache\n")
+        sys.exit(3)
+    if first["settings"].get("refuses"):
+        send(writer, {"id": first["id"], "refused": "too old"})
+        await writer.drain()
+        return
+    send(
+        writer,
+        {"id": first["id"], "ok": {"supports_sleep": first["settings"].get("sleeps", False)}},
+    )
+    await Worker(engine, reader, writer).serve()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))

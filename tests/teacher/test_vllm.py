@@ -1,0 +1,422 @@
+"""The served teacher against a scripted server: what it scores, what it checks, and the faults it survives."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import character_tokenizer
+from tests.serving import scripted
+from tests.serving.scripted import (
+    VOCABULARY,
+    ScriptedServer,
+    changed,
+    hang_up,
+    html,
+    logprob,
+    prompt_value,
+    slow,
+    status,
+)
+from tests.teacher.conformance import make_sample
+
+from rnow.errors import ConfigError, ModelError, StopRequested, TemporaryError
+from rnow.protocols import Teacher
+from rnow.serving import client as client_module
+from rnow.serving import server as server_module
+from rnow.serving.client import BadAnswer, Refused, ServerDown
+from rnow.serving.server import VllmServer
+from rnow.teacher import vllm
+from rnow.teacher.vllm import VllmTeacher
+from rnow.types import Sample
+
+SAMPLES = [make_sample(f"dataset_0/{i}#0", 6 + i, first=i) for i in range(12)]
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.delenv(vllm.API_KEY_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return character_tokenizer()
+
+
+def served(server: ScriptedServer, **changes: Any) -> VllmTeacher:
+    return VllmTeacher.served(server.url, **{"model": "base", "timeout": 2.0} | changes)
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(coroutine)
+
+
+def assert_right(found: Any, samples: list[Sample]) -> None:
+    assert list(found) == [sample.id for sample in samples]
+    for sample in samples:
+        expected = [
+            logprob(token, i) if on else 0.0
+            for i, (token, on) in enumerate(zip(sample.token_ids, sample.loss_mask, strict=True))
+        ]
+        torch.testing.assert_close(found[sample.id].teacher_logprobs, torch.tensor(expected))
+
+
+# ---- scoring --------------------------------------------------------------------------------------------------------
+
+
+def test_only_loss_tokens_by_sample_id(server: ScriptedServer) -> None:
+    teacher = served(server)
+    assert isinstance(teacher, Teacher)
+    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
+    asked = server.asked("/v1/completions")
+    assert sorted(body["prompt"] for body in asked) == sorted(
+        list(sample.token_ids) for sample in SAMPLES
+    )
+
+
+def test_what_follows_the_last_loss_token_is_not_sent(server: ScriptedServer) -> None:
+    sample = make_sample("a", 20, loss=[4, 5, 9])
+    assert_right(run(served(server).score([sample])), [sample])
+    (body,) = server.asked("/v1/completions")
+    assert body["prompt"] == list(sample.token_ids[:10])
+
+
+def test_a_sample_without_loss_tokens_costs_no_request(server: ScriptedServer) -> None:
+    sample = make_sample("a", 5, loss=[])
+    assert_right(run(served(server).score([sample])), [sample])
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_concurrency_is_bounded(server: ScriptedServer, most: int) -> None:
+    server.pause = 0.03
+    assert_right(run(served(server, max_concurrency=most).score(SAMPLES)), SAMPLES)
+    assert server.most_in_flight == most
+
+
+def test_logprobs_of_given_ids(server: ScriptedServer, tokenizer: Any) -> None:
+    teacher = served(server)
+    found = run(teacher.compute_logprobs_async([5, 6, 7]))
+    assert found == [None, pytest.approx(logprob(6, 1)), pytest.approx(logprob(7, 2))]
+    run(teacher.check(tokenizer, VOCABULARY))
+    with pytest.raises(ValueError, match="empty"):
+        run(teacher.compute_logprobs_async([]))
+    for bad in ([5, VOCABULARY], [-1, 5]):
+        with pytest.raises(ValueError, match="outside the vocabulary of 100"):
+            run(teacher.compute_logprobs_async(bad))
+
+
+def test_the_only_model_needs_no_name(server: ScriptedServer) -> None:
+    assert_right(run(served(server, model=None).score(SAMPLES)), SAMPLES)
+
+
+def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ScriptedServer(key="k3y") as server:
+        with pytest.raises(TemporaryError, match="Unauthorized"):
+            run(served(server).score(SAMPLES))
+        monkeypatch.setenv(vllm.API_KEY_VARIABLE, "k3y")
+        assert_right(run(served(server).score(SAMPLES)), SAMPLES)
+        monkeypatch.setenv("MY_KEY", "wrong")
+        with pytest.raises(TemporaryError, match="Unauthorized"):
+            run(served(server, api_key_variable="MY_KEY").score(SAMPLES))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_a_temperature_is_refused(temperature: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="temperature"):
+        VllmTeacher.served("http://127.0.0.1:1", temperature=temperature)
+    with pytest.raises(ConfigError, match="temperature"):
+        VllmTeacher.managed(tmp_path, log=tmp_path / "log", temperature=temperature)
+
+
+# ---- faults while training ------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_unwell_for_a_while(server: ScriptedServer) -> None:
+    server.faults += [status(429), status(500), hang_up, html, slow(0.2), status(503), status(429)]
+    assert_right(run(served(server).score(SAMPLES)), SAMPLES)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status(500),
+        status(429),
+        status(401),
+        slow(2),
+        hang_up,
+        html,
+        prompt_value(math.nan),
+        prompt_value(0.1),
+        changed(lambda choice: choice["prompt_logprobs"].pop()),
+    ],
+    ids=["500", "429", "401", "slow", "hang-up", "html", "nan", "positive", "count"],
+)
+def test_a_server_that_stays_unwell_stops_the_run_for_now(
+    server: ScriptedServer, fault: scripted.Fault
+) -> None:
+    """Exit 75 with the state saved, not 2: training is under way."""
+    server.faults += [slow(0)] * 3
+    server.always = fault
+    before = time.monotonic()
+    with pytest.raises(TemporaryError) as caught:
+        run(served(server, timeout=0.5).score(SAMPLES))
+    assert caught.value.exit_code == 75
+    assert server.url in caught.value.message
+    assert time.monotonic() - before < 5
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(ServerDown):
+        run(VllmTeacher.served("http://127.0.0.1:9", "base", timeout=0.3).score(SAMPLES))
+
+
+def test_a_stop_is_noticed_while_waiting(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "_POLL", 0.05)
+    server.always = slow(3)
+    seen = []
+
+    def poll() -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            raise StopRequested
+
+    before = time.monotonic()
+    with pytest.raises(StopRequested):
+        run(served(server, timeout=30, poll=poll).score(SAMPLES))
+    assert time.monotonic() - before < 2
+
+
+# ---- checks before training -----------------------------------------------------------------------------------------
+
+
+def test_a_good_server_passes(server: ScriptedServer, tokenizer: Any) -> None:
+    found = run(served(server, model=None).check(tokenizer, VOCABULARY, texts=["hi"], longest=63))
+    assert found.model == "base"
+    assert found.root == "/models/base"
+    assert found.max_model_len == 64
+    assert found.repeat_gap == 0
+    assert found.warnings == ()
+    assert found.padding_rows == 4
+    assert found.padding_mass == pytest.approx(0.04), "four ids of one hundredth each"
+    assert {body["prompt"] for body in server.asked("/tokenize")} >= {"hi"}
+
+
+def test_no_padding(server: ScriptedServer, tokenizer: Any) -> None:
+    found = run(served(server).check(tokenizer, scripted.ROWS))
+    assert (found.padding_rows, found.padding_mass) == (0, 0.0)
+
+
+def test_an_old_server_cannot_say_how_much_padding(server: ScriptedServer, tokenizer: Any) -> None:
+    server.always = changed(
+        lambda choice: choice["logprobs"] and choice["logprobs"].update(top_logprobs=[{}])
+    )
+    found = run(served(server).check(tokenizer, VOCABULARY))
+    assert (found.padding_rows, found.padding_mass) == (None, None)
+    assert len(found.warnings) == 1
+
+
+def test_another_model(server: ScriptedServer, tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match="no model 'Qwen/Qwen3-4B'") as caught:
+        run(served(server, model="Qwen/Qwen3-4B").check(tokenizer, VOCABULARY))
+    assert caught.value.details == ("served: base",)
+    server.models["more"] = ("/models/more", None)
+    with pytest.raises(ModelError, match="serves 2 models"):
+        run(served(server, model=None).check(tokenizer, VOCABULARY))
+
+
+def test_another_tokenizer(server: ScriptedServer, tokenizer: Any) -> None:
+    server.faults += [slow(0), slow(0), status(200, '{"tokens": [57, 1, 2]}')]
+    with pytest.raises(ModelError, match="reads text differently from token 1 on") as caught:
+        run(served(server).check(tokenizer, VOCABULARY))
+    assert caught.value.title == "Student and teacher tokenizers differ"
+    assert caught.value.where == "teacher.url"
+
+
+def test_no_tokenize_is_a_warning(server: ScriptedServer, tokenizer: Any) -> None:
+    server.faults += [slow(0), slow(0), status(404)]
+    found = run(served(server).check(tokenizer, VOCABULARY))
+    assert len(found.warnings) == 1
+    assert "/tokenize" in found.warnings[0]
+
+
+def test_sequences_that_do_not_fit(server: ScriptedServer, tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match="up to 63 tokens, the run has up to 64") as caught:
+        run(served(server).check(tokenizer, VOCABULARY, longest=64))
+    assert "--max-model-len 65" in (caught.value.fix or "")
+
+
+def test_answers_that_change(server: ScriptedServer, tokenizer: Any) -> None:
+    server.models["adapter"] = ("/a", "base")
+    answers = iter(range(1, 1000))
+    server.always = changed(
+        lambda choice: (
+            choice["prompt_logprobs"]
+            and choice["prompt_logprobs"][-1].update(
+                {str(choice["prompt_token_ids"][-1]): {"logprob": -1.0 * next(answers)}}
+            )
+        )
+    )
+    with pytest.raises(BadAnswer, match="differ by 1 nats"):
+        run(served(server).check(tokenizer, VOCABULARY))
+
+
+def test_a_server_with_adapters_is_asked_one_at_a_time(
+    server: ScriptedServer, tokenizer: Any
+) -> None:
+    server.models["adapter"] = ("/a", "base")
+    teacher = served(server, max_concurrency=8)
+    run(teacher.check(tokenizer, VOCABULARY))
+    server.pause, server.most_in_flight = 0.02, 0
+    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
+    assert server.most_in_flight == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (status(500), ModelError),
+        (status(401), Refused),
+        (hang_up, ModelError),
+        (html, BadAnswer),
+        (prompt_value(math.nan), BadAnswer),
+    ],
+    ids=["500", "401", "hang-up", "html", "nan"],
+)
+def test_a_bad_server_before_training_is_bad_input(
+    server: ScriptedServer, tokenizer: Any, fault: scripted.Fault, error: type[Exception]
+) -> None:
+    def only_scores(handler: Any, answer: dict[str, Any]) -> bool:
+        scores = "choices" in answer and answer["choices"][0]["prompt_logprobs"]
+        return bool(scores) and fault(handler, answer)
+
+    server.always = only_scores
+    with pytest.raises(error) as caught:
+        run(served(server, timeout=0.4).check(tokenizer, VOCABULARY))
+    assert caught.value.exit_code == 2  # type: ignore[attr-defined]
+    assert caught.value.where == "teacher.url"  # type: ignore[attr-defined]
+
+
+# ---- a server of our own --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def managed(tmp_path: Path) -> Iterator[Callable[..., VllmTeacher]]:
+    """A managed teacher on the scripted program, which exits at some request of its first starts."""
+    made: list[VllmTeacher] = []
+
+    def make(stop_after: int = 0, faulty: int = 1) -> VllmTeacher:
+        arguments = ["--starts", str(tmp_path / "starts")]
+        if stop_after:
+            arguments += ["--stop-after", str(stop_after), "--faulty", str(faulty)]
+        server = VllmServer(
+            tmp_path / "model",
+            name="teacher",
+            log=tmp_path / "teacher.log",
+            arguments=arguments,
+            command=(sys.executable, scripted.__file__),
+            start_timeout=20,
+        )
+        made.append(VllmTeacher(server=server, model="teacher", where="teacher.path", timeout=10))
+        return made[-1]
+
+    yield make
+    for teacher in made:
+        teacher.close()
+
+
+def test_it_starts_with_its_first_use(managed: Callable[..., VllmTeacher], tokenizer: Any) -> None:
+    teacher = managed()
+    assert teacher.pids() == set()
+    assert run(teacher.check(tokenizer, VOCABULARY)).model == "teacher"
+    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
+    assert len(teacher.pids()) == 1
+    teacher.close()
+    assert teacher.pids() == set()
+
+
+def test_death_in_the_middle_is_survived_once(
+    managed: Callable[..., VllmTeacher], tmp_path: Path
+) -> None:
+    teacher = managed(stop_after=6)
+    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
+    assert (tmp_path / "starts").read_text() == "xx"
+    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
+    assert (tmp_path / "starts").read_text() == "xx"
+
+
+def test_death_twice_stops_the_run(managed: Callable[..., VllmTeacher], tmp_path: Path) -> None:
+    before = time.monotonic()
+    with pytest.raises(TemporaryError, match="has ended") as caught:
+        run(managed(stop_after=3, faulty=9).score(SAMPLES))
+    assert caught.value.exit_code == 75
+    assert (tmp_path / "starts").read_text() == "xx"
+    assert time.monotonic() - before < 10
+
+
+def test_a_hang_in_the_middle_is_survived_once(
+    managed: Callable[..., VllmTeacher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = managed()
+    monkeypatch.setattr(teacher, "_timeout", 0.5)
+    run(teacher.start())
+    for pid in teacher.pids():
+        os.kill(pid, signal.SIGSTOP)
+    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
+    assert (tmp_path / "starts").read_text() == "xx"
+
+
+def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "require_vllm", lambda where: None)
+    teacher = VllmTeacher.managed(
+        tmp_path,
+        log=tmp_path / "log",
+        dtype="bfloat16",
+        quantization="nf4",
+        tensor_parallel_size=2,
+        gpu_memory_utilization=0.5,
+        max_model_len=1000,
+        enable_sleep_mode=True,
+    )
+    assert teacher._server is not None
+    line = " ".join(teacher._server._arguments)
+    for part in (
+        "--dtype bfloat16",
+        "--quantization bitsandbytes",
+        "--tensor-parallel-size 2",
+        "--gpu-memory-utilization 0.5",
+        "--max-num-batched-tokens 1024",
+        "--max-model-len 1001",
+        "--enable-sleep-mode",
+    ):
+        assert part in line
+    assert teacher._server._env["VLLM_SERVER_DEV_MODE"] == "1"
+    with pytest.raises(ConfigError, match="int8"):
+        VllmTeacher.managed(tmp_path, log=tmp_path / "log", quantization="int8")
+
+
+def test_without_vllm_a_managed_teacher_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="not installed") as caught:
+        VllmTeacher.managed(tmp_path, log=tmp_path / "log")
+    assert caught.value.where == "teacher.backend"
