@@ -202,7 +202,7 @@ class FakePolicy:
                 item.sample.id: torch.full((sum(item.sample.loss_mask),), -0.5)
                 for item in batch.samples
             },
-            skipped=skipped,
+            skipped="non-finite" if skipped else None,
         )
 
     def adapter(self) -> Adapter:

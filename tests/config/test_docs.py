@@ -40,3 +40,25 @@ def test_the_minimal_config_is_valid(tmp_path: Path) -> None:
     loaded = load_config(path)
     assert loaded.warnings == []
     assert loaded.config.trainer.num_epochs == 1
+
+
+def test_what_is_said_of_defaults_is_what_is_done() -> None:
+    from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
+    from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
+
+    page = PAGE.read_text(encoding="utf-8")
+    lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert (
+        f"{CPU_MICRO_BATCH_TOKENS} on a CPU, {GPU_MICRO_BATCH_TOKENS} on a GPU"
+        in (lines["micro_batch_tokens"])
+    )
+    assert GPU_BATCH_FRACTION == 1 / 4
+    cache = f"{CPU_BATCH_BYTES // 2**30} GiB on a CPU, a quarter of the card on a GPU"
+    assert cache in lines["batch_memory_gb"]
+    assert "since the last save" in lines["save_minutes"]
+
+
+def test_an_adapter_is_not_offered_as_the_student() -> None:
+    """rnow.models.resolve refuses a folder that holds only an adapter."""
+    description = SECTIONS["model"].model_fields["path"].description or ""
+    assert description == "The student: a HuggingFace id or a local folder."

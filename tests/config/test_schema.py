@@ -181,3 +181,25 @@ def test_all_problems_at_once_and_at_most_ten() -> None:
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         make().data.batch_size = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["before", "after", "teacher", "eval_1"])
+def test_evaluation_names_that_are_taken(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Config(
+            dataset_type="distill",
+            model={"path": "a"},
+            teacher={"path": "b"},
+            data={"val_split": 0.5},
+            evals=[{"step": 1, "name": name}, {"step": 2}],
+        )
+
+
+def test_a_dataset_cannot_take_the_name_of_a_metric() -> None:
+    with pytest.raises(ConfigError, match="teacher_kl/k3"):
+        Config(
+            dataset_type="distill",
+            model={"path": "a"},
+            teacher={"path": "b"},
+            data={"train_file": [{"path": "x.jsonl", "name": "k3"}]},
+        )

@@ -33,6 +33,8 @@ class Project:
     def __init__(self, folder: Path, make_model: MakeModel, *, rewards: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.name = "tiny"
+        self.make_model = make_model
         self.student = make_model(seed=0, num_hidden_layers=1, vocab_size=128)
         self.teacher = make_model(seed=1, num_hidden_layers=1, vocab_size=104)
         rows: list[dict[str, Any]] = [
@@ -68,7 +70,7 @@ class Project:
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "runs" / "tiny"
+        return self.folder / "runs" / self.name
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -44,7 +44,6 @@ def test_nothing_changed() -> None:
         {"trainer__num_epochs": 3},
         {"trainer__max_steps": 9},
         {"trainer__micro_batch_tokens": 128},
-        {"evaluation__num_samples": 2},
         {"model__name": "other"},
         {"evals": [{"step": 3}]},
         {"output_dir": "elsewhere"},
@@ -119,3 +118,22 @@ def test_a_key_that_appears_is_a_change() -> None:
     del old["trainer"]["learning_rate"]
     found = compare(old, config(), FACTS, FACTS)
     assert found.warned == ("trainer.learning_rate: None -> 0.0001",)
+
+
+@pytest.mark.parametrize("key", ["trainer__num_epochs", "trainer__max_steps"])
+def test_another_length_is_free_only_under_a_constant_rate(key: str) -> None:
+    falling = {"trainer__lr_schedule": "linear"}
+    found = compare(config(**falling), config(**falling, **{key: 7}), FACTS, FACTS)
+    assert len(found.warned) == 1
+    assert found.free == ()
+
+
+def test_other_evaluation_settings_are_told() -> None:
+    assert len(changed(evaluation__num_samples=2).warned) == 1
+
+
+def test_other_rewards_are_told() -> None:
+    found = compare(
+        config(), config(), {**FACTS, "rewards_hash": "a"}, {**FACTS, "rewards_hash": "b"}
+    )
+    assert found.warned == ("rewards.py changed",)

@@ -56,7 +56,7 @@ def test_the_files_of_a_run(summary: RunSummary, project: Project) -> None:
     names = {path.name for path in project.run_dir.iterdir()}
     assert names == {
         ".lock", "adapter", "checkpoints", "config.yml", "evaluations.jsonl", "journal",
-        "metrics.jsonl", "summary.json", "transcripts",
+        "metrics.jsonl", "run.json", "summary.json", "transcripts",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (project.run_dir / "checkpoints").iterdir())
     assert checkpoints == ["step-000002", "step-000003"]

@@ -17,6 +17,7 @@ from rnow.project.dataset import Dataset
 from rnow.run.plan import DeviceInfo, Plan, build_plan, describe_device, format_bytes
 from rnow.run.plan_view import plan_view
 from rnow.run.preflight import run_preflight
+from rnow.run.prepare import count_steps
 from rnow.types import Prompt
 
 ROOMY = DeviceInfo(device="cpu", name="CPU, 2 cores", total_bytes=16 * 10**9, free_bytes=12 * 10**9)
@@ -71,6 +72,24 @@ def test_counts(models: tuple[ResolvedModel, ResolvedModel]) -> None:
     assert plan.stop_ids == (98,)
     assert plan_of(models, trainer={"max_steps": 1}).steps == 1
     assert plan_of(models, trainer={"max_steps": 99}).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ({}, 2),
+        ({"num_epochs": 3}, 6),
+        ({"num_epochs": 3, "max_steps": 5}, 5),
+        ({"max_steps": 9}, 2),
+    ],
+)
+def test_the_plan_counts_steps_as_the_run_does(
+    models: tuple[ResolvedModel, ResolvedModel], trainer: dict[str, Any], steps: int
+) -> None:
+    dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 10)))
+    config = make_config(trainer=trainer, data={"batch_size": 4})
+    assert count_steps(config, dataset) == steps
+    assert plan_of(models, trainer=trainer, data={"batch_size": 4}).steps == steps
 
 
 def test_an_answer_is_never_longer_than_the_window_leaves(

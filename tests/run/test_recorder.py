@@ -18,6 +18,8 @@ from rnow.run.sinks import JsonlMetrics
 from rnow.run.transcripts import TranscriptWriter
 from rnow.types import Completion, Prompt, RewardResult, Rollout, ScoredGroup, ScoredRollout, Turn
 
+NON_FINITE = "non-finite"
+
 
 class Sink(FakeMetricSink):
     closed = False
@@ -100,7 +102,7 @@ def test_a_step_is_written_everywhere(desk: Desk) -> None:
     assert row["loss"] == 0.5
     assert row["reward/mean"] == 0.5
     assert row["reward/accuracy"] == 0.5
-    assert row["reward/failure_fraction"] == pytest.approx(2 / 3)
+    assert row["reward/failure_fraction"] == 0.5, "a failed rollout counts for nothing here"
     assert row["tokens/prompt"] == 6.0, "a failed rollout counts for nothing"
     assert row["tokens/completion"] == 4.0
     assert row["tokens/total"] == 10.0
@@ -117,31 +119,42 @@ def test_a_step_is_written_everywhere(desk: Desk) -> None:
 
 def test_three_steps_in_a_row_without_an_update_end_the_run(desk: Desk) -> None:
     (desk.folder.checkpoints / "step-000004").mkdir(parents=True)
-    desk.record(5, skipped=True)
-    desk.record(6, skipped=True)
+    desk.record(5, skipped=NON_FINITE)
+    desk.record(6, skipped=NON_FINITE)
     with pytest.raises(RnowError, match="3 steps in a row") as caught:
-        desk.record(7, skipped=True)
+        desk.record(7, skipped=NON_FINITE)
     assert caught.value.exit_code == EXIT_FAILED
     assert "step-000004" in str(caught.value)
     assert [row["skipped_updates"] for row in desk.rows] == [1.0, 2.0, 3.0]
     assert len(desk.display.notes) == 3
 
 
+def test_steps_without_a_rollout_do_not_count_as_divergence(desk: Desk) -> None:
+    desk.record(1, skipped="no tokens")
+    desk.record(2, skipped="no tokens")
+    with pytest.raises(RnowError) as caught:
+        desk.record(3, skipped="no tokens")
+    assert caught.value.title == "No rollout succeeds"
+    assert "learning_rate" not in caught.value.render()
+
+
 def test_nothing_saved_is_said(desk: Desk) -> None:
-    desk.record(1, skipped=True)
-    desk.record(2, skipped=True)
+    desk.record(1, skipped=NON_FINITE)
+    desk.record(2, skipped=NON_FINITE)
     with pytest.raises(RnowError, match="nothing was saved yet"):
-        desk.record(3, skipped=True)
+        desk.record(3, skipped=NON_FINITE)
 
 
 def test_a_good_step_starts_the_count_again(desk: Desk) -> None:
-    for step, skipped in enumerate([True, True, False, True, True, False, True], start=1):
+    for step, skipped in enumerate(
+        [NON_FINITE, NON_FINITE, None, NON_FINITE, NON_FINITE, None, NON_FINITE], start=1
+    ):
         desk.record(step, skipped=skipped)
     assert len(desk.rows) == 7
 
 
 def test_a_step_without_an_update_still_counts_its_tokens(desk: Desk) -> None:
-    desk.record(1, skipped=True, metrics={})
+    desk.record(1, skipped=NON_FINITE, metrics={})
     assert desk.rows[0]["tokens/completion"] == 4.0
 
 

@@ -403,3 +403,51 @@ def test_a_run_that_began_while_this_one_loaded_is_noticed(
             )
     finally:
         held[0].__exit__(None, None, None)
+
+
+# ---- dead before the first checkpoint -------------------------------------------------------------------------------
+
+UNSAVED: dict[str, Any] = {
+    "data": {"val_split": 0.25},
+    "evaluation": {"num_samples": 1, "max_prompts": 2, "teacher": False},
+    "trainer": {"max_steps": 2},
+}
+
+
+@pytest.fixture
+def unsaved(project: Project) -> Project:
+    """Killed in the first update: "before" is measured, step 1 is journalled, nothing is saved."""
+    with pytest.raises(Killed):
+        run(
+            project.config(**UNSAVED),
+            folder=project.folder,
+            display=Watcher().at("update", 1, die),
+        )
+    assert not (project.run_dir / "checkpoints").exists()
+    assert (project.run_dir / "journal" / "step-000001.jsonl").stat().st_size > 0
+    return project
+
+
+def test_what_was_sampled_before_the_first_checkpoint_is_used(unsaved: Project) -> None:
+    before = unsaved.evaluations
+    run(unsaved.config(**UNSAVED), folder=unsaved.folder)
+    assert unsaved.evaluations[:1] == before
+
+
+def test_other_prompts_before_the_first_checkpoint_start_clean(
+    unsaved: Project, tmp_path: Path, tiny_model_dir: MakeModel
+) -> None:
+    """The ids of the prompts and the policy version are the same; the prompts are not."""
+    fresh = Project(tmp_path / "fresh", tiny_model_dir)
+    rows = [
+        {"messages": [{"role": "user", "content": f"another {row}"}], "rewards": ["short"]}
+        for row in range(16)
+    ]
+    for project in (unsaved, fresh):
+        project.write_rows(rows)
+        run(project.config(**UNSAVED), folder=project.folder)
+    assert unsaved.numbers == fresh.numbers
+    assert unsaved.evaluations == fresh.evaluations
+    assert read_transcripts(unsaved.run_dir / "transcripts", 1) == read_transcripts(
+        fresh.run_dir / "transcripts", 1
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rnow.run import sinks
-from rnow.run.sinks import JsonlMetrics, MultiSink, WandbSink, has_wandb_key
+from rnow.run.sinks import JsonlMetrics, WandbSink, has_wandb_key
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -215,25 +215,6 @@ def test_key_in_netrc(tmp_path: Path, netrc: str, found: bool) -> None:
     path.write_text(netrc)
     path.chmod(0o600)
     assert has_wandb_key("https://wandb.test", {"NETRC": str(path)}) is found
-
-
-def test_multi_sink_reaches_all_in_order() -> None:
-    seen: list[tuple[str, int]] = []
-
-    class Sink:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def log(self, step: int, metrics: Mapping[str, float]) -> None:
-            seen.append((self.name, step))
-
-        def close(self) -> None:
-            seen.append((self.name, -1))
-
-    sink = MultiSink([Sink("a"), Sink("b")])
-    sink.log(7, {})
-    sink.close()
-    assert seen == [("a", 7), ("b", 7), ("a", -1), ("b", -1)]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from tests.sampling.conformance import (
     prompt,
 )
 
-from rnow.errors import StopRequested
+from rnow.errors import RnowError, StopRequested
 from rnow.models.loading import CausalLM, load_causal_lm, take_apart
 from rnow.sampling import transformers as module
 from rnow.sampling.transformers import TransformersSampler, kv_bytes_per_token
@@ -210,7 +210,7 @@ def test_out_of_memory_at_one_request_is_an_error(
 ) -> None:
     batches = Batches(monkeypatch)
     batches.fail = {0: torch.OutOfMemoryError("full")}
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RnowError, match="out of memory in sampling with one sequence"):
         complete_all(sampler_of(lm), [(prompt(4), OPEN, 1)])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -68,13 +69,16 @@ class MicroBatch:
     counts: tuple[int, ...]
 
 
+SkipReason = Literal["non-finite", "no tokens"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
     """What an update reports: scalar metrics, and the student's live logprobs of the loss tokens per sample id
-    (float32 ``[loss tokens]``, at the first update of the batch). ``skipped`` is set when a non-finite loss or gradient
-    kept the optimizer from stepping.
+    (float32 ``[loss tokens]``, at the first update of the batch). ``skipped`` says why the optimizer did not step:
+    ``non-finite`` loss or gradient, or ``no tokens`` to learn from.
     """
 
     metrics: Mapping[str, float]
     logprobs: Mapping[str, Tensor]
-    skipped: bool = False
+    skipped: SkipReason | None = None

@@ -9,6 +9,9 @@ from rnow.config.problems import Problem
 if TYPE_CHECKING:
     from rnow.config.schema import Config
 
+RESERVED_DATASETS = frozenset({"k3"})
+RESERVED_EVALS = frozenset({"before", "after", "teacher"})
+
 
 def find_contradictions(config: Config) -> list[Problem]:
     """Every pair of settings that cannot go together."""
@@ -50,6 +53,30 @@ def find_contradictions(config: Config) -> list[Problem]:
                     path=("data", "train_file", index, "name"),
                     message=f"two datasets are named {name}",
                     hint="give each its own name",
+                )
+            )
+        elif name in RESERVED_DATASETS:
+            problems.append(
+                Problem(
+                    path=("data", "train_file", index, "name"),
+                    message=f"a dataset cannot be named {name}: teacher_kl/{name} is another metric",
+                    hint="choose another name",
+                )
+            )
+    return problems + _evaluation_names(config)
+
+
+def _evaluation_names(config: Config) -> list[Problem]:
+    problems = []
+    names = [entry.name or f"eval_{index}" for index, entry in enumerate(config.evals)]
+    for index, name in enumerate(names):
+        if name in RESERVED_EVALS or name in names[:index]:
+            why = "is one of rnow's own" if name in RESERVED_EVALS else "is taken"
+            problems.append(
+                Problem(
+                    path=("evals", index, "name"),
+                    message=f"the evaluation name {name} {why}",
+                    hint="choose another name",
                 )
             )
     return problems

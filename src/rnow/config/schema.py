@@ -97,9 +97,7 @@ class ModelSection(Section):
     """The student."""
 
     path: Annotated[Text, BeforeValidator(one_path)] = Field(
-        **described(
-            "The student: a HuggingFace id, a local folder, or an adapter of an earlier run."
-        )
+        **described("The student: a HuggingFace id or a local folder.")
     )
     qlora_rank: Positive = Field(default=32, **described("Rank of the LoRA adapter."))
     qlora_alpha: Positive | None = Field(
@@ -352,7 +350,10 @@ class SamplerSection(Section):
     batch_memory_gb: float | None = Field(
         default=None,
         gt=0,
-        **described("Memory for the caches of one sub-batch, in GB.", "from what is free"),
+        **described(
+            "Memory for the caches of one sub-batch, in GB.",
+            "2 GiB on a CPU, a quarter of the card on a GPU",
+        ),
     )
 
 
@@ -370,7 +371,9 @@ class TrainerSection(Section):
         **described("Save a checkpoint every so many steps; -1 saves at the end."),
     )
     save_minutes: float = Field(
-        default=15.0, gt=0, **described("Save a checkpoint at least this often, in minutes.")
+        default=15.0,
+        gt=0,
+        **described("Save at the first step that ends after so many minutes since the last save."),
     )
     keep_checkpoints: int = Field(
         default=2, ge=2, **described("How many of the newest checkpoints are kept.")
@@ -378,7 +381,7 @@ class TrainerSection(Section):
     updates_per_batch: Positive = Field(default=1, **described("Optimizer steps on each batch."))
     micro_batch_tokens: Positive | None = Field(
         default=None,
-        **described("Tokens in one forward and backward pass.", "from the device's memory"),
+        **described("Tokens in one forward and backward pass.", "4096 on a CPU, 16384 on a GPU"),
     )
     gradient_checkpointing: Annotated[
         Literal["auto", True, False], BeforeValidator(auto_or_bool)

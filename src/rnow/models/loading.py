@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from rnow.algorithm.head import Head
-from rnow.errors import ModelError
+from rnow.errors import ModelError, RnowError
 
 Quantization = Literal["none", "nf4", "int8"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-PROBE_TOLERANCE = 2e-2
+PROBE_TOLERANCE, FLOAT32_PROBE_TOLERANCE = 2e-2, 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,15 @@ class CausalLM:
     head: Head
     device: torch.device
     quantization: Quantization
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the model libraries would tear through a live table."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,6 +97,8 @@ def load_causal_lm(
         ModelError: the folder does not load as a causal LM, or its head does something we do not reproduce.
     """
     from safetensors import SafetensorError
+
+    quiet_libraries()
     from transformers import AutoModelForCausalLM
 
     arguments: dict[str, Any] = {
@@ -200,10 +212,22 @@ def _probe_head(loaded: CausalLM, local_dir: Path) -> None:
     hidden = loaded.body(input_ids=ids, use_cache=False).last_hidden_state[0]
     found = loaded.head.logits(hidden.to(loaded.head.weight.device)).float().to(expected.device)
     gap = (torch.log_softmax(expected, -1) - torch.log_softmax(found, -1)).abs().max().item()
-    scale = expected.abs().max().item() + 1.0
-    if not gap <= PROBE_TOLERANCE * scale:
+    exact = loaded.head.weight.dtype == torch.float32 and loaded.quantization == "none"
+    tolerance = FLOAT32_PROBE_TOLERANCE if exact else PROBE_TOLERANCE
+    if not gap <= tolerance * (expected.abs().max().item() + 1.0):
         raise ModelError(
             f"the output head of {local_dir.name} ({type(loaded.model).__name__}) is not a plain projection",
             why=f"its logits differ from hidden states times head by {gap:.3g}; log-probabilities would be wrong",
             fix="use a model whose head is a linear layer (Qwen, Llama, Mistral, Gemma, Granite, Cohere ... are)",
         )
+
+
+def out_of_memory(stage: str, tokens: int, error: BaseException) -> RnowError:
+    """The error for a single sequence that does not fit, when nothing is left to halve."""
+    return RnowError(
+        f"out of memory in {stage} with one sequence of {tokens} tokens at a time",
+        title="Out of memory",
+        why=str(error).partition("\n")[0],
+        fix="set trainer.gradient_checkpointing: true, model.quantization or teacher.quantization: nf4, "
+        "or a smaller rollout.max_tokens",
+    )

@@ -12,11 +12,10 @@ from torch import Tensor
 from rnow.algorithm.batching import collate, plan_micro_batches
 from rnow.algorithm.head import selected_logprobs
 from rnow.algorithm.losses import LossName, token_losses
-from rnow.algorithm.records import Batch, MicroBatch, UpdateResult
+from rnow.algorithm.records import Batch, MicroBatch, SkipReason, UpdateResult
 from rnow.algorithm.schedule import ScheduleName, learning_rate
 from rnow.algorithm.shaping import shape_advantages
-from rnow.errors import RnowError
-from rnow.models.loading import CausalLM
+from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.policy.lora import attach_lora, trainable_parameters
 from rnow.policy.metrics import PassTrace
@@ -107,10 +106,10 @@ class LoraPolicy:
         without a loss token (all rollouts of the step failed).
         """
         if batch.num_loss_tokens == 0:
-            return UpdateResult(metrics={}, logprobs={}, skipped=True)
+            return UpdateResult(metrics={}, logprobs={}, skipped="no tokens")
         first: PassTrace | None = None
         metrics: dict[str, float] = {}
-        skipped = False
+        skipped: SkipReason | None = None
         for _ in range(self.settings.updates_per_batch):
             # A stop between two updates would leave a step half done: only the first can be interrupted.
             trace = self._accumulate(batch, interruptible=first is None)
@@ -122,12 +121,13 @@ class LoraPolicy:
             current = trace.metrics(datasets)
             if first is None:
                 first, metrics = trace, current
-            for name in ("ratio/max", "ratio/mean", "clip_fraction", "kl_clamp_fraction"):
+            # What the batch was like is told from before the first update; how far it was pushed, from the worst.
+            for name in ("ratio/max", "clip_fraction", "kl_clamp_fraction"):
                 if name in current:
                     metrics[name] = max(metrics[name], current[name])
             metrics |= {"grad_norm": norm, "lr": rate}
             if not (torch.isfinite(torch.tensor([norm, current.get("loss", 0.0)])).all()):
-                skipped = True
+                skipped = "non-finite"
                 self._adamw.zero_grad(set_to_none=True)
                 break
             for group in self._adamw.param_groups:
@@ -193,12 +193,7 @@ class LoraPolicy:
         self, plan: list[list[int]], lengths: list[int], error: torch.OutOfMemoryError
     ) -> None:
         if all(len(indices) == 1 for indices in plan):
-            raise RnowError(
-                f"out of memory in the update with one sequence of {max(lengths)} tokens at a time",
-                title="Out of memory",
-                why=str(error).splitlines()[0],
-                fix="set trainer.gradient_checkpointing: true, model.quantization: nf4 or a smaller rollout.max_tokens",
-            ) from error
+            raise out_of_memory("the update", max(lengths), error) from error
         self._adamw.zero_grad(set_to_none=True)
         largest = max(len(indices) * max(lengths[i] for i in indices) for indices in plan)
         self._micro_batch_tokens = max(1, min(self._micro_batch_tokens, largest) // 2)

@@ -17,6 +17,8 @@ from rnow.core.reward import RewardSpec, collect_rewards, reward_spec
 from rnow.errors import InputError, NotYetSupported, RnowError
 from rnow.project.faults import did_you_mean, escape
 
+METRIC_NAMES = frozenset({"mean", "failure_fraction"})
+
 
 def load_rewards(folder: Path, filename: str = "rewards.py") -> Mapping[str, RewardSpec]:
     """Name -> reward function of ``folder/rewards.py``; empty when there is no such file.
@@ -40,6 +42,13 @@ def load_rewards(folder: Path, filename: str = "rewards.py") -> Mapping[str, Rew
     rewards: dict[str, RewardSpec] = {}
     for spec in found.values():
         _check_reward(spec, folder)
+        if spec.name in METRIC_NAMES:
+            raise InputError(
+                f'a reward cannot be named "{spec.name}": reward/{spec.name} is another metric',
+                title="Invalid rewards",
+                where=path.name,
+                fix="rename the function",
+            )
         if spec.name in rewards:
             raise InputError(
                 f'two rewards are named "{spec.name}"',

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rnow.config import Config, config_hash, to_yaml
 from rnow.errors import InputError, StopRequested, TemporaryError
+from rnow.models.loading import quiet_libraries
 from rnow.rewards.advantages import rollout_advantages
 from rnow.run import changes
 from rnow.run.backends import Backends, load_backends
@@ -22,14 +25,13 @@ from rnow.run.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.run.choices import uses_vllm
 from rnow.run.console import Display, QuietDisplay
 from rnow.run.facts import build_facts, closing_lines, header_lines, redacted_config
-from rnow.run.files import replace_file, replace_json
+from rnow.run.files import replace_file, replace_json, to_json
 from rnow.run.folder import RunFolder
 from rnow.run.journal import JournalFolder
 from rnow.run.loop import Parts, train
-from rnow.run.models import quiet_libraries
 from rnow.run.parts import build_rewarder, environment_maker, redactor, rollout_settings
 from rnow.run.plan import Plan, build_plan
-from rnow.run.prepare import Prepared, prepare
+from rnow.run.prepare import Prepared, prepare, unread_settings
 from rnow.run.recorder import Recorder
 from rnow.run.saver import Saver
 from rnow.run.schedule import build_evaluations
@@ -84,7 +86,8 @@ def run(
         prepare(config, Path(folder), weights=True),
         warn=lambda *texts: [display.note(f"warning: {text}") for text in texts],
     )
-    for warning in (*prepared.project.warnings, *prepared.preflight.warnings):
+    found = prepared.project.warnings, prepared.preflight.warnings, unread_settings(config)
+    for warning in chain.from_iterable(found):
         display.note(f"warning: {warning}")
     run_folder = prepared.run_folder(fresh=fresh)
     if (finished := _finished(run_folder, prepared)) is not None:
@@ -127,7 +130,8 @@ class _Run:
         locked: bool,
     ) -> None:
         self._locked = locked
-        self._shaped_differently = False
+        self._reuse_rollouts = True
+        self._reuse_evaluations = True
         self._prepared = prepared
         self._config = prepared.config
         self._folder = run_folder
@@ -165,10 +169,11 @@ class _Run:
 
     async def _train(self, backends: Backends, checkpoint: Checkpoint | None) -> RunSummary:
         self._make_folder()  # from here on the run writes
-        if self._shaped_differently:
-            # Rollouts drawn under the old settings are not this run's.
+        if not self._reuse_rollouts:
             JournalFolder(self._folder.journal).forget(keep=set())
-        self._started = time.monotonic()
+        if not self._reuse_evaluations:
+            self._folder.evaluations.unlink(missing_ok=True)
+        replace_json(self._folder.facts, self._facts)
         recorder = self._build_recorder()
         self._stack.callback(recorder.close)
         saver = self._build_saver(backends, recorder)
@@ -224,10 +229,12 @@ class _Run:
         return {"completion_tokens": recorder.completion_tokens, "seconds": seconds}
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        if not self._folder.checkpoints.is_dir():
-            return None
-        checkpoint = self._build_store().latest()
+        checkpoint = None
+        if self._folder.checkpoints.is_dir():
+            checkpoint = self._build_store().latest()
         if checkpoint is None:
+            # Nothing was learned yet. What an earlier attempt sampled and measured holds only if nothing changed.
+            self._reuse_rollouts = self._reuse_evaluations = self._started_alike()
             return None
         found = changes.compare(
             checkpoint.state["config"], self._facts["config"], checkpoint.state, self._facts
@@ -235,13 +242,22 @@ class _Run:
         changes.refuse(found, where=str(self._folder.path))
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
-        self._shaped_differently = bool(found.warned)
+        # Rollouts drawn under other settings are not this run's.
+        self._reuse_rollouts = not found.warned
         for line in found.warned:
             self._display.note(
                 f"warning: changed since the checkpoint, and it shapes the result: {line}"
             )
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
+
+    def _started_alike(self) -> bool:
+        try:
+            return json.loads(self._folder.facts.read_text(encoding="utf-8")) == json.loads(
+                to_json(self._facts)
+            )
+        except (OSError, ValueError):
+            return False
 
     async def _selfcheck(self, backends: Backends) -> None:
         backends.sampler.load_policy(backends.policy.adapter(), version=0)
@@ -271,6 +287,7 @@ class _Run:
                     self._config.wandb_name or self._folder.path.name,
                     redacted_config(self._prepared),
                     self._folder.path,
+                    run_id=self._folder.wandb_id(),
                     warn=self._display.note,
                 )
             )

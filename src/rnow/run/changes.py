@@ -11,7 +11,7 @@ from rnow.errors import ConfigError
 # Keys whose change leaves the trained numbers alone.
 FREE = (
     "wandb_project", "wandb_name", "project_id", "project_name", "description", "organization_id", "output_dir",
-    "model.name", "model.description", "evaluation", "evals", "trainer.save_step", "trainer.save_minutes",
+    "model.name", "model.description", "evals", "trainer.save_step", "trainer.save_minutes",
     "trainer.keep_checkpoints", "trainer.num_epochs", "trainer.max_steps", "trainer.max_billing",
     "trainer.micro_batch_tokens", "trainer.gradient_checkpointing", "rollout.reward_timeout",
 )  # fmt: skip
@@ -20,6 +20,8 @@ REFUSED = (
     "dataset_type", "seed", "model", "data", "algorithm.adv_estimator", "rollout.reasoning_mode",
     "rollout.max_context_window",
 )  # fmt: skip
+# Free under a constant learning rate only: a falling one ends where the run does.
+LENGTH = ("trainer.num_epochs", "trainer.max_steps")
 FACTS = {
     "student_revision": "the student's revision",
     "student_weights": "the student's weights",
@@ -46,10 +48,12 @@ def compare(
 ) -> Changes:
     """Compare resolved configs, and facts that a config does not show (hashes of data, tokenizer and weights)."""
     before, after = dict(_flat(old)), dict(_flat(new))
+    falling = after.get("trainer.lr_schedule", "constant") != "constant"
     found: dict[str, list[str]] = {"free": [], "warned": [], "refused": []}
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
-            found[_class_of(key)].append(f"{key}: {before.get(key)} -> {after.get(key)}")
+            kind = "warned" if key in LENGTH and falling else _class_of(key)
+            found[kind].append(f"{key}: {before.get(key)} -> {after.get(key)}")
     for kind, facts in (("refused", FACTS), ("warned", WARNED_FACTS)):
         found[kind] += [
             f"{what} changed"

@@ -74,7 +74,6 @@ class RunDisplay:
         console = console or Console()
         chosen = wants_live(console, os.environ) if live is None else live
         self._form: Display = LiveTable(console) if chosen else PlainLines(console)
-        self.is_live = chosen
 
     def start(self, plan_lines: Sequence[str]) -> None:
         self._form.start(plan_lines)

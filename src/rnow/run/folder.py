@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved config."""
         return self.path / "config.yml"
+
+    @property
+    def facts(self) -> Path:
+        """What the run was started with; decides what a restart without a checkpoint may reuse."""
+        return self.path / "run.json"
 
     @property
     def metrics(self) -> Path:
@@ -64,6 +70,13 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter, as PEFT loads it."""
         return self.path / "adapter"
+
+    def wandb_id(self) -> str:
+        """An id for W&B, made once, so that a resumed run continues the same W&B run."""
+        path = self.path / "wandb-id"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
 
     def check_writable(self) -> None:
         """Say now, before models are loaded, that the folder could not be made later. Writes nothing.

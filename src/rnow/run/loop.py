@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from rnow.algorithm.batching import build_batch, build_training_samples
-from rnow.errors import StopRequested, TemporaryError
+from rnow.errors import RnowError, TemporaryError
 from rnow.protocols import Environment, Policy, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
@@ -38,8 +38,8 @@ class Parts:
 
 
 async def train(parts: Parts, done: int) -> None:
-    """Train from ``done`` finished steps to the last. A stop request, or a fault outside the run that outlasts its
-    retries, saves first and is raised on."""
+    """Train from ``done`` finished steps to the last. A stop request, or a fault that ends the run, saves
+    first and is raised on."""
     parts.sampler.load_policy(parts.policy.adapter(), version=done)
     try:
         await parts.evaluations.before(done)
@@ -50,7 +50,7 @@ async def train(parts: Parts, done: int) -> None:
             await parts.evaluations.after_step(step)
         parts.saver.save(done)
         await parts.evaluations.after(done)
-    except (StopRequested, TemporaryError):
+    except RnowError:
         with suppress(TemporaryError):  # a full disk cannot hide what happened first
             parts.saver.save(done)
         raise

@@ -8,8 +8,14 @@ from rnow.types import Rollout, RolloutGroup, ScoredGroup
 
 
 def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
-    """``reward/mean``, ``reward/<name>`` and ``reward/failure_fraction``; empty when no prompt names a reward."""
-    results = [item.reward for group in scored for item in group.rollouts if item.reward]
+    """``reward/mean``, ``reward/<name>`` and ``reward/failure_fraction``; empty when no prompt names a reward.
+    Failed rollouts are counted in ``rollouts/failed_fraction``, not here."""
+    results = [
+        item.reward
+        for group in scored
+        for item in group.rollouts
+        if item.reward is not None and item.rollout.status != "failed"
+    ]
     if not results:
         return {}
     metrics = {"reward/mean": _mean([result.total for result in results])}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Literal
 
 import torch
@@ -33,15 +32,6 @@ def load_teacher_model(
     """The teacher, with the head cut to the ids that both models know."""
     device = choose_device(section.device)
     return _load(section, resolved, vocabulary, device, section.quantization, section.device_map)
-
-
-def quiet_libraries() -> None:
-    """Progress bars and advice of the model libraries would tear through the live table."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _load(

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from rnow.models.resolve import ResolvedModel
 from rnow.models.shape import measure
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rnow.config import Config
     from rnow.project import Dataset
 
-DEFAULT_MAX_TOKENS = 4096
 MOMENTS_AND_ADAPTER = 3
 MAX_ADVICE = 4
 
@@ -148,21 +147,21 @@ def build_plan(
         ModelError: a configuration that is no causal LM, or a device that does not exist.
         DataError: fewer prompts than a batch takes.
     """
+    from rnow.models.loading import choose_device
+    from rnow.run.models import student_quantization
+    from rnow.run.parts import DEFAULT_MAX_TOKENS
+    from rnow.run.prepare import count_steps
+
     data, trainer = config.data, config.trainer
-    epoch_steps = dataset.num_steps(data.batch_size, trainer.num_epochs)
-    steps = min(epoch_steps, trainer.max_steps or epoch_steps)
+    steps = count_steps(config, dataset)
     rollouts = steps * data.batch_size * data.group_size
     lengths = [len(ids) for ids in preflight.prompt_token_ids.values()]
     cap = config.rollout.max_tokens or DEFAULT_MAX_TOKENS
     completion = min(cap, preflight.window - min(lengths, default=0))
 
     student_device = _device_name(config.model.device, None)
-    student_quantization = config.model.quantization
-    if student_quantization == "auto":
-        student_quantization = "nf4" if student_device.startswith("cuda") else "none"
-    student_plan, student_memory = _model(
-        student, config.model, student_device, cast(Quantization, student_quantization)
-    )
+    quantization = student_quantization(config, choose_device(config.model.device))
+    student_plan, student_memory = _model(student, config.model, student_device, quantization)
     teacher_plan, teacher_memory = None, None
     if teacher is not None and config.teacher is not None:
         teacher_plan, teacher_memory = _model(

@@ -110,6 +110,10 @@ def run_preflight(
     token_ids = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
     _check_known(prompts, token_ids, vocabulary)
     warnings += _check_window(config, prompts, token_ids, window)
+    if mode is not None and prompts and _ignores_reasoning(tokenizer, prompts[0]):
+        warnings.append(
+            f"rollout.reasoning_mode {mode} has no effect: the student's chat template knows no such switch"
+        )
     return Preflight(
         tokenizer=tokenizer,
         stop_ids=stops,
@@ -118,6 +122,12 @@ def run_preflight(
         prompt_token_ids=token_ids,
         warnings=tuple(warnings),
     )
+
+
+def _ignores_reasoning(tokenizer: Any, prompt: Prompt) -> bool:
+    """Whether the template renders the same text with thinking on, off, and unsaid."""
+    modes = (None, "none", "low", "high")
+    return len({render_text(tokenizer, prompt.messages, reasoning_mode=m) for m in modes}) == 1
 
 
 def choose_window(config: Config, student: ResolvedModel, teacher: ResolvedModel | None) -> int:

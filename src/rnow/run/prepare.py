@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rnow.config import Config, refuse_reserved
-from rnow.errors import ConfigError, InputError
+from rnow.errors import ConfigError, InputError, NotYetSupported
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.project.dataset import Dataset
 from rnow.project.project import Project, load_project
+from rnow.run.choices import sampler_backend, teacher_backend
 from rnow.run.folder import RunFolder, choose_run_folder
 from rnow.run.preflight import Preflight, run_preflight
 
@@ -57,6 +60,7 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     """
     refuse_reserved(config)
     _check_served(config)
+    _check_timeout(config)
     check_model_id(config.model.path, key="model.path", where="model.path", base_dir=folder)
     if config.teacher is not None:
         check_model_id(
@@ -66,8 +70,7 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     dataset = project.dataset
     num_steps = 0
     if training:
-        num_steps = dataset.num_steps(config.data.batch_size, config.trainer.num_epochs)
-        num_steps = min(num_steps, config.trainer.max_steps or num_steps)
+        num_steps = count_steps(config, dataset)
         _check_evals(config, held_out=len(dataset.held_out))
     student = resolve_model(
         config.model.path,
@@ -120,6 +123,56 @@ def _check_served(config: Config) -> None:
         )
 
 
+# Settings that only one of two backends reads.
+_VLLM_SAMPLER = (
+    "mode", "served_model", "dtype", "quantization", "gpu_memory_utilization", "max_num_seqs",
+    "tensor_parallel_size", "enforce_eager", "enable_prefix_caching",
+)  # fmt: skip
+_VLLM_TEACHER = (
+    "served_model", "tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens",
+)  # fmt: skip
+_LOCAL_TEACHER = ("quantization", "dtype", "device", "device_map", "attn_implementation")
+
+
+def unread_settings(config: Config) -> list[str]:
+    """One warning for each section with settings that the chosen backend does not read."""
+    unread = {}
+    if sampler_backend(config) == "transformers":
+        unread["sampler"] = _changed(config.sampler, _VLLM_SAMPLER), "sampler.backend transformers"
+    else:
+        unread["sampler"] = _changed(config.sampler, ("batch_memory_gb",)), "sampler.backend vllm"
+    if config.teacher is not None:
+        if teacher_backend(config.teacher) == "transformers":
+            unread["teacher"] = (
+                _changed(config.teacher, _VLLM_TEACHER),
+                "teacher.backend transformers",
+            )
+        elif config.teacher.url is not None:
+            names = (*_LOCAL_TEACHER, *_VLLM_TEACHER[1:])
+            unread["teacher"] = _changed(config.teacher, names), "a teacher at teacher.url"
+    return [
+        f"{', '.join(f'{section}.{name}' for name in names)} has no effect with {what}"
+        for section, (names, what) in unread.items()
+        if names
+    ]
+
+
+def _changed(section: Any, names: Sequence[str]) -> list[str]:
+    """Those settings of a section that are not at their default."""
+    fields = type(section).model_fields
+    return [name for name in names if getattr(section, name) != fields[name].default]
+
+
+def _check_timeout(config: Config) -> None:
+    if config.rollout.rollout_timeout is not None and sampler_backend(config) == "transformers":
+        raise NotYetSupported(
+            "the embedded sampler cannot end one rollout before the others",
+            where="rollout.rollout_timeout",
+            why="it decodes all rollouts of a step together",
+            fix="remove rollout.rollout_timeout and bound rollout.max_tokens, or use sampler.backend: vllm",
+        )
+
+
 def _check_evals(config: Config, *, held_out: int) -> None:
     if config.evals and not held_out:
         raise ConfigError(
@@ -133,3 +186,14 @@ def _check_evals(config: Config, *, held_out: int) -> None:
             where="data.val_split",
             fix="raise it, or set it to 0",
         )
+
+
+def count_steps(config: Config, dataset: Dataset) -> int:
+    """Steps of the run: those of all epochs, or ``trainer.max_steps`` if that is less.
+
+    Raises:
+        DataError: a batch is larger than the dataset.
+    """
+    trainer = config.trainer
+    steps = dataset.num_steps(config.data.batch_size, trainer.num_epochs)
+    return min(steps, trainer.max_steps or steps)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rnow.algorithm.records import Evidence, UpdateResult
+from rnow.algorithm.records import Evidence, SkipReason, UpdateResult
 from rnow.errors import RnowError
 from rnow.run.clock import StageClock
 from rnow.run.console import Display
@@ -88,24 +88,34 @@ class Recorder:
             sink.log(step, metrics)
         self._display.step(step, self._num_steps, metrics)
         if update.skipped:
-            self._tell_skipped(step)
+            self._tell_skipped(step, update.skipped, scored)
 
-    def _tell_skipped(self, step: int) -> None:
-        reason = f"step {step} brought no finite update and was skipped ({self._skipped} in a row)"
-        self._display.note(reason)
-        if self._skipped >= MAX_SKIPPED:
-            saved = sorted(self._folder.checkpoints.glob("step-??????"))
-            good = (
-                f"the last good checkpoint is {saved[-1].name}"
-                if saved
-                else "nothing was saved yet"
-            )
+    def _tell_skipped(self, step: int, why: SkipReason, scored: Sequence[ScoredGroup]) -> None:
+        what = {
+            "non-finite": "brought no finite update",
+            "no tokens": "had no rollout to learn from",
+        }[why]
+        self._display.note(f"step {step} {what} and was skipped ({self._skipped} in a row)")
+        if self._skipped < MAX_SKIPPED:
+            return
+        saved = sorted(self._folder.checkpoints.glob("step-??????"))
+        good = f"the last good checkpoint is {saved[-1].name}" if saved else "nothing was saved yet"
+        message = f"{MAX_SKIPPED} steps in a row were skipped, the last because it {what}; {good}"
+        if why == "no tokens":
+            errors = [item.rollout.error for group in scored for item in group.rollouts]
             raise RnowError(
-                f"{MAX_SKIPPED} steps in a row brought no finite update; {good}",
-                title="Training diverged",
+                message,
+                title="No rollout succeeds",
                 where=str(self._folder.path),
-                fix="lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh",
+                why=next((error for error in errors if error), None),
+                fix="look at the last file of transcripts/, and try `rnow test`",
             )
+        raise RnowError(
+            message,
+            title="Training diverged",
+            where=str(self._folder.path),
+            fix="lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh",
+        )
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations of the run so far, oldest first."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from rnow.config import Config
-from rnow.errors import InputError
+from rnow.errors import InputError, StopRequested
+from rnow.models.loading import quiet_libraries
 from rnow.rewards.score import score_rewards
-from rnow.rollout.collect import collect_rollouts
-from rnow.run.files import to_json
+from rnow.rollout.collect import POLL_SECONDS, collect_rollouts
+from rnow.run.files import map_text, to_json
 from rnow.run.metrics import reward_metrics, rollout_metrics
-from rnow.run.models import load_student, quiet_libraries
+from rnow.run.models import load_student
 from rnow.run.parts import (
     batch_bytes,
     build_rewarder,
@@ -28,11 +29,16 @@ from rnow.run.parts import (
     rollout_settings,
 )
 from rnow.run.prepare import prepare
+from rnow.run.signals import StopFlag
 from rnow.run.terminal import escape_control
 from rnow.sampling.transformers import TransformersSampler
 from rnow.types import Prompt, ScoredGroup, ScoredRollout
 
 FOLDER = "rollouts"
+_ROLLOUT = re.compile(r"rollout_[0-9]+")
+_SAMPLE = re.compile(r"sample_[0-9]+\.json")
+
+Redact = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +61,10 @@ def rehearse(
 ) -> Rehearsal:
     """Sample ``data.group_size`` answers to some prompts of the training files and score them.
 
-    Writes ``rollouts/rollout_N/sample_K.json`` in the project folder, replacing what an earlier call wrote.
+    Writes ``rollouts/rollout_N/sample_K.json`` in the project folder, replacing what an earlier call wrote; nothing else
+    in there is touched. Samples with transformers in this process, whatever ``sampler.backend`` says: a few rollouts are
+    drawn before vLLM has started. That sampler decodes all rollouts together, so ``rollout.rollout_timeout`` does not
+    apply.
 
     Args:
         limit: the first so many prompts; None for all.
@@ -63,33 +72,61 @@ def rehearse(
         verbose: show whole conversations.
 
     Raises:
-        InputError: the project is not usable, or a row does not exist.
+        InputError: the project is not usable, a row does not exist, or something else stands where rollouts go.
+        StopRequested: Ctrl-C or SIGTERM; what an earlier call wrote is still there.
     """
     console = console or Console()
     quiet_libraries()
     with console.status("checking ..."):
         prepared = prepare(config, Path(folder), weights=True, training=False)
+    target = prepared.project.folder / FOLDER
+    _earlier(target)
     dataset = prepared.project.dataset
-    everything = sorted([*dataset.prompts, *dataset.held_out], key=lambda p: (p.dataset, p.row))
+    order = {source.name: position for position, source in enumerate(config.data.sources)}
+    everything = sorted(
+        [*dataset.prompts, *dataset.held_out],
+        key=lambda prompt: (order[prompt.dataset], prompt.row),
+    )
     prompts = _choose(everything, limit, rows)
-    settings = rollout_settings(prepared, "test", group_size=config.data.group_size)
+    if config.sampler.backend == "vllm" or config.sampler.url is not None:
+        console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
+    stop = StopFlag()
+    settings = replace(
+        rollout_settings(prepared, "test", group_size=config.data.group_size),
+        poll=stop.poll,
+        timeout=None,
+    )
     with console.status("loading the student ..."):
         student = load_student(config, prepared.student, prepared.preflight.vocabulary)
-        sampler = TransformersSampler(student, mode=None, batch_bytes=batch_bytes(prepared))
+        sampler = TransformersSampler(
+            student, mode=None, batch_bytes=batch_bytes(prepared), poll=stop.poll
+        )
 
     async def sample() -> list[ScoredGroup]:
         groups = await collect_rollouts(
             prompts, sampler, environment_maker(prepared), settings, step=0
         )
-        return await score_rewards(groups, build_rewarder(prepared))
+        scoring = asyncio.ensure_future(score_rewards(groups, build_rewarder(prepared)))
+        while not scoring.done():
+            stop.poll()
+            await asyncio.wait([scoring], timeout=POLL_SECONDS)
+        stop.poll()
+        return scoring.result()
 
-    with console.status(f"sampling {len(prompts)} x {settings.group_size} rollouts ..."):
-        scored = asyncio.run(sample())
-    target = prepared.project.folder / FOLDER
-    _write(target, scored, config.evaluation.success_reward, redactor(prepared))
-    for line in _conversations(scored) if verbose else ():
+    redact = redactor(prepared)
+    try:
+        with (
+            stop.watch(lambda: console.print("stopping ...")),
+            console.status(f"sampling {len(prompts)} x {settings.group_size} rollouts ..."),
+        ):
+            scored = asyncio.run(sample())
+            _write(target, scored, config.evaluation.success_reward, redact)
+    except StopRequested as stopped:
+        stopped.why = stopped.why or "no rollout of this call was written"
+        raise
+    for line in _conversations(scored, redact) if verbose else ():
         console.print(line)
-    console.print(_table(scored))
+    console.print(_table(scored, redact))
     metrics = reward_metrics(scored) | rollout_metrics(scored)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
     return Rehearsal(folder=target, metrics=metrics)
@@ -136,32 +173,76 @@ def _choose(
     return [by_row[row] for row in rows]
 
 
-def _write(target: Path, scored: Sequence[ScoredGroup], success_reward: float, redact: Any) -> None:
-    for old in target.glob("rollout_*"):
-        shutil.rmtree(old)
+def _earlier(target: Path) -> list[Path]:
+    """The files of an earlier call. Raises InputError where somebody else's would be replaced or mixed with ours."""
+    if not target.is_dir():
+        if target.exists() or target.is_symlink():
+            raise _in_the_way(target)
+        return []
+    found: list[Path] = []
+    for folder in sorted(target.iterdir()):
+        if not _ROLLOUT.fullmatch(folder.name):
+            continue
+        if folder.is_symlink() or not folder.is_dir():
+            raise _in_the_way(folder)
+        for file in sorted(folder.iterdir()):
+            if not _SAMPLE.fullmatch(file.name) or file.is_symlink() or not file.is_file():
+                raise _in_the_way(file)
+            found.append(file)
+    return found
+
+
+def _in_the_way(path: Path) -> InputError:
+    return InputError(
+        "something that rnow test did not write is in the way of its rollouts",
+        where=str(path),
+        fix="move it elsewhere or give it another name",
+    )
+
+
+def _write(
+    target: Path, scored: Sequence[ScoredGroup], success_reward: float, redact: Redact
+) -> None:
+    for old in _earlier(target):
+        old.unlink()
+    for folder in target.glob("rollout_*"):
+        if _ROLLOUT.fullmatch(folder.name):
+            folder.rmdir()
     for number, group in enumerate(scored):
         folder = target / f"rollout_{number}"
         folder.mkdir(parents=True)
         for count, item in enumerate(group.rollouts):
-            text = redact(to_json(rollout_record(group, item, success_reward), indent=2))
-            (folder / f"sample_{count}.json").write_text(text + "\n", encoding="utf-8")
+            # Redacted before it becomes JSON, which writes a quote or a newline in a secret differently.
+            record = map_text(rollout_record(group, item, success_reward), redact)
+            # A lone surrogate, which UTF-8 cannot hold, becomes its own escape in JSON.
+            (folder / f"sample_{count}.json").write_text(
+                to_json(record, indent=2) + "\n", encoding="utf-8", errors="backslashreplace"
+            )
 
 
-def _conversations(scored: Sequence[ScoredGroup]) -> Iterator[str]:
+def _shown(value: Any, redact: Redact) -> str:
+    """Anything as text that is safe on a terminal, in rich's markup."""
+    return escape(escape_control(str(map_text(value, redact))))
+
+
+def _conversations(scored: Sequence[ScoredGroup], redact: Redact) -> Iterator[str]:
     for group in scored:
-        yield f"[bold]{escape(escape_control(group.prompt.id))}[/]"
+        yield f"[bold]{_shown(group.prompt.id, redact)}[/]"
         for message in group.prompt.messages:
-            yield f"  [cyan]{message['role']}[/]: {escape(escape_control(str(message.get('content'))))}"
+            yield f"  [cyan]{message['role']}[/]: {_shown(message.get('content'), redact)}"
         for item in group.rollouts:
+            index = item.rollout.index
             total = "" if item.reward is None else f"  [dim]reward {item.reward.total:g}[/]"
             for message in item.rollout.messages:
-                text = escape(escape_control(str(message.get("content"))))
-                yield f"  [green]{message['role']} #{item.rollout.index}[/]: {text}{total}"
+                text = _shown(message.get("content"), redact)
+                yield f"  [green]{message['role']} #{index}[/]: {text}{total}"
+            if item.rollout.error:
+                yield f"  [red]failed #{index}[/]: {_shown(item.rollout.error, redact)}"
             for name, error in item.reward.errors.items() if item.reward else ():
-                yield f"  [red]reward {escape(name)}[/]: {escape(escape_control(error))}"
+                yield f"  [red]reward {_shown(name, redact)}[/]: {_shown(error, redact)}"
 
 
-def _table(scored: Sequence[ScoredGroup]) -> Table:
+def _table(scored: Sequence[ScoredGroup], redact: Redact) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True, ratio=2)
     table.add_column("first answer", overflow="ellipsis", no_wrap=True, ratio=2)
@@ -173,8 +254,8 @@ def _table(scored: Sequence[ScoredGroup]) -> Table:
         rollout = group.rollouts[0].rollout
         answer = rollout.turns[-1].text if rollout.turns else f"failed: {rollout.error}"
         table.add_row(
-            escape(escape_control(str(group.prompt.messages[-1].get("content")))),
-            escape(escape_control(answer)),
+            _shown(group.prompt.messages[-1].get("content"), redact),
+            _shown(answer, redact),
             f"{sum(rewards) / len(rewards):.2f}" if rewards else "-",
             f"{sum(tokens) / max(1, len(tokens)):.0f}",
         )

@@ -25,13 +25,11 @@ class SelfCheck:
     """What was found.
 
     Attributes:
-        sampler_trainer_gap: mean |sampler logprob - trainer logprob| over the sampled tokens, nats.
-        max_gap: the largest of them.
+        max_gap: the largest |sampler logprob - trainer logprob| over the sampled tokens, nats.
         teacher_kl: mean student - teacher logprob over the same tokens, or None without a teacher.
         notes: what the user should know.
     """
 
-    sampler_trainer_gap: float
     max_gap: float
     teacher_kl: float | None
     notes: tuple[str, ...]
@@ -88,7 +86,6 @@ async def run_selfcheck(
         _check_teacher(judged, again, vocabulary)
         teacher_kl = sum(a - b for a, b in zip(own, judged, strict=True)) / max(1, len(own))
     return SelfCheck(
-        sampler_trainer_gap=mean_gap,
         max_gap=max(gaps, default=0.0),
         teacher_kl=teacher_kl,
         notes=tuple(notes),

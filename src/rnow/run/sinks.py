@@ -10,7 +10,7 @@ import logging
 import math
 import netrc
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -163,23 +163,6 @@ class WandbSink:
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
         self._warn(f"Weights & Biases {what}: {error} (training goes on without it)")
-
-
-class MultiSink:
-    """Passes every step to several sinks, in order."""
-
-    def __init__(self, sinks: Iterable[Sink]) -> None:
-        self._sinks = tuple(sinks)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step in every sink."""
-        for sink in self._sinks:
-            sink.log(step, metrics)
-
-    def close(self) -> None:
-        """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
 
 
 def has_wandb_key(base_url: str, environment: Mapping[str, str]) -> bool:

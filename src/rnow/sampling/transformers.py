@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rnow.models.loading import CausalLM
+from rnow.models.loading import CausalLM, out_of_memory
 from rnow.sampling.decode import Drawn, Request, decode
 from rnow.sampling.weights import MergedWeights, SamplingMode, sampling_mode
 from rnow.types import Adapter, Completion, SamplingParams
@@ -148,9 +148,11 @@ class TransformersSampler:
             return decode(
                 self._lm.body, self._lm.head, requests, device=self._lm.device, poll=self._poll
             )
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if len(requests) == 1:
-                raise
+                request = requests[0]
+                tokens = len(request.prompt_token_ids) + request.params.max_tokens
+                raise out_of_memory("sampling", tokens, error) from error
         torch.cuda.empty_cache()
         half = len(requests) // 2
         return self._decode(requests[:half]) + self._decode(requests[half:])

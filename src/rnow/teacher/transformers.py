@@ -9,7 +9,7 @@ import torch
 from rnow.algorithm.batching import collate, plan_micro_batches
 from rnow.algorithm.head import selected_logprobs
 from rnow.algorithm.records import SampledEvidence, TrainingSample
-from rnow.models.loading import CausalLM
+from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.types import Sample
 
@@ -52,8 +52,18 @@ class TransformersTeacher:
             [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
         ):
             self._poll()
-            evidence.update(self._score_micro_batch([samples[index] for index in indices]))
+            evidence.update(self._score_or_halve([samples[index] for index in indices]))
         return evidence
+
+    def _score_or_halve(self, samples: Sequence[Sample]) -> dict[str, SampledEvidence]:
+        try:
+            return self._score_micro_batch(samples)
+        except torch.OutOfMemoryError as error:
+            if len(samples) == 1:
+                raise out_of_memory("teacher scoring", len(samples[0].token_ids), error) from error
+        torch.cuda.empty_cache()
+        half = len(samples) // 2
+        return self._score_or_halve(samples[:half]) | self._score_or_halve(samples[half:])
 
     async def compute_logprobs_async(self, token_ids: Sequence[int]) -> list[float | None]:
         """Log-probability of every given token in its context; the first has none, so its entry is None."""

@@ -1,0 +1,84 @@
+"""Whole runs with the real vLLM: as sampler, and as the teacher's server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.run.projects import Project
+
+from rnow.run.build import run
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+TWO_STEPS: dict[str, Any] = {
+    "data": {"val_split": 0.25},
+    "evaluation": {"num_samples": 1, "max_prompts": 2, "teacher": False},
+    "trainer": {"max_steps": 2},
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Project:
+    return Project(tmp_path / "project", tiny_model_dir)
+
+
+def vllm_processes() -> list[str]:
+    """Command lines of this process's descendants that are vLLM's."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if "vllm" in command.lower() and f"RNOW_TEST={os.getpid()}".encode() in environment:
+                found.append(command)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sampler", "teacher"),
+    [({"backend": "vllm"}, {}), ({}, {"backend": "vllm"})],
+    ids=["sampler", "teacher"],
+)
+def test_a_run_on_vllm(
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: dict[str, Any],
+    teacher: dict[str, Any],
+) -> None:
+    monkeypatch.setenv("RNOW_TEST", str(os.getpid()))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # A teacher without padding rows: a served one could not leave them out of its softmax.
+    project.teacher = project.make_model(seed=1, num_hidden_layers=1)
+    config = project.config(**TWO_STEPS, sampler=sampler, teacher=teacher)
+    summary = run(config, folder=project.folder)
+    assert summary.values["sampler"]["backend"] == sampler.get("backend", "transformers")
+    assert len(project.numbers) == 2
+    for row in project.numbers:
+        assert abs(row["sampler_trainer_kl"]) < 1e-3
+        assert abs(row["ratio/max"] - 1) < 1e-2
+        assert row["teacher_kl"] > 0
+        assert row["completions/eos_fraction"] + row["completions/truncated_fraction"] == 1
+    assert (project.run_dir / "adapter" / "adapter_model.safetensors").exists()
+    assert vllm_processes() == []
+
+
+def test_a_served_teacher_gives_the_numbers_of_a_loaded_one(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    project.teacher = project.make_model(seed=1, num_hidden_layers=1)
+    for name, teacher in (("loaded", {}), ("served", {"backend": "vllm"})):
+        config = project.config(**TWO_STEPS, teacher=teacher, model={"name": name})
+        run(config, folder=project.folder)
+    series = []
+    for name in ("loaded", "served"):
+        project.name = name
+        series.append([row["teacher_kl"] for row in project.numbers])
+    assert series[0] == pytest.approx(series[1], abs=1e-3)
