@@ -23,11 +23,13 @@ from rnow.errors import (
     ConfigError,
     InputError,
     StopRequested,
+    TemporaryError,
 )
 from rnow.run import folder as folder_module
 from rnow.run.build import run
 from rnow.run.folder import RunFolder
 from rnow.run.transcripts import read_transcripts
+from rnow.sampling.transformers import TransformersSampler
 
 SIX_STEPS: dict[str, Any] = {
     "data": {"val_split": 0.25},
@@ -451,3 +453,22 @@ def test_other_prompts_before_the_first_checkpoint_start_clean(
     assert read_transcripts(unsaved.run_dir / "transcripts", 1) == read_transcripts(
         fresh.run_dir / "transcripts", 1
     )
+
+
+def test_a_fault_between_update_and_sync_does_not_train_a_step_twice(
+    project: Project, whole: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy holds step 4 already, but step 4 is not finished: saving it as step 3 would repeat its update."""
+    load = TransformersSampler.load_policy
+
+    def fail_at_four(self: TransformersSampler, adapter: Any, *, version: int) -> None:
+        if version == 4:
+            raise TemporaryError("the sampler is gone")
+        load(self, adapter, version=version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersSampler, "load_policy", fail_at_four)
+        with pytest.raises(TemporaryError, match="the sampler is gone"):
+            run(project.config(**SIX_STEPS), folder=project.folder)
+    run(project.config(**SIX_STEPS), folder=project.folder)
+    assert_same_run(project, whole)

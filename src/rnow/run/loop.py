@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from rnow.algorithm.batching import build_batch, build_training_samples
-from rnow.errors import RnowError, TemporaryError
+from rnow.errors import RnowError
 from rnow.protocols import Environment, Policy, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
@@ -51,8 +50,7 @@ async def train(parts: Parts, done: int) -> None:
         parts.saver.save(done)
         await parts.evaluations.after(done)
     except RnowError:
-        with suppress(TemporaryError):  # a full disk cannot hide what happened first
-            parts.saver.save(done)
+        parts.saver.rescue(done)
         raise
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from rnow.errors import InputError
+from rnow.errors import InputError, TemporaryError
 from rnow.policy.student import LoraPolicy
 from rnow.run.checkpoints import (
     Checkpoint,
@@ -46,6 +47,7 @@ class Saver:
         self._facts = facts
         self._counters = counters
         self._saved_step = 0
+        self._updates_of_step = policy.updates
         self._saved_at = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
@@ -70,6 +72,7 @@ class Saver:
         )
         restore_random_state(checkpoint.moments)
         self._saved_step = checkpoint.step
+        self._updates_of_step = self._policy.updates
         return checkpoint.step
 
     def journal(self, step: int) -> Journal:
@@ -78,10 +81,18 @@ class Saver:
 
     def after_step(self, step: int) -> None:
         """Save if it is time to."""
+        self._updates_of_step = self._policy.updates
         due = self._every_steps > 0 and step % self._every_steps == 0
         if due or time.monotonic() - self._saved_at >= self._every_seconds:
             self.save(step)
         self._journals.forget(keep={self._saved_step + 1})
+
+    def rescue(self, step: int) -> None:
+        """Save the state after ``step`` before the run ends with a fault. Nothing is saved when the policy has moved on
+        since (the fault came between an update and the end of its step): the step would be trained twice."""
+        if self._policy.updates == self._updates_of_step:
+            with suppress(TemporaryError):  # a full disk cannot hide what happened first
+                self.save(step)
 
     def save(self, step: int) -> None:
         """Commit a checkpoint of the state after ``step`` steps, unless it is there already."""
