@@ -195,7 +195,8 @@ def test_logprobs_are_finite_on_text_never_seen() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_in_four_bits_on_the_cpu(name: str) -> None:
-    pytest.importorskip("bitsandbytes")
+    import bitsandbytes  # noqa: F401  a dependency: without it this must fail, not skip
+
     quantised = AutoModelForCausalLM.from_pretrained(
         QUICKSTART / name,
         dtype=torch.float32,
