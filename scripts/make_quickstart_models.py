@@ -16,8 +16,7 @@ How the two models differ, and why:
   reverse KL on its own samples only shifts weight among letters that it does write.
 
 Both share one byte-level tokenizer (one token per byte of UTF-8, so any text encodes) and one chat template.
-Embeddings are tied to the head and start at a standard deviation of 0.1 instead of 0.02: LoRA freezes embeddings, head
-and norms, and with small rows no change of the linear layers can make the output distribution sharper.
+Embeddings are tied to the head and start larger than usual (``tiny_models.build_model`` says why).
 
 Words in ``train.jsonl`` appear in neither model's training. The same seed gives the same files on the same machine
 and the same torch version; across machines float arithmetic differs. Accuracies are printed for the weights as
@@ -31,15 +30,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import random
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from tiny_models import build_model, byte_alphabet, padded, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 log = logging.getLogger("make_quickstart_models")
 
@@ -74,13 +72,6 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}
     {{- '<|assistant|>' }}
 {%- endif %}"""
-
-
-def byte_alphabet() -> list[str]:
-    """The 256 characters that byte-level tokenizers write bytes 0..255 as (GPT-2's table), in byte order."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -233,84 +224,7 @@ def batches(
                 answer, encoder.end, rate, rng
             )
             rows.append((prompt + written, [-100] * (len(prompt) - 1) + targets))
-        width = max(len(ids) for ids, _ in rows)
-        yield (
-            torch.tensor([ids + [encoder.pad] * (width - len(ids)) for ids, _ in rows]),
-            torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]),
-        )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, *, layers: int, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of width 128 (4 heads of 32, 2 key-value heads, feed-forward 384), freshly initialised, float32."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).float()
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model
-
-
-def train(
-    model: Qwen3ForCausalLM,
-    data: Iterator[tuple[torch.Tensor, torch.Tensor]],
-    *,
-    name: str,
-    steps: int,
-    learning_rate: float,
-) -> None:
-    """Plain supervised training: AdamW, warm-up over 5 %, cosine to zero."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
-        ),
-    )
-    model.train()
-    started, total = time.monotonic(), 0.0
-    for step in range(1, steps + 1):
-        ids, labels = next(data)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        wanted = labels != -100
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[wanted])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.item()
-        if step % 100 == 0:
-            log.info(
-                "%s %4d/%d  loss %.4f  %.0f s",
-                name,
-                step,
-                steps,
-                total / 100,
-                time.monotonic() - started,
-            )
-            total = 0.0
+        yield padded(rows, encoder.pad)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rnow.types import (
     Adapter,
     Completion,
+    EndReason,
     FinishReason,
     Message,
     Prompt,
@@ -22,6 +23,8 @@ from rnow.types import (
     Rollout,
     Sample,
     SamplingParams,
+    ToolContext,
+    ToolResult,
 )
 
 if TYPE_CHECKING:
@@ -255,6 +258,7 @@ class FakeStep:
         default_factory=lambda: ({"role": "assistant", "content": ""},)
     )
     done: bool = True
+    end_reason: EndReason | None = None
 
 
 class FakeEnvironment:
@@ -293,3 +297,62 @@ class FakeEnvironment:
 
     async def close(self) -> None:
         self.closed += 1
+
+
+ToolReply = str | ToolResult | BaseException
+
+
+class FakeTool:
+    """Answers each call from a script, and holds to its time limit as the real ones do.
+
+    Args:
+        replies: used in turn and then from its start again, or a function of arguments and context. A text is a result that did not
+            fail; an exception is raised out of ``call``, which a real tool does only for a cancellation or a fault of rnow.
+        seconds: that every call takes, or a function of its arguments.
+        timeout: seconds after which the call fails; None: no limit.
+    """
+
+    def __init__(
+        self,
+        name: str = "fake",
+        replies: Sequence[ToolReply] | Callable[[Mapping[str, Any], ToolContext], ToolReply] = (
+            "ok",
+        ),
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        description: str = "A tool of the tests.",
+        seconds: float | Callable[[Mapping[str, Any]], float] = 0.0,
+        timeout: float | None = None,
+    ) -> None:
+        self.name = name
+        self.description = description
+        self.parameters: Mapping[str, Any] = parameters or {"type": "object"}
+        self.timeout = timeout
+        self._replies = replies
+        self._seconds = seconds
+        self.calls: list[tuple[Mapping[str, Any], ToolContext]] = []
+        self.running = 0
+        self.most_running = 0
+
+    async def call(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        self.calls.append((arguments, context))
+        number = len(self.calls) - 1
+        seconds = self._seconds(arguments) if callable(self._seconds) else self._seconds
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            async with asyncio.timeout(self.timeout):
+                await asyncio.sleep(seconds)
+        except TimeoutError:
+            return ToolResult(
+                content=f"Error: {self.name} took longer than {self.timeout:g} s", failed=True
+            )
+        finally:
+            self.running -= 1
+        if callable(self._replies):
+            reply = self._replies(arguments, context)
+        else:
+            reply = self._replies[number % len(self._replies)]
+        if isinstance(reply, BaseException):
+            raise reply
+        return ToolResult(content=reply) if isinstance(reply, str) else reply

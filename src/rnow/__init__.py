@@ -10,14 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rnow.config import Config
+    from rnow.core import RewardArgs, ToolArgs, get_response, llm_judge, reward, tool
     from rnow.run.build import run
     from rnow.teacher import load_teacher
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "__version__", "load_teacher", "run"]
+__all__ = [
+    "Config",
+    "RewardArgs",
+    "ToolArgs",
+    "__version__",
+    "get_response",
+    "llm_judge",
+    "load_teacher",
+    "reward",
+    "run",
+    "tool",
+]
 
-_HOMES = {"Config": "rnow.config", "load_teacher": "rnow.teacher"}
+_FOR_USER_CODE = ("RewardArgs", "ToolArgs", "get_response", "llm_judge", "reward", "tool")
+_HOMES = {"Config": "rnow.config", "load_teacher": "rnow.teacher"} | dict.fromkeys(
+    _FOR_USER_CODE, "rnow.core"
+)
 
 
 def __getattr__(name: str) -> Any:

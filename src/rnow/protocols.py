@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rnow.types import (
     Adapter,
     Completion,
+    EndReason,
     Message,
     Prompt,
     RewardResult,
     Rollout,
     Sample,
     SamplingParams,
+    ToolContext,
+    ToolResult,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +56,26 @@ class Teacher(Protocol):
         ...
 
 
+class Tool(Protocol):
+    """Something the student can call."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """JSON schema of the arguments, an object."""
+        ...
+
+    async def call(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        """Run it. Faults of the tool, its time limit included, are results with ``failed``; only a cancellation, or a
+        fault of rnow itself, raises."""
+        ...
+
+
 class Environment(Protocol):
     """One episode around one prompt; single use."""
 
@@ -80,6 +103,11 @@ class EnvironmentStep(Protocol):
 
     @property
     def done(self) -> bool: ...
+
+    @property
+    def end_reason(self) -> EndReason | None:
+        """Why it is over; None while it is not."""
+        ...
 
 
 @runtime_checkable

@@ -27,6 +27,10 @@ FinishReason = Literal["stop", "length"]
 
 RolloutStatus = Literal["completed", "truncated", "failed"]
 
+EndReason = Literal["answer", "max_turns", "length", "window", "failed"]
+"""Why a rollout ended: an answer without a tool call (``last_tool``), the turn limit, the cap of one response, the window
+of the conversation, or a fault."""
+
 Purpose = Literal["train", "eval", "test"]
 
 
@@ -45,6 +49,8 @@ class Prompt:
     tools: Sequence[str] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, Any] = field(default_factory=dict)
+    docker: str | None = None
+    docker_env: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     line: int | None = None
 
@@ -76,6 +82,38 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call that the student wrote. ``error`` says what is wrong with one that could not be read; its ``arguments`` are
+    then empty and ``name`` may be."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What a call gave. ``content`` is what the student reads, a short error included; ``detail`` is for the transcript
+    alone (a traceback)."""
+
+    content: str
+    failed: bool = False
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolContext:
+    """The rollout that calls: ``rollout_id`` is ``<prompt id>#<index>``, the rest comes from the prompt's row."""
+
+    rollout_id: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    docker: str | None = None
+    docker_env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """One exchange inside a rollout: the ids appended to the context, the student's completion, and its text."""
 
@@ -96,6 +134,7 @@ class Rollout:
     turns: tuple[Turn, ...]
     messages: tuple[Message, ...]
     status: RolloutStatus
+    end_reason: EndReason
     error: str | None = None
 
     @property

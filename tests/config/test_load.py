@@ -281,23 +281,20 @@ def test_top_k_off_is_silent(load: Load, top_k: int) -> None:
 # reserved
 
 EXAMPLES = {
-    "dataset_type": ["sft", "rl", "midtrain"],
+    "dataset_type": ["sft", "midtrain"],
     "data.train_file": ["[{path: a, teacher: b}]"],
-    "teacher.agentic": ["true"],
     "algorithm.adv_estimator": ["gae"],
     "algorithm.kl_estimator": ["exact", "topk"],
     "algorithm.kl_baseline": ["expected"],
     "algorithm.kl_discount": ["0.5"],
-    "rollout.max_turns": ["2"],
-    "rollout.mcp_url": ["localhost:1", "[a, b]"],
 }
 ALLOWED = {
-    "teacher.agentic": ["false", "null"],
+    "teacher.agentic": ["true", "false", "null"],
     "teacher.backend": ["auto", "transformers", "vllm"],
     "algorithm.adv_estimator": ["grpo", "reinforce"],
     "algorithm.kl_discount": ["0"],
-    "rollout.max_turns": ["1", "null"],
-    "rollout.mcp_url": ["[]", "null"],
+    "rollout.max_turns": ["2", "null"],
+    "rollout.mcp_url": ["localhost:1", "[a, b]", "[]", "null"],
     "sampler.backend": ["auto", "transformers", "vllm"],
 }
 

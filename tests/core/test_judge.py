@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from rnow.core import JudgeError, llm_judge
-from rnow.core.judge import judge_secrets
 
 
 class Judge:
@@ -86,20 +85,18 @@ def test_the_score_and_the_request(judge: Judge) -> None:
     assert request["response_format"]["json_schema"]["schema"]["required"] == ["score"]
 
 
-def test_key_and_address_come_from_the_secrets_then_the_environment(
+def test_key_address_and_model_come_from_the_environment(
     judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge.says('{"score": 1}')
+    monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
     monkeypatch.setenv("OPENAI_API_KEY", "from-environment")
-
-    async def both() -> float:
-        with judge_secrets({"OPENAI_BASE_URL": judge.url, "OPENAI_API_KEY": "from-secrets"}):
-            return await llm_judge("?")
-
-    assert asyncio.run(both()) == 1.0
-    assert ask(judge) == 1.0
+    monkeypatch.setenv("OPENAI_MODEL", "small")
+    assert asyncio.run(llm_judge("?")) == 1.0
+    assert ask(judge, api_key="given", model="large") == 1.0
     sent = [headers["Authorization"] for headers in judge.headers]
-    assert sent == ["Bearer from-secrets", "Bearer from-environment"]
+    assert sent == ["Bearer from-environment", "Bearer given"]
+    assert [request["model"] for request in judge.requests] == ["small", "large"]
 
 
 def test_without_a_key_the_default_endpoint_is_not_called() -> None:

@@ -28,12 +28,12 @@ REQUESTS = [(prompt(4 + seed), params(max_tokens=12), seed) for seed in range(6)
 ADAMW_BETA1 = 0.9
 
 
-def load(folder: Path, quantization: str) -> CausalLM:
+def load(folder: Path, quantization: str, device: torch.device = CPU) -> CausalLM:
     return load_causal_lm(
         folder,
         vocabulary=100,
         dtype=torch.float32,
-        device=CPU,
+        device=device,
         quantization=quantization,  # type: ignore[arg-type]
     )
 
@@ -51,7 +51,7 @@ def dequantised(folder: Path, quantised: CausalLM) -> CausalLM:
     """A plain float32 model that holds what the NF4 weights stand for."""
     from bitsandbytes.functional import dequantize_4bit
 
-    plain = load(folder, "none")
+    plain = load(folder, "none", quantised.device)
     for name, layer in quantised_layers(quantised).items():
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         plain.model.get_submodule(name).weight.data.copy_(weight)
@@ -136,16 +136,17 @@ class Story:
     adapter_after: dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def story(tiny_model_dir: Callable[..., Path]) -> Story:
+def tell_story(tiny_model_dir: Callable[..., Path], device: torch.device) -> Story:
+    """The story on one device."""
     folder = tiny_model_dir(num_hidden_layers=1)
-    student = load(folder, "nf4")
+    student = load(folder, "nf4", device)
     before = packed(student)
     plain = dequantised(folder, student)
     sampler = TransformersSampler.for_student(student)
     policy = make_policy(student)
     adapter_before = {name: t.clone() for name, t in policy.adapter().tensors.items()}
-    teacher = TransformersTeacher(load(tiny_model_dir(seed=1, num_hidden_layers=1), "nf4"))
+    teacher_folder = tiny_model_dir(seed=1, num_hidden_layers=1)
+    teacher = TransformersTeacher(load(teacher_folder, "nf4", device))
 
     sampler.load_policy(policy.adapter(), version=0)
     first = complete_all(sampler, REQUESTS)
@@ -169,6 +170,11 @@ def story(tiny_model_dir: Callable[..., Path]) -> Story:
         adapter_before=adapter_before,
         adapter_after={name: t.clone() for name, t in policy.adapter().tensors.items()},
     )
+
+
+@pytest.fixture(scope="module")
+def story(tiny_model_dir: Callable[..., Path]) -> Story:
+    return tell_story(tiny_model_dir, CPU)
 
 
 def test_an_nf4_student_is_sampled_as_it_is(story: Story) -> None:

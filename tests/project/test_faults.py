@@ -83,7 +83,12 @@ FILES: dict[str, bytes] = {
     ),
     "unknown_tool": lines(row(tools=["search"]), row(tools=[])),
     "metadata_not_an_object": lines(row(metadata=[1]), row(variables="x")),
-    "docker": lines(row(docker="python:3.12", docker_env={"A": "1"})),
+    "docker": lines(
+        row(docker="python:3.12", docker_env={"A": 1, "B C": "x"}),
+        row(docker="--privileged"),
+        row(docker=3),
+        row(docker="local/sandbx"),
+    ),
     "docker_env_without_docker": lines(row(docker_env={"A": "1"})),
     "control_characters": lines('{"messages": \x1b[31m "red\u202e"}'),
     "more_than_ten": lines(*["{"] * 23),
@@ -104,6 +109,7 @@ def refused(
     fields = {
         "dataset_type": "distill",
         "known_rewards": {"accuracy", "length"},
+        "dockerfiles": {"sandbox"},
         "base_dir": folder,
     }
     with pytest.raises(InputError) as caught:
@@ -130,7 +136,7 @@ def check_golden(tmp_path: Path) -> Callable[[str, InputError], None]:
 @pytest.mark.parametrize("name", list(FILES))
 def test_faulty_files(check_golden: Any, tmp_path: Path, name: str) -> None:
     error = refused(check_golden, tmp_path, name, FILES[name])
-    unsupported = name in ("docker", "image_parts")
+    unsupported = name == "image_parts"
     assert type(error) is (NotYetSupported if unsupported else DataError)
     assert list(tmp_path.iterdir()) == [tmp_path / "train.jsonl"]
 

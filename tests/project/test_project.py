@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rnow.config import Config
-from rnow.errors import DataError, InputError, NotYetSupported
+from rnow.errors import DataError, InputError
 from rnow.project import load_project
 
 ROW = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -42,7 +42,7 @@ def test_the_parts_of_a_folder(folder: Path) -> None:
     assert len(project.dataset.held_out) == 2
     assert list(project.rewards) == ["f"]
     assert project.secrets == {"API_KEY": "sk-secret"}
-    assert not project.has_tools
+    assert not project.agentic
     assert project.warnings == ()
     assert "sk-secret" not in repr(project)
     assert {path.name for path in folder.iterdir()} == before
@@ -69,14 +69,34 @@ def test_several_files(folder: Path) -> None:
     assert {prompt.dataset for prompt in project.dataset.prompts} == {"dataset_0", "extra"}
 
 
-def test_tools_are_refused_unless_switched_off(folder: Path) -> None:
-    (folder / "tools.py").write_text("raise RuntimeError('not imported')\n")
+OFF = {"path": "teacher", "agentic": False}
+
+
+def test_tools_make_it_agentic_unless_switched_off(folder: Path) -> None:
+    (folder / "tools.py").write_text("raise RuntimeError('not imported here')\n")
+    assert load_project(folder, config()).agentic
+    assert not load_project(folder, config(teacher=OFF)).agentic
+    (folder / "tools.py").unlink()
+    assert load_project(folder, config(rollout={"mcp_url": "localhost:1"})).agentic
+
+
+def test_names_of_tools_are_checked_where_they_count(folder: Path) -> None:
+    (folder / "tools.py").write_text("")
     (folder / "train.jsonl").write_text(json.dumps(ROW | {"tools": ["search"]}))
-    with pytest.raises(NotYetSupported, match=r"tools\.py") as caught:
+    project = load_project(folder, config(), tools=["search", "fetch"])
+    assert project.dataset.prompts[0].tools == ("search",)
+    with pytest.raises(DataError, match="1 fault"):
+        load_project(folder, config(), tools=["fetch"])
+    load_project(folder, config(teacher=OFF))
+    (folder / "tools.py").unlink()
+    with pytest.raises(DataError, match="1 fault"):
         load_project(folder, config())
-    assert caught.value.exit_code == 2
-    project = load_project(folder, config(teacher={"path": "teacher", "agentic": False}))
-    assert project.has_tools
+
+
+def test_agentic_without_tools_is_an_error(folder: Path) -> None:
+    with pytest.raises(InputError, match="no tools") as caught:
+        load_project(folder, config(teacher={"path": "teacher", "agentic": True}))
+    assert caught.value.where == "teacher.agentic"
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_hub_rows_are_checked(tmp_path: Path, hub: Hub) -> None:
     hub.rows = [{"text": "no messages"}]
     with pytest.raises(DataError, match="1 fault"):
         load(tmp_path, "org/name")
-    hub.rows = [{"messages": [USER], "docker": "image"}]
+    hub.rows = [{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}]
     with pytest.raises(NotYetSupported):
         load(tmp_path, "org/name")
 

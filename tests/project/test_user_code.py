@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rnow.core import RewardArgs
-from rnow.errors import InputError, NotYetSupported
+from rnow.errors import InputError
+from rnow.hosting.host import CodeHost
 from rnow.project.user_code import load_rewards
 
 HEAD = "from rnow.core import reward, RewardArgs\n"
 
 
-@pytest.fixture(autouse=True)
-def _restore_imports() -> Iterator[None]:
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if name.startswith("_rnow_user_"):
-            del sys.modules[name]
-
-
 def write(folder: Path, code: str, name: str = "rewards.py") -> None:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(textwrap.dedent(code))
+
+
+def value_of(folder: Path, name: str) -> float:
+    """What a reward gives for an empty conversation."""
+    info = load_rewards(folder)[name]
+    with CodeHost(info.file, "rewards") as host:
+        outcome = asyncio.run(host.call(name, {"messages": []}, timeout=20))
+    assert outcome.error is None
+    return outcome.value
 
 
 def refused(folder: Path, code: str) -> InputError:
@@ -64,8 +63,9 @@ def helper():
     )
     rewards = load_rewards(tmp_path)
     assert list(rewards) == ["plain", "gate"]
-    assert rewards["plain"].function(RewardArgs(), []) == 0.5
+    assert value_of(tmp_path, "plain") == 0.5
     assert (rewards["gate"].precondition, rewards["gate"].timeout) == (True, 3.0)
+    assert (rewards["gate"].is_async, rewards["gate"].place) == (True, "rewards.py:7")
 
 
 def test_a_path_with_spaces_and_dots(tmp_path: Path) -> None:
@@ -104,11 +104,11 @@ def test_two_projects_with_helpers_of_one_name(tmp_path: Path) -> None:
         )
     one, two = load_rewards(tmp_path / "one"), load_rewards(tmp_path / "two")
     assert (list(one), list(two)) == (["one"], ["two"])
-    assert one["one"].function(None, []) == 1.0
-    assert two["two"].function(None, []) == 2.0
+    assert value_of(tmp_path / "one", "one") == 1.0
+    assert value_of(tmp_path / "two", "two") == 2.0
 
 
-def test_a_users_file_cannot_stand_in_for_a_library(tmp_path: Path) -> None:
+def test_nothing_of_it_is_imported_here(tmp_path: Path) -> None:
     (tmp_path / "pkg_of_user").mkdir()
     (tmp_path / "pkg_of_user" / "inner.py").write_text("X = 1\n")
     write(tmp_path, "X = 2\n", "wandb.py")
@@ -117,15 +117,10 @@ def test_a_users_file_cannot_stand_in_for_a_library(tmp_path: Path) -> None:
         HEAD
         + "import wandb\nfrom pkg_of_user import inner\n@reward\ndef f(args, messages): return wandb.X + inner.X\n",
     )
-    had = sys.modules.pop("wandb", None)
-    try:
-        assert load_rewards(tmp_path)["f"].function(None, []) == 3
-        assert "wandb" not in sys.modules
-        assert not [name for name in sys.modules if name.startswith("pkg_of_user")]
-        assert sys.path[0] != str(tmp_path)
-    finally:
-        if had is not None:
-            sys.modules["wandb"] = had
+    modules, path = set(sys.modules), list(sys.path)
+    assert value_of(tmp_path, "f") == 3
+    assert not {"wandb", "rewards", "pkg_of_user"} & (set(sys.modules) - modules)
+    assert sys.path == path
 
 
 def test_imports_inside_functions_still_work(tmp_path: Path) -> None:
@@ -135,8 +130,18 @@ def test_imports_inside_functions_still_work(tmp_path: Path) -> None:
         HEAD
         + "@reward\ndef f(args, messages):\n    import lazy_helper_of_user as h\n    return h.X\n",
     )
-    assert load_rewards(tmp_path)["f"].function(None, []) == 5.0
-    sys.modules.pop("lazy_helper_of_user")
+    assert value_of(tmp_path, "f") == 5.0
+
+
+def test_secrets_that_it_names_are_there_while_it_is_imported(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        HEAD
+        + "import os\nKEY = os.environ['MY_KEY']\n@reward\ndef f(args, messages): return 1.0\n",
+    )
+    assert list(load_rewards(tmp_path, secrets={"MY_KEY": "sk-1"})) == ["f"]
+    with pytest.raises(InputError, match="cannot be imported"):
+        load_rewards(tmp_path)
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
@@ -145,12 +150,10 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         assert list(load_rewards(tmp_path)) == [name]
 
 
-def test_noise_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_noise_is_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, HEAD + "print('loading')\n@reward\ndef f(args, messages): return 1.0\n")
     load_rewards(tmp_path)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "loading\n"
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +261,13 @@ def test_two_rewards_of_one_name(tmp_path: Path) -> None:
     assert error.where == "rewards.py:2 and rewards.py:4"
 
 
-def test_sandbox_is_refused(tmp_path: Path) -> None:
-    error = refused(tmp_path, HEAD + "@reward(sandbox=True)\ndef f(args, messages): return 1.0\n")
-    assert isinstance(error, NotYetSupported)
+def test_sandbox_is_read(tmp_path: Path) -> None:
+    write(tmp_path, HEAD + "@reward(sandbox=True)\ndef f(args, messages): return 1.0\n")
+    assert load_rewards(tmp_path)["f"].sandbox
+
+
+@pytest.mark.parametrize("name", ["mean", "failure_fraction"])
+def test_names_of_other_metrics_are_refused(tmp_path: Path, name: str) -> None:
+    error = refused(tmp_path, HEAD + f"@reward\ndef {name}(args, messages): return 1.0\n")
     assert error.where == "rewards.py:2"
+    assert f'cannot be named "{name}"' in error.message

@@ -50,7 +50,9 @@ class Store:
 
 def collect(
     sampler: FakeSampler,
-    environments: Callable[[Prompt], Environment] = lambda prompt: FakeEnvironment((1, 2)),
+    environments: Callable[[Prompt, int], Environment] = lambda prompt, index: FakeEnvironment(
+        (1, 2)
+    ),
     *,
     prompts: Sequence[Prompt] = PROMPTS,
     settings: RolloutSettings = SETTINGS,
@@ -63,7 +65,9 @@ def collect(
 
 def one(sampler: FakeSampler, environment: FakeEnvironment, **changes: Any) -> Rollout:
     settings = replace(SETTINGS, group_size=1, **changes)
-    groups = collect(sampler, lambda prompt: environment, prompts=PROMPTS[:1], settings=settings)
+    groups = collect(
+        sampler, lambda prompt, index: environment, prompts=PROMPTS[:1], settings=settings
+    )
     assert environment.closed == 1, "whatever happens, the environment is closed once"
     return groups[0].rollouts[0]
 
@@ -182,7 +186,7 @@ def test_a_broken_environment_fails_its_rollout_only(where: str) -> None:
             if where == "close":
                 raise OSError("no browser")
 
-    def environments(prompt: Prompt) -> Environment:
+    def environments(prompt: Prompt, index: int) -> Environment:
         if prompt.row != 1:
             return FakeEnvironment((1, 2))
         if where == "make":
@@ -203,7 +207,7 @@ def test_a_broken_environment_fails_its_rollout_only(where: str) -> None:
 def test_a_broken_sampler_ends_the_step(error: Exception) -> None:
     closed: list[FakeEnvironment] = []
 
-    def environments(prompt: Prompt) -> Environment:
+    def environments(prompt: Prompt, index: int) -> Environment:
         closed.append(FakeEnvironment((1, 2)))
         return closed[-1]
 
@@ -245,7 +249,7 @@ def test_single_turn_environment() -> None:
     environment = SingleTurn((1, 2, 3), lambda ids: "/".join(map(str, ids)))
     groups = collect(
         FakeSampler([[4, END]]),
-        lambda prompt: environment,
+        lambda prompt, index: environment,
         prompts=PROMPTS[:1],
         settings=replace(SETTINGS, group_size=1),
     )

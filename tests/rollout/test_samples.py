@@ -20,6 +20,7 @@ def rollout(index: int, **changes: Any) -> Rollout:
         "turns": (),
         "messages": (),
         "status": "completed",
+        "end_reason": "answer",
     }
     return Rollout(**fields | changes)
 

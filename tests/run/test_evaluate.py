@@ -12,6 +12,7 @@ from tests.fakes import FakeEnvironment, FakeRewarder, FakeSampler, FakeTeacher
 
 from rnow.rollout.collect import RolloutSettings
 from rnow.run.evaluate import Evaluator, pass_at_k
+from rnow.run.residency import Residency
 from rnow.types import Prompt, Rollout
 
 END = 9
@@ -36,13 +37,14 @@ def evaluate(
 ) -> dict[str, float]:
     fields: dict[str, Any] = {
         "prompts": PROMPTS,
-        "environments": lambda prompt: FakeEnvironment((1, 2)),
+        "environments": lambda prompt, index: FakeEnvironment((1, 2)),
         "settings": SETTINGS,
         "rewarder": rewarder,
         "success_reward": 1.0,
     }
     evaluator = Evaluator(**fields | changes)
-    return asyncio.run(evaluator.evaluate(sampler or FakeSampler([[4, END]]), teacher))
+    drawn = sampler or FakeSampler([[4, END]])
+    return asyncio.run(evaluator.evaluate(drawn, teacher, Residency()))
 
 
 @pytest.mark.parametrize("n", [1, 4, 6])
@@ -97,7 +99,7 @@ def test_nothing_usable_is_nan_and_no_crash() -> None:
     metrics = evaluate(
         FakeRewarder(None),
         teacher=FakeTeacher(),
-        environments=lambda prompt: FakeEnvironment((1,), [OSError("x")]),
+        environments=lambda prompt, index: FakeEnvironment((1,), [OSError("x")]),
     )
     assert math.isnan(metrics["teacher_kl"])
     assert metrics["rollouts/failed_fraction"] == 1.0

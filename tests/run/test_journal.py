@@ -26,6 +26,7 @@ def rollout(row: int, index: int = 0, version: int = 4, text: str = "hi \u2028 Ã
         turns=(Turn(observation_token_ids=(1, 2), completion=completion, text=text),),
         messages=({"role": "assistant", "content": text},),
         status="completed",
+        end_reason="answer",
     )
 
 

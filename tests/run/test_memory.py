@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from rnow.models.shape import ModelShape, shape_of
-from rnow.run.memory import MemorySettings, ModelMemory, memory_parts, peak, savings
+from rnow.run.memory import (
+    ENGINE_ASLEEP,
+    ENGINE_WORK,
+    MemorySettings,
+    ModelMemory,
+    engine_least,
+    least,
+    memory_parts,
+    peak,
+    peak_in_turns,
+    savings,
+)
 
 GB = 10**9
 LAYER_8B = [
@@ -93,6 +104,63 @@ def test_the_peak_is_what_one_stage_holds_beside_the_rest() -> None:
         settings_of(micro_batch_tokens=1, window=2000, rollouts=1000, cache_budget=60 * GB)
     )
     assert peak(sampling)[1] == "sampling"
+
+
+def on_vllm(**changes: Any) -> MemorySettings:
+    """A 4-bit student and teacher of 8 B on a card of 24 GB, the student sampled by vLLM."""
+    student = settings_of().student
+    return settings_of(teacher=student, engine=round(0.5 * 24 * GB), window=4096, **changes)
+
+
+def test_a_vllm_is_weights_cache_and_buffers() -> None:
+    found = sizes(on_vllm())
+    engine = [size for name, size in found.items() if name.startswith("student vLLM")]
+    assert sum(engine) == 12 * GB
+    assert found["student vLLM weights"] == found["student weights"]
+    assert found["student vLLM KV cache"] == 12 * GB - found["student weights"] - ENGINE_WORK
+    assert "student sampling cache" not in found
+    owners = {part.owner for part in memory_parts(on_vllm()) if part.name.startswith("vLLM")}
+    assert owners == {"sampler"}
+    assert not any("vLLM" in name for name in sizes(settings_of(engine=0))), "on another machine"
+
+
+def test_a_vllm_needs_one_longest_sequence_at_least() -> None:
+    settings = on_vllm(rollouts=1)
+    one = 4096 * 147_456  # 36 layers x 2 x 1024 values x 2 bytes a token
+    weights = round(settings.student.weight_bytes)
+    assert engine_least(settings.student, settings) == weights + one + ENGINE_WORK
+    small = replace(settings, engine=1)
+    assert sizes(small)["student vLLM KV cache"] == one
+
+
+def test_in_turns_only_the_largest_counts() -> None:
+    parts = memory_parts(on_vllm())
+    by_owner = {
+        owner: [part for part in parts if part.owner == owner]
+        for owner in ("sampler", "teacher", "trainer")
+    }
+    most, stage = peak_in_turns(parts, ["sampler", "teacher", "trainer"])
+    alone = {owner: peak(own)[0] for owner, own in by_owner.items()}
+    assert most == max(
+        alone["sampler"], alone["teacher"] + ENGINE_ASLEEP, alone["trainer"] + ENGINE_ASLEEP
+    )
+    assert stage in ("sampling", "update", "teacher")
+    assert most < peak(parts)[0]
+    assert peak_in_turns(parts, []) == peak(parts)
+    always = [part for part in parts if part.owner == "teacher"]
+    two = peak_in_turns(parts, ["sampler", "trainer"])[0]
+    assert two == max(
+        peak([*always, *by_owner["sampler"]])[0],
+        peak([*always, *by_owner["trainer"]])[0] + ENGINE_ASLEEP,
+    )
+
+
+def test_the_least_leaves_out_what_long_answers_need() -> None:
+    parts = memory_parts(on_vllm())
+    assert least(parts) == sum(part.bytes for part in parts if part.stage == "always")
+    turns = ["sampler", "teacher", "trainer"]
+    assert least(parts, turns) == 12 * GB
+    assert least(parts, turns) <= peak_in_turns(parts, turns)[0]
 
 
 def test_no_head_buffer_grows_with_the_tokens_times_vocabulary() -> None:

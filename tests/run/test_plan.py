@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from tests.models.folders import model_folder
 from tests.run.test_preflight import make_config, prompts_of
 
-from rnow.errors import DataError, ModelError
+from rnow.errors import ConfigError, DataError, ModelError
 from rnow.models.resolve import ResolvedModel, resolve_model
 from rnow.project.dataset import Dataset
 from rnow.run.plan import DeviceInfo, Plan, build_plan, describe_device, format_bytes
@@ -221,6 +222,133 @@ def test_one_card_under_two_names_is_one_device(
     (only,) = plan.devices
     assert {part.model for part in only.parts} == {"student", "teacher"}
     assert not only.fits
+
+
+@pytest.fixture
+def on_a_card(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Plan]:
+    """``on_a_card(gigabytes, **sections)``: the plan of a run whose student vLLM samples, on one card that is free."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def make(gigabytes: float, **sections: Any) -> Plan:
+        size = int(gigabytes * 1e9)
+        card = DeviceInfo(device="cuda:0", name="a card", total_bytes=size, free_bytes=size)
+        vllm = {"backend": "vllm"} | sections.pop("sampler", {})
+        config = make_config(
+            model={"path": "student", "device": "cuda"} | sections.pop("model", {}),
+            teacher={"path": "teacher", "device": "cuda:0"} | sections.pop("teacher", {}),
+            sampler=vllm,
+            **sections,
+        )
+        dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
+        preflight = run_preflight(config, dataset.prompts, *models)
+        return build_plan(
+            config, dataset, *models, preflight, run_dir=Path("runs/x"), devices={"cuda:0": card}
+        )
+
+    return make
+
+
+def test_a_large_card_holds_all_at_once(on_a_card: Callable[..., Plan]) -> None:
+    (card,) = on_a_card(24).devices
+    assert card.residency == "resident"
+    assert card.fits
+    assert set(card.peaks) == {"resident", "time_shared"}
+    assert card.peak_bytes == card.peaks["resident"]
+    assert card.peaks["resident"] >= 0.35 * 24e9
+    text = shown(on_a_card(24))
+    assert "student vLLM KV cache" in text
+    assert "all at once (residency: resident): 8.5 GB, fits  <- chosen" in text
+    assert "in turns (residency: time_shared): 19.2 GB, fits" in text
+    assert "all at once with teacher.quantization: nf4: 8.5 GB, fits" in text
+
+
+def test_a_4_bit_teacher_is_one_way_to_have_all_at_once(on_a_card: Callable[..., Plan]) -> None:
+    def smaller(**teacher: Any) -> int | None:
+        (card,) = on_a_card(24, teacher=teacher).devices
+        return card.with_nf4_teacher
+
+    (card,) = on_a_card(24).devices
+    found = smaller()
+    assert found is not None
+    assert found < card.peaks["resident"]
+    (with_it,) = on_a_card(24, teacher={"quantization": "nf4"}).devices
+    assert found == with_it.peaks["resident"]
+    assert smaller(quantization="nf4") is None
+    assert smaller(backend="vllm") is None
+
+
+def test_a_small_card_is_shared_in_turns(on_a_card: Callable[..., Plan]) -> None:
+    """A vLLM takes a gigabyte before anything else: 35% of this card is less, 80% is more."""
+    (card,) = on_a_card(2.6).devices
+    assert card.residency == "time_shared"
+    assert card.fits
+    assert card.peak_bytes == card.peaks["time_shared"]
+    text = shown(on_a_card(2.6))
+    assert "in turns (residency: time_shared): 2.1 GB, fits  <- chosen" in text
+    forced = on_a_card(2.6, residency="resident").devices[0]
+    assert forced.residency == "resident"
+    assert not forced.fits
+    assert forced.peaks == {}
+    (line,) = forced.lacking
+    assert line.startswith("sampler.gpu_memory_utilization gives vLLM 910 MB; its weights and one")
+
+
+def test_a_card_too_small_for_either_says_so(on_a_card: Callable[..., Plan]) -> None:
+    plan = on_a_card(1.0)
+    assert not plan.fits
+    assert plan.devices[0].hopeless
+    assert "sampler.gpu_memory_utilization gives vLLM" in shown(plan, 200)
+
+
+def test_residency_is_what_the_config_says(on_a_card: Callable[..., Plan]) -> None:
+    assert on_a_card(24, residency="time_shared").devices[0].residency == "time_shared"
+    assert on_a_card(24, residency="resident").devices[0].peaks == {}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sampler": {"url": "http://127.0.0.1:1"}, "teacher": {"url": "http://127.0.0.1:2"}},
+        {"sampler": {"tensor_parallel_size": 2}, "teacher": {"device": "cpu"}},
+        {"sampler": {"backend": "transformers"}, "teacher": {"device_map": "auto"}},
+    ],
+)
+def test_who_shares_with_nobody_takes_no_turns(
+    on_a_card: Callable[..., Plan], sections: dict[str, Any]
+) -> None:
+    plan = on_a_card(24, **sections, residency="time_shared")
+    assert {device.residency for device in plan.devices} == {"resident"}
+    assert all(device.peaks == {} for device in plan.devices)
+
+
+def test_a_loaded_teacher_takes_turns_with_an_embedded_sampler(
+    on_a_card: Callable[..., Plan],
+) -> None:
+    plan = on_a_card(24, sampler={"backend": "transformers"}, residency="time_shared")
+    (card,) = plan.devices
+    assert {part.owner for part in card.parts} == {"trainer", "teacher"}
+    assert card.peaks["time_shared"] < card.peaks["resident"]
+
+
+def test_what_sleeps_needs_main_memory(
+    on_a_card: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnow.run.plan._cpu_memory", lambda: (10**6, 10**3))
+    (warning,) = on_a_card(24, residency="time_shared").warnings
+    assert "of main memory, and 1.0 kB are free" in warning
+    assert on_a_card(24).warnings == ()
+
+
+def test_turns_on_a_cpu_are_refused(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    with pytest.raises(ConfigError, match="CUDA card only") as refusal:
+        plan_of(models, residency="time_shared")
+    assert refusal.value.where == "residency"
+    assert plan_of(models, residency="resident").devices[0].peaks == {}
 
 
 def test_a_batch_larger_than_the_dataset_is_refused(

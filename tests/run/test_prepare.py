@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rnow.config import Config
-from rnow.errors import ConfigError, NotYetSupported
+from rnow.errors import ConfigError
 from rnow.run.prepare import prepare, unread_settings
 
 
@@ -23,7 +23,7 @@ def config(**sections: Any) -> Config:
 
 
 def test_nothing_to_warn_of() -> None:
-    assert unread_settings(config()) == []
+    assert unread_settings(config(), agentic=False) == []
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,17 @@ def test_nothing_to_warn_of() -> None:
     ],
 )
 def test_settings_that_the_backend_does_not_read(sections: dict[str, Any], words: str) -> None:
-    (warning,) = unread_settings(config(**sections))
+    (warning,) = unread_settings(config(**sections), agentic=False)
     assert words in warning
+
+
+def test_settings_that_need_tools() -> None:
+    tools = {"tool_timeout": 3.0, "max_tool_response": 100, "max_turns": 3}
+    (warning,) = unread_settings(config(rollout=tools), agentic=False)
+    for name in tools:
+        assert f"rollout.{name}" in warning
+    assert warning.endswith("without tools")
+    assert unread_settings(config(rollout=tools), agentic=True) == []
 
 
 @pytest.mark.parametrize("section", ["sampler", "teacher"])
@@ -51,8 +60,3 @@ def test_a_served_teacher_is_not_tempered(tmp_path: Any) -> None:
     wrong = config(teacher={"url": "http://h:1"}, rollout={"temperature": 0.7})
     with pytest.raises(ConfigError, match=r"temperature 0\.7"):
         prepare(wrong, tmp_path, weights=False)
-
-
-def test_the_embedded_sampler_cannot_time_one_rollout(tmp_path: Any) -> None:
-    with pytest.raises(NotYetSupported, match="embedded sampler"):
-        prepare(config(rollout={"rollout_timeout": 5.0}), tmp_path, weights=False)

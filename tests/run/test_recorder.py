@@ -81,6 +81,7 @@ def scored(reward: float = 0.5) -> list[ScoredGroup]:
             turns=(Turn(observation_token_ids=(1, 2, 3), completion=completion, text="x"),),
             messages=(),
             status=status,  # type: ignore[arg-type]
+            end_reason="answer",
         )
         result = RewardResult(
             total=reward, breakdown={"accuracy": reward}, errors={"style": "x"} if index else {}

@@ -193,10 +193,10 @@ def test_no_secret_is_written_or_shown(project: Project, secret: str) -> None:
 def test_failed_rollouts_are_written_whatever_their_error_holds(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(prompt: Any) -> None:
+    def fail(prompt: Any, index: int) -> None:
         raise ValueError("half a pair: \udc80")
 
-    monkeypatch.setattr(rehearse_module, "environment_maker", lambda prepared: fail)
+    monkeypatch.setattr(rehearse_module, "environment_maker", lambda prepared, toolbox: fail)
     _, output = rehearsed(project, limit=1, verbose=True)
     sample = samples(project)["rollout_0/sample_0.json"]
     assert sample["errors"] == ["ValueError: half a pair: \udc80"]
@@ -266,11 +266,16 @@ def test_what_is_in_the_way_is_refused_and_kept(
     "sampler", [{"backend": "vllm"}, {"backend": "auto", "url": "http://127.0.0.1:1"}]
 )
 def test_vllm_is_said_to_be_left_out(project: Project, sampler: dict[str, Any]) -> None:
-    sections = {"sampler": sampler, "rollout": {"rollout_timeout": 1e-6}}
-    _, output = rehearsed(project, sections, limit=1)
+    _, output = rehearsed(project, {"sampler": sampler}, limit=1)
     assert output.count("rnow test samples with transformers") == 1
-    # A limit that this sampler cannot keep fails no rollout.
     assert all(sample["errors"] == [] for sample in samples(project).values())
+
+
+def test_a_rollout_that_takes_too_long_is_told(project: Project) -> None:
+    rehearsed(project, {"rollout": {"rollout_timeout": 1e-6}}, limit=1)
+    for sample in samples(project).values():
+        (error,) = sample["errors"]
+        assert "rollout.rollout_timeout" in error
 
 
 # ---- stopping ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from tests.fakes import FakeEnvironment, FakeSampler, FakeTeacher
 
 from rnow.errors import EXIT_BAD_INPUT, ModelError
 from rnow.rollout.collect import RolloutSettings
+from rnow.run.residency import Residency
 from rnow.run.selfcheck import SelfCheck, run_selfcheck
 from rnow.types import Prompt
 
@@ -46,9 +47,10 @@ def check(
             sampler or FakeSampler([[4, 5, END]], logprob=-0.5),
             student or FakeTeacher(-0.5),
             teacher,
-            lambda prompt: FakeEnvironment((1, 2)),
+            lambda prompt, index: FakeEnvironment((1, 2)),
             SETTINGS,
             VOCABULARY,
+            Residency(),
         )
     )
 

@@ -36,6 +36,7 @@ def group(
         "turns": (Turn(observation_token_ids=(1, 7), completion=completion, text=text),),
         "messages": ({"role": "assistant", "content": text},),
         "status": "completed",
+        "end_reason": "answer",
     }
     scored = ScoredRollout(rollout=Rollout(**fields | changes), reward=reward)
     return ScoredGroup(prompt=prompt, rollouts=(scored,))
@@ -71,16 +72,39 @@ def test_all_fields(tmp_path: Path) -> None:
         "messages": [{"role": "user", "content": "reverse: cat"}],
         "answer": [{"role": "assistant", "content": "tac"}],
         "status": "completed",
+        "end_reason": "answer",
         "error": None,
         "reward": 0.5,
         "rewards": {"accuracy": 0.5},
         "reward_errors": {"style": "KeyError: 'x'"},
         "teacher_kl": 0.1875,
     }
-    assert tokens == [
-        {"id": 84, "text": "<84>", "sampler_logprob": -0.1, "teacher_logprob": -0.25, "kl": 0.125},
-        {"id": 3, "text": "<3>", "sampler_logprob": -0.2, "teacher_logprob": -0.5, "kl": 0.25},
-    ]
+    first = {"text": "<84>", "sampler_logprob": -0.1, "teacher_logprob": -0.25, "kl": 0.125}
+    second = {"text": "<3>", "sampler_logprob": -0.2, "teacher_logprob": -0.5, "kl": 0.25}
+    assert tokens == [{"turn": 0, "id": 84} | first, {"turn": 0, "id": 3} | second]
+
+
+def test_tokens_name_their_turn(tmp_path: Path) -> None:
+    turns = tuple(
+        Turn(
+            observation_token_ids=(1,),
+            completion=Completion(
+                token_ids=ids, logprobs=(-0.1,) * len(ids), finish_reason="stop", policy_version=0
+            ),
+            text="",
+        )
+        for ids in ((84, 3), (85,))
+    )
+    changes = {
+        "token_ids": (1, 84, 3, 1, 85),
+        "loss_mask": (False, True, True, False, True),
+        "sampler_logprobs": (0.0, -0.1, -0.1, 0.0, -0.1),
+    }
+    (row,) = rows_of(tmp_path / "a", group(turns=turns, **changes), evidence=None, live={})
+    assert [(token["turn"], token["id"]) for token in row["tokens"]] == [(0, 84), (0, 3), (1, 85)]
+    cut = group(turns=turns[:1], status="failed", end_reason="failed", **changes)
+    (row,) = rows_of(tmp_path / "b", cut, evidence=None, live={})
+    assert [token["turn"] for token in row["tokens"]] == [0, 0, 1]
 
 
 def test_without_teacher_or_reward(tmp_path: Path) -> None:

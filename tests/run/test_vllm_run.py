@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 TWO_STEPS: dict[str, Any] = {
     "data": {"val_split": 0.25},
-    "evaluation": {"num_samples": 1, "max_prompts": 2, "teacher": False},
+    "evaluation": {"num_samples": 1, "max_prompts": 2, "teacher": True},
     "trainer": {"max_steps": 2},
 }
 
@@ -65,6 +65,8 @@ def test_a_run_on_vllm(
         assert abs(row["ratio/max"] - 1) < 1e-2
         assert row["teacher_kl"] > 0
         assert row["completions/eos_fraction"] + row["completions/truncated_fraction"] == 1
+    assert [row["name"] for row in project.evaluations] == ["before", "teacher", "after"]
+    assert project.evaluations[1]["completions/mean_length"] > 0, "the teacher answered"
     assert (project.run_dir / "adapter" / "adapter_model.safetensors").exists()
     assert vllm_processes() == []
 

@@ -21,10 +21,12 @@ from torch import Tensor
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
 from rnow.protocols import Sampler
+from rnow.run.backends import probe_reference
 from rnow.sampling.transformers import TransformersSampler
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
+from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.weights import SamplingMode
 from rnow.types import Completion, SamplingParams
 
@@ -42,11 +44,12 @@ class Candidate:
     """A sampler and what it is measured against.
 
     Attributes:
-        make: another sampler of the same policy, with ``VERSION`` loaded; at most ``SAMPLERS`` times.
+        make: another sampler of the same policy, with ``version`` loaded; at most ``SAMPLERS`` times.
         logits: ids ``[T]`` -> float32 logits ``[T, HEAD_ROWS]`` of the policy's model, padded rows included.
         tolerance: on log-probabilities, nats.
         exact: the same requests give bit-identical log-probabilities in any order of arrival.
         max_temperature: the highest it takes.
+        version: what its completions are stamped with.
         close: called when the tests are done.
     """
 
@@ -55,6 +58,7 @@ class Candidate:
     tolerance: float
     exact: bool = True
     max_temperature: float = 5.0
+    version: int = VERSION
     close: Callable[[], None] = lambda: None
 
     def logprobs(self, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
@@ -139,15 +143,19 @@ def vllm(
             if number < samplers:
                 work = folder.with_name(f"{folder.name}-{kind.__name__}-{number}")
                 sampler = kind(
-                    folder,
-                    vocabulary=VOCABULARY,
-                    work_dir=work,
-                    log=work.with_suffix(".log"),
-                    dtype="float32",
-                    enforce_eager=True,
-                    max_num_seqs=64,
-                    max_lora_rank=policy.adapter().config["r"],
+                    VllmSettings(
+                        local_dir=folder,
+                        vocabulary=VOCABULARY,
+                        work_dir=work,
+                        log=work.with_suffix(".log"),
+                        dtype="float32",
+                        enforce_eager=True,
+                        max_num_seqs=64,
+                        max_lora_rank=policy.adapter().config["r"],
+                        probe=prompt(16),
+                    )
                 )
+                sampler.watch(probe_reference(lm))
                 started.append(sampler)
                 sampler.load_policy(policy.adapter(), version=VERSION)
             return started[number % samplers]
@@ -172,11 +180,49 @@ def vllm(
     return build
 
 
+def vllm_teacher(tiny_model_dir: Callable[..., Path]) -> Candidate:
+    """A teacher's server that answers itself: the plain model, no adapter, padding left out by a bias."""
+    from rnow.teacher.vllm import VllmTeacher
+
+    source = tiny_model_dir(vocab_size=HEAD_ROWS)
+    lm = load_student(source)
+    folder = source.with_name(f"{source.name}-teacher")
+    if not folder.exists():
+        shutil.copytree(source, folder)
+        lm.model.save_pretrained(folder)
+    teacher = VllmTeacher.managed(
+        folder,
+        log=folder.with_suffix(".log"),
+        dtype="float32",
+        max_model_len=512,
+        samples=True,
+        env={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+
+    def make() -> Sampler:
+        return teacher.sampler(vocabulary=VOCABULARY, padding=range(VOCABULARY, HEAD_ROWS))
+
+    @torch.no_grad()
+    def logits(ids: Sequence[int]) -> Tensor:
+        return lm.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+
+    return Candidate(
+        make=make,
+        logits=logits,
+        tolerance=1e-3,
+        exact=False,
+        max_temperature=2.0,
+        version=0,
+        close=teacher.close,
+    )
+
+
 CANDIDATES = [
     pytest.param(embedded("merged"), id="transformers-merged"),
     pytest.param(embedded("shared"), id="transformers-shared"),
     pytest.param(vllm(VllmEngineSampler, 2), id="vllm-engine", marks=pytest.mark.vllm),
     pytest.param(vllm(VllmServerSampler, 1), id="vllm-server", marks=pytest.mark.vllm),
+    pytest.param(vllm_teacher, id="vllm-teacher", marks=pytest.mark.vllm),
 ]
 
 

@@ -12,7 +12,6 @@ import torch
 from tests.sampling.conformance import (
     CANDIDATES,
     STOP_IDS,
-    VERSION,
     VOCABULARY,
     Candidate,
     complete_all,
@@ -155,7 +154,7 @@ def test_padded_ids_are_never_drawn(candidate: Candidate, sampler: Sampler) -> N
 
 def test_completions_name_the_policy_version(candidate: Candidate, sampler: Sampler) -> None:
     (completion,) = complete_all(sampler, MIXED[:1])
-    assert completion.policy_version == VERSION
+    assert completion.policy_version == candidate.version
 
 
 def test_greedy_is_argmax(candidate: Candidate, sampler: Sampler) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -349,3 +350,32 @@ def test_a_shared_sampler_follows_the_policy(tiny_model_dir: Callable[..., Path]
     assert before.policy_version == 0
     assert after.policy_version == 1
     assert after.logprobs != before.logprobs
+
+
+def test_in_a_thread_of_its_own_the_loop_stays_awake(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: same tokens, and what else waits on the event loop is heard while the model works."""
+    requests = [(prompt(3 + seed % 5), OPEN, seed) for seed in range(6)]
+    here = complete_all(sampler_of(lm), requests)
+    rang = threading.Event()
+    decode = module.decode
+
+    def waits_for_the_loop(*args: Any, **options: Any) -> Any:
+        assert rang.wait(20), "the event loop was blocked"
+        return decode(*args, **options)
+
+    monkeypatch.setattr(module, "decode", waits_for_the_loop)
+    sampler = sampler_of(lm, in_thread=True)
+
+    async def scenario() -> list[Completion]:
+        async def one(ids: Sequence[int], settings: Any, seed: int) -> Completion:
+            with sampler.live_rollout():
+                return await sampler.complete(ids, settings, seed)
+
+        tasks = [asyncio.create_task(one(*request)) for request in requests]
+        await asyncio.sleep(0.01)
+        rang.set()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(scenario()) == here

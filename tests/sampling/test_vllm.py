@@ -23,11 +23,12 @@ from rnow.errors import EXIT_TEMPORARY, ModelError, NotYetSupported, RnowError, 
 from rnow.models.loading import load_causal_lm
 from rnow.models.tokenizer import load_tokenizer, vocabulary_size
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.run.backends import probe_reference
 from rnow.sampling.transformers import TransformersSampler
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
-from rnow.serving.client import VllmClient
+from rnow.sampling.vllm_settings import VllmSettings
 from rnow.types import Adapter, Completion, Sample, SamplingParams
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -88,17 +89,22 @@ def setup(
         optimizer=OptimizerSettings(learning_rate=1e-2),
     )
     sampler: VllmSampler = request.param(
-        STUDENT,
-        vocabulary=vocabulary,
-        work_dir=folder / "adapters",
-        log=folder / "vllm.log",
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=32,
-        max_model_len=256,
-        max_lora_rank=RANK,
-        request_timeout=20.0,
+        VllmSettings(
+            local_dir=STUDENT,
+            vocabulary=vocabulary,
+            work_dir=folder / "adapters",
+            log=folder / "vllm.log",
+            dtype="float32",
+            enforce_eager=True,
+            enable_sleep=True,  # which a CPU does not have
+            max_num_seqs=32,
+            max_model_len=256,
+            max_lora_rank=RANK,
+            probe=PROMPTS[3],
+            request_timeout=20.0,
+        )
     )
+    sampler.watch(probe_reference(lm))
     with sampler:
         yield Setup(policy, embedded, sampler, folder / "vllm.log")
     assert not (folder / "adapters").exists()
@@ -227,6 +233,33 @@ def test_probes_of_base_and_adapter(setup: Setup) -> None:
     assert setup.logprobs(ids) != pytest.approx(setup.logprobs(ids, adapter=False), abs=TOLERANCE)
 
 
+def test_every_load_is_held_against_the_trainer(setup: Setup) -> None:
+    setup.load(22)
+    gaps = setup.vllm.probe_gaps
+    assert gaps["base"].mean == 0.0
+    assert 0 <= gaps["adapter"].largest < TOLERANCE
+    assert gaps["adapter"].tokens == len(PROMPTS[3]) - 1
+
+
+def test_an_adapter_that_is_not_the_trainers_is_found(setup: Setup) -> None:
+    """What is handed over differs from what the trainer scores with, by less than an update moves it; with the right one the
+    sampler goes on."""
+    setup.load(23)
+    adapter = setup.policy.adapter()
+    other = {
+        name: tensor * 1.3 if "lora_B" in name else tensor
+        for name, tensor in adapter.tensors.items()
+    }
+    with pytest.raises(TemporaryError, match=r"adapter version 24: .* nats per token") as failure:
+        setup.vllm.load_policy(Adapter(tensors=other, config=adapter.config), version=24)
+    assert "loading it again did not help" in failure.value.message
+    with pytest.raises(TemporaryError):
+        complete(setup.vllm, greedy())
+    setup.vllm._failure = None  # for the tests that follow
+    setup.load(24)
+    check_against_embedded(setup, 24)
+
+
 def test_probes_beside_completions_and_each_other_are_safe(setup: Setup) -> None:
     async def everything() -> tuple[Any, ...]:
         return await asyncio.gather(
@@ -263,23 +296,23 @@ def test_no_sleep_on_a_cpu(setup: Setup) -> None:
         asyncio.run(setup.vllm.sleep())
 
 
-def given(setup: Setup, tmp_path: Path, **changes: Any) -> VllmServerSampler:
+def given(
+    setup: Setup, tmp_path: Path, *, max_lora_rank: int = RANK, **changes: Any
+) -> VllmServerSampler:
     """A second sampler on the server of the first, as somebody else's server."""
-    backend = setup.vllm._backend
-    settings = {
-        "vocabulary": setup.vllm._vocabulary,
-        "work_dir": tmp_path / "adapters",
-        "log": tmp_path / "unused.log",
-        "url": backend._url,
-        "api_key": backend._key,
-        "max_lora_rank": RANK,
-    }
-    return VllmServerSampler(STUDENT, **settings | changes)
+    server = setup.vllm._backend._server
+    settings = VllmSettings(
+        local_dir=STUDENT,
+        vocabulary=setup.vllm._vocabulary,
+        work_dir=tmp_path / "adapters",
+        log=tmp_path / "unused.log",
+        max_lora_rank=max_lora_rank,
+    )
+    return VllmServerSampler(settings, **{"url": server.url, "api_key": server._key} | changes)
 
 
 def served(setup: Setup) -> set[str]:
-    backend = setup.vllm._backend
-    client = VllmClient(backend._url, backend._key)
+    client = setup.vllm._backend._client(10.0)
     return {model.id for model in asyncio.run(client.models())}
 
 
@@ -394,11 +427,12 @@ def test_nothing_is_left_after_kill_9_of_the_parent(tmp_path: Path, kind: str) -
         textwrap.dedent(f"""
         import asyncio, pathlib
         from rnow.sampling.{module} import {name}
+        from rnow.sampling.vllm_settings import VllmSettings
         from rnow.types import SamplingParams
         here = pathlib.Path({str(tmp_path)!r})
-        sampler = {name}(
-            pathlib.Path({str(STUDENT)!r}), vocabulary=200, work_dir=here / "w", log=here / "log",
-            dtype="float32", enforce_eager=True, max_num_seqs=8, max_model_len=256)
+        sampler = {name}(VllmSettings(
+            local_dir=pathlib.Path({str(STUDENT)!r}), vocabulary=200, work_dir=here / "w",
+            log=here / "log", dtype="float32", enforce_eager=True, max_num_seqs=8, max_model_len=256))
         sampler.start().result()
         async def draw():
             params = SamplingParams(max_tokens=200, stop_token_ids=())

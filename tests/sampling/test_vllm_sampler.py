@@ -24,6 +24,7 @@ from rnow.protocols import Sampler
 from rnow.sampling.adapter_files import AdapterFiles
 from rnow.sampling.vllm_backend import LORA_RANKS, allowed_lora_rank
 from rnow.sampling.vllm_engine import EngineBackend
+from rnow.sampling.vllm_probe import EXACT, QUANTISED, ROUNDED, gap_between, tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_worker import Refused, engine_arguments
 from rnow.types import Adapter, Completion, SamplingParams
@@ -39,7 +40,9 @@ Make = Callable[..., VllmSampler]
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[VllmSampler] = []
 
-    def build(*, silence: float = 30.0, **settings: Any) -> VllmSampler:
+    def build(
+        *, silence: float = 30.0, probe: tuple[int, ...] = (), **settings: Any
+    ) -> VllmSampler:
         backend = EngineBackend(
             settings,
             log=tmp_path / "log",
@@ -48,7 +51,11 @@ def make(tmp_path: Path) -> Iterator[Make]:
             command=(sys.executable, str(STAND_IN), str(tmp_path)),
         )
         files = AdapterFiles(tmp_path / "adapters")
-        made.append(VllmSampler(backend, vocabulary=10, max_lora_rank=8, files=files))
+        made.append(
+            VllmSampler(
+                backend, vocabulary=10, max_lora_rank=8, files=files, probe=probe, tolerance=EXACT
+            )
+        )
         return made[-1]
 
     yield build
@@ -262,8 +269,8 @@ def test_probes_run_alone(make: Make, tmp_path: Path) -> None:
 
     assert asyncio.run(both()) == [-1.0, -1.0]
     lines = events(tmp_path)
-    assert max(map(lines.index, ["drew 10", "drew 11", "drew 12"])) < lines.index("probe")
-    assert lines.index("probe") < lines.index("draw 99")
+    assert max(map(lines.index, ["drew 10", "drew 11", "drew 12"])) < lines.index("probe base")
+    assert lines.index("probe base") < lines.index("draw 99")
 
 
 def test_sleep_and_wake_bring_the_adapter_back(make: Make, tmp_path: Path) -> None:
@@ -287,8 +294,302 @@ def test_no_sleep_where_the_engine_has_none(make: Make) -> None:
     sampler = make()
     sampler.start().result()
     assert not sampler.supports_sleep
-    with pytest.raises(NotYetSupported):
+    with pytest.raises(NotYetSupported, match="no sleep mode") as refusal:
         asyncio.run(sampler.sleep())
+    assert refusal.value.fix == "set residency: resident"
+    assert tokens(complete(sampler, (DRAW, 12))) == [(1, 2)]
+
+
+# ---- sleeping -------------------------------------------------------------------------------------------------------
+
+
+def test_sleeping_twice_and_waking_twice_is_once(make: Make, tmp_path: Path) -> None:
+    sampler = make(sleeps=True)
+
+    async def twice() -> None:
+        await sampler.wake()
+        await asyncio.gather(sampler.sleep(), sampler.sleep())
+        await sampler.sleep()
+        await asyncio.gather(sampler.wake(), sampler.wake())
+
+    asyncio.run(twice())
+    assert events(tmp_path) == ["start", "sleep", "wake"]
+
+
+def test_an_adapter_loaded_asleep_is_there_after_waking(make: Make, tmp_path: Path) -> None:
+    sampler = make(sleeps=True, probe=PROBE)
+    sampler.watch(lambda ids, masked: ADAPTED)
+    sampler.load_policy(adapter(), version=1)
+    (tmp_path / "events").write_text("")
+
+    async def nap() -> Completion:
+        await sampler.sleep()
+        sampler.load_policy(adapter(), version=2)
+        sampler.load_policy(adapter(), version=3)
+        assert events(tmp_path) == ["sleep"]
+        assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["adapter-3"]
+        await sampler.wake()
+        return await sampler.complete(DRAW, PARAMS, 1)
+
+    assert asyncio.run(nap()).policy_version == 3
+    assert events(tmp_path)[:5] == [
+        "sleep", "wake", "probe base", "load adapter-3 of 1", "probe adapter"
+    ]  # fmt: skip
+
+
+def test_what_was_loaded_before_a_sleep_has_another_name_after_it(make: Make) -> None:
+    sampler = make(sleeps=True)
+    sampler.load_policy(adapter(), version=1)
+    before = sampler._current
+
+    async def nap() -> None:
+        await sampler.sleep()
+        await sampler.wake()
+
+    asyncio.run(nap())
+    after = sampler._current
+    assert before
+    assert after
+    assert (after.folder, after.version) == (before.folder, before.version)
+    assert after.name != before.name
+    assert after.number != before.number
+
+
+@pytest.mark.parametrize("when", ["sleep", "wake"])
+def test_a_death_on_the_way_to_or_from_sleep_is_one_restart(
+    make: Make, tmp_path: Path, when: str
+) -> None:
+    sampler = make(sleeps=True, probe=PROBE)
+    sampler.watch(lambda ids, masked: ADAPTED)
+    sampler.load_policy(adapter(), version=1)
+    (tmp_path / f"dies at {when}").touch()
+
+    async def nap() -> Completion:
+        await sampler.sleep()
+        if when == "sleep":
+            backend: Any = sampler._backend
+            assert not backend.pids(), "half dead, it would keep the card"
+        await sampler.wake()
+        return await sampler.complete(DRAW, PARAMS, 12)
+
+    assert asyncio.run(nap()).token_ids == (1, 2)
+    assert sampler.restarts == 1
+    assert events(tmp_path)[-6:] == [
+        "start", "probe base", "load adapter-1 of 1", "probe adapter", "draw 12", "drew 12"
+    ]  # fmt: skip
+
+
+def test_an_engine_killed_in_its_sleep_is_one_restart(make: Make) -> None:
+    sampler = make(sleeps=True)
+    sampler.load_policy(adapter(), version=1)
+
+    async def nap() -> Completion:
+        await sampler.sleep()
+        backend: Any = sampler._backend
+        backend._process.stop()
+        await sampler.wake()
+        return await sampler.complete(DRAW, PARAMS, 12)
+
+    assert asyncio.run(nap()).policy_version == 1
+    assert sampler.restarts == 1
+
+
+def test_an_engine_that_dies_at_every_wake_ends_the_run(make: Make, tmp_path: Path) -> None:
+    sampler = make(sleeps=True)
+
+    async def nap() -> None:
+        await sampler.sleep()
+        await sampler.wake()
+
+    (tmp_path / "dies at wake").touch()
+    asyncio.run(nap())
+    (tmp_path / "dies at wake").touch()
+    with pytest.raises(TemporaryError, match="failed twice") as failure:
+        asyncio.run(nap())
+    assert failure.value.exit_code == EXIT_TEMPORARY
+    with pytest.raises(TemporaryError):
+        complete(sampler, (DRAW, 1))
+
+
+def test_a_cancelled_sleep_is_slept_all_the_same(make: Make, tmp_path: Path) -> None:
+    """The engine cannot be called back half way; what matters is that both sides know."""
+    sampler = make(sleeps=True)
+
+    async def cancelled(work: Any) -> None:
+        task = asyncio.create_task(work)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def nap() -> Completion:
+        (tmp_path / "slow sleep").touch()
+        await cancelled(sampler.sleep())
+        await sampler.sleep()
+        with pytest.raises(RuntimeError, match="wake it first"):
+            await sampler.complete(DRAW, PARAMS, 1)
+        (tmp_path / "slow wake").touch()
+        await cancelled(sampler.wake())
+        await sampler.wake()
+        return await sampler.complete(DRAW, PARAMS, 12)
+
+    sampler.start().result()
+    assert asyncio.run(nap()).token_ids == (1, 2)
+    assert [line for line in events(tmp_path) if line in ("sleep", "wake")] == ["sleep", "wake"]
+
+
+def test_no_sleep_beside_completions(make: Make) -> None:
+    sampler = make(sleeps=True)
+
+    async def both() -> Completion:
+        task = asyncio.create_task(sampler.complete(SLOW, PARAMS, 9))
+        while not sampler._drawing:
+            await asyncio.sleep(0.02)
+        with pytest.raises(RuntimeError, match="1 completions"):
+            await sampler.sleep()
+        return await task
+
+    assert asyncio.run(both()).token_ids == (9,)
+
+
+# ---- probes ---------------------------------------------------------------------------------------------------------
+
+PROBE = (1, 2, 3)
+BASE, ADAPTED = [-1.0, -1.0], [-2.0, -2.0]  # what the stand-in says
+
+
+def test_the_base_is_probed_at_the_start_and_every_adapter_at_its_load(
+    make: Make, tmp_path: Path
+) -> None:
+    sampler = make(probe=PROBE)
+    asked: list[tuple[tuple[int, ...], bool]] = []
+
+    def trainer(ids: Any, masked: bool) -> list[float]:
+        asked.append((tuple(ids), masked))
+        return ADAPTED
+
+    sampler.watch(trainer)
+    sampler.load_policy(adapter(), version=1)
+    sampler.load_policy(adapter(), version=2)
+    assert events(tmp_path) == [
+        "start", "probe base", "load adapter-1 of 1", "probe adapter", "load adapter-2 of 1",
+        "probe adapter",
+    ]  # fmt: skip
+    assert asked == [(PROBE, True)] * 2
+    assert sampler.probe_gaps["base"].mean == sampler.probe_gaps["adapter"].mean == 0.0
+
+
+def test_an_adapter_that_is_wrong_from_the_start_is_the_users_affair(make: Make) -> None:
+    sampler = make(probe=PROBE)
+    sampler.watch(lambda ids, masked: [-2.0, -2.1])
+    with pytest.raises(ModelError) as failure:
+        sampler.load_policy(adapter(), version=0)
+    assert failure.value.message == (
+        "vLLM's engine and the trainer disagree on adapter version 0: 0.05 nats per token on average "
+        "(0.1 at most, 2 tokens), and 0.001 on average is allowed"
+    )
+    assert "sampler.quantization" in str(failure.value.fix)
+    with pytest.raises(ModelError):
+        complete(sampler, (DRAW, 1))
+
+
+def test_an_adapter_that_goes_wrong_once_is_loaded_again(make: Make, tmp_path: Path) -> None:
+    sampler = make(probe=PROBE)
+    sampler.watch(lambda ids, masked: ADAPTED)
+    sampler.load_policy(adapter(), version=1)
+    (tmp_path / "wrong adapter once").touch()
+    sampler.load_policy(adapter(), version=2)
+    assert events(tmp_path)[-4:] == ["load adapter-2 of 1", "probe adapter"] * 2
+    assert complete(sampler, (DRAW, 12))[0].policy_version == 2
+    assert sampler.restarts == 0
+
+
+def test_an_adapter_that_stays_wrong_ends_the_run(make: Make, tmp_path: Path) -> None:
+    sampler = make(probe=PROBE)
+    sampler.watch(lambda ids, masked: ADAPTED)
+    sampler.load_policy(adapter(), version=1)
+    (tmp_path / "wrong adapter").touch()
+    with pytest.raises(TemporaryError, match="adapter version 2") as failure:
+        sampler.load_policy(adapter(), version=2)
+    assert failure.value.exit_code == EXIT_TEMPORARY
+    assert events(tmp_path).count("load adapter-2 of 1") == 2
+    with pytest.raises(TemporaryError):
+        complete(sampler, (DRAW, 12))
+
+
+def test_a_base_that_wakes_up_as_another_is_started_again(make: Make, tmp_path: Path) -> None:
+    sampler = make(sleeps=True, probe=PROBE)
+
+    async def nap() -> None:
+        await sampler.sleep()
+        (tmp_path / "wrong base once").touch()
+        await sampler.wake()
+
+    asyncio.run(nap())
+    assert sampler.restarts == 1
+    assert events(tmp_path)[-2:] == ["start", "probe base"]
+
+
+def test_a_base_that_stays_another_ends_the_run(make: Make, tmp_path: Path) -> None:
+    sampler = make(sleeps=True, probe=PROBE)
+
+    async def nap() -> None:
+        await sampler.sleep()
+        (tmp_path / "wrong base").touch()
+        await sampler.wake()
+
+    with pytest.raises(TemporaryError, match="failed twice") as failure:
+        asyncio.run(nap())
+    assert "its base model is not what it was at the start" in failure.value.details[0]
+    assert "0.5 nats" in failure.value.details[0]
+    assert sampler.restarts == 1
+
+
+def test_a_restart_is_probed_before_anybody_draws_again(make: Make, tmp_path: Path) -> None:
+    sampler = make(probe=PROBE)
+    sampler.watch(lambda ids, masked: ADAPTED)
+    sampler.load_policy(adapter(), version=3)
+
+    async def late() -> list[Completion]:
+        """One asks while the engine is being started again and has no adapter yet."""
+        (tmp_path / "slow load").touch()
+        dying = asyncio.create_task(sampler.complete(DIE, PARAMS, 11))
+        while "draw 11" not in events(tmp_path):
+            await asyncio.sleep(0.01)
+        while events(tmp_path).count("start") < 2:
+            await asyncio.sleep(0.01)
+        return [await sampler.complete(DRAW, PARAMS, 22), await dying]
+
+    assert tokens(asyncio.run(late())) == [(2, 2), (1, 1)]
+    lines = events(tmp_path)
+    again = lines[lines.index("start", 1) :]
+    assert again[:4] == ["start", "probe base", "load adapter-3 of 1", "probe adapter"]
+
+
+def test_without_probe_ids_nothing_is_probed(make: Make, tmp_path: Path) -> None:
+    sampler = make()
+    sampler.watch(lambda ids, masked: pytest.fail("asked"))
+    sampler.load_policy(adapter(), version=1)
+    assert events(tmp_path) == ["start", "load adapter-1 of 1"]
+    with pytest.raises(ValueError, match="two"):
+        make(probe=(1,))
+
+
+def test_tolerances_follow_what_is_stored() -> None:
+    assert tolerance_of("float32", "none") == EXACT
+    assert EXACT.trainer == 1e-3
+    assert tolerance_of("bfloat16", "none") == tolerance_of("auto", "none") == ROUNDED
+    assert tolerance_of("float32", "nf4") == tolerance_of("bfloat16", "nf4") == QUANTISED
+    for tolerance in (EXACT, ROUNDED, QUANTISED):
+        assert tolerance.same <= tolerance.trainer
+
+
+@pytest.mark.parametrize(
+    "other", [[-1.0], [], [-1.0, float("nan")], [-1.0, float("-inf")], [-1.0, -1.6]]
+)
+def test_gaps_that_are_none(other: list[float]) -> None:
+    assert not gap_between(other, BASE).within(QUANTISED.trainer)
+    assert gap_between(BASE, BASE).within(0.0)
 
 
 def test_an_engine_that_does_not_start_shows_its_log(make: Make) -> None:

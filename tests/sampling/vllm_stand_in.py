@@ -6,6 +6,9 @@
     2  the process ends, once (then as 1)           5  refused
     3  the engine is dead                           6  answers after 0.3 s
                                                     7  answers with the weights of "stale"
+
+A probe of the base says -1 everywhere, of an adapter -2. Files in FOLDER change that: "wrong base" and "wrong adapter" (with
+" once": one time), "dies at sleep", "dies at wake" (one time), "slow sleep", "slow wake", "slow load".
 """
 
 from __future__ import annotations
@@ -65,12 +68,24 @@ class StandIn:
             await asyncio.sleep(0.05)
 
     async def probe(self, request: dict[str, Any]) -> dict[str, Any]:
-        self.note("probe")
-        return {"logprobs": [-1.0] * (len(request["tokens"]) - 1)}
+        kind = "adapter" if request["adapter"] else "base"
+        if kind == "adapter" and request["adapter"] not in self.adapters:
+            raise Refused(f"no adapter {request['adapter']}")
+        self.note(f"probe {kind}")
+        wrong = (self._folder / f"wrong {kind}").exists() or self._once(f"wrong {kind} once")
+        value = -1.0 - (kind == "adapter") - 0.5 * wrong
+        return {"logprobs": [value] * (len(request["tokens"]) - 1)}
+
+    def _once(self, name: str) -> bool:
+        there = (self._folder / name).exists()
+        (self._folder / name).unlink(missing_ok=True)
+        return there
 
     async def load(self, request: dict[str, Any]) -> dict[str, Any]:
         if not Path(request["folder"], "adapter_model.safetensors").is_file():
             raise Refused("no such folder")
+        if (self._folder / "slow load").exists():
+            await asyncio.sleep(0.3)
         self.adapters.append(request["name"])
         if request["replacing"] in self.adapters:
             self.adapters.remove(request["replacing"])
@@ -78,10 +93,18 @@ class StandIn:
         return {}
 
     async def sleep(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._once("dies at sleep"):
+            os._exit(1)
+        if self._once("slow sleep"):
+            await asyncio.sleep(0.3)
         self.note("sleep")
         return {}
 
     async def wake(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._once("dies at wake"):
+            os._exit(1)
+        if self._once("slow wake"):
+            await asyncio.sleep(0.3)
         self.adapters.clear()
         self.note("wake")
         return {}

@@ -224,7 +224,10 @@ def test_loads_in_four_bits_on_the_cpu(name: str) -> None:
     assert int(exact.argmax()) == int(rough.argmax()) == ord(row["metadata"]["answer"][0])
 
 
-def test_the_same_seed_makes_the_same_tokenizer_and_data(tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_tokenizer_and_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(MAKER.parent)
     maker = runpy.run_path(str(MAKER))
     maker["build_tokenizer"]().save_pretrained(tmp_path)
     maker["write_dataset"](tmp_path / "train.jsonl", maker["dataset_words"](0))

@@ -373,6 +373,20 @@ def test_concurrency_is_bounded_and_waiting_is_free(server: ScriptedServer, most
     run(everything())  # in another event loop
 
 
+def test_a_second_bound_for_the_same_server(server: ScriptedServer) -> None:
+    server.pause = 0.05
+    client = connect(server, max_concurrency=1)
+    other = client.sharing(2)
+    assert client.sharing(2) is other
+
+    async def everything() -> None:
+        await asyncio.gather(*(other.prompt_logprobs([i, 1], model="base") for i in range(6)))
+
+    run(everything())
+    assert server.most_in_flight == 2
+    assert other.url == client.url
+
+
 def test_no_secret_in_an_error(server: ScriptedServer) -> None:
     leak = json.dumps({"error": {"message": f"bad key {KEY} for hunter2"}})
     url = server.url.replace("http://", "http://me:hunter2@") + "/?token=t0ken"

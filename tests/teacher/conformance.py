@@ -30,6 +30,7 @@ class Candidate:
 
     Attributes:
         make: a teacher at this temperature and micro-batch size (padded tokens, None = its own choice).
+        make_top: a teacher at temperature 1 that lists so many of the likeliest tokens.
         logits: ids ``[T]`` -> float32 ``[T, HEAD_ROWS]`` of the plain model.
         tolerance: on log-probabilities, nats.
         served: it stands behind a server, which judges at temperature 1 only (``make`` refuses others) and cannot leave
@@ -38,16 +39,21 @@ class Candidate:
     """
 
     make: Callable[[float, int | None], Teacher]
+    make_top: Callable[[int], Teacher]
     logits: Callable[[Sequence[int]], Tensor]
     tolerance: float
     served: bool = False
     close: Callable[[], None] = lambda: None
 
-    def expected(self, sample: Sample, temperature: float = 1.0) -> Tensor:
-        """``[T]``: a naive full softmax, 0 off the loss mask."""
+    def table(self, sample: Sample, temperature: float = 1.0) -> Tensor:
+        """float64 ``[T, rows]``: row t is a naive full softmax over what follows token t."""
         rows = HEAD_ROWS if self.served else VOCABULARY
         logits = self.logits(sample.token_ids)[:, :rows] / temperature
-        table = torch.log_softmax(logits.double(), dim=-1)
+        return torch.log_softmax(logits.double(), dim=-1)
+
+    def expected(self, sample: Sample, temperature: float = 1.0) -> Tensor:
+        """``[T]``: a naive full softmax, 0 off the loss mask."""
+        table = self.table(sample, temperature)
         values = torch.zeros(len(sample.token_ids), dtype=torch.float64)
         for position, on in enumerate(sample.loss_mask):
             if on:
@@ -74,7 +80,10 @@ def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
             lm, temperature=temperature, micro_batch_tokens=micro_batch_tokens
         )
 
-    return Candidate(make=make, logits=logits, tolerance=1e-5)
+    def make_top(top_k: int) -> TransformersTeacher:
+        return TransformersTeacher(lm, micro_batch_tokens=61, top_k=top_k)
+
+    return Candidate(make=make, make_top=make_top, logits=logits, tolerance=1e-5)
 
 
 def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], Candidate]:
@@ -82,7 +91,7 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
 
     def build(tiny_model_dir: Callable[..., Path]) -> Candidate:
         from rnow.serving.server import VllmServer
-        from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
+        from rnow.teacher.vllm import API_KEY_VARIABLE, SERVED_NAME, VllmTeacher
 
         folder = tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=1)
         log = folder.parent / f"teacher-{how}.log"
@@ -104,11 +113,23 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
                     return one
                 return VllmTeacher.managed(folder, log=log, temperature=temperature)
 
+            def managed_top(top_k: int) -> VllmTeacher:
+                asyncio.run(one.start())  # one engine is enough: k is said with each request
+                client = one._client
+                return VllmTeacher(client=client, model=SERVED_NAME, where="here", top_k=top_k)
+
             def close() -> None:
                 one.close()
                 patch.undo()
 
-            return Candidate(make=managed, logits=logits, tolerance=1e-3, served=True, close=close)
+            return Candidate(
+                make=managed,
+                make_top=managed_top,
+                logits=logits,
+                tolerance=1e-3,
+                served=True,
+                close=close,
+            )
 
         server = VllmServer(
             folder,
@@ -124,11 +145,21 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
                 server.url, temperature=temperature, max_concurrency=min(micro_batch_tokens or 1, 4)
             )
 
+        def served_top(top_k: int) -> VllmTeacher:
+            return VllmTeacher.served(server.url, max_concurrency=1, top_k=top_k)
+
         def stop() -> None:
             server.stop()
             patch.undo()
 
-        return Candidate(make=served, logits=logits, tolerance=1e-3, served=True, close=stop)
+        return Candidate(
+            make=served,
+            make_top=served_top,
+            logits=logits,
+            tolerance=1e-3,
+            served=True,
+            close=stop,
+        )
 
     return build
 

@@ -161,10 +161,11 @@ def test_the_watch_sees_a_full_softmax(odd: CausalLM) -> None:
     assert tall.rows == 80
 
 
-def test_scoring_holds_no_tokens_by_vocabulary_tensor(odd: CausalLM) -> None:
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_scoring_holds_no_tokens_by_vocabulary_tensor(odd: CausalLM, top_k: int) -> None:
     samples = [make_sample(str(index), 80) for index in range(4)]
     with watch(ODD_VOCABULARY) as tall:
-        evidence = TransformersTeacher(odd).score_now(samples)
+        evidence = TransformersTeacher(odd, top_k=top_k).score_now(samples)
     assert len(evidence) == 4
     assert 0 < tall.rows <= 16
 

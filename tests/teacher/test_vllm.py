@@ -29,15 +29,16 @@ from tests.serving.scripted import (
 )
 from tests.teacher.conformance import make_sample
 
+from rnow.algorithm.records import TopKEvidence
 from rnow.errors import ConfigError, ModelError, StopRequested, TemporaryError
-from rnow.protocols import Teacher
+from rnow.protocols import Sampler, Teacher
 from rnow.serving import client as client_module
 from rnow.serving import server as server_module
 from rnow.serving.client import BadAnswer, Refused, ServerDown
 from rnow.serving.server import VllmServer
 from rnow.teacher import vllm
 from rnow.teacher.vllm import VllmTeacher
-from rnow.types import Sample
+from rnow.types import Adapter, Completion, Sample, SamplingParams
 
 SAMPLES = [make_sample(f"dataset_0/{i}#0", 6 + i, first=i) for i in range(12)]
 
@@ -126,15 +127,16 @@ def test_the_only_model_needs_no_name(server: ScriptedServer) -> None:
     assert_right(run(served(server, model=None).score(SAMPLES)), SAMPLES)
 
 
-def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_given_or_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with ScriptedServer(key="k3y") as server:
         with pytest.raises(TemporaryError, match="Unauthorized"):
             run(served(server).score(SAMPLES))
         monkeypatch.setenv(vllm.API_KEY_VARIABLE, "k3y")
         assert_right(run(served(server).score(SAMPLES)), SAMPLES)
-        monkeypatch.setenv("MY_KEY", "wrong")
         with pytest.raises(TemporaryError, match="Unauthorized"):
-            run(served(server, api_key_variable="MY_KEY").score(SAMPLES))
+            run(served(server, api_key="wrong").score(SAMPLES))
+        monkeypatch.delenv(vllm.API_KEY_VARIABLE)
+        assert_right(run(served(server, api_key="k3y").score(SAMPLES)), SAMPLES)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
@@ -372,6 +374,33 @@ def test_death_twice_stops_the_run(managed: Callable[..., VllmTeacher], tmp_path
     assert time.monotonic() - before < 10
 
 
+def test_a_second_death_soon_after_stops_the_run(
+    managed: Callable[..., VllmTeacher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once per step: a teacher that dies at every step would be started at every step."""
+    teacher = managed()
+
+    def kill() -> None:
+        for pid in teacher.pids():
+            os.kill(pid, signal.SIGKILL)
+
+    run(teacher.score(SAMPLES))
+    kill()
+    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
+    kill()
+    with monkeypatch.context() as later:
+        later.setattr(vllm, "RESTART_INTERVAL", 0.0)
+        assert_right(run(teacher.score(SAMPLES)), SAMPLES)
+    assert (tmp_path / "starts").read_text() == "xxx"
+    kill()
+    with pytest.raises(TemporaryError, match="has ended") as caught:
+        run(teacher.score(SAMPLES))
+    assert caught.value.exit_code == 75
+    assert "it had been started again" in (caught.value.why or "")
+    assert "serving" in caught.value.details, "the end of its log"
+    assert (tmp_path / "starts").read_text() == "xxx"
+
+
 def test_a_hang_in_the_middle_is_survived_once(
     managed: Callable[..., VllmTeacher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,6 +415,8 @@ def test_a_hang_in_the_middle_is_survived_once(
 
 def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "require_vllm", lambda where: None)
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(vllm, "require_nf4", lambda where, dtype: asked.append((where, dtype)))
     teacher = VllmTeacher.managed(
         tmp_path,
         log=tmp_path / "log",
@@ -395,7 +426,9 @@ def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         gpu_memory_utilization=0.5,
         max_model_len=1000,
         enable_sleep_mode=True,
+        top_k=50,
     )
+    assert asked == [("teacher.quantization", "bfloat16")]
     assert teacher._server is not None
     line = " ".join(teacher._server._arguments)
     for part in (
@@ -406,11 +439,32 @@ def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--max-num-batched-tokens 1024",
         "--max-model-len 1001",
         "--enable-sleep-mode",
+        "--max-num-seqs 1",
+        "--max-logprobs 50",
+        "--logprobs-mode processed_logprobs",
     ):
         assert part in line
     assert teacher._server._env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "chunked-prefill" not in line
     with pytest.raises(ConfigError, match="int8"):
         VllmTeacher.managed(tmp_path, log=tmp_path / "log", quantization="int8")
+
+
+def test_a_teacher_that_answers_too_prefills_prompts_whole_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's CPU engine dies when a seeded request is prefilled in two parts."""
+    monkeypatch.setattr(vllm, "require_vllm", lambda where: None)
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        teacher = VllmTeacher.managed(
+            tmp_path, log=tmp_path / "log", max_model_len=3000, samples=True
+        )
+        assert teacher._server is not None
+        line = " ".join(teacher._server._arguments)
+        assert ("--no-enable-chunked-prefill" in line) is not on_gpu
+        assert f"--max-num-batched-tokens {1024 if on_gpu else 3001}" in line
+        assert f"--max-num-seqs {64 if on_gpu else 8}" in line
 
 
 def test_without_vllm_a_managed_teacher_is_refused(
@@ -420,3 +474,119 @@ def test_without_vllm_a_managed_teacher_is_refused(
     with pytest.raises(ModelError, match="not installed") as caught:
         VllmTeacher.managed(tmp_path, log=tmp_path / "log")
     assert caught.value.where == "teacher.backend"
+
+
+# ---- the likeliest tokens -------------------------------------------------------------------------------------------
+
+
+def test_top_k_evidence(server: ScriptedServer) -> None:
+    sample = make_sample("a", 8, loss=[3, 6, 7])
+    evidence = run(served(server, top_k=3).score([sample]))["a"]
+    assert isinstance(evidence, TopKEvidence)
+    (body,) = server.asked("/v1/completions")
+    assert body["prompt_logprobs"] == 3
+    for position, token in enumerate(sample.token_ids):
+        if not sample.loss_mask[position]:
+            assert not evidence.ids[position].any()
+            continue
+        # The scripted server lists ids 0 to 2 and the given one.
+        listed = {t: logprob(t, position) for t in {0, 1, 2, token}}
+        best = sorted(listed, key=lambda t: -listed[t])[:3]
+        assert evidence.ids[position].tolist() == best
+        assert evidence.logprobs[position].tolist() == pytest.approx([listed[t] for t in best])
+        assert evidence.teacher_logprobs[position] == pytest.approx(logprob(token, position))
+
+
+def test_a_server_that_lists_too_few_is_told_from_its_check(
+    server: ScriptedServer, tokenizer: Any
+) -> None:
+    def refuses(handler: Any, answer: dict[str, Any]) -> bool:
+        asked = handler.server.requests[-1][1].get("prompt_logprobs")
+        return bool(asked) and status(400, '{"error": {"message": "too many"}}')(handler, answer)
+
+    server.always = refuses
+    with pytest.raises(Refused) as caught:
+        run(served(server, top_k=50).check(tokenizer, VOCABULARY))
+    assert "--max-logprobs 50" in (caught.value.fix or "")
+    assert caught.value.where == "teacher.url"
+
+
+def test_a_padding_id_among_the_likeliest_is_an_error(
+    server: ScriptedServer, tokenizer: Any
+) -> None:
+    teacher = served(server, top_k=2)
+    run(teacher.check(tokenizer, VOCABULARY))
+    server.always = changed(
+        lambda choice: choice["prompt_logprobs"][-1].update({str(VOCABULARY): {"logprob": -0.01}})
+    )
+    with pytest.raises(TemporaryError, match=f"id {VOCABULARY} among its 2 likeliest"):
+        run(teacher.score(SAMPLES))
+
+
+# ---- the teacher answers itself -------------------------------------------------------------------------------------
+
+PROMPT = (5, 9, 77)
+PADDING = range(VOCABULARY, scripted.ROWS)
+
+
+def answer(teacher: VllmTeacher, count: int = 1, **changes: Any) -> list[Completion]:
+    sampler = teacher.sampler(vocabulary=VOCABULARY, padding=PADDING)
+    params = SamplingParams(**{"max_tokens": 5, "stop_token_ids": (80,), "top_k": 7} | changes)
+
+    async def everything() -> list[Completion]:
+        return await asyncio.gather(
+            *(sampler.complete(PROMPT, params, seed) for seed in range(count))
+        )
+
+    return run(everything())
+
+
+def test_it_answers_with_token_ids_and_logprobs(server: ScriptedServer) -> None:
+    teacher = served(server)
+    assert isinstance(teacher.sampler(vocabulary=VOCABULARY, padding=PADDING), Sampler)
+    (completion,) = answer(teacher, temperature=0.7)
+    assert completion.token_ids == (78, 79, 80)
+    assert completion.finish_reason == "stop"
+    assert completion.logprobs == pytest.approx(
+        [logprob(t, i) for i, t in enumerate([78, 79, 80], 3)]
+    )
+    (body,) = server.asked("/v1/completions")
+    assert (body["seed"], body["temperature"], body["top_k"]) == (0, 0.7, 7)
+    assert body["logit_bias"] == {str(token): -100.0 for token in PADDING}
+    assert answer(teacher, max_tokens=2)[0].finish_reason == "length"
+    assert answer(teacher, max_tokens=3)[0].finish_reason == "stop"
+
+
+def test_answers_in_flight_are_bounded_apart_from_scores(server: ScriptedServer) -> None:
+    server.pause = 0.02
+    teacher = served(server, max_concurrency=1, sampling_concurrency=3)
+    answer(teacher, 9)
+    assert server.most_in_flight == 3
+    server.most_in_flight = 0
+    run(teacher.score(SAMPLES))
+    assert server.most_in_flight == 1
+
+
+def test_a_padding_id_that_comes_all_the_same_is_an_error(server: ScriptedServer) -> None:
+    server.always = changed(lambda choice: choice.update(token_ids=[78, VOCABULARY, 80]))
+    with pytest.raises(BadAnswer, match=f"drew id {VOCABULARY}"):
+        answer(served(server))
+
+
+def test_more_padding_than_can_be_left_out(server: ScriptedServer) -> None:
+    with pytest.raises(ModelError, match="1025 ids that no tokenizer produces"):
+        served(server).sampler(vocabulary=VOCABULARY, padding=range(100, 1125))
+
+
+def test_a_teacher_takes_no_adapter(server: ScriptedServer) -> None:
+    sampler = served(server).sampler(vocabulary=VOCABULARY, padding=())
+    with pytest.raises(TypeError, match="no adapter"):
+        sampler.load_policy(Adapter(tensors={}, config={}), version=1)
+
+
+def test_death_among_many_answers_is_one_restart(
+    managed: Callable[..., VllmTeacher], tmp_path: Path
+) -> None:
+    done = answer(managed(stop_after=4), 12)
+    assert [completion.token_ids for completion in done] == [(78, 79, 80)] * 12
+    assert (tmp_path / "starts").read_text() == "xx"

@@ -25,8 +25,27 @@ class SampledEvidence:
     teacher_logprobs: Tensor
 
 
-Evidence = SampledEvidence
-"""What a teacher returns per sample. Top-k lists and hidden states join this union when an estimator needs them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKEvidence:
+    """The teacher's k likeliest tokens at each position, beside its log-probability of the sampled one.
+
+    Attributes:
+        teacher_logprobs: as in ``SampledEvidence``, whether the sampled token is among the k or not.
+        ids: int64 ``[T, k]``, likeliest first and no id twice in a row of the table; 0 where ``loss_mask`` is False.
+        logprobs: float32 ``[T, k]``, natural log, not increasing along k; 0 where ``loss_mask`` is False.
+    """
+
+    teacher_logprobs: Tensor
+    ids: Tensor
+    logprobs: Tensor
+
+    def tail(self) -> Tensor:
+        """float32 ``[T]``: the probability of everything but the k, at least 0; meaningless where ``loss_mask`` is False."""
+        return (1.0 - self.logprobs.double().exp().sum(-1)).clamp_min(0.0).float()
+
+
+Evidence = SampledEvidence | TopKEvidence
+"""What a teacher returns per sample. Hidden states join this union when an estimator needs them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

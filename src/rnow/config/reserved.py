@@ -28,18 +28,15 @@ class Reserved:
 RESERVED = (
     Reserved(
         "dataset_type",
-        "sft, rl, midtrain",
-        lambda v: v != "distill",
-        "use dataset_type: distill; it is the only objective so far",
+        "sft, midtrain",
+        lambda v: v in ("sft", "midtrain"),
+        "use dataset_type: distill or rl",
     ),
     Reserved(
         "data.train_file",
         "{teacher: ...}",
         lambda v: any(source.teacher is not None for source in v),
         "use one teacher for all datasets: teacher.path",
-    ),
-    Reserved(
-        "teacher.agentic", "true", lambda v: v is True, "remove the key; there are no tools yet"
     ),
     Reserved(
         "algorithm.adv_estimator",
@@ -55,13 +52,6 @@ RESERVED = (
     ),
     Reserved("algorithm.kl_baseline", "expected", lambda v: v != "none", "use kl_baseline: none"),
     Reserved("algorithm.kl_discount", "above 0", lambda v: v != 0, "use kl_discount: 0"),
-    Reserved(
-        "rollout.max_turns",
-        "above 1",
-        lambda v: v is not None and v > 1,
-        "use max_turns: 1; there are no tools yet",
-    ),
-    Reserved("rollout.mcp_url", "any", bool, "remove the key; there are no tools yet"),
 )
 
 SEVERAL_STUDENTS = ("model.path", "a list of several")

@@ -334,7 +334,7 @@ class SamplerSection(Section):
         le=1,
         **described(
             "vllm: share of the card for its weights and KV cache.",
-            "0.9 with a card of its own, 0.35 on a shared one",
+            "0.9 with a card of its own, 0.35 on a shared one, 0.8 in turns",
         ),
     )
     max_num_seqs: Positive = Field(default=256, **described("vllm: completions in flight at once."))
@@ -461,6 +461,13 @@ class Config(Section):
         default=0, ge=0, lt=2**63, **described("All random numbers of the run come from it.")
     )
     output_dir: Text = Field(default="runs", **described("Where run folders are made."))
+    residency: Literal["auto", "resident", "time_shared"] = Field(
+        default="auto",
+        **described(
+            "Sampler, teacher and trainer on one card: all at once, or in turns, those that wait in main memory. "
+            "`auto` takes turns where all at once would not fit."
+        ),
+    )
     wandb_project: Text | None = Field(default=None, **described("Log to this W&B project.", "off"))
     wandb_name: Text | None = Field(
         default=None, **described("Name of the run in W&B.", "the run's name")

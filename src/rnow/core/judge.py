@@ -1,23 +1,23 @@
-"""``llm_judge``: ask an OpenAI-compatible endpoint for a number."""
+"""``llm_judge``: ask an OpenAI-compatible endpoint for a number.
+
+The network modules are imported when a judge is asked: most rewards never do, and this file is imported in every process
+that runs them.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import http.client
 import json
 import math
 import os
 import re
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 DEFAULT_MODEL = "gpt-4o-mini"
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
@@ -25,8 +25,6 @@ _MAX_ANSWER_BYTES = 1 << 20
 _MAX_JUDGES = 32
 _ATTEMPTS = 3
 _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
-
-_secrets: ContextVar[Mapping[str, str] | None] = ContextVar("judge_secrets", default=None)
 
 
 class JudgeError(RuntimeError):
@@ -39,16 +37,6 @@ class _Request:
     api_key: str | None
     payload: Mapping[str, Any]
     timeout: float
-
-
-@contextmanager
-def judge_secrets(secrets: Mapping[str, str]) -> Iterator[None]:
-    """Let ``llm_judge`` find its key and address in the project's secrets while this is open."""
-    token = _secrets.set(secrets)
-    try:
-        yield
-    finally:
-        _secrets.reset(token)
 
 
 async def llm_judge(
@@ -70,7 +58,7 @@ async def llm_judge(
         model: default ``OPENAI_MODEL``, else ``gpt-4o-mini``.
         system: extra instruction for the judge.
         base_url: address of the endpoint up to ``/v1``; default ``OPENAI_BASE_URL``, else OpenAI.
-        api_key: default ``OPENAI_API_KEY``. These names are looked up in the project's ``.env``, then in the environment.
+        api_key: default ``OPENAI_API_KEY``. These names are looked up in the environment, where rnow puts what the project's ``.env`` says of them.
         timeout: seconds for the whole call, retries included.
 
     Raises:
@@ -96,18 +84,21 @@ async def llm_judge(
     request = _Request(
         url=address.rstrip("/") + "/chat/completions", api_key=key, payload=payload, timeout=timeout
     )
+    import asyncio
+
     loop = asyncio.get_running_loop()
     answer = await loop.run_in_executor(_executor(), _ask, request)
     return _read_score(answer, minimum, maximum)
 
 
 def _setting(name: str) -> str | None:
-    secrets = _secrets.get()
-    return (secrets.get(name) if secrets else None) or os.environ.get(name) or None
+    return os.environ.get(name) or None
 
 
 @cache
 def _executor() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor
+
     # asyncio's own pool has only a few threads on a small machine; judging is waiting, not computing.
     return ThreadPoolExecutor(_MAX_JUDGES, thread_name_prefix="judge")
 
@@ -128,6 +119,9 @@ def _score_schema(minimum: float, maximum: float) -> dict[str, Any]:
 
 def _ask(request: _Request) -> str:
     """The judge's text. Runs in a thread."""
+    import http.client
+    import urllib.error
+
     deadline = time.monotonic() + request.timeout
     payload = dict(request.payload)
     attempt = 0
@@ -156,6 +150,8 @@ def _ask(request: _Request) -> str:
 
 
 def _post(request: _Request, payload: Mapping[str, Any], *, timeout: float) -> str:
+    import urllib.request
+
     if not request.url.startswith(("http://", "https://")):
         raise JudgeError(
             f"the judge's address must start with http:// or https://, not {request.url}"

@@ -130,6 +130,7 @@ def compare_tokenizers(
     conversations: Sequence[Sequence[Message]] = (),
     student_ids: Sequence[Sequence[int]] | None = None,
     reasoning_mode: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     where: str = "teacher.path",
 ) -> TokenizerAgreement:
     """Whether the teacher would read the student's tokens as the student means them.
@@ -141,6 +142,7 @@ def compare_tokenizers(
     Args:
         texts: prompt name -> rendered prompt (the student's template).
         conversations: messages of the first prompts, for the comparison of the templates.
+        tools: shown with them.
         student_ids: the student's ids of ``texts``, in order, if known already.
         where: the setting to name in errors.
 
@@ -157,7 +159,7 @@ def compare_tokenizers(
         _compare_prompts(student, teacher, texts, student_ids, where)
         vocabulary = _compare_vocabularies(student, teacher, warnings, where)
     stops = _compare_stops(student, teacher, student_dir, teacher_dir, vocabulary, warnings, where)
-    warnings += _compare_templates(student, teacher, conversations, reasoning_mode)
+    warnings += _compare_templates(student, teacher, conversations, reasoning_mode, tools)
     return TokenizerAgreement(vocabulary=vocabulary, stop_token_ids=stops, warnings=tuple(warnings))
 
 
@@ -297,15 +299,16 @@ def _compare_templates(
     teacher: Any,
     conversations: Sequence[Sequence[Message]],
     reasoning_mode: str | None,
+    tools: Sequence[Mapping[str, Any]] | None,
 ) -> list[str]:
     if student.chat_template == teacher.chat_template or not conversations:
         return []
     if not teacher.chat_template:
         return ["the teacher has no chat template; the student's is used for both"]
     for messages in conversations:
-        ours = render_text(student, messages, reasoning_mode=reasoning_mode)
+        ours = render_text(student, messages, reasoning_mode=reasoning_mode, tools=tools)
         try:
-            theirs = render_text(teacher, messages, reasoning_mode=reasoning_mode)
+            theirs = render_text(teacher, messages, reasoning_mode=reasoning_mode, tools=tools)
         except Exception as error:  # jinja's errors, and whatever a template raises by itself
             return [
                 f"the teacher's chat template refuses a prompt ({one_line(error)}); the student's is used for both"

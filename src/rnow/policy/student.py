@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from rnow.algorithm.records import Batch, MicroBatch, SkipReason, UpdateResult
 from rnow.algorithm.schedule import ScheduleName, learning_rate
 from rnow.algorithm.shaping import shape_advantages
 from rnow.models.loading import CausalLM, out_of_memory
+from rnow.models.offload import Offload, Tensors, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.policy.lora import attach_lora, trainable_parameters
 from rnow.policy.metrics import PassTrace
@@ -96,6 +97,9 @@ class LoraPolicy:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
+        self._offload = Offload(
+            frozen=lambda: tensors_of(self.model), live=self._live, what="the trainer"
+        )
 
     # ---- the update -------------------------------------------------------------------------------------------
 
@@ -105,6 +109,7 @@ class LoraPolicy:
         A non-finite loss or gradient never reaches the optimizer: that update is skipped and reported. So is a batch
         without a loss token (all rollouts of the step failed).
         """
+        self._offload.check_awake()
         if batch.num_loss_tokens == 0:
             return UpdateResult(metrics={}, logprobs={}, skipped="no tokens")
         first: PassTrace | None = None
@@ -245,7 +250,8 @@ class LoraPolicy:
         return {"updates": self.updates, "moments": moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict()``."""
+        """Continue from ``state_dict()``. Not while asleep."""
+        self._offload.check_awake()
         self.updates = int(state["updates"])
         self._adamw.state.clear()
         moments = state["moments"]
@@ -257,6 +263,29 @@ class LoraPolicy:
                     "exp_avg": moments[f"{saved}.exp_avg"].to(parameter.device).clone(),
                     "exp_avg_sq": moments[f"{saved}.exp_avg_sq"].to(parameter.device).clone(),
                 }
+
+    # ---- sharing a card ----------------------------------------------------------------------------------------
+
+    async def sleep(self) -> None:
+        """Move base, adapter and optimizer to main memory. Adapter and state can be read there."""
+        self._offload.sleep()
+
+    async def wake(self) -> None:
+        """Move everything back, bit for bit. Does nothing when awake.
+
+        Raises:
+            RnowError: the card has no room.
+        """
+        self._offload.wake()
+
+    def take_along(self, tensors: Tensors) -> None:
+        """Move these too: what a sampler made of the base, and keeps for itself."""
+        self._offload.take_along(tensors)
+
+    def _live(self) -> Iterator[Tensor]:
+        yield from self._parameters.values()
+        for state in self._adamw.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def _saved_name(name: str) -> str:

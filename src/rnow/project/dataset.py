@@ -79,6 +79,7 @@ def load_dataset(
     dataset_type: str,
     known_rewards: Collection[str] = (),
     known_tools: Collection[str] | None = (),
+    dockerfiles: Collection[str] = (),
     base_dir: Path,
     val_split: float = 0.0,
     seed: int = 0,
@@ -91,6 +92,7 @@ def load_dataset(
         dataset_type: ``distill``, ``sft`` or ``rl``; it decides what a row must end with.
         known_rewards: names of the project's reward functions.
         known_tools: names of its tools; None = not known before the run.
+        dockerfiles: the x of its ``Dockerfile.x``.
         val_split: share of each dataset that is held out, chosen by ``seed``. At least one row of each when above 0, and
             at least one row of each is trained on.
         shuffle: a new order every epoch; False keeps the order of the files.
@@ -105,7 +107,10 @@ def load_dataset(
             fix="use dataset_type: distill",
         )
     rules = RowRules(
-        dataset_type=dataset_type, known_rewards=known_rewards, known_tools=known_tools
+        dataset_type=dataset_type,
+        known_rewards=known_rewards,
+        known_tools=known_tools,
+        dockerfiles=dockerfiles,
     )
     prompts: list[Prompt] = []
     held_out: list[Prompt] = []
@@ -182,6 +187,8 @@ def _prompt(dataset: str, source: str, number: int, row: Row) -> Prompt:
         tools=row.tools,
         metadata=row.metadata,
         variables=row.variables,
+        docker=row.docker,
+        docker_env=row.docker_env,
         source=source,
         line=row.line,
     )
@@ -197,6 +204,8 @@ def _canonical(dataset: int, prompt: Prompt) -> bytes:
         prompt.metadata,
         prompt.variables,
     ]
+    if prompt.docker is not None:
+        value += [prompt.docker, prompt.docker_env]
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return text.encode() + b"\n"
 

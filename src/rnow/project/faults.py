@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rnow.errors import DataError, InputError, NotYetSupported
+from rnow.hosting.text import did_you_mean, escape
+
+__all__ = ["Fault", "FaultList", "did_you_mean", "escape", "excerpt"]
 
 MAX_SHOWN = 10
 _EXCERPT_WIDTH = 60
@@ -67,14 +68,6 @@ class FaultList:
         )
 
 
-def escape(text: str) -> str:
-    """``text`` with everything that could move a terminal's cursor or hide itself written as an escape."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
-
-
 def excerpt(text: str, column: int | None = 1) -> str:
     """At most 60 characters of ``text`` around ``column`` (from 1), ``...`` where it was cut.
 
@@ -98,11 +91,3 @@ def excerpt(text: str, column: int | None = 1) -> str:
             break
         after.append(escaped)
     return ("..." if start else "") + "".join(before + after) + ("..." if end < len(text) else "")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean "x"?)``, or "" when nothing known is close."""
-    candidates: Sequence[str] = sorted(known)
-    by_lower = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f' (did you mean "{by_lower[close[0]]}"?)' if close else ""

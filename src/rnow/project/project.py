@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.config import Config
-from rnow.core.reward import RewardSpec
-from rnow.errors import InputError, NotYetSupported
+from rnow.errors import InputError
+from rnow.hosting.functions import FunctionInfo
 from rnow.project.dataset import Dataset, load_dataset
 from rnow.project.secrets import load_secrets
 from rnow.project.user_code import load_rewards
 
+TOOLS_FILE = "tools.py"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
-    """What a folder holds beside its config: prompts, reward functions by name, and secrets by name."""
+    """What a folder holds beside its config: prompts, reward functions by name, and secrets by name. ``agentic``: the
+    student has tools."""
 
     folder: Path
     dataset: Dataset
-    rewards: Mapping[str, RewardSpec] = field(default_factory=dict)
+    rewards: Mapping[str, FunctionInfo] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-    has_tools: bool = False
+    agentic: bool = False
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -30,39 +33,51 @@ class Project:
         return self.dataset.warnings
 
 
-def load_project(folder: Path, config: Config) -> Project:
+def is_agentic(folder: Path, config: Config) -> bool:
+    """Whether the student has tools: there is a tools.py or an mcp_url, and ``teacher.agentic`` does not say no.
+
+    Raises InputError where it says yes and there is neither.
+    """
+    wanted = None if config.teacher is None else config.teacher.agentic
+    found = (Path(folder) / TOOLS_FILE).is_file() or bool(config.rollout.mcp_url)
+    if wanted and not found:
+        raise InputError(
+            "teacher.agentic is true, but there are no tools",
+            where="teacher.agentic",
+            why="there is neither a tools.py beside config.yml nor a rollout.mcp_url",
+            fix="write one of them, or remove teacher.agentic",
+        )
+    return found and wanted is not False
+
+
+def load_project(folder: Path, config: Config, *, tools: Collection[str] = ()) -> Project:
     """Read and check the whole folder; nothing is written and no model is touched.
+
+    Args:
+        tools: names of everything the student can call, for the rows that name some.
 
     Raises InputError (DataError, NotYetSupported) for the first part that is not usable.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}", fix="give the project folder with -d")
-    has_tools = (folder / "tools.py").is_file()
-    if has_tools and not _tools_are_off(config):
-        raise NotYetSupported(
-            "this version does not call the tools of tools.py",
-            where="tools.py",
-            fix="set teacher.agentic: false to train without them, or move tools.py away",
-        )
+    agentic = is_agentic(folder, config)
+    has_tools = (folder / TOOLS_FILE).is_file() or bool(config.rollout.mcp_url)
     secrets = load_secrets(folder)
-    rewards = load_rewards(folder)
+    rewards = load_rewards(folder, secrets=secrets)
     data = config.data
     dataset = load_dataset(
         data.sources,
         dataset_type=config.dataset_type,
         known_rewards=rewards,
         # With the tools switched off, the names in the rows are neither used nor checked.
-        known_tools=None if has_tools else (),
+        known_tools=tools if agentic or not has_tools else None,
+        dockerfiles=[path.name.removeprefix("Dockerfile.") for path in folder.glob("Dockerfile.*")],
         base_dir=folder,
         val_split=data.val_split,
         seed=config.seed,
         shuffle=data.shuffle,
     )
     return Project(
-        folder=folder, dataset=dataset, rewards=rewards, secrets=secrets, has_tools=has_tools
+        folder=folder, dataset=dataset, rewards=rewards, secrets=secrets, agentic=agentic
     )
-
-
-def _tools_are_off(config: Config) -> bool:
-    return config.teacher is not None and config.teacher.agentic is False

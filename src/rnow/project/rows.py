@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,12 @@ ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = frozenset(
     ("messages", "rewards", "tools", "metadata", "variables", "docker", "docker_env", "text")
 )
+LOCAL_IMAGE = "local/"
+"""Before the x of the project's own ``Dockerfile.x``."""
+
+# What docker accepts as an image reference, so that no value can read as one of its options.
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ROLE_HINTS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ROLE_HINTS |= {"developer": "system", "function": "tool"}
 
@@ -23,12 +30,13 @@ class RowRules:
     """What the run expects of its rows.
 
     ``known_rewards`` are the functions of rewards.py; ``known_tools`` those of tools.py, or None when they cannot be
-    known before the run (an MCP server lists its own).
+    known before the run (an MCP server lists its own). ``dockerfiles`` are the x of the project's ``Dockerfile.x``.
     """
 
     dataset_type: str
     known_rewards: Collection[str] = ()
     known_tools: Collection[str] | None = ()
+    dockerfiles: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +48,8 @@ class Row:
     tools: tuple[str, ...] | None
     metadata: Mapping[str, Any]
     variables: Mapping[str, Any]
+    docker: str | None = None
+    docker_env: Mapping[str, str] = field(default_factory=dict)
     line: int | None = None
 
 
@@ -78,7 +88,8 @@ def check_row(value: Any, rules: RowRules, *, line: int | None = None) -> Row | 
     variables = _object(value, "variables", check)
     rewards = _rewards(value, check)
     tools = _tools(value, check)
-    _docker(value, check)
+    docker = _docker(value, check)
+    docker_env = _docker_env(value, check)
     if check.faults:
         return check.faults
     return Row(
@@ -87,6 +98,8 @@ def check_row(value: Any, rules: RowRules, *, line: int | None = None) -> Row | 
         tools=tools,
         metadata=metadata,
         variables=variables,
+        docker=docker,
+        docker_env=docker_env,
         line=line,
     )
 
@@ -260,23 +273,41 @@ def _tools(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...] | None:
     return names
 
 
-def _docker(row: Mapping[str, Any], check: _Checker) -> None:
-    if row.get("docker") is not None:
-        if not isinstance(row["docker"], str):
-            check.fault(
-                ("docker",), f'"docker" is the name of an image, not {_kind(row["docker"])}'
-            )
-        else:
-            check.fault(
-                ("docker",),
-                '"docker" is not supported yet',
-                fix='remove "docker" and "docker_env" from these rows',
-                unsupported=True,
-            )
-    elif row.get("docker_env") is not None:
+def _docker(row: Mapping[str, Any], check: _Checker) -> str | None:
+    image = row.get("docker")
+    if image is None:
+        return None
+    if not isinstance(image, str) or not _IMAGE.fullmatch(image):
+        shown = f'"{_short(image)}"' if isinstance(image, str) else _kind(image)
+        check.fault(("docker",), f'"docker" is the name of an image, not {shown}')
+        return None
+    local = image.removeprefix(LOCAL_IMAGE)
+    if local != image and local not in check.rules.dockerfiles:
+        known = check.rules.dockerfiles
+        check.fault(
+            ("docker",),
+            f'"{_short(image)}" needs a Dockerfile.{_short(local)} beside config.yml{did_you_mean(local, known)}',
+            fix="write it, or name an image of a registry",
+        )
+    return image
+
+
+def _docker_env(row: Mapping[str, Any], check: _Checker) -> Mapping[str, str]:
+    value = _object(row, "docker_env", check)
+    if value and row.get("docker") is None:
         check.fault(
             ("docker_env",), '"docker_env" needs "docker"', fix='add "docker", or remove it'
         )
+    for name, text in value.items():
+        if not isinstance(text, str):
+            check.fault(
+                ("docker_env", name),
+                f'"docker_env" holds texts; {_short(name)} is {_kind(text)}',
+                fix="write it in quotes",
+            )
+        elif not _VARIABLE.fullmatch(name):
+            check.fault(("docker_env",), f'"{_short(name)}" is no name of a variable')
+    return value
 
 
 _KINDS: Sequence[tuple[Callable[[Any], bool], str]] = (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from rnow.errors import InputError
+from rnow.hosting.text import redact
 
-_MIN_LENGTH = 4
+__all__ = ["load_secrets", "redact"]
 
 
 def load_secrets(folder: Path) -> dict[str, str]:
@@ -30,14 +30,3 @@ def load_secrets(folder: Path) -> dict[str, str]:
             fix="write it as UTF-8 text, one NAME=value per line",
         ) from None
     return {name: value for name, value in values.items() if value}
-
-
-def redact(text: str, secrets: Mapping[str, str]) -> str:
-    """``text`` with every secret value replaced by ``[NAME]``, longest first.
-
-    Values under four characters are left: replacing "1" everywhere would hide the text and protect nothing.
-    """
-    for name, value in sorted(secrets.items(), key=lambda item: (-len(item[1]), item[0])):
-        if len(value) >= _MIN_LENGTH and value in text:
-            text = text.replace(value, f"[{name}]")
-    return text

@@ -13,6 +13,7 @@ from rnow.errors import RnowError
 from rnow.protocols import Environment, Sampler
 from rnow.types import (
     Completion,
+    EndReason,
     Message,
     Prompt,
     Purpose,
@@ -78,7 +79,7 @@ class RolloutSettings:
 async def collect_rollouts(
     prompts: Sequence[Prompt],
     sampler: Sampler,
-    environments: Callable[[Prompt], Environment],
+    environments: Callable[[Prompt, int], Environment],
     settings: RolloutSettings,
     *,
     step: int,
@@ -142,7 +143,7 @@ async def _run_rollout(
     prompt: Prompt,
     index: int,
     sampler: Sampler,
-    environments: Callable[[Prompt], Environment],
+    environments: Callable[[Prompt, int], Environment],
     settings: RolloutSettings,
     step: int,
     store: RolloutStore | None,
@@ -171,12 +172,11 @@ class _Episode:
         self._turns: list[Turn] = []
         self._messages: list[Message] = []
 
-    async def run(self, environments: Callable[[Prompt], Environment]) -> Rollout:
+    async def run(self, environments: Callable[[Prompt, int], Environment]) -> Rollout:
         try:
-            environment = environments(self._prompt)
+            environment = environments(self._prompt, self._index)
             try:
-                async with asyncio.timeout(self._settings.timeout):
-                    rollout = await self._play(environment)
+                rollout = await self._play_in_time(environment)
             except BaseException:
                 # What went wrong first is what must be heard of: a sampler's failure ends the step.
                 with suppress(Exception):
@@ -187,14 +187,24 @@ class _Episode:
         except (RnowError, _SamplerFailed):
             raise
         except Exception as error:
-            return self._rollout("failed", f"{type(error).__name__}: {error}")
+            return self._rollout("failed", "failed", f"{type(error).__name__}: {error}")
+
+    async def _play_in_time(self, environment: Environment) -> Rollout:
+        try:
+            async with asyncio.timeout(self._settings.timeout) as deadline:
+                return await self._play(environment)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            told = f"took longer than rollout.rollout_timeout ({self._settings.timeout:g} s)"
+            return self._rollout("failed", "failed", told)
 
     async def _play(self, environment: Environment) -> Rollout:
         observation = await environment.start()
         while True:
             self._append(observation, False, (0.0,) * len(observation))
             if len(self._token_ids) >= self._settings.window:
-                return self._rollout("truncated")
+                return self._rollout("truncated", "window")
             completion = await self._complete()
             self._append(completion.token_ids, True, completion.logprobs)
             step = await environment.step(completion)
@@ -204,9 +214,10 @@ class _Episode:
                 Turn(observation_token_ids=observation, completion=completion, text=text)
             )
             if completion.finish_reason == "length":
-                return self._rollout("truncated")
+                full = len(self._token_ids) >= self._settings.window
+                return self._rollout("truncated", "window" if full else "length")
             if step.done:
-                return self._rollout("completed")
+                return self._rollout("completed", step.end_reason or "answer")
             observation = step.observation_token_ids
 
     async def _complete(self) -> Completion:
@@ -231,7 +242,9 @@ class _Episode:
         self._loss_mask.extend([sampled] * len(token_ids))
         self._logprobs.extend(logprobs)
 
-    def _rollout(self, status: RolloutStatus, error: str | None = None) -> Rollout:
+    def _rollout(
+        self, status: RolloutStatus, end_reason: EndReason, error: str | None = None
+    ) -> Rollout:
         return Rollout(
             prompt_id=self._prompt.id,
             index=self._index,
@@ -241,6 +254,7 @@ class _Episode:
             turns=tuple(self._turns),
             messages=tuple(self._messages),
             status=status,
+            end_reason=end_reason,
             error=error,
         )
 

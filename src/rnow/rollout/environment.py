@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from rnow.types import Completion, Message
+from rnow.errors import InputError
+from rnow.rollout.observation import Observations
+from rnow.rollout.rendering import ToolDescription, template_shows_tools
+from rnow.rollout.tool_calls import (
+    MAX_CALLS,
+    THINK_CLOSE,
+    THINK_OPEN,
+    ParsedTurn,
+    ToolCallFormat,
+    detect_format,
+    parse_turn,
+)
+from rnow.types import Completion, EndReason, Message, ToolCall, ToolResult
+
+RunCall = Callable[[ToolCall], Awaitable[ToolResult]]
+
+# Enough ids to spell an open <think> and the blanks after it, one letter each.
+_OPENING = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What an environment answers to the student's turn: see ``EnvironmentStep``."""
+    """What an environment answers to the student's turn: see ``EnvironmentStep``.
+
+    Attributes:
+        tool_calls: how many calls of this turn were answered, the unreadable ones included.
+        tool_failures: how many of those answers say that something failed.
+    """
 
     observation_token_ids: tuple[int, ...]
     messages: tuple[Message, ...]
     done: bool
+    end_reason: EndReason | None = None
+    tool_calls: int = 0
+    tool_failures: int = 0
 
 
 class SingleTurn:
@@ -38,7 +65,257 @@ class SingleTurn:
     async def step(self, completion: Completion) -> Step:
         """See ``Environment.step``."""
         answer = {"role": "assistant", "content": self._decode(completion.token_ids)}
-        return Step(observation_token_ids=(), messages=(answer,), done=True)
+        cut = completion.finish_reason == "length"
+        return Step(
+            observation_token_ids=(),
+            messages=(answer,),
+            done=True,
+            end_reason="length" if cut else "answer",
+        )
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+class Dialogue:
+    """How the student and one set of tools talk: shared by all rollouts that have these tools. See ``load_dialogue``."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tools: Sequence[ToolDescription],
+        format: ToolCallFormat,
+        observations: Observations,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._format = format
+        self._schemas: Mapping[str, Mapping[str, Any]] = {
+            str(tool["function"]["name"]): tool["function"].get("parameters", {}) for tool in tools
+        }
+        self._hidden = _special_ids(tokenizer) - {
+            tokenizer.convert_tokens_to_ids(marker)
+            for marker in (*format.markers, THINK_OPEN, THINK_CLOSE)
+        }
+        self.observations = observations
+
+    @property
+    def format(self) -> ToolCallFormat:
+        """The format in which the student writes calls."""
+        return self._format
+
+    def text_of(self, completion: Completion) -> str:
+        """What the student wrote: control tokens left out but those that mark calls and thinking."""
+        ids = completion.token_ids
+        ids = ids[:-1] if completion.finish_reason == "stop" else ids
+        shown = [token for token in ids if token not in self._hidden]
+        return self._tokenizer.decode(
+            shown, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def parse(self, text: str, *, turn: int, inside_thinking: bool, max_calls: int) -> ParsedTurn:
+        """The calls of one turn: see ``parse_turn``."""
+        return parse_turn(
+            text,
+            self._format,
+            turn=turn,
+            inside_thinking=inside_thinking,
+            schemas=self._schemas,
+            max_calls=max_calls,
+        )
+
+    def opens_thinking(self, token_ids: Sequence[int]) -> bool:
+        """Whether a context that ends with these ids has the student begin inside ``<think>``."""
+        text = self._tokenizer.decode(
+            list(token_ids[-_OPENING:]),
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        return text.rstrip().endswith(THINK_OPEN)
+
+
+def load_dialogue(
+    tokenizer: Any,
+    tools: Sequence[ToolDescription],
+    *,
+    stop_token_ids: Sequence[int],
+    reasoning_mode: str | None = None,
+) -> Dialogue:
+    """Everything a ``ToolEnvironment`` needs of the student's tokenizer.
+
+    Args:
+        tokenizer: with a chat template.
+        tools: as rendered in the prompts that this is for: see ``describe_tools``. May be empty.
+        stop_token_ids: every id that ends the student's turn.
+        reasoning_mode: as in ``render_prompt``.
+
+    Raises:
+        InputError: the template does not show tools, writes calls in a format that rnow does not read, or has no way
+            to express the answers of tools.
+    """
+    if not template_shows_tools(tokenizer, tools):
+        raise InputError(
+            "the student's chat template does not show tools to the student",
+            title="Template without tools",
+            where="model.path",
+            why="the student would never learn which tools it has",
+            fix="use a model that was made for tools, or give a local copy of it a chat_template.jinja that prints `tools`",
+        )
+    format = detect_format(tokenizer, tools)
+    observations = Observations(
+        tokenizer,
+        tools,
+        call_id=format.call_id,
+        stop_token_ids=stop_token_ids,
+        reasoning_mode=reasoning_mode,
+    )
+    return Dialogue(tokenizer, tools, format, observations)
+
+
+class ToolEnvironment:
+    """A conversation in which the student may call tools, over several turns; single use.
+
+    The calls of one turn run at the same time and are answered in the order they were written. A turn that was cut by
+    length runs none, and neither does the last turn that is allowed: nobody would read the answers.
+
+    Args:
+        prompt_token_ids: the rendered prompt, tools included.
+        dialogue: of these tools; shared.
+        run_call: runs a call that could be read. What the tool or the student did wrong is in its result; what it raises
+            fails the rollout.
+        max_turns: turns of the student, at least 1.
+        termination_policy: ``last_tool`` ends with an answer without a call; ``max_turns`` goes on until there were
+            ``max_turns`` turns (``Observations.after_answer`` says how).
+        max_calls: calls of one turn that run; the rest gets one answer.
+        release: called when the episode is over, however it ended.
+    """
+
+    def __init__(
+        self,
+        prompt_token_ids: tuple[int, ...],
+        dialogue: Dialogue,
+        run_call: RunCall,
+        *,
+        max_turns: int,
+        termination_policy: Literal["last_tool", "max_turns"] = "last_tool",
+        max_calls: int = MAX_CALLS,
+        release: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._prompt_token_ids = prompt_token_ids
+        self._dialogue = dialogue
+        self._run_call = run_call
+        self._max_turns = max_turns
+        self._to_the_end = termination_policy == "max_turns"
+        self._max_calls = max_calls
+        self._release = release
+        self._turn = 0
+        self._observed: Sequence[int] = prompt_token_ids
+
+    async def start(self) -> tuple[int, ...]:
+        """See ``Environment.start``."""
+        return self._prompt_token_ids
+
+    async def step(self, completion: Completion) -> Step:
+        """See ``Environment.step``."""
+        text = self._dialogue.text_of(completion)
+        if completion.finish_reason == "length":
+            return _end({"role": "assistant", "content": text}, "length")
+        parsed = self._dialogue.parse(
+            text,
+            turn=self._turn,
+            inside_thinking=self._dialogue.opens_thinking(self._observed),
+            max_calls=self._max_calls,
+        )
+        self._turn += 1
+        said = _assistant_message(parsed)
+        if not parsed.calls and not self._to_the_end:
+            return _end(said, "answer")
+        if self._turn >= self._max_turns:
+            return _end(said, "max_turns")
+        ended_by = completion.token_ids[-1]
+        if not parsed.calls:
+            observed, between = self._dialogue.observations.after_answer(ended_by)
+            return self._go_on(observed, (said, *between))
+        results = await self._run(parsed.calls)
+        answers = [
+            _tool_message(call, result) for call, result in zip(parsed.calls, results, strict=True)
+        ]
+        observed = self._dialogue.observations.after_tools(answers, ended_by)
+        return self._go_on(observed, (said, *answers), results)
+
+    async def close(self) -> None:
+        """See ``Environment.close``. What runs a call holds its tool."""
+        if self._release is not None:
+            await self._release()
+
+    def _go_on(
+        self,
+        observed: tuple[int, ...],
+        messages: tuple[Message, ...],
+        results: Sequence[ToolResult] = (),
+    ) -> Step:
+        self._observed = observed
+        return Step(
+            observation_token_ids=observed,
+            messages=messages,
+            done=False,
+            tool_calls=len(results),
+            tool_failures=sum(result.failed for result in results),
+        )
+
+    async def _run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._answer(call)) for call in calls]
+        except BaseExceptionGroup as failures:
+            raise _first_cause(failures) from failures
+        return [task.result() for task in tasks]
+
+    async def _answer(self, call: ToolCall) -> ToolResult:
+        if call.error is not None:
+            return ToolResult(content=f"Error: {call.error}", failed=True)
+        return await self._run_call(call)
+
+
+def _end(said: Message, reason: EndReason) -> Step:
+    return Step(observation_token_ids=(), messages=(said,), done=True, end_reason=reason)
+
+
+def _assistant_message(parsed: ParsedTurn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+    if parsed.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": dict(call.arguments)},
+            }
+            | ({} if call.error is None else {"error": call.error})
+            for call in parsed.calls
+        ]
+    return message
+
+
+def _tool_message(call: ToolCall, result: ToolResult) -> dict[str, Any]:
+    message: dict[str, Any] = {
+        "role": "tool",
+        "name": call.name,
+        "tool_call_id": call.id,
+        "content": result.content,
+    }
+    if result.failed:
+        message["failed"] = True
+        if result.detail is not None:
+            message["detail"] = result.detail
+    return message
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+
+def _first_cause(failures: BaseExceptionGroup) -> BaseException:
+    error = failures.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

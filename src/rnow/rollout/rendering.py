@@ -3,41 +3,97 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from rnow.protocols import Tool
 from rnow.types import Message
 
 ZERO_WIDTH = "\u200b"
 
 _THINKING_OFF = frozenset({"disabled", "none"})
+_ROUNDS = 8
+
+ToolDescription = Mapping[str, Any]
+"""What a chat template is told of a tool: ``{"type": "function", "function": {"name", "description", "parameters"}}``."""
+
+
+def describe_tools(tools: Iterable[Tool]) -> tuple[dict[str, Any], ...]:
+    """The tools as chat templates read them."""
+    return tuple(
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": dict(tool.parameters),
+            },
+        }
+        for tool in tools
+    )
 
 
 def render_prompt(
-    tokenizer: Any, messages: Sequence[Message], *, reasoning_mode: str | None = None
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    reasoning_mode: str | None = None,
+    tools: Sequence[ToolDescription] | None = None,
 ) -> tuple[int, ...]:
     """Token ids of a conversation with the assistant's turn opened.
 
-    Text of the conversation cannot become a control token: see ``neutralise``.
+    Text of the conversation and of the tools cannot become a control token: see ``neutralise``.
 
     Args:
         tokenizer: a HuggingFace tokenizer with a chat template.
         messages: the conversation, ending with anything but an assistant message.
-        reasoning_mode: passed to the template as ``enable_thinking`` / ``reasoning_effort``, where it reads them.
+        reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
+            reads them.
+        tools: descriptions of the tools the student may call; none, or an empty sequence, for a prompt without.
     """
-    text = render_text(tokenizer, messages, reasoning_mode=reasoning_mode)
+    text = render_text(tokenizer, messages, reasoning_mode=reasoning_mode, tools=tools)
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def render_text(
-    tokenizer: Any, messages: Sequence[Message], *, reasoning_mode: str | None = None
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    reasoning_mode: str | None = None,
+    tools: Sequence[ToolDescription] | None = None,
+    generation_prompt: bool = True,
 ) -> str:
-    """The conversation as the chat template writes it, before tokenisation."""
-    controls = control_pattern(tokenizer)
-    safe = [_safe_message(message, controls) for message in messages]
+    """The conversation as the chat template writes it, before tokenisation.
+
+    Args:
+        generation_prompt: whether the assistant's next turn is opened. The rest as in ``render_prompt``.
+    """
+    inert = _inert_text(tokenizer)
     return tokenizer.apply_chat_template(
-        safe, tokenize=False, add_generation_prompt=True, **_reasoning_switches(reasoning_mode)
+        [_safe_message(message, inert) for message in messages],
+        tools=[_safe(tool, inert) for tool in tools] if tools else None,
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+        **_reasoning_switches(reasoning_mode),
     )
+
+
+def template_text(tokenizer: Any, *, tools: bool) -> str:
+    """The source of the chat template that is used for prompts with, or without, tools: a tokenizer may have two."""
+    return str(tokenizer.get_chat_template(tools=[{}] if tools else None))
+
+
+def template_shows_tools(tokenizer: Any, tools: Sequence[ToolDescription]) -> bool:
+    """Whether a prompt names every tool. A template that ignores ``tools`` leaves the student ignorant of them."""
+    messages = [{"role": "user", "content": "hi"}]
+    inert = _inert_text(tokenizer)
+    try:
+        without = render_text(tokenizer, messages)
+        shown = render_text(tokenizer, messages, tools=tools)
+    except Exception:  # a template that refuses tools does not show them
+        return False
+    names = [inert(str(tool["function"]["name"])) for tool in tools]
+    return all(shown.count(name) > without.count(name) for name in names)
 
 
 def control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
@@ -68,27 +124,77 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     )
 
 
-def _safe_message(message: Message, controls: re.Pattern[str] | None) -> dict[str, Any]:
+def _inert_text(tokenizer: Any) -> Callable[[str], str]:
+    """``neutralise`` for one tokenizer, cached on it. Also mends what only shows after the tokenizer's normaliser ran (it may
+    turn look-alike letters into a control token), and lone surrogates, which no tokenizer takes."""
+    if not hasattr(tokenizer, "_rnow_inert_text"):
+        tokenizer._rnow_inert_text = _make_inert_text(tokenizer)
+    return tokenizer._rnow_inert_text
+
+
+def _make_inert_text(tokenizer: Any) -> Callable[[str], str]:
+    controls = control_pattern(tokenizer)
+    normalise, hidden = _normalised_controls(tokenizer)
+
+    def inert(text: str) -> str:
+        text = neutralise(mend_surrogates(text), controls)
+        if normalise is None or hidden is None:
+            return text
+        for _ in range(_ROUNDS):
+            normal = normalise(text)
+            if not hidden.search(normal):
+                return text
+            # The normaliser might drop a zero-width space; it cannot drop the blanks between all letters.
+            text = neutralise(hidden.sub(lambda match: " ".join(match.group()), normal), controls)
+        return hidden.sub("", normalise(text))
+
+    return inert
+
+
+def _normalised_controls(
+    tokenizer: Any,
+) -> tuple[Callable[[str], str] | None, re.Pattern[str] | None]:
+    """The tokenizer's normaliser, and what matches the added tokens that it looks for after normalising."""
+    normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normaliser is None:
+        return None, None
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    texts = {normaliser.normalize_str(token.content) for token in added if token.normalized}
+    longest_first = sorted((text for text in texts if len(text.strip()) > 1), key=len, reverse=True)
+    if not longest_first:
+        return None, None
+    return normaliser.normalize_str, re.compile("|".join(map(re.escape, longest_first)))
+
+
+def mend_surrogates(text: str) -> str:
+    """``text`` with surrogate pairs joined and lone ones replaced by U+FFFD; other text unchanged."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _safe_message(message: Message, inert: Callable[[str], str]) -> dict[str, Any]:
     # Templates print more than the content: names, reasoning, the arguments of tool calls.
-    safe = {
-        key: value if key == "role" else _safe(value, controls) for key, value in message.items()
-    }
+    safe = {key: value if key == "role" else _safe(value, inert) for key, value in message.items()}
     return safe | {"content": "" if safe.get("content") is None else safe["content"]}
 
 
-def _safe(value: Any, controls: re.Pattern[str] | None) -> Any:
+def _safe(value: Any, inert: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return neutralise(value, controls)
+        return inert(value)
     if isinstance(value, Mapping):
-        return {_safe(key, controls): _safe(item, controls) for key, item in value.items()}
+        return {_safe(key, inert): _safe(item, inert) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [_safe(item, controls) for item in value]
+        return [_safe(item, inert) for item in value]
     return value
 
 
 def _reasoning_switches(reasoning_mode: str | None) -> dict[str, Any]:
+    # Qwen reads `enable_thinking`, DeepSeek V3.1 `thinking`, others the effort.
     if reasoning_mode is None:
         return {}
     if reasoning_mode in _THINKING_OFF:
-        return {"enable_thinking": False}
-    return {"enable_thinking": True, "reasoning_effort": reasoning_mode}
+        return {"enable_thinking": False, "thinking": False}
+    return {"enable_thinking": True, "thinking": True, "reasoning_effort": reasoning_mode}

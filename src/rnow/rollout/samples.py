@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from rnow.types import Prompt, Rollout, Sample, ScoredGroup
 
 
+def rollout_id(prompt_id: str, index: int) -> str:
+    """The key of one rollout within a step."""
+    return f"{prompt_id}#{index}"
+
+
 def sample_id(prompt: Prompt, rollout: Rollout) -> str:
     """The key under which everything about one rollout of a step is filed."""
-    return f"{prompt.id}#{rollout.index}"
+    return rollout_id(prompt.id, rollout.index)
 
 
 def build_samples(scored: Sequence[ScoredGroup]) -> list[Sample]:

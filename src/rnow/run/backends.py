@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from rnow.errors import ConfigError
-from rnow.models.loading import CausalLM, choose_device, choose_dtype
+from rnow.errors import ConfigError, ModelError
+from rnow.models.loading import CausalLM, choose_device, take_apart
+from rnow.models.offload import tensors_of
 from rnow.models.resolve import ResolvedModel
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
 from rnow.protocols import Sampler, Teacher
 from rnow.run.choices import sampler_backend, student_share, teacher_backend, teacher_share
 from rnow.run.folder import RunFolder
-from rnow.run.models import load_student, load_teacher_model, student_quantization
+from rnow.run.models import dtype_name, load_student, load_teacher_model, sampler_format
 from rnow.run.parts import batch_bytes
+from rnow.run.plan import taking_turns
 from rnow.run.prepare import Prepared
+from rnow.run.residency import Residency, ServedSleeper
 from rnow.sampling.transformers import TransformersSampler
+from rnow.teacher.base import BaseTeacher
 from rnow.teacher.transformers import TransformersTeacher
 
 if TYPE_CHECKING:
+    from rnow.sampling.vllm_probe import Reference
     from rnow.sampling.vllm_sampler import VllmSampler
     from rnow.teacher.vllm import VllmTeacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
-    """The models of a run, awake.
+    """The models of a run, loaded; ``gpu.only`` wakes them.
 
     Attributes:
         student: the base that ``policy`` adapts.
         trainer_as_teacher: the student's own weights behind the Teacher protocol.
-        teacher_sampler: answers with the teacher, for evaluation; None where that is switched off or the teacher is served.
+        teacher_sampler: answers with the teacher, for evaluation; None where that is switched off.
+        gpu: has the part awake that works, where they take turns on one card.
         sampler_facts: what the summary says of the sampler.
         poll: raises when a stop was asked for.
     """
@@ -44,6 +51,7 @@ class Backends:
     trainer_as_teacher: Teacher
     teacher: Teacher | None
     teacher_sampler: Sampler | None
+    gpu: Residency
     sampler_facts: dict[str, str | None]
     poll: Callable[[], None]
 
@@ -70,29 +78,43 @@ async def load_backends(
     """
     config = prepared.config
     vocabulary = prepared.preflight.vocabulary
+    gpu, turns = Residency(), taking_turns(prepared, run_folder.path)
     vllm = None
     if sampler_backend(config) == "vllm":
         announce("starting vLLM for the student")
-        vllm = build_vllm_sampler(prepared, run_folder)
+        vllm = build_vllm_sampler(prepared, run_folder, time_shared="sampler" in turns)
         stack.callback(vllm.close)
         started = vllm.start()
         if choose_device(config.model.device).type == "cuda":
             # vLLM measures what is free on the card while it starts: nobody else may be loading meanwhile.
             started.result()
-    announce("loading the student")
-    student = load_student(config, prepared.student, vocabulary)
+        if "sampler" in turns:
+            gpu.add("sampler", vllm)
     facts: dict[str, str | None]
     sampler: Sampler
+    await gpu.clear()
+    announce("loading the student")
+    student = load_student(config, prepared.student, vocabulary)
     if vllm is not None:
         kind = "server" if config.sampler.url or config.sampler.mode == "server" else "engine"
         sampler, facts = vllm, {"backend": "vllm", "mode": kind}
+        vllm.watch(probe_reference(student), tolerance=trainer_tolerance(student))
+        policy = build_policy(prepared, student, poll)
     else:
         # Before the policy: in merged mode it copies the base as it is before PEFT wraps it.
         embedded = TransformersSampler.for_student(
             student, batch_bytes=batch_bytes(prepared), poll=poll
         )
         sampler, facts = embedded, {"backend": "transformers", "mode": f"{embedded.mode} weights"}
-    policy = build_policy(prepared, student, poll)
+        policy = build_policy(prepared, student, poll)
+        policy.take_along(lambda: tensors_of(embedded.model))
+    if turns:
+        facts["residency"] = "time_shared"
+        gpu.add("trainer", policy)
+        if vllm is None:
+            gpu.add("sampler", policy)  # which draws with the trainer's weights
+        if prepared.teacher is None:
+            gpu.add("teacher", policy)  # whose own base is the reference
 
     def as_teacher(lm: CausalLM) -> TransformersTeacher:
         return TransformersTeacher(
@@ -103,19 +125,34 @@ async def load_backends(
         )
 
     teacher: Teacher | None = None
-    teacher_sampler = None
+    teacher_sampler: Sampler | None = None
     if prepared.teacher is not None and config.teacher is not None:
         if teacher_backend(config.teacher) == "vllm":
             announce("starting vLLM for the teacher")
-            teacher = await _start_vllm_teacher(prepared, prepared.teacher, run_folder, stack, poll)
+            if in_turns := "teacher" in turns:
+                await gpu.clear()
+            served = await _start_vllm_teacher(
+                prepared, prepared.teacher, run_folder, stack, poll, time_shared=in_turns
+            )
+            teacher = served
+            if in_turns:
+                gpu.add("teacher", ServedSleeper(served))
+            if config.evaluation.teacher:
+                teacher_sampler = _served_teacher_sampler(prepared, prepared.teacher, served)
         else:
             announce("loading the teacher")
+            if "teacher" in turns:
+                await gpu.clear()
             lm = load_teacher_model(config.teacher, prepared.teacher, vocabulary)
-            teacher = as_teacher(lm)
+            teacher = loaded = as_teacher(lm)
+            if "teacher" in turns:
+                gpu.add("teacher", loaded)
             if config.evaluation.teacher:
                 teacher_sampler = TransformersSampler(
                     lm, mode=None, batch_bytes=batch_bytes(prepared), poll=poll
                 )
+    elif config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
+        teacher = BaseTeacher(as_teacher(student), policy.model.disable_adapter)
     return Backends(
         student=student,
         policy=policy,
@@ -123,15 +160,53 @@ async def load_backends(
         trainer_as_teacher=as_teacher(student),
         teacher=teacher,
         teacher_sampler=teacher_sampler,
+        gpu=gpu,
         sampler_facts=facts,
         poll=poll,
     )
 
 
-def build_vllm_sampler(prepared: Prepared, run_folder: RunFolder) -> VllmSampler:
-    """The vLLM sampler of the config; nothing is started yet."""
+def probe_reference(student: CausalLM) -> Reference:
+    """The trainer's side of a probe: the student with its adapter as it is, at temperature 1."""
+    cut = TransformersTeacher(student)
+    whole = TransformersTeacher(take_apart(student.model, vocabulary=sys.maxsize))
+
+    def score(token_ids: Sequence[int], masked: bool) -> list[float]:
+        found = (cut if masked else whole).compute_logprobs(token_ids)
+        return [value for value in found if value is not None]
+
+    return score
+
+
+def trainer_tolerance(student: CausalLM) -> float:
+    """How far vLLM may be off for the way in which the trainer holds the student."""
+    from rnow.sampling.vllm_probe import tolerance_of
+
+    dtype = str(student.head.weight.dtype).removeprefix("torch.")
+    return tolerance_of(dtype, student.quantization).trainer
+
+
+def probe_ids(prepared: Prepared) -> tuple[int, ...]:
+    """The beginning of the run's first prompt; nothing where the window holds no two tokens and one more."""
+    from rnow.sampling.vllm_probe import MAX_PROBE_TOKENS
+
+    preflight = prepared.preflight
+    first = next(iter(preflight.prompt_token_ids.values()), ())
+    ids = tuple(first[: min(MAX_PROBE_TOKENS, preflight.window - 1)])
+    return ids if len(ids) > 1 else ()
+
+
+def build_vllm_sampler(
+    prepared: Prepared, run_folder: RunFolder, *, time_shared: bool = False
+) -> VllmSampler:
+    """The vLLM sampler of the config; nothing is started yet.
+
+    Args:
+        time_shared: it takes turns on its card, and must be able to sleep.
+    """
     from rnow.sampling.vllm_engine import VllmEngineSampler
     from rnow.sampling.vllm_server import VllmServerSampler
+    from rnow.sampling.vllm_settings import VllmSettings
 
     config, section = prepared.config, prepared.config.sampler
     if section.url is None and find_spec("vllm") is None:
@@ -141,33 +216,32 @@ def build_vllm_sampler(prepared: Prepared, run_folder: RunFolder) -> VllmSampler
             fix="pip install 'rnow-local[vllm]', or set sampler.backend: transformers",
         )
     device = choose_device(config.model.device)
-    dtype = section.dtype if section.dtype != "auto" else config.model.dtype
-    quantization = section.quantization
-    if quantization == "auto":
-        quantization = student_quantization(config, device)
-    common = {
-        "vocabulary": prepared.preflight.vocabulary,
-        "work_dir": run_folder.path / "vllm",
-        "log": run_folder.path / "vllm-student.log",
-        "dtype": str(choose_dtype(dtype, device)).removeprefix("torch."),
-        "quantization": quantization,
-        "max_model_len": prepared.preflight.window,
-        "gpu_memory_utilization": student_share(config),
-        "max_num_seqs": section.max_num_seqs,
-        "tensor_parallel_size": section.tensor_parallel_size,
-        "enforce_eager": section.enforce_eager or device.type == "cpu",
-        "enable_prefix_caching": section.enable_prefix_caching,
-        "trust_remote_code": config.model.trust_remote_code,
-        "max_lora_rank": config.model.qlora_rank,
-    }
+    quantization, dtype = sampler_format(config)
+    settings = VllmSettings(
+        local_dir=prepared.student.local_dir,
+        vocabulary=prepared.preflight.vocabulary,
+        work_dir=run_folder.path / "vllm",
+        log=run_folder.path / "vllm-student.log",
+        dtype=dtype,
+        quantization=quantization,
+        max_model_len=prepared.preflight.window,
+        gpu_memory_utilization=student_share(config, time_shared=time_shared),
+        max_num_seqs=section.max_num_seqs,
+        tensor_parallel_size=section.tensor_parallel_size,
+        enforce_eager=section.enforce_eager or device.type == "cpu",
+        enable_prefix_caching=section.enable_prefix_caching,
+        enable_sleep=time_shared,
+        trust_remote_code=config.model.trust_remote_code,
+        max_lora_rank=config.model.qlora_rank,
+        probe=probe_ids(prepared),
+    )
     if section.url is None and section.mode == "engine":
-        return VllmEngineSampler(prepared.student.local_dir, **common)
+        return VllmEngineSampler(settings)
     return VllmServerSampler(
-        prepared.student.local_dir,
+        settings,
         url=section.url,
         api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
         served_model=section.served_model,
-        **common,
     )
 
 
@@ -177,29 +251,37 @@ async def _start_vllm_teacher(
     run_folder: RunFolder,
     stack: ExitStack,
     poll: Callable[[], None],
+    *,
+    time_shared: bool,
 ) -> VllmTeacher:
-    from rnow.teacher.vllm import VllmTeacher
+    from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
 
     section, preflight = prepared.config.teacher, prepared.preflight
     assert section is not None
     temperature = prepared.config.rollout.temperature
     if section.url is not None:
         teacher = VllmTeacher.served(
-            section.url, section.served_model, temperature=temperature, poll=poll
+            section.url,
+            section.served_model,
+            temperature=temperature,
+            api_key=prepared.secret(API_KEY_VARIABLE),
+            poll=poll,
         )
     else:
         device = choose_device(section.device)
         teacher = VllmTeacher.managed(
             resolved.local_dir,
             log=run_folder.path / "vllm-teacher.log",
-            dtype=str(choose_dtype(section.dtype, device)).removeprefix("torch."),
+            dtype=dtype_name(section.dtype, device),
             quantization=section.quantization,
             tensor_parallel_size=section.tensor_parallel_size,
-            gpu_memory_utilization=teacher_share(prepared.config),
+            gpu_memory_utilization=teacher_share(prepared.config, time_shared=time_shared),
+            enable_sleep_mode=time_shared,
             max_num_batched_tokens=section.max_num_batched_tokens,
             max_model_len=preflight.window,
             temperature=temperature,
             trust_remote_code=section.trust_remote_code,
+            samples=prepared.config.evaluation.teacher and bool(prepared.project.dataset.held_out),
             poll=poll,
         )
         stack.callback(teacher.close)
@@ -212,6 +294,21 @@ async def _start_vllm_teacher(
             "its log-probabilities are too low by about that much"
         )
     return teacher
+
+
+def _served_teacher_sampler(
+    prepared: Prepared, resolved: ResolvedModel, teacher: VllmTeacher
+) -> Sampler | None:
+    from rnow.sampling.vllm_server import padded_ids
+
+    vocabulary = prepared.preflight.vocabulary
+    try:
+        return teacher.sampler(
+            vocabulary=vocabulary, padding=padded_ids(resolved.local_dir, vocabulary)
+        )
+    except ModelError as error:
+        prepared.warn(f"the teacher itself is not evaluated: {error.message}")
+        return None
 
 
 def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]) -> LoraPolicy:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import time
-from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,6 +17,7 @@ from rnow.errors import InputError, StopRequested, TemporaryError
 from rnow.models.loading import quiet_libraries
 from rnow.rewards.advantages import rollout_advantages
 from rnow.run import changes
+from rnow.run.agents import run_anywhere
 from rnow.run.backends import Backends, load_backends
 from rnow.run.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.run.choices import uses_vllm
@@ -29,8 +27,15 @@ from rnow.run.files import replace_file, replace_json, to_json
 from rnow.run.folder import RunFolder
 from rnow.run.journal import JournalFolder
 from rnow.run.loop import Parts, train
-from rnow.run.parts import build_rewarder, environment_maker, redactor, rollout_settings
-from rnow.run.plan import Plan, build_plan
+from rnow.run.parts import (
+    UserCode,
+    environment_maker,
+    open_user_code,
+    redactor,
+    rollout_settings,
+    single_turns,
+)
+from rnow.run.plan import Plan, build_plan, may_take_turns
 from rnow.run.prepare import Prepared, prepare, unread_settings
 from rnow.run.recorder import Recorder
 from rnow.run.saver import Saver
@@ -86,9 +91,16 @@ def run(
         prepare(config, Path(folder), weights=True),
         warn=lambda *texts: [display.note(f"warning: {text}") for text in texts],
     )
-    found = prepared.project.warnings, prepared.preflight.warnings, unread_settings(config)
+    found = (
+        prepared.project.warnings,
+        prepared.preflight.warnings,
+        unread_settings(config, agentic=prepared.project.agentic),
+    )
     for warning in chain.from_iterable(found):
         display.note(f"warning: {warning}")
+    for notice in prepared.notices:
+        display.note(notice)
+    may_take_turns(config)  # refused before anything is written
     run_folder = prepared.run_folder(fresh=fresh)
     if (finished := _finished(run_folder, prepared)) is not None:
         display.note(f"this run is finished already ({run_folder.path}); --fresh starts over")
@@ -143,7 +155,7 @@ class _Run:
         self._seconds_before = 0.0
 
     def run(self) -> RunSummary:
-        return _run_to_end(self._load_and_train(self._find_checkpoint()))
+        return run_anywhere(self._load_and_train(self._find_checkpoint()))
 
     async def _load_and_train(self, checkpoint: Checkpoint | None) -> RunSummary:
         if uses_vllm(self._config):
@@ -158,7 +170,9 @@ class _Run:
         with self._stop.watch(lambda: self._display.note("stopping at the next safe point ...")):
             self._display.stage("checking the models against each other")
             await self._selfcheck(backends)
-            return await self._train(backends, checkpoint)
+            self._make_folder()  # from here on the run writes
+            async with open_user_code(self._prepared, self._folder.path) as code:
+                return await self._train(backends, checkpoint, code)
 
     def _make_folder(self) -> None:
         self._folder.make()
@@ -167,8 +181,9 @@ class _Run:
             self._refuse_newcomer()
             self._locked = True
 
-    async def _train(self, backends: Backends, checkpoint: Checkpoint | None) -> RunSummary:
-        self._make_folder()  # from here on the run writes
+    async def _train(
+        self, backends: Backends, checkpoint: Checkpoint | None, code: UserCode
+    ) -> RunSummary:
         if not self._reuse_rollouts:
             JournalFolder(self._folder.journal).forget(keep=set())
         if not self._reuse_evaluations:
@@ -177,7 +192,8 @@ class _Run:
         recorder = self._build_recorder()
         self._stack.callback(recorder.close)
         saver = self._build_saver(backends, recorder)
-        done = saver.restore(checkpoint)
+        async with backends.gpu.only("trainer"):
+            done = saver.restore(checkpoint)
         recorder.forget_after(done)
         if checkpoint is not None:
             saved = checkpoint.state.get("counters", {})
@@ -187,7 +203,7 @@ class _Run:
         replace_file(self._folder.config, text.encode())
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
         try:
-            await train(self._build_parts(backends, recorder, saver), done)
+            await train(self._build_parts(backends, recorder, saver, code), done)
         except (StopRequested, TemporaryError) as stop:
             stop.where = stop.where or str(self._folder.path)
             stop.fix = stop.fix or "run the same command again to continue"
@@ -260,16 +276,19 @@ class _Run:
             return False
 
     async def _selfcheck(self, backends: Backends) -> None:
-        backends.sampler.load_policy(backends.policy.adapter(), version=0)
+        async with backends.gpu.only("trainer"):
+            backends.sampler.load_policy(backends.policy.adapter(), version=0)
         settings = rollout_settings(self._prepared, "test", group_size=1)
         found = await run_selfcheck(
             self._prepared.project.dataset.prompts,
             backends.sampler,
             backends.trainer_as_teacher,
             backends.teacher,
-            environment_maker(self._prepared),
+            # One turn tells; the tools are for the run.
+            single_turns(self._prepared),
             replace(settings, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)),
             backends.student.head.vocabulary,
+            backends.gpu,
         )
         for note in found.notes:
             self._display.note(f"warning: {note}")
@@ -302,6 +321,7 @@ class _Run:
             metrics=JsonlMetrics(self._folder.metrics, warn=self._display.note),
             sinks=sinks,
             num_steps=self._prepared.num_steps,
+            agentic=self._prepared.project.agentic,
         )
 
     def _build_store(self) -> CheckpointStore:
@@ -322,36 +342,29 @@ class _Run:
             counters=partial(self._counters, recorder),
         )
 
-    def _build_parts(self, backends: Backends, recorder: Recorder, saver: Saver) -> Parts:
+    def _build_parts(
+        self, backends: Backends, recorder: Recorder, saver: Saver, code: UserCode
+    ) -> Parts:
         config, dataset = self._config, self._prepared.project.dataset
         estimator = config.algorithm.adv_estimator
         assert estimator != "gae", "refused by refuse_reserved"
         return Parts(
             num_steps=self._prepared.num_steps,
             prompts_of=lambda step: dataset.batch(step - 1, config.data.batch_size, config.seed),
-            environments=environment_maker(self._prepared),
+            environments=environment_maker(self._prepared, code),
             settings=replace(
                 rollout_settings(self._prepared, "train", group_size=config.data.group_size),
                 poll=self._stop.poll,
             ),
             sampler=backends.sampler,
-            rewarder=build_rewarder(self._prepared),
+            rewarder=code.rewarder,
             advantages=partial(
                 rollout_advantages, estimator=estimator, scale=config.algorithm.scale_rewards
             ),
             teacher=backends.teacher,
             policy=backends.policy,
-            evaluations=build_evaluations(self._prepared, backends, recorder),
+            gpu=backends.gpu,
+            evaluations=build_evaluations(self._prepared, backends, recorder, code),
             recorder=recorder,
             saver=saver,
         )
-
-
-def _run_to_end(work: Coroutine[Any, Any, RunSummary]) -> RunSummary:
-    """``asyncio.run``, also from inside a running loop (a notebook): then in a thread of its own."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, work).result()

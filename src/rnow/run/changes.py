@@ -11,6 +11,7 @@ from rnow.errors import ConfigError
 # Keys whose change leaves the trained numbers alone.
 FREE = (
     "wandb_project", "wandb_name", "project_id", "project_name", "description", "organization_id", "output_dir",
+    "residency",
     "model.name", "model.description", "evals", "trainer.save_step", "trainer.save_minutes",
     "trainer.keep_checkpoints", "trainer.num_epochs", "trainer.max_steps", "trainer.max_billing",
     "trainer.micro_batch_tokens", "trainer.gradient_checkpointing", "rollout.reward_timeout",
@@ -28,7 +29,11 @@ FACTS = {
     "tokenizer_hash": "the tokenizer",
     "dataset_hash": "the training data",
 }
-WARNED_FACTS = {"rewards_hash": "rewards.py"}
+WARNED_FACTS = {
+    "rewards_hash": "rewards.py",
+    "tools_hash": "tools.py",
+    "tools": "what the student can call",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

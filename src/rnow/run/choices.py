@@ -6,10 +6,13 @@ from importlib.util import find_spec
 
 from rnow.config import Config, TeacherSection
 from rnow.models.loading import choose_device
+from rnow.run.residency import Part
 
 OWN_CARD = 0.9
 SHARED_CARD = 0.35
 """vLLM's share of a card that the trainer, and perhaps the teacher, use too."""
+CARD_IN_TURNS = 0.8
+"""vLLM's share of a card that it has in turns with them: what sleeps leaves a little behind."""
 
 
 def uses_vllm(config: Config) -> bool:
@@ -38,18 +41,46 @@ def teacher_backend(section: TeacherSection) -> str:
     return "transformers" if section.url is None else "vllm"
 
 
-def student_share(config: Config) -> float:
+def student_share(config: Config, *, time_shared: bool = False) -> float:
     """``sampler.gpu_memory_utilization``, or its default. Spread over several cards, vLLM has them to itself."""
     section = config.sampler
     alone = section.tensor_parallel_size > 1
-    return section.gpu_memory_utilization or (OWN_CARD if alone else SHARED_CARD)
+    return section.gpu_memory_utilization or _default_share(alone=alone, time_shared=time_shared)
 
 
-def teacher_share(config: Config) -> float:
+def teacher_share(config: Config, *, time_shared: bool = False) -> float:
     """The same for a teacher that vLLM serves on this machine."""
     section = config.teacher
     assert section is not None
-    alone = section.tensor_parallel_size > 1 or choose_device(section.device) != choose_device(
-        config.model.device
-    )
-    return section.gpu_memory_utilization or (OWN_CARD if alone else SHARED_CARD)
+    alone = section.tensor_parallel_size > 1 or not _same_card(config)
+    return section.gpu_memory_utilization or _default_share(alone=alone, time_shared=time_shared)
+
+
+def _same_card(config: Config) -> bool:
+    """Whether teacher and student are on one device; ``cuda`` is ``cuda:0``."""
+    assert config.teacher is not None
+    names = [str(choose_device(part.device)) for part in (config.model, config.teacher)]
+    return len({"cuda:0" if name == "cuda" else name for name in names}) == 1
+
+
+def _default_share(*, alone: bool, time_shared: bool) -> float:
+    if alone:
+        return OWN_CARD
+    return CARD_IN_TURNS if time_shared else SHARED_CARD
+
+
+def sharers(config: Config) -> frozenset[Part]:
+    """The parts that hold the student's card and could leave it: the trainer, and what shares the card with it.
+
+    An embedded sampler is not one, since it draws with the trainer's weights; nor is a model that somebody else serves, that
+    has another device or that is spread over several.
+    """
+    found: set[Part] = {"trainer"}
+    sampler, teacher = config.sampler, config.teacher
+    if sampler_backend(config) == "vllm" and not sampler.url and sampler.tensor_parallel_size == 1:
+        found.add("sampler")
+    if teacher is not None and not teacher.url and not teacher.device_map:
+        spread = teacher_backend(teacher) == "vllm" and teacher.tensor_parallel_size > 1
+        if _same_card(config) and not spread:
+            found.add("teacher")
+    return frozenset(found)

@@ -11,6 +11,7 @@ from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.rollout.samples import build_samples
 from rnow.run.metrics import reward_metrics, rollout_metrics
+from rnow.run.residency import Part, Residency
 from rnow.types import Prompt, ScoredGroup
 
 PASS_AT = (1, 4, 8)
@@ -26,28 +27,43 @@ class Evaluator:
         success_reward: a rollout whose reward is at least this much counts as passed.
         judged: whether ``teacher_kl`` can be given: sampler and teacher must see the same temperature.
         pass_at: the k of pass@k to report, where there are enough samples.
+        agentic: the student has tools; what it did with them is reported too.
     """
 
     prompts: Sequence[Prompt]
-    environments: Callable[[Prompt], Environment]
+    environments: Callable[[Prompt, int], Environment]
     settings: RolloutSettings
     rewarder: Rewarder
     success_reward: float
     judged: bool = True
     pass_at: tuple[int, ...] = PASS_AT
+    agentic: bool = False
 
-    async def evaluate(self, sampler: Sampler, teacher: Teacher | None) -> dict[str, float]:
+    async def evaluate(
+        self,
+        sampler: Sampler,
+        teacher: Teacher | None,
+        gpu: Residency,
+        *,
+        answering: Part = "sampler",
+    ) -> dict[str, float]:
         """Metrics of one evaluation: ``pass@k``, rewards, lengths, and ``teacher_kl`` when a teacher is given.
 
         ``teacher_kl`` is the mean over sampled tokens of sampler logprob minus teacher logprob.
+
+        Args:
+            answering: whose weights ``sampler`` draws with.
         """
-        groups = await collect_rollouts(
-            self.prompts, sampler, self.environments, self.settings, step=0
-        )
+        async with gpu.only(answering):
+            groups = await collect_rollouts(
+                self.prompts, sampler, self.environments, self.settings, step=0
+            )
         scored = await score_rewards(groups, self.rewarder)
-        metrics = self._pass_at(scored) | reward_metrics(scored) | rollout_metrics(scored)
+        metrics = self._pass_at(scored) | reward_metrics(scored)
+        metrics |= rollout_metrics(scored, agentic=self.agentic)
         if teacher is not None and self.judged:
-            metrics["teacher_kl"] = await self._teacher_kl(scored, teacher)
+            async with gpu.only("teacher"):
+                metrics["teacher_kl"] = await self._teacher_kl(scored, teacher)
         return metrics
 
     def _pass_at(self, scored: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rnow.protocols import Sampler, Teacher
 from rnow.run.evaluate import Evaluator
 from rnow.run.recorder import Recorder
+from rnow.run.residency import Part, Residency
 
 BEFORE, AFTER, TEACHER = "before", "after", "teacher"
 
@@ -36,6 +37,7 @@ class Evaluations:
     sampler: Sampler
     teacher: Teacher | None
     teacher_sampler: Sampler | None
+    gpu: Residency
     recorder: Recorder
 
     async def before(self, done: int) -> None:
@@ -50,7 +52,7 @@ class Evaluations:
         if BEFORE not in known:
             await self._run(BEFORE, self.main, 0, self.sampler, self.teacher)
         if self.teacher_sampler is not None and TEACHER not in known:
-            await self._run(TEACHER, self.main, 0, self.teacher_sampler, None)
+            await self._run(TEACHER, self.main, 0, self.teacher_sampler, None, answering="teacher")
 
     async def after_step(self, step: int) -> None:
         """The scheduled ones that are due."""
@@ -60,7 +62,7 @@ class Evaluations:
                 self.recorder.stage(f"evaluating {scheduled.name}")
                 metrics: dict[str, float] = {}
                 for evaluator in scheduled.evaluators:
-                    metrics |= await evaluator.evaluate(self.sampler, self.teacher)
+                    metrics |= await evaluator.evaluate(self.sampler, self.teacher, self.gpu)
                 self.recorder.evaluated(scheduled.name, step, metrics)
 
     async def after(self, step: int) -> None:
@@ -76,6 +78,9 @@ class Evaluations:
         step: int,
         sampler: Sampler,
         teacher: Teacher | None,
+        *,
+        answering: Part = "sampler",
     ) -> None:
         self.recorder.stage(f"evaluating: {name}")
-        self.recorder.evaluated(name, step, await evaluator.evaluate(sampler, teacher))
+        metrics = await evaluator.evaluate(sampler, teacher, self.gpu, answering=answering)
+        self.recorder.evaluated(name, step, metrics)

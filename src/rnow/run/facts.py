@@ -8,6 +8,8 @@ from typing import Any
 from rnow.config import config_hash, to_dict
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import weights_fingerprint
+from rnow.project.project import TOOLS_FILE
+from rnow.run.agents import DEFAULT_MAX_TURNS
 from rnow.run.backends import Backends
 from rnow.run.files import map_text, sha256_of
 from rnow.run.parts import redactor
@@ -18,7 +20,7 @@ from rnow.run.summary import device_name, versions
 def build_facts(prepared: Prepared) -> dict[str, Any]:
     """What every checkpoint states about its run, JSON-ready, secrets redacted."""
     student, teacher = prepared.student, prepared.teacher
-    rewards = prepared.project.folder / "rewards.py"
+    folder = prepared.project.folder
     return {
         "config": redacted_config(prepared),
         "config_hash": config_hash(prepared.config),
@@ -30,9 +32,15 @@ def build_facts(prepared: Prepared) -> dict[str, Any]:
         "student_weights": weights_fingerprint(student.local_dir),
         "tokenizer_hash": tokenizer_hash(student.local_dir),
         "dataset_hash": prepared.project.dataset.content_hash,
-        "rewards_hash": sha256_of(rewards) if rewards.is_file() else None,
+        "rewards_hash": _hash_of(folder / "rewards.py"),
+        "tools_hash": _hash_of(folder / TOOLS_FILE) if prepared.project.agentic else None,
+        "tools": prepared.tools,
         "versions": versions(),
     }
+
+
+def _hash_of(file: Path) -> str | None:
+    return sha256_of(file) if file.is_file() else None
 
 
 def redacted_config(prepared: Prepared) -> dict[str, Any]:
@@ -50,16 +58,31 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     sampler = ", ".join(value for value in backends.sampler_facts.values() if value)
     lines = [
         f"student: {prepared.student.name}, LoRA rank {config.model.qlora_rank}, base {base}",
-        f"teacher: {'none' if prepared.teacher is None else prepared.teacher.name}",
+        f"teacher: {_teacher_name(prepared)}",
         f"objective: {algorithm.loss_fn}, kl_penalty_coef {algorithm.kl_penalty_coef:g}, "
         f"learning rate {config.trainer.learning_rate:g}",
         f"data: {len(prepared.project.dataset.prompts)} prompts, "
         f"{data.batch_size} x {data.group_size} rollouts per step, {prepared.num_steps} steps",
         f"sampler: {sampler}",
+        *_tool_lines(prepared),
         f"device: {device_name(student.device)}",
         f"run folder: {run_dir}",
     ]
     return [*lines, f"continues: after step {done}"] if done else lines
+
+
+def _teacher_name(prepared: Prepared) -> str:
+    if prepared.teacher is not None:
+        return prepared.teacher.name
+    held = prepared.config.dataset_type == "rl" and prepared.config.algorithm.kl_penalty_coef > 0
+    return "none; the rewards teach, and the base model holds the student near" if held else "none"
+
+
+def _tool_lines(prepared: Prepared) -> list[str]:
+    if not prepared.tools:
+        return []
+    turns = prepared.config.rollout.max_turns or DEFAULT_MAX_TURNS
+    return [f"tools: {', '.join(prepared.tools)}; at most {turns} turns"]
 
 
 def closing_lines(adapter: Path) -> list[str]:

@@ -13,6 +13,7 @@ from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.rollout.samples import build_samples
 from rnow.run.evaluations import Evaluations
 from rnow.run.recorder import Recorder
+from rnow.run.residency import Residency
 from rnow.run.saver import Saver
 from rnow.teacher.score import score_with_teacher
 from rnow.types import Prompt, ScoredGroup
@@ -24,13 +25,14 @@ class Parts:
 
     num_steps: int
     prompts_of: Callable[[int], list[Prompt]]
-    environments: Callable[[Prompt], Environment]
+    environments: Callable[[Prompt, int], Environment]
     settings: RolloutSettings
     sampler: Sampler
     rewarder: Rewarder
     advantages: Callable[[Sequence[ScoredGroup]], Mapping[str, float]]
     teacher: Teacher | None
     policy: Policy
+    gpu: Residency
     evaluations: Evaluations
     recorder: Recorder
     saver: Saver
@@ -39,7 +41,8 @@ class Parts:
 async def train(parts: Parts, done: int) -> None:
     """Train from ``done`` finished steps to the last. A stop request, or a fault that ends the run, saves
     first and is raised on."""
-    parts.sampler.load_policy(parts.policy.adapter(), version=done)
+    async with parts.gpu.only("trainer"):
+        parts.sampler.load_policy(parts.policy.adapter(), version=done)
     try:
         await parts.evaluations.before(done)
         for step in range(done + 1, parts.num_steps + 1):
@@ -56,24 +59,27 @@ async def train(parts: Parts, done: int) -> None:
 
 async def train_step(parts: Parts, step: int) -> None:
     """One batch of prompts, from sampling to the new adapter."""
-    clock = parts.recorder.clock()
-    with clock.stage("rollout"):
-        groups = await collect_rollouts(
-            parts.prompts_of(step),
-            parts.sampler,
-            parts.environments,
-            parts.settings,
-            step=step,
-            store=parts.saver.journal(step),
-        )
+    gpu, clock = parts.gpu, parts.recorder.clock()
+    async with gpu.only("sampler", clock):
+        with clock.stage("rollout"):
+            groups = await collect_rollouts(
+                parts.prompts_of(step),
+                parts.sampler,
+                parts.environments,
+                parts.settings,
+                step=step,
+                store=parts.saver.journal(step),
+            )
     with clock.stage("reward"):
         scored = await score_rewards(groups, parts.rewarder)
         samples = build_samples(scored)
-    with clock.stage("teacher"):
-        evidence = await score_with_teacher(samples, parts.teacher)
-    with clock.stage("update"):
-        training = build_training_samples(samples, parts.advantages(scored), evidence)
-        update = parts.policy.update(build_batch(training))
-    with clock.stage("sync"):
-        parts.sampler.load_policy(parts.policy.adapter(), version=step)
+    async with gpu.only("teacher", clock):
+        with clock.stage("teacher"):
+            evidence = await score_with_teacher(samples, parts.teacher)
+    async with gpu.only("trainer", clock):
+        with clock.stage("update"):
+            training = build_training_samples(samples, parts.advantages(scored), evidence)
+            update = parts.policy.update(build_batch(training))
+        with clock.stage("sync"):
+            parts.sampler.load_policy(parts.policy.adapter(), version=step)
     parts.recorder.record(step, scored, evidence, update, clock)

@@ -6,13 +6,15 @@ so a run usually stays below them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from rnow.models.shape import ModelShape
+from rnow.run.residency import Part
 
 Stage = Literal["always", "sampling", "teacher", "update"]
+Residence = Literal["resident", "time_shared"]
 Quantization = Literal["none", "nf4", "int8"]
 
 FLOAT32 = 4
@@ -23,8 +25,15 @@ SAMPLING_LOGIT_BYTES = 4 * 8
 """Per row and vocabulary entry while drawing a token: logits, log-probabilities and a float64 cumulative sum."""
 HEAD_COPIES = 3
 """Buffers of one chunk's size in the head: logits, probabilities and the gradient's weights."""
+ENGINE_WORK = 10**9
+"""What a vLLM takes of its share before any cache: activations, CUDA graphs, buffers."""
+ENGINE_ASLEEP = 1.5e9
+"""What a vLLM that sleeps still holds of a card: its CUDA context and graphs."""
 LAYER_NORM_COPIES = 6
 """Hidden-state sized tensors that a block keeps for its backward pass beside the linear layers' inputs and outputs."""
+
+
+_STAGE_OF: dict[Part, Stage] = {"sampler": "sampling", "teacher": "teacher", "trainer": "update"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +101,13 @@ class MemorySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPart:
-    """One line of the plan: whose, what, when it is held, and its bytes."""
+    """One line of the plan: whose, what, when it is held, its bytes, and who leaves the card with it."""
 
     model: Literal["student", "teacher"]
     name: str
     stage: Stage
     bytes: int
+    owner: Part
 
 
 def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
@@ -106,12 +116,27 @@ def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
     lora = student.shape.lora_parameters(settings.rank) * FLOAT32
     parts: list[MemoryPart] = []
 
-    def add(model: Literal["student", "teacher"], name: str, stage: Stage, amount: float) -> None:
-        parts.append(MemoryPart(model=model, name=name, stage=stage, bytes=round(amount)))
+    def add(
+        model: Literal["student", "teacher"],
+        name: str,
+        stage: Stage,
+        amount: float,
+        owner: Part | None = None,
+    ) -> None:
+        whose: Part = owner or ("trainer" if model == "student" else "teacher")
+        size = round(amount)
+        parts.append(MemoryPart(model=model, name=name, stage=stage, bytes=size, owner=whose))
+
+    def add_engine(model: Literal["student", "teacher"], total: int, owner: Part) -> None:
+        memory = student if model == "student" else teacher
+        if total and memory is not None:
+            add(model, "vLLM weights", "always", memory.weight_bytes, owner)
+            add(model, "vLLM KV cache", "always", engine_cache(memory, total, settings), owner)
+            add(model, "vLLM buffers", "always", ENGINE_WORK, owner)
 
     add("student", "weights", "always", student.weight_bytes)
     if settings.engine is not None:
-        add("student", "vLLM engine", "always", settings.engine)
+        add_engine("student", settings.engine, "sampler")
     elif student.quantization == "none" and student.width == FLOAT32:
         # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
         add("student", "merged copy", "always", student.shape.linear_parameters * FLOAT32)
@@ -123,7 +148,7 @@ def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
     add("student", "activations", "update", _training_activations(settings))
     add("student", "head buffers", "update", _head_bytes(student, settings))
     if teacher is not None and settings.teacher_engine is not None:
-        add("teacher", "vLLM server", "always", settings.teacher_engine)
+        add_engine("teacher", settings.teacher_engine, "teacher")
     elif teacher is not None:
         add("teacher", "weights", "always", teacher.weight_bytes)
         add("teacher", "activations", "teacher", _scoring_activations(teacher, settings))
@@ -140,15 +165,59 @@ def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
     return always + by_stage[stage], stage
 
 
-def savings(settings: MemorySettings, models: Sequence[str]) -> list[tuple[str, int]]:
+def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
+    """The same where the parts in ``turns`` are on the card one at a time; the others are always there."""
+    found: list[tuple[int, Stage]] = []
+    for owner, own_stage in _STAGE_OF.items():
+        if owner not in turns or all(part.owner != owner for part in parts):
+            continue
+        there = [part for part in parts if part.owner == owner or part.owner not in turns]
+        most, stage = peak(there)
+        if all(part.stage == "always" for part in there):
+            stage = own_stage
+        found.append((most + _asleep(parts, turns, owner), stage))
+    return max(found, default=peak(parts))
+
+
+def least(parts: Sequence[MemoryPart], turns: Collection[Part] = ()) -> int:
+    """What is held however short the sequences are: at all times, or with ``turns`` by the largest of them."""
+    return peak_in_turns([part for part in parts if part.stage == "always"], turns)[0]
+
+
+def _asleep(parts: Sequence[MemoryPart], turns: Collection[Part], awake: Part) -> int:
+    engines = {part.owner for part in parts if part.name.startswith("vLLM")}
+    return round(ENGINE_ASLEEP * len((engines & set(turns)) - {awake}))
+
+
+def engine_cache(model: ModelMemory, total: int, settings: MemorySettings) -> int:
+    """Bytes of a vLLM's KV cache: what its weights and buffers leave of ``total``, one longest sequence at least."""
+    one = settings.window * kv_bytes(model)
+    return max(one, total - round(model.weight_bytes) - ENGINE_WORK)
+
+
+def engine_least(model: ModelMemory, settings: MemorySettings) -> int:
+    """Bytes without which a vLLM does not start: weights, buffers and the cache of one longest sequence."""
+    return engine_cache(model, 0, settings) + round(model.weight_bytes) + ENGINE_WORK
+
+
+def kv_bytes(model: ModelMemory) -> int:
+    """Bytes of the keys and values of one token."""
+    return 2 * model.shape.layers * model.shape.kv_width * model.width
+
+
+def savings(
+    settings: MemorySettings, models: Sequence[str], turns: Collection[Part] = ()
+) -> list[tuple[str, int]]:
     """Settings that would lower the peak on a device, with the peak each gives alone; the largest saving first.
 
     Args:
         models: which models the device holds, ``student`` and/or ``teacher``.
+        turns: the parts that are there one at a time.
     """
 
     def peak_of(changed: MemorySettings) -> int:
-        return peak([part for part in memory_parts(changed) if part.model in models])[0]
+        parts = [part for part in memory_parts(changed) if part.model in models]
+        return peak_in_turns(parts, turns)[0]
 
     before = peak_of(settings)
     found = [(text, peak_of(changed)) for text, changed in _alternatives(settings)]

@@ -26,14 +26,17 @@ def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
     return metrics
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup] | Sequence[ScoredGroup]) -> dict[str, float]:
-    """``completions/*`` and ``tokens/*`` of a step."""
+def rollout_metrics(
+    groups: Sequence[RolloutGroup] | Sequence[ScoredGroup], *, agentic: bool = False
+) -> dict[str, float]:
+    """``completions/*`` and ``tokens/*`` of a step; with ``agentic``, ``tools/*`` and how the rollouts ended."""
     rollouts = [_rollout(item) for group in groups for item in group.rollouts]
     usable = [rollout for rollout in rollouts if rollout.status != "failed"]
     completion = sum(rollout.completion_tokens for rollout in usable)
     total = sum(len(rollout.token_ids) for rollout in usable)
     count = max(1, len(usable))
-    return {
+    metrics = _agent_metrics(usable) if agentic else {}
+    return metrics | {
         "completions/mean_length": completion / count,
         "completions/truncated_fraction": _count(usable, "truncated") / count,
         "completions/eos_fraction": _ended(usable) / count,
@@ -41,6 +44,23 @@ def rollout_metrics(groups: Sequence[RolloutGroup] | Sequence[ScoredGroup]) -> d
         "tokens/prompt": float(total - completion),
         "tokens/completion": float(completion),
         "tokens/total": float(total),
+    }
+
+
+def _agent_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """``tools/failure_fraction`` is of the calls, the ``rollouts/`` ones of the rollouts; ``last_tool`` is the end by an
+    answer without a call."""
+    answers = [
+        message for rollout in rollouts for message in rollout.messages if message["role"] == "tool"
+    ]
+    count = max(1, len(rollouts))
+    failed = sum(bool(message.get("failed")) for message in answers)
+    return {
+        "tools/calls_per_rollout": len(answers) / count,
+        "tools/failure_fraction": failed / max(1, len(answers)),
+        "rollouts/turns": sum(len(rollout.turns) for rollout in rollouts) / count,
+        "rollouts/last_tool_fraction": sum(r.end_reason == "answer" for r in rollouts) / count,
+        "rollouts/max_turns_fraction": sum(r.end_reason == "max_turns" for r in rollouts) / count,
     }
 
 

@@ -26,6 +26,22 @@ def student_quantization(config: Config, device: torch.device) -> Literal["nf4",
     return chosen
 
 
+def sampler_format(config: Config) -> tuple[Literal["nf4", "none"], str]:
+    """Quantization and dtype in which vLLM is to hold the student's base: the trainer's, unless the config says otherwise."""
+    section, device = config.sampler, choose_device(config.model.device)
+    quantization = section.quantization
+    if quantization == "auto":
+        quantization = student_quantization(config, device)
+    return quantization, dtype_name(
+        section.dtype if section.dtype != "auto" else config.model.dtype, device
+    )
+
+
+def dtype_name(name: str, device: torch.device) -> str:
+    """A dtype of the config with ``auto`` decided, as vLLM spells it."""
+    return str(choose_dtype(name, device)).removeprefix("torch.")
+
+
 def load_teacher_model(
     section: TeacherSection, resolved: ResolvedModel, vocabulary: int
 ) -> CausalLM:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from rnow.errors import InputError
+from rnow.hosting.sandbox import SandboxedHosts, Sandboxes
+from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
 from rnow.protocols import Environment
 from rnow.rewards.runner import RewardRunner
 from rnow.rollout.collect import RolloutSettings
-from rnow.rollout.environment import SingleTurn
+from rnow.rollout.environment import SingleTurn, ToolEnvironment
 from rnow.rollout.rendering import decode
+from rnow.run.agents import DEFAULT_MAX_TURNS, build_toolbox, context_of
+from rnow.run.preflight import tool_names
 from rnow.run.prepare import Prepared
+from rnow.tools.toolbox import Toolbox
 from rnow.types import Prompt, Purpose
 
 DEFAULT_MAX_TOKENS = 4096
@@ -34,22 +43,111 @@ def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -
     )
 
 
-def environment_maker(prepared: Prepared) -> Callable[[Prompt], Environment]:
-    """A fresh episode for a prompt."""
-    preflight = prepared.preflight
-    to_text = partial(decode, preflight.tokenizer)
-    return lambda prompt: SingleTurn(preflight.prompt_token_ids[prompt.id], to_text)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserCode:
+    """The project's own code, awake. ``toolbox`` is None for a project without tools, ``sandboxes`` where no function has
+    ``sandbox=True``."""
+
+    toolbox: Toolbox | None
+    sandboxes: Sandboxes | None
+    rewarder: RewardRunner
 
 
-def build_rewarder(prepared: Prepared) -> RewardRunner:
-    """The project's reward functions, ready to run."""
-    rollout = prepared.config.rollout
+@asynccontextmanager
+async def open_user_code(
+    prepared: Prepared, log_dir: Path | None = None
+) -> AsyncIterator[UserCode]:
+    """The project's tools and rewards, ready to be called; their processes end with the block.
+
+    Args:
+        log_dir: where what they print is kept; None keeps nothing.
+
+    Raises:
+        InputError: a server is not there, or its tools are not those that the prompts were rendered with.
+    """
+    folder, secrets = prepared.project.folder, prepared.project.secrets
+    async with AsyncExitStack() as stack:
+        sandboxes = None
+        if prepared.sandboxed:
+            sandboxes = Sandboxes(folder, log_dir=log_dir, warn=prepared.warn)
+            stack.push_async_callback(sandboxes.close)
+        toolbox = None
+        if prepared.project.agentic:
+            toolbox = build_toolbox(
+                prepared.config,
+                folder,
+                secrets,
+                sandboxes=sandboxes,
+                tokenizer=prepared.preflight.tokenizer,
+                log_dir=log_dir,
+                warn=prepared.warn,
+            )
+            await stack.enter_async_context(toolbox)
+            _refuse_changed(prepared, toolbox)
+        rewarder = _build_rewarder(prepared, sandboxes, log_dir)
+        stack.callback(rewarder.close)
+        yield UserCode(toolbox=toolbox, sandboxes=sandboxes, rewarder=rewarder)
+
+
+def _refuse_changed(prepared: Prepared, toolbox: Toolbox) -> None:
+    if toolbox.schemas() != list(prepared.tools.values()):
+        raise InputError(
+            "the tools changed while the run was starting",
+            where="rollout.mcp_url" if prepared.config.rollout.mcp_url else TOOLS_FILE,
+            fix="start the run again",
+        )
+
+
+def _build_rewarder(
+    prepared: Prepared, sandboxes: Sandboxes | None, log_dir: Path | None
+) -> RewardRunner:
+    rollout, secrets = prepared.config.rollout, prepared.project.secrets
+    log = None if log_dir is None else log_dir / "rewards.log"
+    sandboxed = None
+    if sandboxes is not None:
+        file = prepared.project.folder / "rewards.py"
+        sandboxed = SandboxedHosts(file, "rewards", sandboxes, secrets=secrets, log=log)
     return RewardRunner(
         prepared.project.rewards,
-        secrets=prepared.project.secrets,
+        secrets=secrets,
         timeout=rollout.reward_timeout,
         include_thinking=rollout.include_thinking,
+        log=log,
+        sandboxed=sandboxed,
+        release=None if sandboxes is None else sandboxes.release,
     )
+
+
+def single_turns(prepared: Prepared) -> Callable[[Prompt, int], Environment]:
+    """Episodes that end with the first answer, whatever tools there are."""
+    preflight = prepared.preflight
+    to_text = partial(decode, preflight.tokenizer)
+    return lambda prompt, index: SingleTurn(preflight.prompt_token_ids[prompt.id], to_text)
+
+
+def environment_maker(prepared: Prepared, code: UserCode) -> Callable[[Prompt, int], Environment]:
+    """A fresh episode for a prompt and the index of its rollout."""
+    preflight, rollout = prepared.preflight, prepared.config.rollout
+    without_tools, toolbox = single_turns(prepared), code.toolbox
+
+    def environment(prompt: Prompt, index: int) -> Environment:
+        names = tool_names(prompt, prepared.tools)
+        if toolbox is None or not names:
+            return without_tools(prompt, index)
+        context = context_of(prompt, index)
+        release = None
+        if code.sandboxes is not None:
+            release = partial(code.sandboxes.release, context.rollout_id)
+        return ToolEnvironment(
+            preflight.prompt_token_ids[prompt.id],
+            preflight.dialogues[names],
+            lambda call: toolbox.run(call, context, prompt.tools),
+            max_turns=rollout.max_turns or DEFAULT_MAX_TURNS,
+            termination_policy=rollout.termination_policy,
+            release=release,
+        )
+
+    return environment
 
 
 def redactor(prepared: Prepared) -> Callable[[str], str]:

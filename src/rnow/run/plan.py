@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rnow.errors import ConfigError
 from rnow.models.resolve import ResolvedModel
 from rnow.models.shape import measure
 from rnow.run.memory import (
+    ENGINE_WORK,
     MemoryPart,
     MemorySettings,
     ModelMemory,
     Quantization,
+    Residence,
     Stage,
+    engine_least,
+    least,
     memory_parts,
     peak,
+    peak_in_turns,
     savings,
 )
 from rnow.run.preflight import Preflight
+from rnow.run.residency import Part
 
 if TYPE_CHECKING:
     from rnow.config import Config
     from rnow.project import Dataset
+    from rnow.run.prepare import Prepared
 
+_KINDS: tuple[Residence, ...] = ("resident", "time_shared")
+_NOT_KEPT = ("vLLM KV cache", "vLLM buffers")
 MOMENTS_AND_ADAPTER = 3
 MAX_ADVICE = 4
 
@@ -58,23 +68,36 @@ class ModelPlan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
     """What one device has to hold. ``peak_bytes`` is an estimate at the longest sequences; ``advice`` names settings
-    that lower it, with the peak each gives."""
+    that lower it, with the peak each gives.
+
+    Attributes:
+        residency: whether all of it is there at once or the parts take turns.
+        least_bytes: what is held however short the sequences are.
+        peaks: of both, where there is a choice.
+        lacking: vLLMs whose share of the card is too small for them to start.
+        with_nf4_teacher: the peak of all at once with a 4-bit teacher, where the teacher is none and there is a choice.
+    """
 
     info: DeviceInfo
     parts: tuple[MemoryPart, ...]
     peak_bytes: int
     peak_stage: Stage
     advice: tuple[str, ...]
+    residency: Residence = "resident"
+    least_bytes: int = 0
+    peaks: Mapping[Residence, int] = field(default_factory=dict)
+    lacking: tuple[str, ...] = ()
+    with_nf4_teacher: int | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the estimate is within the free memory."""
-        return self.peak_bytes <= self.info.free_bytes
+        return self.peak_bytes <= self.info.free_bytes and not self.lacking
 
     @property
     def hopeless(self) -> bool:
-        """Whether even what is held at all times is too much; otherwise shorter answers than the longest may fit."""
-        return sum(p.bytes for p in self.parts if p.stage == "always") > self.info.free_bytes
+        """Whether even the least is too much; otherwise shorter answers than the longest may fit."""
+        return self.least_bytes > self.info.free_bytes or bool(self.lacking)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,14 +197,20 @@ def build_plan(
     known = dict(devices or {})
     used = [plan.device for plan in (student_plan, teacher_plan) if plan is not None]
     infos = {name: known.get(name) or describe_device(name) for name in dict.fromkeys(used)}
-    settings = _settings(
-        config,
-        student_memory,
-        teacher_memory,
-        preflight,
-        completion=completion,
-        device=infos[student_device],
-    )
+    turns = may_take_turns(config)
+    settings: dict[Residence, MemorySettings] = {
+        kind: _settings(
+            config,
+            student_memory,
+            teacher_memory,
+            preflight,
+            completion=completion,
+            device=infos[student_device],
+            time_shared=kind == "time_shared",
+        )
+        for kind in _KINDS
+    }
+    plans = _device_plans(config, settings, infos, student_plan, teacher_plan, turns)
     checkpoint = (
         student_memory.shape.lora_parameters(config.model.qlora_rank) * 4 * MOMENTS_AND_ADAPTER
     )
@@ -205,13 +234,55 @@ def build_plan(
         vocabulary=preflight.vocabulary,
         stop_ids=preflight.stop_ids,
         trainable_parameters=student_memory.shape.lora_parameters(config.model.qlora_rank),
-        devices=_device_plans(settings, infos, student_plan, teacher_plan),
+        devices=plans,
         checkpoint_bytes=checkpoint,
         # One more than is kept: the next is complete before the oldest goes.
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
         disk_free_bytes=_free_disk(run_dir),
-        warnings=(*dataset.warnings, *preflight.warnings),
+        warnings=(*dataset.warnings, *preflight.warnings, *_host_warnings(plans, turns)),
     )
+
+
+def may_take_turns(config: Config) -> frozenset[Part]:
+    """The parts that could take turns on the student's card; none where there is nothing to share.
+
+    Raises:
+        ConfigError: turns are asked for on a CPU.
+    """
+    from rnow.models.loading import choose_device
+    from rnow.run.choices import sharers
+
+    if choose_device(config.model.device).type != "cuda":
+        if config.residency == "time_shared":
+            raise ConfigError(
+                "sampler, teacher and trainer can take turns on a CUDA card only",
+                where="residency",
+                why="on a CPU the sleeping ones would wait in the very memory they leave, and vLLM has no sleep mode",
+                fix="set residency: auto",
+            )
+        return frozenset()
+    parts = sharers(config)
+    return parts if len(parts) > 1 and config.residency != "resident" else frozenset()
+
+
+def taking_turns(prepared: Prepared, run_dir: Path) -> frozenset[Part]:
+    """The parts that take turns in this run, by its config and, with ``residency: auto``, by what fits the card now.
+
+    Raises:
+        ConfigError: as ``may_take_turns``.
+    """
+    turns = may_take_turns(prepared.config)
+    if not turns or prepared.config.residency == "time_shared":
+        return turns
+    plan = build_plan(
+        prepared.config,
+        prepared.project.dataset,
+        prepared.student,
+        prepared.teacher,
+        prepared.preflight,
+        run_dir=run_dir,
+    )
+    return turns if plan.devices[0].residency == "time_shared" else frozenset()
 
 
 def describe_device(name: str) -> DeviceInfo:
@@ -284,6 +355,7 @@ def _settings(
     *,
     completion: int,
     device: DeviceInfo,
+    time_shared: bool,
 ) -> MemorySettings:
     """The same defaults as the parts themselves take."""
     from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
@@ -294,7 +366,8 @@ def _settings(
     served = None
     if teacher is not None and config.teacher is not None:
         by_vllm = teacher_backend(config.teacher) == "vllm"
-        served = _engine_bytes(by_vllm, teacher_share(config), teacher, device)
+        share = teacher_share(config, time_shared=time_shared)
+        served = _engine_bytes(by_vllm, share, teacher, device)
         if config.teacher.url is not None:
             teacher = None  # on somebody else's machine
     on_gpu = device.device.startswith("cuda")
@@ -318,7 +391,10 @@ def _settings(
         engine=0
         if config.sampler.url is not None
         else _engine_bytes(
-            sampler_backend(config) == "vllm", student_share(config), student, device
+            sampler_backend(config) == "vllm",
+            student_share(config, time_shared=time_shared),
+            student,
+            device,
         ),
         teacher_engine=served,
         head_buffer=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
@@ -333,34 +409,111 @@ def _engine_bytes(
         return None
     if device.device.startswith("cuda"):
         return round(share * device.total_bytes)
-    return round(model.weight_bytes) + int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")) * 2**30
+    cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")) * 2**30
+    return round(model.weight_bytes) + cache + ENGINE_WORK
 
 
 def _device_plans(
-    settings: MemorySettings,
+    config: Config,
+    settings: Mapping[Residence, MemorySettings],
     infos: Mapping[str, DeviceInfo],
     student: ModelPlan,
     teacher: ModelPlan | None,
+    turns: frozenset[Part],
 ) -> tuple[DevicePlan, ...]:
+    """One plan per device, that of the student first."""
     owners: dict[str, list[Literal["student", "teacher"]]] = {student.device: ["student"]}
     if teacher is not None:
         owners.setdefault(teacher.device, []).append("teacher")
     plans = []
     for device, models in owners.items():
-        parts = tuple(part for part in memory_parts(settings) if part.model in models)
-        most, stage = peak(parts)
-        advice: tuple[str, ...] = ()
-        if most > infos[device].free_bytes:
-            advice = tuple(
-                f"{setting}  (peak {format_bytes(after)})"
-                for setting, after in savings(settings, models)[:MAX_ADVICE]
-            )
-        plans.append(
-            DevicePlan(
-                info=infos[device], parts=parts, peak_bytes=most, peak_stage=stage, advice=advice
-            )
-        )
+        here = turns if device == student.device else frozenset()
+        kinds = _KINDS if here else _KINDS[:1]
+        found = {
+            kind: _device_plan(settings[kind], infos[device], models, kind, here) for kind in kinds
+        }
+        chosen = found["resident"]
+        if here and (config.residency == "time_shared" or not chosen.fits):
+            chosen = found["time_shared"]
+        peaks = {kind: plan.peak_bytes for kind, plan in found.items()} if here else {}
+        smaller = _with_nf4_teacher(settings["resident"], models) if here else None
+        plans.append(replace(chosen, peaks=peaks, with_nf4_teacher=smaller))
     return tuple(plans)
+
+
+def _with_nf4_teacher(
+    settings: MemorySettings, models: Collection[Literal["student", "teacher"]]
+) -> int | None:
+    teacher = settings.teacher
+    if teacher is None or "teacher" not in models or teacher.quantization == "nf4":
+        return None
+    if settings.teacher_engine is not None:
+        return None  # it takes its share of the card, however it stores its weights
+    changed = replace(settings, teacher=replace(teacher, quantization="nf4"))
+    return peak([part for part in memory_parts(changed) if part.model in models])[0]
+
+
+def _device_plan(
+    settings: MemorySettings,
+    info: DeviceInfo,
+    models: list[Literal["student", "teacher"]],
+    kind: Residence,
+    sharers: frozenset[Part],
+) -> DevicePlan:
+    turns = sharers if kind == "time_shared" else frozenset()
+    parts = tuple(part for part in memory_parts(settings) if part.model in models)
+    most, stage = peak_in_turns(parts, turns)
+    advice: tuple[str, ...] = ()
+    if most > info.free_bytes:
+        advice = tuple(
+            f"{setting}  (peak {format_bytes(after)})"
+            for setting, after in savings(settings, models, turns)[:MAX_ADVICE]
+        )
+    return DevicePlan(
+        info=info,
+        parts=parts,
+        peak_bytes=most,
+        peak_stage=stage,
+        advice=advice,
+        residency=kind,
+        least_bytes=least(parts, turns),
+        lacking=_lacking(settings, models) if info.device.startswith("cuda") else (),
+    )
+
+
+def _lacking(
+    settings: MemorySettings, models: list[Literal["student", "teacher"]]
+) -> tuple[str, ...]:
+    """One line for each vLLM that would not start, for want of memory of its own."""
+    engines = {
+        "student": ("sampler", settings.student, settings.engine),
+        "teacher": ("teacher", settings.teacher, settings.teacher_engine),
+    }
+    lines = []
+    for model in models:
+        section, memory, total = engines[model]
+        if memory is not None and total and total < (needed := engine_least(memory, settings)):
+            lines.append(
+                f"{section}.gpu_memory_utilization gives vLLM {format_bytes(total)}; its weights and one sequence of "
+                f"{settings.window:,} tokens need {format_bytes(needed)}"
+            )
+    return tuple(lines)
+
+
+def _host_warnings(plans: tuple[DevicePlan, ...], turns: frozenset[Part]) -> tuple[str, ...]:
+    """What sleeps must find room in main memory."""
+    warnings = []
+    for plan in plans:
+        if plan.residency == "time_shared":
+            kept = [part for part in plan.parts if part.owner in turns and part.stage == "always"]
+            needed = sum(part.bytes for part in kept if part.name not in _NOT_KEPT)
+            free = _cpu_memory()[1]
+            if needed > free:
+                warnings.append(
+                    f"the parts that sleep need up to {format_bytes(needed)} of main memory, and {format_bytes(free)} "
+                    "are free"
+                )
+    return tuple(warnings)
 
 
 def format_bytes(amount: float) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rnow.run.memory import Stage
+from rnow.run.memory import Residence, Stage
 from rnow.run.plan import DevicePlan, ModelPlan, Plan, format_bytes
 from rnow.run.terminal import bar, escape_control
 
@@ -16,6 +16,10 @@ _STAGES: dict[Stage, str] = {
     "sampling": "while sampling",
     "teacher": "while scoring",
     "update": "in the update",
+}
+_RESIDENCIES: dict[Residence, str] = {
+    "resident": "all at once (residency: resident)",
+    "time_shared": "in turns (residency: time_shared)",
 }
 _BAR_WIDTH = 18
 
@@ -26,6 +30,8 @@ def plan_view(plan: Plan, console: Console) -> RenderableType:
     parts: list[RenderableType] = [_facts(plan)]
     for device in plan.devices:
         parts += [Text(), _memory_table(device, unicode), _verdict(device)]
+        if device.peaks:
+            parts.append(_residency(device))
     parts += [Text(), _disk(plan)]
     for warning in plan.warnings:
         line = Text("warning: ", style="yellow")
@@ -110,10 +116,28 @@ def _verdict(device: DevicePlan) -> RenderableType:
         text = Text(f"does not fit: {peak}, {room}", style="bold red")
     else:
         text = Text(f"may not fit with the longest answers: {peak}, {room}", style="bold yellow")
+    if device.lacking:
+        text.append("".join(f"\n{line}" for line in device.lacking), style="default not bold")
     if not device.advice:
         return text
     lines = "".join(f"\n  {line}" for line in device.advice)
     return text.append(f"\nany of these lowers it:{lines}", style="default not bold")
+
+
+def _residency(device: DevicePlan) -> Text:
+    """Both sums against the card."""
+
+    def line(what: str, most: int) -> str:
+        against = "fits" if most <= device.info.free_bytes else "does not fit"
+        return f"{what}: {format_bytes(most)}, {against}"
+
+    lines = []
+    for kind, most in device.peaks.items():
+        chosen = "  <- chosen" if kind == device.residency else ""
+        lines.append(line(_RESIDENCIES[kind], most) + chosen)
+    if device.with_nf4_teacher is not None:
+        lines.append(line("all at once with teacher.quantization: nf4", device.with_nf4_teacher))
+    return Text("\n".join(lines))
 
 
 def _disk(plan: Plan) -> Text:

@@ -20,11 +20,15 @@ from rnow.models.tokenizer import (
     vocabulary_size,
 )
 from rnow.project.dataset import oversized_rows_error
+from rnow.rollout.environment import Dialogue, load_dialogue
 from rnow.rollout.rendering import render_text
 from rnow.types import Prompt
 
 if TYPE_CHECKING:
     from rnow.config import Config
+
+ToolSchemas = Mapping[str, Mapping[str, Any]]
+"""Name of a tool -> its description as chat templates take it, in the order in which they are shown."""
 
 DEFAULT_WINDOW = 32768
 TEMPLATE_SAMPLES = 8
@@ -48,6 +52,7 @@ class Preflight:
         vocabulary: ids that both models know; at or above it are padding rows.
         window: tokens of a whole conversation.
         prompt_token_ids: prompt id -> its rendered ids, so that the run need not render again.
+        dialogues: the tools a prompt may use, by name -> how they are shown and called; empty without tools.
         warnings: what the user should know, each one sentence.
     """
 
@@ -56,6 +61,7 @@ class Preflight:
     vocabulary: int
     window: int
     prompt_token_ids: Mapping[str, tuple[int, ...]]
+    dialogues: Mapping[tuple[str, ...], Dialogue]
     warnings: tuple[str, ...]
 
     @property
@@ -69,23 +75,26 @@ def run_preflight(
     prompts: Sequence[Prompt],
     student: ResolvedModel,
     teacher: ResolvedModel | None,
+    tools: ToolSchemas | None = None,
 ) -> Preflight:
     """Check the models against each other and every prompt against the window.
 
     Args:
         prompts: all prompts of the run, training and held out.
+        tools: what the student can call, by name; None for a run without tools.
         student, teacher: with their tokenizer files on this machine; weights are not read.
 
     Raises:
         ModelError: the tokenizers or end-of-turn ids differ, or the student has no chat template.
         DataError: prompts that do not fit the window, up to ten with their lines.
-        InputError: the window is larger than a model's limit, or a prompt does not fit the chat template.
+        InputError: the window is larger than a model's limit, a prompt does not fit the chat template, or that template
+            cannot show or answer tools.
     """
     tokenizer = load_tokenizer(student, trust_remote_code=config.model.trust_remote_code)
     require_chat_template(tokenizer, path=student.path, key="model.path")
     window = choose_window(config, student, teacher)
     mode = config.rollout.reasoning_mode
-    texts = _render(tokenizer, prompts, mode)
+    texts = _render(tokenizer, prompts, mode, tools)
     ids = encode_texts(tokenizer, list(texts.values()))
     warnings: list[str] = []
 
@@ -102,11 +111,22 @@ def run_preflight(
             conversations=[prompt.messages for prompt in prompts[:TEMPLATE_SAMPLES]],
             student_ids=ids,
             reasoning_mode=mode,
+            tools=None if tools is None else list(tools.values()),
         )
         vocabulary, stops = agreement.vocabulary, agreement.stop_token_ids
         warnings += agreement.warnings
 
     vocabulary = _cut_to_rows(vocabulary, student, teacher, warnings)
+    dialogues = {
+        names: load_dialogue(
+            tokenizer,
+            [tools[name] for name in names],
+            stop_token_ids=stops,
+            reasoning_mode=mode,
+        )
+        for names in dict.fromkeys(tool_names(prompt, tools) for prompt in prompts)
+        if tools is not None and names
+    }
     token_ids = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
     _check_known(prompts, token_ids, vocabulary)
     warnings += _check_window(config, prompts, token_ids, window)
@@ -120,8 +140,15 @@ def run_preflight(
         vocabulary=vocabulary,
         window=window,
         prompt_token_ids=token_ids,
+        dialogues=dialogues,
         warnings=tuple(warnings),
     )
+
+
+def tool_names(prompt: Prompt, tools: ToolSchemas | None) -> tuple[str, ...]:
+    """The tools that this prompt may use: those its row names, else all, in the order of ``tools``."""
+    allowed = prompt.tools
+    return tuple(name for name in tools or () if allowed is None or name in allowed)
 
 
 def _ignores_reasoning(tokenizer: Any, prompt: Prompt) -> bool:
@@ -171,11 +198,16 @@ def place_of(prompt: Prompt) -> str:
     return f"{prompt.source}, row {prompt.row + 1}" if prompt.source else prompt.id
 
 
-def _render(tokenizer: Any, prompts: Sequence[Prompt], mode: str | None) -> dict[str, str]:
+def _render(
+    tokenizer: Any, prompts: Sequence[Prompt], mode: str | None, tools: ToolSchemas | None
+) -> dict[str, str]:
     texts: dict[str, str] = {}
     for prompt in prompts:
+        shown = [tools[name] for name in tool_names(prompt, tools)] if tools is not None else None
         try:
-            texts[prompt.id] = render_text(tokenizer, prompt.messages, reasoning_mode=mode)
+            texts[prompt.id] = render_text(
+                tokenizer, prompt.messages, reasoning_mode=mode, tools=shown
+            )
         except Exception as error:  # a template raises jinja's errors, or Python's on odd messages
             raise InputError(
                 f"the chat template refuses this conversation: {one_line(error)}",

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rnow.config import Config, refuse_reserved
-from rnow.errors import ConfigError, InputError, NotYetSupported
+from rnow.errors import ConfigError, InputError
+from rnow.hosting.sandbox import check_sandbox
 from rnow.models.ids import check_model_id
+from rnow.models.loading import choose_device
 from rnow.models.resolve import ResolvedModel, resolve_model
 from rnow.project.dataset import Dataset
-from rnow.project.project import Project, load_project
+from rnow.project.project import Project, is_agentic, load_project
+from rnow.project.secrets import load_secrets
+from rnow.run.agents import list_tools
 from rnow.run.choices import sampler_backend, teacher_backend
 from rnow.run.folder import RunFolder, choose_run_folder
-from rnow.run.preflight import Preflight, run_preflight
+from rnow.run.models import dtype_name, sampler_format
+from rnow.run.preflight import Preflight, place_of, run_preflight
+from rnow.serving.nf4 import require_nf4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A project that passed its checks. ``num_steps`` is 0 when nothing is to be trained (``rnow test``)."""
+    """A project that passed its checks. ``num_steps`` is 0 when nothing is to be trained (``rnow test``); ``tools`` are
+    what the student can call, by name; ``sandboxed``: some function has ``sandbox=True``; ``notices`` say where those run."""
 
     config: Config
     project: Project
@@ -29,6 +37,9 @@ class Prepared:
     teacher: ResolvedModel | None
     preflight: Preflight
     num_steps: int
+    tools: Mapping[str, Mapping[str, Any]]
+    sandboxed: bool = False
+    notices: tuple[str, ...] = ()
     warn: Callable[..., None] = lambda *texts: None
 
     def secret(self, name: str) -> str | None:
@@ -60,14 +71,20 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     """
     refuse_reserved(config)
     _check_served(config)
-    _check_timeout(config)
+    _check_nf4(config)
     check_model_id(config.model.path, key="model.path", where="model.path", base_dir=folder)
     if config.teacher is not None:
         check_model_id(
             config.teacher.path, key="teacher.path", where="teacher.path", base_dir=folder
         )
-    project = load_project(folder, config)
+    listed = None
+    if is_agentic(folder, config):
+        listed = list_tools(config, folder, load_secrets(folder))
+    tools = None if listed is None else listed.schemas
+    project = load_project(folder, config, tools=tools or ())
     dataset = project.dataset
+    functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
+    notices = check_sandbox(functions, _images(dataset), folder)
     num_steps = 0
     if training:
         num_steps = count_steps(config, dataset)
@@ -92,7 +109,9 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
             weights=weights and config.teacher.url is None,
             trust_remote_code=config.teacher.trust_remote_code,
         )
-    preflight = run_preflight(config, [*dataset.prompts, *dataset.held_out], student, teacher)
+    preflight = run_preflight(
+        config, [*dataset.prompts, *dataset.held_out], student, teacher, tools
+    )
     return Prepared(
         config=config,
         project=project,
@@ -100,7 +119,19 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
         teacher=teacher,
         preflight=preflight,
         num_steps=num_steps,
+        tools=tools or {},
+        sandboxed=any(info.sandbox for info in functions),
+        notices=tuple(notices),
     )
+
+
+def _images(dataset: Dataset) -> dict[str, str]:
+    """Every image that a row names, with the place of the first."""
+    images: dict[str, str] = {}
+    for prompt in (*dataset.prompts, *dataset.held_out):
+        if prompt.docker is not None:
+            images.setdefault(prompt.docker, place_of(prompt))
+    return images
 
 
 def _check_served(config: Config) -> None:
@@ -123,6 +154,20 @@ def _check_served(config: Config) -> None:
         )
 
 
+def _check_nf4(config: Config) -> None:
+    """Weights in 4 bits that a vLLM of ours could not load."""
+    if sampler_backend(config) == "vllm" and config.sampler.url is None and find_spec("vllm"):
+        quantization, dtype = sampler_format(config)
+        if quantization == "nf4":
+            require_nf4("sampler.quantization", dtype=dtype)
+    teacher = config.teacher
+    if teacher is None or teacher_backend(teacher) == "transformers" or teacher.url is not None:
+        return
+    if teacher.quantization == "nf4" and find_spec("vllm"):
+        dtype = dtype_name(teacher.dtype, choose_device(teacher.device))
+        require_nf4("teacher.quantization", dtype=dtype)
+
+
 # Settings that only one of two backends reads.
 _VLLM_SAMPLER = (
     "mode", "served_model", "dtype", "quantization", "gpu_memory_utilization", "max_num_seqs",
@@ -134,24 +179,38 @@ _VLLM_TEACHER = (
 _LOCAL_TEACHER = ("quantization", "dtype", "device", "device_map", "attn_implementation")
 
 
-def unread_settings(config: Config) -> list[str]:
-    """One warning for each section with settings that the chosen backend does not read."""
+_TOOLS = ("tool_timeout", "max_tool_response")
+
+
+def unread_settings(config: Config, *, agentic: bool) -> list[str]:
+    """One warning for each section with settings that nothing reads: the chosen backend does not, or there are no tools."""
     unread = {}
+    if not agentic:
+        names = _changed(config.rollout, _TOOLS)
+        if (config.rollout.max_turns or 1) > 1 and config.rollout.termination_policy == "last_tool":
+            names.append("max_turns")
+        unread["rollout"] = names, "without tools"
     if sampler_backend(config) == "transformers":
-        unread["sampler"] = _changed(config.sampler, _VLLM_SAMPLER), "sampler.backend transformers"
+        unread["sampler"] = (
+            _changed(config.sampler, _VLLM_SAMPLER),
+            "with sampler.backend transformers",
+        )
     else:
-        unread["sampler"] = _changed(config.sampler, ("batch_memory_gb",)), "sampler.backend vllm"
+        unread["sampler"] = (
+            _changed(config.sampler, ("batch_memory_gb",)),
+            "with sampler.backend vllm",
+        )
     if config.teacher is not None:
         if teacher_backend(config.teacher) == "transformers":
             unread["teacher"] = (
                 _changed(config.teacher, _VLLM_TEACHER),
-                "teacher.backend transformers",
+                "with teacher.backend transformers",
             )
         elif config.teacher.url is not None:
             names = (*_LOCAL_TEACHER, *_VLLM_TEACHER[1:])
-            unread["teacher"] = _changed(config.teacher, names), "a teacher at teacher.url"
+            unread["teacher"] = _changed(config.teacher, names), "with a teacher at teacher.url"
     return [
-        f"{', '.join(f'{section}.{name}' for name in names)} has no effect with {what}"
+        f"{', '.join(f'{section}.{name}' for name in names)} has no effect {what}"
         for section, (names, what) in unread.items()
         if names
     ]
@@ -161,16 +220,6 @@ def _changed(section: Any, names: Sequence[str]) -> list[str]:
     """Those settings of a section that are not at their default."""
     fields = type(section).model_fields
     return [name for name in names if getattr(section, name) != fields[name].default]
-
-
-def _check_timeout(config: Config) -> None:
-    if config.rollout.rollout_timeout is not None and sampler_backend(config) == "transformers":
-        raise NotYetSupported(
-            "the embedded sampler cannot end one rollout before the others",
-            where="rollout.rollout_timeout",
-            why="it decodes all rollouts of a step together",
-            fix="remove rollout.rollout_timeout and bound rollout.max_tokens, or use sampler.backend: vllm",
-        )
 
 
 def _check_evals(config: Config, *, held_out: int) -> None:

@@ -26,6 +26,7 @@ class Recorder:
     Args:
         sinks: further receivers of the metrics, such as W&B.
         num_steps: of the whole run, for the display.
+        agentic: the student has tools.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Recorder:
         metrics: JsonlMetrics,
         sinks: Sequence[Sink],
         num_steps: int,
+        agentic: bool = False,
     ) -> None:
         self._folder = folder
         self._display = display
@@ -44,6 +46,7 @@ class Recorder:
         self._metrics = metrics
         self._sinks = list(sinks)
         self._num_steps = num_steps
+        self._agentic = agentic
         self._skipped = 0
         self.completion_tokens = 0
 
@@ -76,7 +79,8 @@ class Recorder:
         Raises:
             RnowError: the third step in a row brought no finite update.
         """
-        metrics = dict(update.metrics) | reward_metrics(scored) | rollout_metrics(scored)
+        metrics = dict(update.metrics) | reward_metrics(scored)
+        metrics |= rollout_metrics(scored, agentic=self._agentic)
         self._skipped = self._skipped + 1 if update.skipped else 0
         if update.skipped:
             metrics["skipped_updates"] = float(self._skipped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,15 @@ from rnow.errors import InputError, StopRequested
 from rnow.models.loading import quiet_libraries
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import POLL_SECONDS, collect_rollouts
+from rnow.run.agents import run_anywhere
 from rnow.run.files import map_text, to_json
 from rnow.run.metrics import reward_metrics, rollout_metrics
 from rnow.run.models import load_student
 from rnow.run.parts import (
+    UserCode,
     batch_bytes,
-    build_rewarder,
     environment_maker,
+    open_user_code,
     redactor,
     rollout_settings,
 )
@@ -32,7 +35,7 @@ from rnow.run.prepare import prepare
 from rnow.run.signals import StopFlag
 from rnow.run.terminal import escape_control
 from rnow.sampling.transformers import TransformersSampler
-from rnow.types import Prompt, ScoredGroup, ScoredRollout
+from rnow.types import EndReason, Message, Prompt, ScoredGroup, ScoredRollout
 
 FOLDER = "rollouts"
 _ROLLOUT = re.compile(r"rollout_[0-9]+")
@@ -63,8 +66,7 @@ def rehearse(
 
     Writes ``rollouts/rollout_N/sample_K.json`` in the project folder, replacing what an earlier call wrote; nothing else
     in there is touched. Samples with transformers in this process, whatever ``sampler.backend`` says: a few rollouts are
-    drawn before vLLM has started. That sampler decodes all rollouts together, so ``rollout.rollout_timeout`` does not
-    apply.
+    drawn before vLLM has started.
 
     Args:
         limit: the first so many prompts; None for all.
@@ -94,7 +96,6 @@ def rehearse(
     settings = replace(
         rollout_settings(prepared, "test", group_size=config.data.group_size),
         poll=stop.poll,
-        timeout=None,
     )
     with console.status("loading the student ..."):
         student = load_student(config, prepared.student, prepared.preflight.vocabulary)
@@ -103,10 +104,14 @@ def rehearse(
         )
 
     async def sample() -> list[ScoredGroup]:
+        async with open_user_code(prepared) as code:
+            return await sample_with(code)
+
+    async def sample_with(code: UserCode) -> list[ScoredGroup]:
         groups = await collect_rollouts(
-            prompts, sampler, environment_maker(prepared), settings, step=0
+            prompts, sampler, environment_maker(prepared, code), settings, step=0
         )
-        scoring = asyncio.ensure_future(score_rewards(groups, build_rewarder(prepared)))
+        scoring = asyncio.ensure_future(score_rewards(groups, code.rewarder))
         while not scoring.done():
             stop.poll()
             await asyncio.wait([scoring], timeout=POLL_SECONDS)
@@ -119,7 +124,7 @@ def rehearse(
             stop.watch(lambda: console.print("stopping ...")),
             console.status(f"sampling {len(prompts)} x {settings.group_size} rollouts ..."),
         ):
-            scored = asyncio.run(sample())
+            scored = run_anywhere(sample())
             _write(target, scored, config.evaluation.success_reward, redact)
     except StopRequested as stopped:
         stopped.why = stopped.why or "no rollout of this call was written"
@@ -127,7 +132,7 @@ def rehearse(
     for line in _conversations(scored, redact) if verbose else ():
         console.print(line)
     console.print(_table(scored, redact))
-    metrics = reward_metrics(scored) | rollout_metrics(scored)
+    metrics = reward_metrics(scored) | rollout_metrics(scored, agentic=prepared.project.agentic)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
     return Rehearsal(folder=target, metrics=metrics)
 
@@ -232,14 +237,47 @@ def _conversations(scored: Sequence[ScoredGroup], redact: Redact) -> Iterator[st
             yield f"  [cyan]{message['role']}[/]: {_shown(message.get('content'), redact)}"
         for item in group.rollouts:
             index = item.rollout.index
-            total = "" if item.reward is None else f"  [dim]reward {item.reward.total:g}[/]"
             for message in item.rollout.messages:
-                text = _shown(message.get("content"), redact)
-                yield f"  [green]{message['role']} #{index}[/]: {text}{total}"
+                yield from _message_lines(message, index, redact)
+            total = "" if item.reward is None else f", reward {item.reward.total:g}"
+            parts = item.reward.breakdown if item.reward else {}
+            if len(parts) > 1:
+                each = ", ".join(f"{_shown(k, redact)} {value:g}" for k, value in parts.items())
+                total += f" ({each})"
+            turns = len(item.rollout.turns)
+            ending = _ENDINGS[item.rollout.end_reason]
+            yield f"  [dim]#{index}: {turns} turn{'s' if turns != 1 else ''}, {ending}{total}[/]"
             if item.rollout.error:
                 yield f"  [red]failed #{index}[/]: {_shown(item.rollout.error, redact)}"
             for name, error in item.reward.errors.items() if item.reward else ():
                 yield f"  [red]reward {_shown(name, redact)}[/]: {_shown(error, redact)}"
+
+
+_ENDINGS: Mapping[EndReason, str] = {
+    "answer": "ended by an answer",
+    "max_turns": "ended by rollout.max_turns",
+    "length": "cut by rollout.max_tokens",
+    "window": "cut by the context window",
+    "failed": "failed",
+}
+
+
+def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str]:
+    text = _shown(message.get("content") or "", redact)
+    if message["role"] == "tool":
+        color = "red" if message.get("failed") else "yellow"
+        yield f"  [{color}]{_shown(message.get('name', 'tool'), redact)} #{index}[/] -> {text}"
+        if message.get("detail"):
+            yield f"    [dim]{_shown(message['detail'], redact)}[/]"
+        return
+    calls = message.get("tool_calls") or ()
+    if text or not calls:
+        yield f"  [green]{message['role']} #{index}[/]: {text}"
+    for call in calls:
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        name = _shown(function["name"], redact)
+        yield f"  [green]{message['role']} #{index}[/] calls {name}({_shown(arguments, redact)})"
 
 
 def _table(scored: Sequence[ScoredGroup], redact: Redact) -> Table:

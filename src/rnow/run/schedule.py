@@ -8,16 +8,18 @@ from rnow.config import EvalEntry
 from rnow.run.backends import Backends
 from rnow.run.evaluate import PASS_AT, Evaluator
 from rnow.run.evaluations import Evaluations, Scheduled
-from rnow.run.parts import build_rewarder, environment_maker, rollout_settings
+from rnow.run.parts import UserCode, environment_maker, rollout_settings
 from rnow.run.prepare import Prepared
 from rnow.run.recorder import Recorder
 
 
-def build_evaluations(prepared: Prepared, backends: Backends, recorder: Recorder) -> Evaluations:
+def build_evaluations(
+    prepared: Prepared, backends: Backends, recorder: Recorder, code: UserCode
+) -> Evaluations:
     """The held-out prompts before and after training, and the config's ``evals`` in between."""
     section = prepared.config.evaluation
     held_out = prepared.project.dataset.held_out[: section.max_prompts]
-    environments, rewarder = environment_maker(prepared), build_rewarder(prepared)
+    environments = environment_maker(prepared, code)
 
     def evaluator(samples: int, temperature: float, pass_at: tuple[int, ...]) -> Evaluator:
         settings = rollout_settings(prepared, "eval", group_size=samples)
@@ -27,10 +29,11 @@ def build_evaluations(prepared: Prepared, backends: Backends, recorder: Recorder
             settings=replace(
                 settings, temperature=temperature, top_p=1.0, top_k=0, poll=backends.poll
             ),
-            rewarder=rewarder,
+            rewarder=code.rewarder,
             success_reward=section.success_reward,
             judged=temperature == prepared.config.rollout.temperature,
             pass_at=pass_at,
+            agentic=code.toolbox is not None,
         )
 
     def scheduled(index: int, entry: EvalEntry) -> Scheduled:
@@ -56,5 +59,6 @@ def build_evaluations(prepared: Prepared, backends: Backends, recorder: Recorder
         sampler=backends.sampler,
         teacher=backends.teacher,
         teacher_sampler=backends.teacher_sampler,
+        gpu=backends.gpu,
         recorder=recorder,
     )

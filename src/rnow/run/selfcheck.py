@@ -11,6 +11,7 @@ from rnow.errors import ModelError
 from rnow.protocols import Environment, Sampler, Teacher
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.rollout.samples import build_samples
+from rnow.run.residency import Residency
 from rnow.types import Prompt, Sample, ScoredGroup, ScoredRollout
 
 PROMPTS = 4
@@ -40,9 +41,10 @@ async def run_selfcheck(
     sampler: Sampler,
     trainer_as_teacher: Teacher,
     teacher: Teacher | None,
-    environments: Callable[[Prompt], Environment],
+    environments: Callable[[Prompt, int], Environment],
     settings: RolloutSettings,
     vocabulary: int,
+    gpu: Residency,
 ) -> SelfCheck:
     """Sample a few answers; score them with the trainer's own weights, and twice with the teacher.
 
@@ -54,7 +56,8 @@ async def run_selfcheck(
     Raises:
         ModelError: the teacher's log-probabilities cannot be used.
     """
-    groups = await collect_rollouts(prompts[:PROMPTS], sampler, environments, settings, step=0)
+    async with gpu.only("sampler"):
+        groups = await collect_rollouts(prompts[:PROMPTS], sampler, environments, settings, step=0)
     samples = build_samples(
         [
             ScoredGroup(
@@ -64,7 +67,8 @@ async def run_selfcheck(
             for group in groups
         ]
     )
-    own = _loss_values(samples, await trainer_as_teacher.score(samples))
+    async with gpu.only("trainer"):
+        own = _loss_values(samples, await trainer_as_teacher.score(samples))
     drawn = [
         value
         for sample in samples
@@ -81,8 +85,9 @@ async def run_selfcheck(
         )
     teacher_kl = None
     if teacher is not None:
-        judged = _loss_values(samples, await teacher.score(samples))
-        again = _loss_values(samples, await teacher.score(samples))
+        async with gpu.only("teacher"):
+            judged = _loss_values(samples, await teacher.score(samples))
+            again = _loss_values(samples, await teacher.score(samples))
         _check_teacher(judged, again, vocabulary)
         teacher_kl = sum(a - b for a, b in zip(own, judged, strict=True)) / max(1, len(own))
     return SelfCheck(

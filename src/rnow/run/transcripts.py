@@ -3,10 +3,11 @@
 One line per rollout::
 
     {"step": 12, "id": "dataset_0/17#2", "prompt_id": "dataset_0/17", "messages": [...], "answer": [...],
-     "status": "completed", "reward": 1.0, "rewards": {"accuracy": 1.0}, "teacher_kl": 0.12,
-     "tokens": [{"id": 84, "text": "t", "sampler_logprob": -0.1, "teacher_logprob": -0.01, "kl": -0.09}, ...]}
+     "status": "completed", "end_reason": "answer", "reward": 1.0, "rewards": {"accuracy": 1.0}, "teacher_kl": 0.12,
+     "tokens": [{"turn": 0, "id": 84, "text": "t", "sampler_logprob": -0.1, "teacher_logprob": -0.01, "kl": -0.09}, ...]}
 
-``tokens`` holds the generated tokens only, in order; ``kl`` is the trainer's live logprob minus the teacher's.
+``answer`` holds what followed the prompt: the student's messages with their tool calls, and the tools' answers. ``tokens``
+holds the generated tokens only, in order, of all turns; ``kl`` is the trainer's live logprob minus the teacher's.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class TranscriptWriter:
             "messages": map_text(list(group.prompt.messages), self._redact),
             "answer": map_text(list(rollout.messages), self._redact),
             "status": rollout.status,
+            "end_reason": rollout.end_reason,
             "error": map_text(rollout.error, self._redact),
             "reward": None if reward is None else reward.total,
             "rewards": {} if reward is None else dict(reward.breakdown),
@@ -103,12 +105,15 @@ class TranscriptWriter:
         positions = [index for index, on in enumerate(rollout.loss_mask) if on]
         teacher = None if evidence is None else evidence.teacher_logprobs.tolist()
         live = None if logprobs is None else logprobs.tolist()
+        turns = [n for n, turn in enumerate(rollout.turns) for _ in turn.completion.token_ids]
         tokens = []
         for count, position in enumerate(positions):
             judged = None if teacher is None else teacher[position]
             kl = None if judged is None or live is None else live[count] - judged
             tokens.append(
                 {
+                    # A fault right after a completion leaves it without a turn.
+                    "turn": turns[count] if count < len(turns) else len(rollout.turns),
                     "id": rollout.token_ids[position],
                     "text": self._text(rollout.token_ids[position]),
                     "sampler_logprob": rollout.sampler_logprobs[position],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -62,11 +62,19 @@ class AdapterFiles:
             file.chmod(mode & 0o666)
         aside.rename(target)
         return StoredAdapter(
-            name=f"rnow-{self._tag}-{version}-{self._number}",
+            name=self._name(version),
             number=self._number,
             version=version,
             folder=target.resolve(),
         )
+
+    def renamed(self, stored: StoredAdapter) -> StoredAdapter:
+        """The same files as another adapter: what vLLM keeps by name or number is not taken for it."""
+        self._number += 1
+        return replace(stored, name=self._name(stored.version), number=self._number)
+
+    def _name(self, version: int) -> str:
+        return f"rnow-{self._tag}-{version}-{self._number}"
 
     def discard(self, stored: StoredAdapter) -> None:
         """Remove an adapter's files."""

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,6 +38,8 @@ class TransformersSampler:
         mode: ``merged`` or ``shared`` for a student (``sampling_mode`` chooses), None for a model without an adapter.
         batch_bytes: the budget of a sub-batch; by default 2 GiB on a CPU, a quarter of the card on a GPU.
         poll: called once per decoded token; may raise to stop.
+        in_thread: decode off the event loop, so that tools and MCP servers of rollouts which are ahead are heard
+            meanwhile. By default on a GPU only: on a CPU a second team of OpenMP threads would fight with the trainer's.
     """
 
     def __init__(
@@ -46,8 +49,10 @@ class TransformersSampler:
         mode: SamplingMode | None,
         batch_bytes: int | None = None,
         poll: Callable[[], None] = lambda: None,
+        in_thread: bool | None = None,
     ) -> None:
         self.mode = mode
+        self._in_thread = lm.device.type == "cuda" if in_thread is None else in_thread
         self._merged = MergedWeights(lm) if mode == "merged" else None
         self._lm = self._merged.lm if self._merged else lm
         self._batch_bytes = batch_bytes or default_batch_bytes(lm.device)
@@ -55,7 +60,7 @@ class TransformersSampler:
         self._version = 0
         self._live = 0
         self._waiting: list[_Waiting] = []
-        self._parts: deque[list[_Waiting]] = deque()
+        self._work: asyncio.Task[None] | None = None
         self._check_scheduled = False
 
     @classmethod
@@ -68,6 +73,11 @@ class TransformersSampler:
     ) -> TransformersSampler:
         """A sampler for a student about to be trained, in the mode its weights allow."""
         return cls(lm, mode=sampling_mode(lm), batch_bytes=batch_bytes, poll=poll)
+
+    @property
+    def model(self) -> Any:
+        """The HuggingFace model that draws: the trainer's, or the merged copy of it."""
+        return self._lm.model
 
     def load_policy(self, adapter: Adapter, *, version: int) -> None:
         """See ``Sampler.load_policy``. A shared model already holds the policy's weights."""
@@ -98,7 +108,7 @@ class TransformersSampler:
     def _check_soon(self) -> None:
         # Deferred by one turn of the event loop, so that rollouts started together are all counted before the first of
         # them can look like the only one.
-        if self._waiting and not self._parts and not self._check_scheduled:
+        if self._waiting and self._work is None and not self._check_scheduled:
             self._check_scheduled = True
             asyncio.get_running_loop().call_soon(self._run_if_all_wait)
 
@@ -109,30 +119,36 @@ class TransformersSampler:
             return
         batch, self._waiting = self._waiting, []
         batch.sort(key=lambda waiting: (waiting.request.prompt_token_ids, waiting.request.seed))
-        self._parts.extend(self._split(batch))
-        self._run_part()
+        parts = deque(self._split(batch))
+        self._work = asyncio.get_running_loop().create_task(self._run_parts(parts))
+        self._work.add_done_callback(self._worked)
 
-    def _run_part(self) -> None:
-        """Decode one sub-batch, then let the rollouts that it finished be recorded before the next one starts."""
-        part = self._parts.popleft()
-        try:
-            drawn = self._decode([waiting.request for waiting in part])
-        except Exception as error:  # every waiting rollout must hear of it, whatever it is
-            for waiting in [*part, *(waiting for rest in self._parts for waiting in rest)]:
+    async def _run_parts(self, parts: deque[list[_Waiting]]) -> None:
+        """Decode the sub-batches in turn, and let the rollouts that one finished be recorded before the next starts."""
+        while parts:
+            part = parts.popleft()
+            requests = [waiting.request for waiting in part]
+            try:
+                if self._in_thread:
+                    drawn = await asyncio.to_thread(self._decode, requests)
+                else:
+                    drawn = self._decode(requests)
+            except Exception as error:  # every waiting rollout must hear of it, whatever it is
+                for waiting in [*part, *(waiting for rest in parts for waiting in rest)]:
+                    if not waiting.future.done():
+                        waiting.future.set_exception(error)
+                return
+            for waiting, result in zip(part, drawn, strict=True):
                 if not waiting.future.done():
-                    waiting.future.set_exception(error)
-            self._parts.clear()
-            # Those who asked again between two sub-batches were not part of it; nobody else would start theirs.
-            self._check_soon()
-            return
-        for waiting, result in zip(part, drawn, strict=True):
-            if not waiting.future.done():
-                waiting.future.set_result(self._completion(result))
-        loop = asyncio.get_running_loop()
-        if self._parts:
+                    waiting.future.set_result(self._completion(result))
             # Two turns of the event loop: one for the rollouts to finish, one for the journal to write them down.
-            loop.call_soon(loop.call_soon, self._run_part)
-        else:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    def _worked(self, work: asyncio.Task[None]) -> None:
+        self._work = None
+        # Those who asked again between two sub-batches were not part of them; nobody else would start theirs.
+        if not work.cancelled():
             self._check_soon()
 
     def _completion(self, drawn: Drawn) -> Completion:

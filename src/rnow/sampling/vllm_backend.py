@@ -64,6 +64,8 @@ class Backend(Protocol):
 
     name: str
     supports_sleep: bool
+    masks_probes: bool
+    """Whether ``probe`` leaves padded ids out of the softmax."""
 
     def start(self) -> None:
         """Start it, or reach it, and wait until it answers. Raises EngineGone when it does not come up."""
@@ -81,8 +83,8 @@ class Backend(Protocol):
         """Give the card back, weights kept in host memory (vLLM's level 1)."""
         ...
 
-    def wake(self, adapter: StoredAdapter | None) -> None:
-        """Take the card again and load the adapter anew."""
+    def wake(self) -> None:
+        """Take the card again. Adapters are to be loaded anew, under another name."""
         ...
 
     async def draw(

@@ -9,86 +9,58 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rnow.errors import ModelError
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
-from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused, allowed_lora_rank
+from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
 from rnow.sampling.vllm_link import WorkerLink
 from rnow.sampling.vllm_padding import EXTENSION
+from rnow.sampling.vllm_probe import tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_settings import VllmSettings
 from rnow.serving.process import ManagedProcess
+from rnow.serving.server import START_TIMEOUT
 from rnow.types import SamplingParams
-
-Quantization = Literal["none", "nf4"]
 
 WORKER = ("-P", "-m", "rnow.sampling.vllm_worker")
 
 
 class VllmEngineSampler(VllmSampler):
-    """A Sampler over a vLLM engine that this process starts and that ends with it.
+    """A Sampler over a vLLM engine that this process starts and that ends with it."""
 
-    Args:
-        local_dir: the student's folder.
-        vocabulary: the tokenizer's length; the head's rows above it get no probability.
-        work_dir: where adapters are written for vLLM; emptied by ``close``.
-        log: the engine's output is appended here.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``. vLLM computes the adapter in the base's dtype.
-        quantization: ``nf4`` needs vLLM's bitsandbytes support, from 0.32 on a package of its own.
-        max_model_len: tokens of prompt and completion together; None takes the model's.
-        gpu_memory_utilization: share of the card for weights and KV cache. On a CPU the environment variable
-            VLLM_CPU_KVCACHE_SPACE (GiB, 2 by default) counts instead.
-        max_lora_rank: the adapter's rank; vLLM is told the next one it knows.
-        enable_sleep: reserve what ``sleep`` needs; no use on a CPU.
-        start_timeout: seconds until the engine must answer.
-        request_timeout: seconds without any token or answer after which the engine counts as dead.
-    """
-
-    def __init__(
-        self,
-        local_dir: Path,
-        *,
-        vocabulary: int,
-        work_dir: Path,
-        log: Path,
-        dtype: str = "auto",
-        quantization: Quantization = "none",
-        max_model_len: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        max_num_seqs: int = 256,
-        tensor_parallel_size: int = 1,
-        enforce_eager: bool = False,
-        enable_prefix_caching: bool = True,
-        enable_sleep: bool = False,
-        trust_remote_code: bool = False,
-        max_lora_rank: int = 32,
-        start_timeout: float = 900.0,
-        request_timeout: float = 600.0,
-    ) -> None:
-        rank = allowed_lora_rank(max_lora_rank)
-        settings = {
-            "local_dir": str(Path(local_dir).resolve()),
-            "vocabulary": vocabulary,
-            "dtype": dtype,
-            "quantization": quantization,
-            "max_model_len": max_model_len,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "max_num_seqs": max_num_seqs,
-            "tensor_parallel_size": tensor_parallel_size,
-            "enforce_eager": enforce_eager,
-            "enable_prefix_caching": enable_prefix_caching,
-            "enable_sleep": enable_sleep,
-            "trust_remote_code": trust_remote_code,
-            "max_lora_rank": rank,
-            "worker_extension": EXTENSION,
-        }
+    def __init__(self, settings: VllmSettings) -> None:
         backend = EngineBackend(
-            settings, log=log, start_timeout=start_timeout, request_timeout=request_timeout
+            worker_settings(settings),
+            log=settings.log,
+            start_timeout=settings.start_timeout or START_TIMEOUT,
+            request_timeout=settings.request_timeout,
         )
         super().__init__(
-            backend, vocabulary=vocabulary, max_lora_rank=rank, files=AdapterFiles(work_dir)
+            backend,
+            vocabulary=settings.vocabulary,
+            max_lora_rank=settings.allowed_rank,
+            files=AdapterFiles(settings.work_dir),
+            probe=settings.probe,
+            tolerance=tolerance_of(settings.dtype, settings.quantization),
         )
+
+
+def worker_settings(settings: VllmSettings) -> dict[str, Any]:
+    """What the worker is told, JSON-ready."""
+    ours = {"work_dir", "log", "probe", "start_timeout", "request_timeout"}
+    told = {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if field.name not in ours
+    }
+    return told | {
+        "local_dir": str(Path(settings.local_dir).resolve()),
+        "max_lora_rank": settings.allowed_rank,
+        "worker_extension": EXTENSION,
+    }
 
 
 class EngineBackend:
@@ -100,6 +72,7 @@ class EngineBackend:
     """
 
     name = "vLLM's engine"
+    masks_probes = True
 
     def __init__(
         self,
@@ -191,11 +164,9 @@ class EngineBackend:
         """See ``Backend.sleep``."""
         self._call("sleep").result()
 
-    def wake(self, adapter: StoredAdapter | None) -> None:
+    def wake(self) -> None:
         """See ``Backend.wake``."""
         self._call("wake").result()
-        if adapter:
-            self.load(adapter, replacing=None)
 
     async def draw(
         self,

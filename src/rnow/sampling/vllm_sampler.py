@@ -1,12 +1,13 @@
-"""Sampling with vLLM, however it is reached: adapter loads, version checks, one restart with replay."""
+"""Sampling with vLLM, however it is reached: adapter loads, version checks, probes, sleep, one restart with replay."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Self, TypeVar
 
 from rnow.errors import InputError, ModelError, NotYetSupported, RnowError, TemporaryError
@@ -18,6 +19,7 @@ from rnow.sampling.vllm_backend import (
     EngineGone,
     RequestRefused,
 )
+from rnow.sampling.vllm_probe import ROUNDED, Gap, Reference, Tolerance, gap_between
 from rnow.types import Adapter, Completion, FinishReason, SamplingParams
 
 T = TypeVar("T")
@@ -30,14 +32,35 @@ class VllmSampler:
     adapter is loaded and every completion still owed is drawn again with its own seed, so no caller notices. A second
     failure under the same policy version ends the run with TemporaryError.
 
+    With ``probe`` ids, the base model is scored at the first start, and again after every wake and restart: it must say what
+    it said. With ``watch``, each adapter that was loaded is scored too: it must say what the trainer says.
+
     Args:
         vocabulary: the tokenizer's length; ids at or above it are never drawn.
         max_lora_rank: the highest rank that the backend was told of.
+        probe: ids of a short text; at least two, or none.
+        tolerance: how far a probe may be off.
     """
 
     def __init__(
-        self, backend: Backend, *, vocabulary: int, max_lora_rank: int, files: AdapterFiles
+        self,
+        backend: Backend,
+        *,
+        vocabulary: int,
+        max_lora_rank: int,
+        files: AdapterFiles,
+        probe: Sequence[int] = (),
+        tolerance: Tolerance = ROUNDED,
     ) -> None:
+        if len(probe) == 1:
+            raise ValueError("a probe needs at least two token ids")
+        self._probe_ids = tuple(probe)
+        self._tolerance = tolerance
+        self._reference: Reference | None = None
+        self._base_logprobs: list[float] | None = None
+        self._expected: Sequence[float] | None = None
+        self._proven = False
+        self._gaps: dict[str, Gap] = {}
         self._backend = backend
         self._vocabulary = vocabulary
         self._max_lora_rank = max_lora_rank
@@ -49,9 +72,12 @@ class VllmSampler:
         self._restarted_version: int | None = None
         self._failure: RnowError | None = None
         self._current: StoredAdapter | None = None
+        # What the backend holds: another one than the current while that is still to be loaded.
+        self._held: StoredAdapter | None = None
         self._version = 0
         self._drawing = 0
         self._asleep = False
+        self._unsettled = False
         self._closed = False
 
     @property
@@ -64,16 +90,32 @@ class VllmSampler:
         """Whether ``sleep`` and ``wake`` work; known once the backend has started, False before."""
         return self._backend.supports_sleep
 
+    @property
+    def probe_gaps(self) -> Mapping[str, Gap]:
+        """What the last probes found: ``base`` against itself at the start, ``adapter`` against the trainer."""
+        return dict(self._gaps)
+
+    def watch(self, reference: Reference, *, tolerance: float = 0.0) -> None:
+        """Hold every adapter that is loaded from now on against the trainer's own scoring of the probe.
+
+        Args:
+            reference: called in ``load_policy``, when the trainer has the weights that are handed over.
+            tolerance: what the trainer's own dtype asks for, where it asks for more than vLLM's.
+        """
+        self._reference = reference
+        self._tolerance = replace(self._tolerance, trainer=max(tolerance, self._tolerance.trainer))
+
     def start(self) -> Future[None]:
         """Start the backend in the background. Waiting for the result is optional: every other call does."""
         return self._submit(self._ensure_started)
 
     def load_policy(self, adapter: Adapter, *, version: int) -> None:
-        """See ``Sampler.load_policy``. Blocks until vLLM holds the adapter, inside a running event loop too.
+        """See ``Sampler.load_policy``. Blocks until vLLM holds the adapter, inside a running event loop too; asleep, the
+        adapter's files are written and vLLM gets them when it wakes.
 
         Raises:
-            ModelError: vLLM cannot load this adapter.
-            TemporaryError: vLLM failed and could not be started again.
+            ModelError: vLLM cannot load this adapter, or makes something else of it than the trainer does.
+            TemporaryError: vLLM failed and could not be started again, or its adapter is no longer the trainer's.
             RuntimeError: completions are still being drawn.
         """
         if self._drawing:
@@ -92,7 +134,10 @@ class VllmSampler:
                 why=str(error),
                 fix="free some space, then run the same command again: it continues from there",
             ) from error
-        self._submit(lambda: self._load(stored)).result()
+        expected = None
+        if self._reference and self._probe_ids:
+            expected = self._reference(self._probe_ids, self._backend.masks_probes)
+        self._submit(lambda: self._load(stored, expected)).result()
 
     def live_rollout(self) -> AbstractContextManager[None]:
         """See ``Sampler.live_rollout``. vLLM batches by itself, so there is nothing to hold."""
@@ -115,12 +160,14 @@ class VllmSampler:
         await self._ready()
         self._drawing += 1
         try:
-            adapter, version = self._current, self._version
+            version = self._version
 
-            async def draw() -> Answer:
-                return await self._backend.draw(prompt_token_ids, params, seed, adapter)
+            async def draw() -> Completion:
+                adapter = self._current  # after a restart it may have another name
+                answer = await self._backend.draw(prompt_token_ids, params, seed, adapter)
+                return self._checked(answer, params, adapter, version)
 
-            return self._checked(await self._replayed(draw), params, adapter, version)
+            return await self._replayed(draw)
         finally:
             self._drawing -= 1
 
@@ -134,8 +181,9 @@ class VllmSampler:
         if len(token_ids) < 2:
             raise ValueError("a probe needs at least two token ids")
         await self._ready()
-        stored = self._current if adapter else None
-        values = await self._replayed(lambda: self._backend.probe(token_ids, stored))
+        values = await self._replayed(
+            lambda: self._backend.probe(token_ids, self._current if adapter else None)
+        )
         if len(values) != len(token_ids) - 1 or not all(map(math.isfinite, values)):
             raise _garbage(
                 f"{len(values)} log-probabilities for {len(token_ids) - 1} tokens", values
@@ -143,30 +191,22 @@ class VllmSampler:
         return values
 
     async def sleep(self) -> None:
-        """Give the card to somebody else until ``wake``.
+        """Give the card to somebody else until ``wake``. Does nothing when asleep.
 
         Raises:
-            NotYetSupported: this backend cannot (a CPU, a server).
+            NotYetSupported: this backend cannot (a CPU, a server that is not ours, one started without ``enable_sleep``).
+            RuntimeError: completions are still being drawn.
         """
-        await self._ready()
-        if not self.supports_sleep:
-            raise NotYetSupported(f"{self._backend.name} has no sleep mode")
-        if self._drawing:
-            raise RuntimeError(f"sleep while {self._drawing} completions are being drawn")
-        if not self._asleep:
-            await self._on_control(self._backend.sleep)
-            self._asleep = True
+        await self._on_control(self._fall_asleep)
 
     async def wake(self) -> None:
-        """Take the card again. The adapter is loaded anew. Does nothing when awake."""
-        if self._asleep:
-            self._asleep = False
-            starts = self._starts
-            try:
-                await self._on_control(lambda: self._backend.wake(self._current))
-            except EngineGone as error:
-                gone = error
-                await self._on_control(lambda: self._recover(starts, gone))
+        """Take the card again and load the adapter, anew or for the first time. Does nothing when awake.
+
+        Raises:
+            TemporaryError: vLLM did not wake with the weights it had, nor after a restart.
+            ModelError: as ``load_policy``, when this is the first adapter.
+        """
+        await self._on_control(self._wake_up)
 
     def close(self) -> None:
         """End the backend if it is ours and remove the adapters. Again: nothing."""
@@ -189,6 +229,11 @@ class VllmSampler:
             raise self._failure
         if not self._starts:
             await self._on_control(self._ensure_started)
+        while self._unsettled:
+            # Asking a backend that is being started or given an adapter would only be refused.
+            await self._on_control(lambda: None)
+        if self._failure:
+            raise self._failure
         if self._asleep:
             raise RuntimeError("the sampler sleeps; wake it first")
 
@@ -245,6 +290,7 @@ class VllmSampler:
         if not self._starts:
             try:
                 self._backend.start()
+                self._check_base()
             except EngineGone as gone:
                 self._failure = ModelError(
                     str(gone), title="vLLM is not there", details=gone.details
@@ -258,21 +304,61 @@ class VllmSampler:
                 raise
             self._starts = 1
 
-    def _load(self, stored: StoredAdapter) -> None:
+    def _load(self, stored: StoredAdapter, expected: Sequence[float] | None) -> None:
         self._ensure_started()
         previous, self._current = self._current, stored
-        self._version = stored.version
-        starts = self._starts
-        try:
-            self._backend.load(stored, replacing=previous)
-        except EngineGone as gone:
-            self._recover(starts, gone)
-        except RequestRefused as error:
-            raise ModelError(
-                f"{self._backend.name} cannot load the adapter", why=str(error)
-            ) from error
+        self._version, self._expected = stored.version, expected
+        if not self._asleep:
+            with self._settling():
+                starts = self._starts
+                try:
+                    self._install()
+                except EngineGone as gone:
+                    self._recover(starts, gone)
+                except RequestRefused as error:
+                    raise self._refused(error) from error
         if previous and previous.folder != stored.folder:
             self._files.discard(previous)
+
+    def _fall_asleep(self) -> None:
+        self._ensure_started()
+        if self._asleep:
+            return
+        if not self.supports_sleep:
+            raise NotYetSupported(
+                f"{self._backend.name} has no sleep mode",
+                why="it needs a CUDA card, a vLLM of our own, and residency: time_shared when it is started",
+                fix="set residency: resident",
+            )
+        if self._drawing:
+            raise RuntimeError(f"sleep while {self._drawing} completions are being drawn")
+        try:
+            self._backend.sleep()
+        except EngineGone:
+            # Nothing that is half dead may keep the card from the next part. Waking starts it again.
+            self._backend.stop()
+        except RequestRefused as error:
+            raise self._fail(
+                TemporaryError(f"{self._backend.name} does not go to sleep", why=str(error))
+            ) from error
+        self._asleep = True
+
+    def _wake_up(self) -> None:
+        if self._failure:
+            raise self._failure
+        if not self._asleep:
+            return
+        with self._settling():
+            starts = self._starts
+            try:
+                self._backend.wake()
+                self._check_base()
+                self._reinstall()
+            except EngineGone as gone:
+                self._recover(starts, gone)
+            except RequestRefused as error:
+                raise self._fail(self._refused(error)) from error
+            self._asleep = False
 
     def _recover(self, starts: int, gone: EngineGone) -> None:
         """Start again unless that has happened since ``starts`` was read."""
@@ -284,15 +370,116 @@ class VllmSampler:
             raise self._give_up(gone) from gone
         self._restarted_version = self._version
         self._restarts += 1
+        with self._settling():
+            try:
+                self._backend.stop()
+                self._held = None
+                self._backend.start()
+                self._check_base()
+                if self._current:
+                    self._install()
+            except (EngineGone, RequestRefused) as again:
+                raise self._give_up(gone, again) from again
+            self._asleep = False
+            self._starts += 1
+
+    def _reinstall(self) -> None:
+        """The adapter again, under another name where vLLM has met it: what it kept from before is not to be trusted."""
+        if self._current and self._held and self._current.name == self._held.name:
+            self._current = self._files.renamed(self._current)
+        if self._current:
+            self._install()
+
+    def _install(self) -> None:
+        """Have the backend hold the current adapter, and see that it is the trainer's; if not, once more.
+
+        Raises:
+            EngineGone, RequestRefused: as ``Backend.load``.
+            ModelError: it cannot, or what it holds is another adapter from the start.
+            TemporaryError: what it holds is another adapter, and it was right before.
+        """
+        for last in (not self._proven, True):
+            assert self._current
+            self._backend.load(self._current, replacing=self._held)
+            self._held = self._current
+            gap = self._adapter_gap()
+            if gap is None or gap.within(self._tolerance.trainer):
+                self._proven = self._proven or gap is not None
+                return
+            if last:
+                raise self._fail(self._wrong_adapter(gap))
+            self._current = self._files.renamed(self._current)
+
+    def _refused(self, error: RequestRefused) -> RnowError:
+        """What it means that vLLM lives and does not take an adapter, or wake."""
+        if self._asleep and self._held:
+            return TemporaryError(
+                f"{self._backend.name} does not come back from its sleep",
+                why=str(error),
+                fix="run the same command again: it continues from the last checkpoint",
+            )
+        return ModelError(f"{self._backend.name} cannot load the adapter", why=str(error))
+
+    def _adapter_gap(self) -> Gap | None:
+        if self._expected is None:
+            return None
+        gap = gap_between(self._probed(self._current), self._expected)
+        self._gaps["adapter"] = gap
+        return gap
+
+    def _wrong_adapter(self, gap: Gap) -> RnowError:
+        assert self._current
+        what = (
+            f"{self._backend.name} and the trainer disagree on adapter version {self._version}: {gap},"
+            f" and {self._tolerance.trainer:g} on average is allowed"
+        )
+        why = "the rollouts would be drawn from other weights than those that are trained"
+        if self._proven:
+            return TemporaryError(
+                f"{what}; loading it again did not help",
+                title="Wrong adapter in vLLM",
+                why=why,
+                fix="run the same command again: it continues from the last checkpoint",
+            )
+        return ModelError(
+            what,
+            title="Wrong adapter in vLLM",
+            why=why,
+            fix="let sampler.dtype and sampler.quantization be the student's own (auto), serve the same base at "
+            "sampler.url, or set sampler.backend: transformers",
+        )
+
+    def _check_base(self) -> None:
+        """Score the probe with the base model. Raises EngineGone when it does not say what it said at the start."""
+        if not self._probe_ids:
+            return
+        found = self._probed(None)
+        if self._base_logprobs is None:
+            self._base_logprobs = found
+        gap = gap_between(found, self._base_logprobs)
+        self._gaps["base"] = gap
+        if not gap.within(self._tolerance.same):
+            raise EngineGone(
+                f"its base model is not what it was at the start: the same tokens' log-probabilities differ by {gap},"
+                f" and {self._tolerance.same:g} on average is allowed"
+            )
+
+    def _probed(self, adapter: StoredAdapter | None) -> list[float]:
+        # Nobody draws meanwhile: whoever waits for this thread has asked before, or will ask after.
+        return asyncio.run(_awaited(self._backend.probe(self._probe_ids, adapter)))
+
+    @contextmanager
+    def _settling(self) -> Iterator[None]:
+        outer, self._unsettled = self._unsettled, True
         try:
-            self._backend.stop()
-            self._backend.start()
-            if self._current:
-                self._backend.load(self._current, replacing=None)
-        except (EngineGone, RequestRefused) as again:
-            raise self._give_up(gone, again) from again
-        self._asleep = False
-        self._starts += 1
+            yield
+        finally:
+            self._unsettled = outer
+
+    def _fail(self, error: RnowError) -> RnowError:
+        """Nothing more is drawn after this; the error, to be raised."""
+        self._failure = error
+        return error
 
     def _give_up(self, gone: EngineGone, again: Exception | None = None) -> TemporaryError:
         self._backend.stop()
@@ -306,7 +493,7 @@ class VllmSampler:
             details=details,
             fix="run the same command again: it continues from the last checkpoint",
         )
-        self._failure = failure
+        self._fail(failure)
         return failure
 
     async def _on_control(self, work: Callable[[], T]) -> T:
@@ -317,6 +504,10 @@ class VllmSampler:
         if self._closed:
             raise RuntimeError("the sampler is closed")
         return self._control.submit(work)
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
 
 
 def _garbage(what: str, values: Sequence[float]) -> RnowError:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
-import secrets
-import sys
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,18 +15,24 @@ import torch
 from rnow.errors import ModelError
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
 from rnow.sampling.gate import Gate
-from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused, allowed_lora_rank
-from rnow.sampling.vllm_engine import Quantization, environment
+from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
+from rnow.sampling.vllm_engine import environment
+from rnow.sampling.vllm_probe import tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.vllm_worker import CPU_BATCHED_TOKENS
 from rnow.serving.client import Refused, ServerDown, VllmClient
-from rnow.serving.process import ManagedProcess, StartFailed, free_port
+from rnow.serving.process import StartFailed
+from rnow.serving.server import START_TIMEOUT, VllmServer, require_vllm
 from rnow.types import SamplingParams
 
 T = TypeVar("T")
 
-BASE_MODEL = "base"
+BASE_MODEL = "student"
 """The name under which a server of ours serves the student without an adapter."""
+
+GIVEN_TIMEOUT = 60.0
+"""Seconds until a server given by url must answer."""
 
 _CLOSE_TIMEOUT = 5.0
 _BIAS = -100.0
@@ -50,81 +53,39 @@ class VllmServerSampler(VllmSampler):
         url: the server, or None.
         api_key: for a server given by ``url``.
         served_model: its name there; None takes the only base model it serves.
-        start_timeout: seconds until the server must answer, by default 900 for one of ours and 60 for a given one.
-        request_timeout: seconds that one completion may take.
-        max_num_seqs: requests in flight at once, also of a given server.
-
-    The rest is as for ``VllmEngineSampler``; of a given server only ``local_dir``, ``vocabulary`` and ``max_lora_rank``
-    are used.
     """
 
     def __init__(
         self,
-        local_dir: Path,
+        settings: VllmSettings,
         *,
-        vocabulary: int,
-        work_dir: Path,
-        log: Path,
         url: str | None = None,
         api_key: str | None = None,
         served_model: str | None = None,
-        dtype: str = "auto",
-        quantization: Quantization = "none",
-        max_model_len: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        max_num_seqs: int = 256,
-        tensor_parallel_size: int = 1,
-        enforce_eager: bool = False,
-        enable_prefix_caching: bool = True,
-        trust_remote_code: bool = False,
-        max_lora_rank: int = 32,
-        start_timeout: float | None = None,
-        request_timeout: float = 600.0,
     ) -> None:
-        rank = allowed_lora_rank(max_lora_rank)
-        local_dir = Path(local_dir).resolve()
-        padding = padded_ids(local_dir, vocabulary)
-        if start_timeout is None:
-            start_timeout = 900.0 if url is None else 60.0
+        common = {
+            "padding": padded_ids(settings.local_dir, settings.vocabulary),
+            "request_timeout": settings.request_timeout,
+            "max_concurrency": settings.max_num_seqs,
+        }
         backend: _Server
         if url is None:
-            command = server_command(
-                local_dir,
-                dtype=dtype,
-                quantization=quantization,
-                max_model_len=max_model_len,
-                gpu_memory_utilization=gpu_memory_utilization,
-                max_num_seqs=max_num_seqs,
-                tensor_parallel_size=tensor_parallel_size,
-                enforce_eager=enforce_eager,
-                enable_prefix_caching=enable_prefix_caching,
-                trust_remote_code=trust_remote_code,
-                max_lora_rank=rank,
-                cpu=not torch.cuda.is_available(),
-            )
-            backend = ManagedServer(
-                command,
-                log=log,
-                padding=padding,
-                start_timeout=start_timeout,
-                request_timeout=request_timeout,
-                max_concurrency=max_num_seqs,
-            )
+            backend = ManagedServer(settings, cpu=not torch.cuda.is_available(), **common)
         else:
             backend = GivenServer(
                 url,
                 api_key=api_key,
                 served_model=served_model,
-                padding=padding,
-                start_timeout=start_timeout,
-                request_timeout=request_timeout,
-                max_concurrency=max_num_seqs,
+                start_timeout=settings.start_timeout or GIVEN_TIMEOUT,
+                **common,
             )
         super().__init__(
             backend,
-            vocabulary=vocabulary,
-            max_lora_rank=rank,
-            files=AdapterFiles(work_dir, private=url is None),
+            vocabulary=settings.vocabulary,
+            max_lora_rank=settings.allowed_rank,
+            files=AdapterFiles(settings.work_dir, private=url is None),
+            probe=settings.probe,
+            tolerance=tolerance_of(settings.dtype, settings.quantization),
         )
 
 
@@ -133,17 +94,12 @@ class _Server:
 
     name = "the vLLM server"
     supports_sleep = False
+    masks_probes = False
 
     def __init__(
-        self,
-        *,
-        padding: Sequence[int],
-        start_timeout: float,
-        request_timeout: float,
-        max_concurrency: int,
+        self, *, padding: Sequence[int], request_timeout: float, max_concurrency: int
     ) -> None:
         self._bias = dict.fromkeys(padding, _BIAS)
-        self._start_timeout = start_timeout
         self._request_timeout = request_timeout
         self._max_concurrency = max_concurrency
         self._base = BASE_MODEL
@@ -177,7 +133,7 @@ class _Server:
         """Never called: ``supports_sleep`` is False."""
         raise NotImplementedError
 
-    def wake(self, adapter: StoredAdapter | None) -> None:
+    def wake(self) -> None:
         """Never called: ``supports_sleep`` is False."""
         raise NotImplementedError
 
@@ -242,19 +198,42 @@ class _Server:
 
 
 class ManagedServer(_Server):
-    """A server that we start and end."""
+    """A server that we start and end.
 
-    def __init__(self, command: Sequence[str], *, log: Path, **common: Any) -> None:
+    Args:
+        cpu: there is no card, and so no sleep.
+        command: what to run instead of this environment's vLLM.
+    """
+
+    def __init__(
+        self,
+        settings: VllmSettings,
+        *,
+        cpu: bool,
+        command: Sequence[str] | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
-        self._command = tuple(command)
-        self._log = log
-        self._key = secrets.token_urlsafe(32)
-        self._process: ManagedProcess | None = None
-        self._url = ""
+        self.supports_sleep = settings.enable_sleep and not cpu
+        self._own_command = command is not None
+        variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        if len(self._bias) > _V2_BIAS_LIMIT:
+            variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        if self.supports_sleep:
+            variables["VLLM_SERVER_DEV_MODE"] = "1"
+        self._server = VllmServer(
+            Path(settings.local_dir).resolve(),
+            name=BASE_MODEL,
+            log=settings.log,
+            arguments=server_arguments(settings, cpu=cpu),
+            env=environment() | variables,
+            start_timeout=settings.start_timeout or START_TIMEOUT,
+            command=command,
+        )
 
     def pids(self) -> set[int]:
         """Ids of the server and of its engine's processes."""
-        return self._process.pids() if self._process else set()
+        return self._server.pids()
 
     def start(self) -> None:
         """See ``Backend.start``.
@@ -262,69 +241,49 @@ class ManagedServer(_Server):
         Raises:
             ModelError: vLLM is not installed.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise ModelError(
-                "the student is to be sampled by a vLLM server, and vLLM is not installed here",
-                fix="install vllm 0.26 or newer, or set sampler.url or sampler.backend: transformers",
-            )
+        if not self._own_command:
+            require_vllm("sampler.mode")
         try:
-            try:
-                run_apart(self._bring_up())
-            except StartFailed as error:
-                # Between our look for a free port and the server's taking it, somebody else may have it.
-                if not any("in use" in line for line in error.details):
-                    raise
-                run_apart(self._bring_up())
+            run_apart(self._server.start())
         except StartFailed as error:
-            self.stop()
-            raise EngineGone(error.message, [*error.details, error.fix or ""]) from error
+            raise EngineGone(
+                f"its server did not start: {error.message}", [*error.details, error.fix or ""]
+            ) from error
         self._requests = self._client(self._request_timeout)
 
     def stop(self) -> None:
         """See ``Backend.stop``."""
         self._requests = None
-        if self._process:
-            self._process.stop(grace=1.0)
+        self._server.stop(grace=1.0)
 
-    async def _bring_up(self) -> None:
-        port = free_port()
-        self._url = f"http://127.0.0.1:{port}"
-        variables = {
-            # In the environment, since a command line can be read by every user.
-            "VLLM_API_KEY": self._key,
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-        }
-        if len(self._bias) > _V2_BIAS_LIMIT:
-            variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        self._process = ManagedProcess(
-            [*self._command, "--host", "127.0.0.1", "--port", str(port)],
-            env=environment() | variables,
-            log=self._log,
-            name=self.name,
-        )
-        self._process.start()
-        await self._process.wait_until(
-            self._client(_CLOSE_TIMEOUT).health, timeout=self._start_timeout
-        )
+    def sleep(self) -> None:
+        """See ``Backend.sleep``."""
+        with _translated():
+            run_apart(self._client(self._request_timeout).sleep(level=1))
+
+    def wake(self) -> None:
+        """See ``Backend.wake``."""
+        with _translated():
+            run_apart(self._client(self._request_timeout).wake_up())
 
     def _client(self, timeout: float) -> VllmClient:
-        process = self._process
-        return VllmClient(
-            self._url,
-            self._key,
-            timeout,
-            self._max_concurrency,
-            alive=lambda: process is not None and process.alive(),
-        )
+        return self._server.client(timeout=timeout, max_concurrency=self._max_concurrency)
 
 
 class GivenServer(_Server):
     """A server that somebody else runs. It is waited for, never started or ended; our adapter is taken away at the end."""
 
     def __init__(
-        self, url: str, *, api_key: str | None, served_model: str | None, **common: Any
+        self,
+        url: str,
+        *,
+        api_key: str | None,
+        served_model: str | None,
+        start_timeout: float,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
+        self._start_timeout = start_timeout
         self._url = url
         self._key = api_key
         self._served_model = served_model
@@ -394,55 +353,40 @@ class GivenServer(_Server):
         return VllmClient(self._url, self._key, timeout, self._max_concurrency)
 
 
-def server_command(
-    local_dir: Path,
-    *,
-    dtype: str,
-    quantization: Quantization,
-    max_model_len: int | None,
-    gpu_memory_utilization: float,
-    max_num_seqs: int,
-    tensor_parallel_size: int,
-    enforce_eager: bool,
-    enable_prefix_caching: bool,
-    trust_remote_code: bool,
-    max_lora_rank: int,
-    cpu: bool,
-) -> list[str]:
-    """The command line of a server for a student, host and port left out."""
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+def server_arguments(settings: VllmSettings, *, cpu: bool) -> list[str]:
+    """What a server for a student is told beside its model, name and address."""
     options = {
-        "--model": str(local_dir),
-        "--served-model-name": BASE_MODEL,
-        "--dtype": dtype,
-        "--gpu-memory-utilization": str(gpu_memory_utilization),
-        "--max-num-seqs": str(max_num_seqs),
-        "--tensor-parallel-size": str(tensor_parallel_size),
+        "--dtype": settings.dtype,
+        "--gpu-memory-utilization": str(settings.gpu_memory_utilization),
+        "--max-num-seqs": str(settings.max_num_seqs),
+        "--tensor-parallel-size": str(settings.tensor_parallel_size),
         "--max-loras": "1",
-        "--max-lora-rank": str(max_lora_rank),
+        "--max-lora-rank": str(settings.allowed_rank),
         "--logprobs-mode": "processed_logprobs",
-        "--generation-config": "vllm",
         "--uvicorn-log-level": "warning",
     }
-    if max_model_len is not None:
-        options["--max-model-len"] = str(max_model_len)
-    if quantization == "nf4":
+    window = settings.max_model_len
+    if window is not None:
+        options["--max-model-len"] = str(window)
+    if settings.quantization == "nf4":
         options["--quantization"] = "bitsandbytes"
     if cpu:
         # As for the engine: on a CPU a prompt must be prefilled in one part.
-        window = max_model_len or config_of(local_dir).get("max_position_embeddings") or 0
+        window = window or config_of(settings.local_dir).get("max_position_embeddings") or 0
         options["--max-num-batched-tokens"] = str(max(CPU_BATCHED_TOKENS, window))
-    for option, value in options.items():
-        command += [option, value]
+    arguments = [text for option in options.items() for text in option]
     if cpu:
-        command.append("--no-enable-chunked-prefill")
-    command.append("--enable-lora")
-    command.append(f"--{'' if enable_prefix_caching else 'no-'}enable-prefix-caching")
-    if enforce_eager:
-        command.append("--enforce-eager")
-    if trust_remote_code:
-        command.append("--trust-remote-code")
-    return command
+        arguments.append("--no-enable-chunked-prefill")
+    arguments.append("--enable-lora")
+    caching = "" if settings.enable_prefix_caching else "no-"
+    arguments.append(f"--{caching}enable-prefix-caching")
+    if settings.enforce_eager:
+        arguments.append("--enforce-eager")
+    if settings.enable_sleep and not cpu:
+        arguments.append("--enable-sleep-mode")
+    if settings.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    return arguments
 
 
 def padded_ids(local_dir: Path, vocabulary: int) -> range:

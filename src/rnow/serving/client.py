@@ -136,6 +136,8 @@ class VllmClient:
         self._timeout = timeout
         self._max_concurrency = max_concurrency
         self._alive = alive
+        self._key = api_key
+        self._twin: VllmClient | None = None
         self._state: _Loop | None = None
 
     @property
@@ -147,6 +149,15 @@ class VllmClient:
         """Let at most this many requests be in flight from now on. Not while any is."""
         self._max_concurrency = max_concurrency
         self._state = None
+
+    def sharing(self, max_concurrency: int) -> VllmClient:
+        """A client of the same server with another bound, which does not count this one's requests. The same one each
+        time; the bound is that of the first call."""
+        if self._twin is None:
+            self._twin = VllmClient(
+                self._base, self._key, self._timeout, max_concurrency, alive=self._alive
+            )
+        return self._twin
 
     # --- about the server -----------------------------------------------------------------------------------------
 

@@ -41,8 +41,9 @@ class StartFailed(ModelError):
 class ManagedProcess:
     """A command with its log, run under the leash: it and all that it starts end with this process, kill -9 included.
 
-    ``env`` is added to this process's environment (None: nothing added). stdin is empty; stdout and stderr are appended to
-    ``log``, which only this user can read. A stopped process may be started again.
+    ``env`` is added to this process's environment (None: nothing added), or is all of it (``only_env``). stdin is empty;
+    stdout and stderr are appended to ``log``, which only this user can read. With ``stdio``, a file descriptor open for both
+    directions, stdin and stdout are that instead. A stopped process may be started again.
 
     >>> with ManagedProcess(["sleep", "60"], log=Path("sleep.log"), name="sleep") as process:  # doctest: +SKIP
     ...     await process.wait_until(is_ready, timeout=30)
@@ -56,12 +57,16 @@ class ManagedProcess:
         log: Path,
         name: str,
         pass_fds: Sequence[int] = (),
+        only_env: bool = False,
+        stdio: int | None = None,
     ) -> None:
         self.command = tuple(command)
         self.name = name
         self.log = log
         self._env = dict(env or {})
         self._pass_fds = tuple(pass_fds)
+        self._only_env = only_env
+        self._stdio = stdio
         self._popen: subprocess.Popen[bytes] | None = None
         self._pipe: int | None = None
         self._mark = ""
@@ -81,7 +86,8 @@ class ManagedProcess:
         self.stop()
         self._mark = secrets.token_hex(8)
         # SPT_NOENV: programs that set their process title (vLLM) would overwrite the mark in /proc otherwise.
-        env = os.environ | self._env | {MARK: self._mark, "SPT_NOENV": "1"}
+        inherited = {} if self._only_env else os.environ
+        env = inherited | self._env | {MARK: self._mark, "SPT_NOENV": "1"}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         read_end, write_end = os.pipe()
         try:
@@ -92,8 +98,8 @@ class ManagedProcess:
                 self._popen = subprocess.Popen(
                     [*_leash_command(read_end), *self.command],
                     env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
+                    stdin=subprocess.DEVNULL if self._stdio is None else self._stdio,
+                    stdout=log if self._stdio is None else self._stdio,
                     stderr=log,
                     pass_fds=(read_end, *self._pass_fds),
                     start_new_session=True,

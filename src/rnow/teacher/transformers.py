@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from rnow.algorithm.batching import collate, plan_micro_batches
 from rnow.algorithm.head import selected_logprobs
-from rnow.algorithm.records import SampledEvidence, TrainingSample
+from rnow.algorithm.records import (
+    Evidence,
+    MicroBatch,
+    SampledEvidence,
+    TopKEvidence,
+    TrainingSample,
+)
+from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory
+from rnow.models.offload import Offload, check_present, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.types import Sample
 
@@ -24,6 +33,7 @@ class TransformersTeacher:
         temperature: the student's sampling temperature; both models' distributions are tempered alike, so that a
             teacher equal to the student gives a KL of 0.
         micro_batch_tokens: padded tokens per forward pass; chosen from the device when None.
+        top_k: also list so many of the likeliest tokens at each position (``TopKEvidence``); 0: the sampled token alone.
         poll: called before each forward pass; may raise to stop.
     """
 
@@ -33,21 +43,25 @@ class TransformersTeacher:
         *,
         temperature: float = 1.0,
         micro_batch_tokens: int | None = None,
+        top_k: int = 0,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.lm = lm
         self._temperature = temperature
         self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
+        self._top_k = top_k
         self._poll = poll
+        self._offload = Offload(frozen=lambda: tensors_of(lm.model), what="the teacher")
 
-    async def score(self, samples: Sequence[Sample]) -> Mapping[str, SampledEvidence]:
+    async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
         """Log-probabilities of the loss tokens of each sample, keyed by sample id."""
         return self.score_now(samples)
 
     @torch.inference_mode()
-    def score_now(self, samples: Sequence[Sample]) -> dict[str, SampledEvidence]:
+    def score_now(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
         """``score`` for callers without an event loop."""
-        evidence: dict[str, SampledEvidence] = {}
+        check_present(self.lm.head.weight)
+        evidence: dict[str, Evidence] = {}
         for indices in plan_micro_batches(
             [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
         ):
@@ -55,7 +69,7 @@ class TransformersTeacher:
             evidence.update(self._score_or_halve([samples[index] for index in indices]))
         return evidence
 
-    def _score_or_halve(self, samples: Sequence[Sample]) -> dict[str, SampledEvidence]:
+    def _score_or_halve(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
         try:
             return self._score_micro_batch(samples)
         except torch.OutOfMemoryError as error:
@@ -64,6 +78,18 @@ class TransformersTeacher:
         torch.cuda.empty_cache()
         half = len(samples) // 2
         return self._score_or_halve(samples[:half]) | self._score_or_halve(samples[half:])
+
+    async def sleep(self) -> None:
+        """Move the weights to main memory, quantised ones as they are."""
+        self._offload.sleep()
+
+    async def wake(self) -> None:
+        """Move them back, bit for bit. Does nothing when awake.
+
+        Raises:
+            RnowError: the card has no room.
+        """
+        self._offload.wake()
 
     async def compute_logprobs_async(self, token_ids: Sequence[int]) -> list[float | None]:
         """Log-probability of every given token in its context; the first has none, so its entry is None."""
@@ -91,21 +117,53 @@ class TransformersTeacher:
         scored = self.score_now([sample])["given"].teacher_logprobs
         return [None, *scored[1:].tolist()]
 
-    def _score_micro_batch(self, samples: Sequence[Sample]) -> dict[str, SampledEvidence]:
+    def _score_micro_batch(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
         micro = collate(
             [TrainingSample(sample=s, reward_advantage=0.0, evidence=None) for s in samples],
             self.lm.device,
         )
+        targets = micro.targets.to(self.lm.head.weight.device)
+        if self._top_k:
+            return self._top_evidence(samples, micro, targets)
         scored = selected_logprobs(
+            hidden_rows(self.lm, micro), self.lm.head, targets, temperature=self._temperature
+        )
+        values = scored.logprobs.float().cpu().split(list(micro.counts))
+        return {
+            sample.id: SampledEvidence(teacher_logprobs=_aligned(sample, part))
+            for sample, part in zip(samples, values, strict=True)
+        }
+
+    def _top_evidence(
+        self, samples: Sequence[Sample], micro: MicroBatch, targets: Tensor
+    ) -> dict[str, Evidence]:
+        found = top_logprobs(
             hidden_rows(self.lm, micro),
             self.lm.head,
-            micro.targets.to(self.lm.head.weight.device),
+            targets,
+            self._top_k,
             temperature=self._temperature,
         )
-        values = scored.logprobs.float().cpu()
-        evidence = {}
-        for sample, part in zip(samples, values.split(list(micro.counts)), strict=True):
-            aligned = torch.zeros(len(sample.token_ids))
-            aligned[torch.tensor(sample.loss_mask)] = part
-            evidence[sample.id] = SampledEvidence(teacher_logprobs=aligned)
-        return evidence
+        counts = list(micro.counts)
+        parts = zip(
+            samples,
+            found.selected.float().cpu().split(counts),
+            found.ids.cpu().split(counts),
+            found.logprobs.float().cpu().split(counts),
+            strict=True,
+        )
+        return {
+            sample.id: TopKEvidence(
+                teacher_logprobs=_aligned(sample, selected),
+                ids=_aligned(sample, ids),
+                logprobs=_aligned(sample, logprobs),
+            )
+            for sample, selected, ids, logprobs in parts
+        }
+
+
+def _aligned(sample: Sample, rows: Tensor) -> Tensor:
+    """Values of the loss tokens ``[loss tokens, ...]`` put at their positions ``[T, ...]``, 0 elsewhere."""
+    aligned = rows.new_zeros(len(sample.token_ids), *rows.shape[1:])
+    aligned[torch.tensor(sample.loss_mask)] = rows
+    return aligned

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from rnow.algorithm.records import SampledEvidence
+from rnow.algorithm.records import Evidence, SampledEvidence, TopKEvidence
 from rnow.errors import ConfigError, ModelError, TemporaryError
 from rnow.serving.client import (
     MAX_LOGPROBS,
     BadAnswer,
     Refused,
-    ServedModel,
     ServerDown,
     VllmClient,
 )
+from rnow.serving.nf4 import ARGUMENT as BITSANDBYTES
+from rnow.serving.nf4 import require_nf4
 from rnow.serving.server import START_TIMEOUT, VllmServer, require_vllm
+from rnow.teacher.vllm_check import ServedTeacherChecks, TeacherCheck, find_served_model
 from rnow.types import Sample
+
+if TYPE_CHECKING:
+    from rnow.teacher.vllm_sampler import VllmTeacherSampler
+
+T = TypeVar("T")
 
 API_KEY_VARIABLE = "RNOW_TEACHER_API_KEY"
 
@@ -33,47 +40,27 @@ MAX_NUM_BATCHED_TOKENS = 1024
 SERVED_NAME = "teacher"
 TIMEOUT = 600.0
 CONCURRENCY = 4
-"""Requests in flight at a teacher on a GPU."""
+"""Samples scored at once by a teacher on a GPU."""
 
-REPEAT_TOLERANCE = 1e-2
-"""Nats by which the same request may differ when asked twice: batching in bfloat16 moves the third digit."""
+SAMPLING_CONCURRENCY = 64
+"""Completions in flight when a teacher on a GPU answers prompts itself."""
 
-_PROBE = "The quick brown fox: 3.14 + 27 = 30.14\n\tdef f(x):  return x ** 2  # naïve café, 東京, Привет 🙂"
-_PROBE_TOKENS = 64
-_SPREAD_IDS = 512
-_MAX_PADDING = 1024
+RESTART_INTERVAL = 3600.0
+"""Seconds after a restart in which a managed teacher may not fail again: a teacher that dies every few steps would make no
+progress worth its starts, and one death a day should not end a run of weeks."""
+
 _POLL = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherCheck:
-    """What ``VllmTeacher.check`` found.
-
-    Attributes:
-        model: the name it is served under; ``root``: the folder or id that the server says it is.
-        max_model_len: tokens of the longest sequence it takes, if it says so.
-        padding_mass: mean probability of the ids that no tokenizer produces, over a few contexts. A served teacher cannot
-            leave them out of its softmax, so its log-probabilities are too low by about this much. 0 without such ids,
-            None where the server is too old to be asked.
-        padding_rows: how many such ids there are (at most 1,024 are counted), None as above.
-        repeat_gap: nats between two answers to the same request.
-        warnings: what could not be checked.
-    """
-
-    model: str
-    root: str | None
-    max_model_len: int | None
-    padding_mass: float | None
-    padding_rows: int | None
-    repeat_gap: float
-    warnings: tuple[str, ...] = ()
 
 
 class VllmTeacher:
     """Scores the exact token ids the student sampled, by a server's prompt log-probabilities: one request per sample.
 
     Use ``served`` or ``managed``. A managed teacher starts with its first use (``start``), ends with ``close`` or with
-    this process, and is started again once per ``score`` when it dies or stops answering.
+    this process. When it dies or stops answering it is started again; when that happens a second time within
+    ``RESTART_INTERVAL``, TemporaryError ends the run.
+
+    With ``top_k`` the evidence is ``TopKEvidence``. More than 20 need a server that was started with ``--max-logprobs``; a
+    managed one is.
 
     A served teacher's distribution cannot be tempered and cannot leave padding ids out.
     """
@@ -87,6 +74,8 @@ class VllmTeacher:
         where: str,
         timeout: float = TIMEOUT,
         max_concurrency: int = 1,
+        sampling_concurrency: int = 1,
+        top_k: int = 0,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         if (client is None) == (server is None):
@@ -97,8 +86,13 @@ class VllmTeacher:
         self._where = where
         self._timeout = timeout
         self._max_concurrency = max_concurrency
+        self._sampling_concurrency = sampling_concurrency
+        self._top_k = top_k
         self._poll = poll
         self._vocabulary: int | None = None
+        self._restarts = 0
+        self._restarted_at: float | None = None
+        self._starting: asyncio.Task[None] | None = None
 
     @classmethod
     def served(
@@ -107,25 +101,29 @@ class VllmTeacher:
         model: str | None = None,
         *,
         temperature: float = 1.0,
-        api_key_variable: str = API_KEY_VARIABLE,
+        api_key: str | None = None,
         timeout: float = TIMEOUT,
         max_concurrency: int = CONCURRENCY,
+        sampling_concurrency: int = SAMPLING_CONCURRENCY,
+        top_k: int = 0,
         poll: Callable[[], None] = lambda: None,
     ) -> VllmTeacher:
         """A teacher on a server that somebody else runs.
 
         Args:
             model: the name it is served under; None: the only base model there.
-            api_key_variable: the environment variable that holds the key, if the server wants one.
+            api_key: None: the value of the environment variable RNOW_TEACHER_API_KEY, if it is set.
             timeout: seconds per sample, retries included.
             max_concurrency: samples in flight; ``check`` lowers it to 1 on a server with LoRA adapters.
+            sampling_concurrency: completions in flight of ``sampler``.
+            top_k: how many of the likeliest tokens the evidence lists besides the sampled one.
 
         Raises:
             ConfigError: a temperature other than 1.
             InputError: the url is none.
         """
         _refuse_temperature(temperature)
-        key = os.environ.get(api_key_variable) or None
+        key = api_key or os.environ.get(API_KEY_VARIABLE) or None
         client = VllmClient(url, key, timeout, max_concurrency)
         return cls(
             client=client,
@@ -133,6 +131,8 @@ class VllmTeacher:
             where="teacher.url",
             timeout=timeout,
             max_concurrency=max_concurrency,
+            sampling_concurrency=sampling_concurrency,
+            top_k=top_k,
             poll=poll,
         )
 
@@ -156,6 +156,8 @@ class VllmTeacher:
         timeout: float = TIMEOUT,
         start_timeout: float = START_TIMEOUT,
         max_concurrency: int | None = None,
+        samples: bool = False,
+        top_k: int = 0,
         poll: Callable[[], None] = lambda: None,
     ) -> VllmTeacher:
         """A teacher on a server of our own: loopback, random key, output in ``log``.
@@ -165,22 +167,38 @@ class VllmTeacher:
             max_num_batched_tokens: prompt tokens whose logits are in memory at once.
             max_model_len: tokens of the longest sample to be scored; None: the model's limit.
             max_concurrency: samples in flight; None: 4 on a GPU, 1 on the CPU.
+            samples: ``sampler`` will be used.
+            top_k: how many of the likeliest tokens the evidence lists besides the sampled one.
 
         Raises:
             ConfigError: a temperature other than 1, or a quantization vLLM does not have.
-            ModelError: vLLM is not installed.
+            ModelError: vLLM is not installed, or cannot load nf4.
         """
         _refuse_temperature(temperature)
         require_vllm("teacher.backend")
+        on_gpu = torch.cuda.is_available()
         if max_concurrency is None:
-            max_concurrency = CONCURRENCY if torch.cuda.is_available() else 1
+            max_concurrency = CONCURRENCY if on_gpu else 1
+        sampling_concurrency = SAMPLING_CONCURRENCY if on_gpu else 8
+        in_flight = max(max_concurrency, sampling_concurrency if samples else 0)
+        if samples and not on_gpu:
+            # On a CPU a prompt prefilled in two parts makes vLLM rewind the request's random generator, which a CPU's
+            # cannot: the engine dies.
+            max_num_batched_tokens = max(max_num_batched_tokens, (max_model_len or 0) + 1)
         arguments = [
             *("--dtype", dtype),
             *("--tensor-parallel-size", str(tensor_parallel_size)),
             *("--max-num-batched-tokens", str(max_num_batched_tokens)),
-            *("--max-num-seqs", str(max_concurrency)),
+            *("--max-num-seqs", str(in_flight)),
+            *("--max-logprobs", str(max(MAX_LOGPROBS, top_k))),
+            *(
+                "--logprobs-mode",
+                "processed_logprobs",
+            ),  # those of completions; prompts keep the model's own
             "--no-enable-prefix-caching",  # prompt log-probabilities are computed anew, cached or not
         ]
+        if samples and not on_gpu:
+            arguments.append("--no-enable-chunked-prefill")
         environment = dict(env or {})
         if max_model_len is not None:
             # vLLM insists on room for one more token, which is never fed back: it may lie past the model's limit.
@@ -195,8 +213,10 @@ class VllmTeacher:
                 fix="use nf4 or fp8, or teacher.backend: transformers",
             )
         if quantization != "none":
-            word = "bitsandbytes" if quantization == "nf4" else quantization
-            arguments += ["--quantization", word]
+            if quantization == "nf4":
+                require_nf4("teacher.quantization", dtype=dtype)
+                quantization = BITSANDBYTES
+            arguments += ["--quantization", quantization]
         if trust_remote_code:
             arguments.append("--trust-remote-code")
         if enforce_eager:
@@ -219,6 +239,8 @@ class VllmTeacher:
             where="teacher.path",
             timeout=timeout,
             max_concurrency=max_concurrency,
+            sampling_concurrency=sampling_concurrency,
+            top_k=top_k,
             poll=poll,
         )
 
@@ -230,9 +252,13 @@ class VllmTeacher:
         Raises:
             StartFailed: it did not come up.
         """
-        if self._server is not None and self._client is None:
-            await self._server.start()
-            self._client = self._own_client(self._server)
+        if self._server is None:
+            return
+        if self._client is None and self._starting is None:
+            self._begin(self._server, self._server.start())
+        if self._starting is not None:
+            # Shielded: a cancelled rollout must not cancel the start that others wait for.
+            await asyncio.shield(self._starting)
 
     def close(self) -> None:
         """End a managed teacher's processes."""
@@ -254,28 +280,23 @@ class VllmTeacher:
 
     # --- scoring --------------------------------------------------------------------------------------------------
 
-    async def score(self, samples: Sequence[Sample]) -> Mapping[str, SampledEvidence]:
+    async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
         """Log-probabilities of the loss tokens of each sample, keyed by sample id.
 
         Raises:
-            TemporaryError: no answer, or a wrong one, after retries and one restart of a managed teacher.
+            TemporaryError: no answer, or a wrong one, after retries and the restart that a managed teacher has.
         """
         evidence = {
-            sample.id: SampledEvidence(teacher_logprobs=torch.zeros(len(sample.token_ids)))
+            sample.id: _aligned(sample, {}, self._top_k)
             for sample in samples
             if not any(sample.loss_mask)
         }
-        owed = [sample for sample in samples if sample.id not in evidence]
+
+        async def rest() -> None:
+            await self._score_into(evidence, [s for s in samples if s.id not in evidence])
+
         try:
-            try:
-                await self._score_into(evidence, owed)
-            except ServerDown:
-                if self._server is None:
-                    raise
-                await self._server.restart()
-                self._client = self._own_client(self._server)
-                owed = [sample for sample in owed if sample.id not in evidence]
-                await self._score_into(evidence, owed)
+            await self.surviving(rest)
         except (BadAnswer, Refused) as error:
             raise TemporaryError(
                 error.message,
@@ -301,16 +322,76 @@ class VllmTeacher:
         client = await self._ready()
         return await client.prompt_logprobs(token_ids, model=await self._name(client))
 
-    async def _score_into(
-        self, evidence: dict[str, SampledEvidence], samples: Sequence[Sample]
-    ) -> None:
+    def sampler(self, *, vocabulary: int, padding: Sequence[int]) -> VllmTeacherSampler:
+        """A Sampler that answers with this teacher, on the same server.
+
+        Args:
+            vocabulary: how many ids the student's tokenizer can produce.
+            padding: the ids above them that the teacher's head has; they are never drawn.
+        """
+        from rnow.teacher.vllm_sampler import VllmTeacherSampler
+
+        return VllmTeacherSampler(self, vocabulary=vocabulary, padding=padding)
+
+    async def connect(self) -> tuple[VllmClient, str]:
+        """The server as it runs now, for completions, and the model's name there."""
+        client = await self._ready()
+        return client.sharing(self._sampling_concurrency), await self._name(client)
+
+    async def surviving(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What ``ask`` gives, asked again when a managed teacher had to be started again. Any number may ask at once.
+
+        Raises:
+            ServerDown: it failed again too soon; or a server that is not ours is gone.
+        """
+        while True:
+            restarts = self._restarts
+            try:
+                return await ask()
+            except ServerDown as error:
+                gone = error
+            await self._recover(restarts, gone)
+
+    async def _recover(self, restarts: int, gone: ServerDown) -> None:
+        """Start again unless that has happened since ``restarts`` was read."""
+        if self._server is None:
+            raise gone
+        if self._starting is None and self._restarts == restarts:
+            now = time.monotonic()
+            if self._restarted_at is not None and now - self._restarted_at < RESTART_INTERVAL:
+                gone.why = (
+                    f"{gone.why}; it had been started again {now - self._restarted_at:.0f} s before"
+                )
+                gone.details = (*gone.details, *self._server.log_tail())
+                raise gone
+            self._client = None
+            self._begin(self._server, self._restart(self._server))
+        await self.start()
+
+    async def _restart(self, server: VllmServer) -> None:
+        await server.restart()
+        self._restarts += 1
+        self._restarted_at = time.monotonic()
+
+    def _begin(self, server: VllmServer, coming: Coroutine[Any, Any, None]) -> None:
+        """Let the server come up in a task that everybody who needs it waits for."""
+
+        async def bring_up() -> None:
+            try:
+                await coming
+                self._client = self._own_client(server)
+            finally:
+                self._starting = None
+
+        self._starting = asyncio.create_task(bring_up())
+
+    async def _score_into(self, evidence: dict[str, Evidence], samples: Sequence[Sample]) -> None:
         """Adds each answer as it comes, so that what was answered before a failure is not asked again."""
         client = await self._ready()
         model = await self._name(client)
 
         async def one(sample: Sample) -> None:
-            logprobs = await client.prompt_logprobs(_scored_part(sample), model=model)
-            evidence[sample.id] = _aligned(sample, logprobs)
+            evidence[sample.id] = await self._judge(client, model, sample)
 
         waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in samples}
         try:
@@ -326,6 +407,31 @@ class VllmTeacher:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
 
+    async def _judge(self, client: VllmClient, model: str, sample: Sample) -> Evidence:
+        ids = _scored_part(sample)
+        if not self._top_k:
+            values = await client.prompt_logprobs(ids, model=model)
+            pairs = zip(ids, values, strict=True)
+            entries = [{} if value is None else {token: value} for token, value in pairs]
+        else:
+            found = await client.prompt_top_logprobs(ids, model=model, top_k=self._top_k)
+            entries = [entry or {} for entry in found]
+        judged = {
+            position: entry
+            for position, entry in enumerate(entries)
+            if sample.loss_mask[position] and entry
+        }
+        evidence = _aligned(sample, judged, self._top_k)
+        if isinstance(evidence, TopKEvidence) and self._vocabulary is not None:
+            highest = int(evidence.ids.max())
+            if highest >= self._vocabulary:
+                raise BadAnswer(
+                    f"the teacher counts id {highest} among its {self._top_k} likeliest, which no tokenizer produces",
+                    why="a server cannot leave the padding rows of a model's head out",
+                    fix="use teacher.backend: transformers",
+                )
+        return evidence
+
     async def _ready(self) -> VllmClient:
         await self.start()
         assert self._client is not None
@@ -333,7 +439,7 @@ class VllmTeacher:
 
     async def _name(self, client: VllmClient) -> str:
         if self._model is None:
-            self._model = (await self._served_model(client)).id
+            self._model = (await find_served_model(client, self._model, self._where)).id
         return self._model
 
     def _own_client(self, server: VllmServer) -> VllmClient:
@@ -363,7 +469,15 @@ class VllmTeacher:
         """
         self._vocabulary = vocabulary
         try:
-            return await self._check(tokenizer, vocabulary, texts, longest)
+            client = await self._ready()
+            served = await find_served_model(client, self._model, self._where)
+            self._model = served.id
+            if self._server is None and any(model.parent for model in await client.models()):
+                # Concurrent prompt log-probabilities have killed engines with LoRA enabled (CPU build).
+                self._max_concurrency = 1
+                client.limit(1)
+            checks = ServedTeacherChecks(client, served, where=self._where, top_k=self._top_k)
+            return await checks.run(tokenizer, vocabulary, texts, longest)
         except ServerDown as error:
             raise ModelError(
                 error.message,
@@ -376,147 +490,6 @@ class VllmTeacher:
             error.where = error.where or self._where
             raise
 
-    async def _check(
-        self, tokenizer: Any, vocabulary: int, texts: Sequence[str], longest: int | None
-    ) -> TeacherCheck:
-        client = await self._ready()
-        served = await self._served_model(client)
-        self._model = served.id
-        if self._server is None and await self._has_adapters(client):
-            # Concurrent prompt log-probabilities have killed engines with LoRA enabled (CPU build).
-            self._max_concurrency = 1
-            client.limit(1)
-        self._check_window(served, longest)
-        spread = range(0, vocabulary, max(1, vocabulary // _SPREAD_IDS))
-        controls = sorted(tokenizer.get_added_vocab())
-        probes = [_PROBE, "".join(controls), tokenizer.decode(list(spread))]
-        warnings = await self._compare_tokenizers(client, tokenizer, [*probes, *texts], served.id)
-        ids = tokenizer.encode(_PROBE, add_special_tokens=False)[:_PROBE_TOKENS]
-        if served.max_model_len is not None:
-            ids = ids[: served.max_model_len - 1]
-        gap = await self._repeat(client, served.id, ids)
-        rows, mass = await self._padding(client, served.id, ids, vocabulary)
-        if rows is None:
-            warnings.append(
-                "the teacher's server cannot say how much probability it gives to padding ids"
-            )
-        return TeacherCheck(
-            model=served.id,
-            root=served.root,
-            max_model_len=served.max_model_len,
-            padding_mass=mass,
-            padding_rows=rows,
-            repeat_gap=gap,
-            warnings=tuple(warnings),
-        )
-
-    async def _served_model(self, client: VllmClient) -> ServedModel:
-        models = await client.models()
-        if self._model is not None:
-            for model in models:
-                if model.id == self._model:
-                    return model
-        bases = [model for model in models if model.parent is None]
-        if self._model is None and len(bases) == 1:
-            return bases[0]
-        raise ModelError(
-            f"the server at {client.url} serves "
-            + (f"no model '{self._model}'" if self._model else f"{len(bases)} models"),
-            title="Another teacher is served",
-            where=self._where,
-            details=[f"served: {model.id}" for model in models[:10]],
-            fix="set teacher.path to one of the served names",
-        )
-
-    async def _has_adapters(self, client: VllmClient) -> bool:
-        return any(model.parent is not None for model in await client.models())
-
-    def _check_window(self, served: ServedModel, longest: int | None) -> None:
-        window = served.max_model_len
-        if longest is not None and window is not None and longest >= window:
-            raise ModelError(
-                f"the teacher's server takes sequences of up to {window - 1} tokens, the run has up to {longest}",
-                where=self._where,
-                fix=f"start it with --max-model-len {longest + 1}, or lower rollout.max_context_window to {window - 1}",
-            )
-
-    async def _compare_tokenizers(
-        self, client: VllmClient, tokenizer: Any, texts: Sequence[str], model: str
-    ) -> list[str]:
-        for text in texts:
-            if not text:
-                continue
-            ours = tokenizer.encode(text, add_special_tokens=False)
-            try:
-                theirs = await client.tokenize(text, model=model)
-            except Refused as error:
-                if error.status not in (404, 405, 501):
-                    raise
-                return [
-                    "the teacher's server has no /tokenize, so its tokenizer could not be compared with the student's"
-                ]
-            if ours != theirs:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-                    min(len(ours), len(theirs)),
-                )
-                raise ModelError(
-                    f"the teacher's server reads text differently from token {at} on",
-                    title="Student and teacher tokenizers differ",
-                    where=self._where,
-                    details=[
-                        f"student: {ours[at : at + 5]}",
-                        f"teacher: {theirs[at : at + 5]}",
-                        f"in:      {text[:80]!r}",
-                    ],
-                    why="the teacher scores the student's token ids, so every id must mean the same to both",
-                    fix="serve a teacher of the student's family",
-                )
-        return []
-
-    async def _repeat(self, client: VllmClient, model: str, ids: Sequence[int]) -> float:
-        first = await client.prompt_logprobs(ids, model=model)
-        second = await client.prompt_logprobs(ids, model=model)
-        gap = max(
-            (
-                abs(a - b)
-                for a, b in zip(first, second, strict=True)
-                if a is not None and b is not None
-            ),
-            default=0.0,
-        )
-        if gap > REPEAT_TOLERANCE:
-            raise BadAnswer(
-                f"the server at {client.url} gives the same tokens log-probabilities that differ by {gap:.3g} nats",
-                why="several models may stand behind one address",
-                fix="name a server that serves one model",
-            )
-        return gap
-
-    async def _padding(
-        self, client: VllmClient, model: str, ids: Sequence[int], vocabulary: int
-    ) -> tuple[int | None, float | None]:
-        """How many ids at or above ``vocabulary`` the model has, and their mean probability after a few prefixes."""
-        prefixes = [ids[:length] for length in {1, len(ids) // 2 or 1, len(ids)}]
-        mass, rows, size = 0.0, 0, MAX_LOGPROBS
-        while rows < _MAX_PADDING:
-            wanted = range(vocabulary + rows, vocabulary + rows + size)
-            try:
-                for prefix in prefixes:
-                    found = await client.next_logprobs(prefix, wanted, model=model)
-                    if found is None:
-                        return None, None
-                    values = torch.tensor(list(found.values()), dtype=torch.float64)
-                    mass += values.exp().sum().item() / len(prefixes)
-            except Refused as error:
-                # Past the last row the server says no: look closer until the end is found.
-                if error.status not in (400, 422) or size == 1:
-                    break
-                size //= 2
-                continue
-            rows += size
-        return rows, mass
-
 
 def _scored_part(sample: Sample) -> Sequence[int]:
     """The ids up to the last loss token: what follows it changes nothing."""
@@ -524,12 +497,20 @@ def _scored_part(sample: Sample) -> Sequence[int]:
     return sample.token_ids[: last + 1]
 
 
-def _aligned(sample: Sample, logprobs: Sequence[float | None]) -> SampledEvidence:
+def _aligned(sample: Sample, judged: Mapping[int, Mapping[int, float]], top_k: int) -> Evidence:
+    """``judged``: for each loss position the log-probabilities of the sampled id and, with ``top_k``, of the likeliest."""
     values = torch.zeros(len(sample.token_ids))
-    for position, logprob in enumerate(logprobs):
-        if sample.loss_mask[position] and logprob is not None:
-            values[position] = logprob
-    return SampledEvidence(teacher_logprobs=values)
+    for position, entry in judged.items():
+        values[position] = entry[sample.token_ids[position]]
+    if not top_k:
+        return SampledEvidence(teacher_logprobs=values)
+    ids = torch.zeros(len(sample.token_ids), top_k, dtype=torch.long)
+    logprobs = torch.zeros(len(sample.token_ids), top_k)
+    for position, entry in judged.items():
+        best = sorted(entry.items(), key=lambda pair: (-pair[1], pair[0]))[:top_k]
+        ids[position] = torch.tensor([token for token, _ in best])
+        logprobs[position] = torch.tensor([value for _, value in best])
+    return TopKEvidence(teacher_logprobs=values, ids=ids, logprobs=logprobs)
 
 
 def _refuse_temperature(temperature: float) -> None:

@@ -1,0 +1,196 @@
+"""Importing a user's file, in a child, and telling the other side what is in it or what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rnow.core.reward import RewardSpec, collect_rewards, reward_spec
+from rnow.core.tool import ToolSpec, collect_tools, tool_spec
+from rnow.core.tool_schema import describe
+
+Spec = RewardSpec | ToolSpec
+
+_MAX_TEXT = 2000
+
+
+class ImportFault(Exception):
+    """The file cannot be imported. ``report`` says why, as plain data."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        super().__init__(report)
+        self.report = report
+
+
+class UserFile:
+    """An imported tools.py or rewards.py: its functions in the order of their names' first appearance."""
+
+    def __init__(self, file: str, kind: str, specs: list[Spec]) -> None:
+        self.file = Path(file)
+        self.folder = self.file.parent
+        self.kind = kind
+        self.specs = specs
+
+    def named(self, names: list[str]) -> list[Spec]:
+        """The functions of these names, in this order.
+
+        Raises KeyError for a name that is no longer there.
+        """
+        by_name = {spec.name: spec for spec in self.specs}
+        return [by_name[name] for name in names]
+
+    def report(self) -> dict[str, Any]:
+        """``functions`` (as FunctionInfo has them) and ``mistakes`` (message, place, why, fix), JSON-ready."""
+        functions, mistakes = [], []
+        places: dict[str, str] = {}
+        for spec in self.specs:
+            place = self._place(spec.function)
+            if spec.name in places:
+                mistakes.append(
+                    {
+                        "message": f'two {self.kind} are named "{spec.name}"',
+                        "place": f"{places[spec.name]} and {place}",
+                        "fix": "rename one of the functions",
+                    }
+                )
+                continue
+            places[spec.name] = place
+            described = (
+                self._tool(spec, place, mistakes)
+                if isinstance(spec, ToolSpec)
+                else self._reward(spec, place, mistakes)
+            )
+            functions.append(
+                described
+                | {
+                    "name": spec.name,
+                    "is_async": spec.is_async,
+                    "timeout": spec.timeout,
+                    "sandbox": spec.sandbox,
+                    "place": place,
+                }
+            )
+        return {"functions": functions, "mistakes": mistakes}
+
+    def _tool(self, spec: ToolSpec, place: str, mistakes: list[dict[str, Any]]) -> dict[str, Any]:
+        signature = describe(spec.function)
+        mistakes += [
+            {"message": mistake.message, "place": place, "fix": mistake.fix}
+            for mistake in signature.mistakes
+        ]
+        return {
+            "description": signature.description,
+            "parameters": signature.parameters,
+            "injected": signature.injected,
+        }
+
+    def _reward(
+        self, spec: RewardSpec, place: str, mistakes: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        inner = inspect.unwrap(spec.function)
+        if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
+            mistakes.append(
+                {
+                    "message": f'the reward "{spec.name}" yields',
+                    "place": place,
+                    "fix": "return one number instead",
+                }
+            )
+        else:
+            try:
+                inspect.signature(spec.function).bind(None, None)
+            except TypeError as error:
+                mistakes.append(
+                    {
+                        "message": f'the reward "{spec.name}" cannot be called with (args, messages)',
+                        "place": place,
+                        "why": str(error),
+                        "fix": f"write it as def {spec.name}(args: RewardArgs, messages: list) -> float",
+                    }
+                )
+        return {
+            "description": inspect.getdoc(spec.function) or "",
+            "precondition": spec.precondition,
+        }
+
+    def _place(self, function: Callable[..., Any]) -> str:
+        code = inspect.unwrap(function).__code__
+        return f"{relative(code.co_filename, self.folder)}:{code.co_firstlineno}"
+
+
+def import_user_file(file: str, kind: str) -> UserFile:
+    """Execute the file as the module of its own name, its folder first on ``sys.path``.
+
+    Functions of helper modules that it imports count too. Raises ImportFault.
+    """
+    path = Path(file)
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    # Checking a project writes nothing into it, not even __pycache__.
+    sys.dont_write_bytecode = True
+    sys.argv = [file]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportFault({"type": "ImportError", "message": f"{path.name} is not a Python file"})
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    with collect_rewards() as rewards, collect_tools() as tools:
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            raise ImportFault(_fault(path, error)) from None
+    found: dict[int, Spec] = {}
+    read: Callable[[object], Spec | None] = reward_spec if kind == "rewards" else tool_spec
+    collected: list[Any] = list(rewards if kind == "rewards" else tools)
+    for candidate in collected:
+        found[id(candidate.function)] = candidate
+    for value in list(vars(module).values()):
+        marked = read(value)
+        if marked is not None:
+            found[id(marked.function)] = marked
+    return UserFile(file, kind, list(found.values()))
+
+
+def _fault(path: Path, error: BaseException) -> dict[str, Any]:
+    line, shown = _fault_line(path, error)
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return {
+        "type": type(error).__name__,
+        "message": safe_text(error),
+        "module": name,
+        "kind": "syntax" if isinstance(error, SyntaxError) else "exit" if isinstance(error, SystemExit) else "",
+        "line": line,
+        "file": shown,
+    }  # fmt: skip
+
+
+def _fault_line(path: Path, error: BaseException) -> tuple[int | None, str]:
+    """Line and file of the deepest frame in the user's folder (or of the syntax error)."""
+    folder = path.parent
+    if isinstance(error, SyntaxError) and error.filename:
+        return error.lineno, relative(error.filename, folder)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        inside = Path(frame.filename).parent
+        if frame.filename == str(path) or inside == folder:
+            return frame.lineno, relative(frame.filename, folder)
+    return None, path.name
+
+
+def relative(filename: str, folder: Path) -> str:
+    """``filename`` as seen from the user's folder; only its name when it is elsewhere."""
+    file = Path(filename)
+    return str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name
+
+
+def safe_text(error: BaseException) -> str:
+    """``str(error)``, cut; "" when even that fails."""
+    try:
+        return str(error)[:_MAX_TEXT]
+    except BaseException:
+        return ""

@@ -1,0 +1,60 @@
+"""What a vLLM for the student is started with, however it is reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rnow.sampling.vllm_backend import allowed_lora_rank
+
+Quantization = Literal["none", "nf4"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmSettings:
+    """Of a server given by url only ``local_dir``, ``vocabulary``, ``work_dir``, ``max_num_seqs``, ``max_lora_rank``,
+    ``probe`` and the timeouts count; ``dtype`` and ``quantization`` then say how far its probes may be off.
+
+    Attributes:
+        local_dir: the student's folder.
+        vocabulary: the tokenizer's length; the head's rows above it get no probability.
+        work_dir: where adapters are written for vLLM; emptied by ``close``.
+        log: vLLM's output is appended here.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``. vLLM computes the adapter in the base's dtype.
+        quantization: ``nf4`` needs vLLM's bitsandbytes support, from 0.32 on a package of its own.
+        max_model_len: tokens of prompt and completion together; None takes the model's.
+        gpu_memory_utilization: share of the card for weights and KV cache. On a CPU the environment variable
+            VLLM_CPU_KVCACHE_SPACE (GiB, 2 by default) counts instead.
+        max_num_seqs: completions in flight at once.
+        max_lora_rank: the adapter's rank; vLLM is told the next one it knows.
+        enable_sleep: reserve what ``sleep`` needs; no use on a CPU.
+        probe: a short text's ids, scored to see that vLLM still has the right weights; without any nothing is probed.
+        start_timeout: seconds until vLLM must answer; None: 900 for one of ours, 60 for a given server.
+        request_timeout: seconds without any token or answer after which the engine counts as dead; with a server, seconds
+            that one completion may take.
+    """
+
+    local_dir: Path
+    vocabulary: int
+    work_dir: Path
+    log: Path
+    dtype: str = "auto"
+    quantization: Quantization = "none"
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 256
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    enable_sleep: bool = False
+    trust_remote_code: bool = False
+    max_lora_rank: int = 32
+    probe: tuple[int, ...] = ()
+    start_timeout: float | None = None
+    request_timeout: float = 600.0
+
+    @property
+    def allowed_rank(self) -> int:
+        """``max_lora_rank`` as vLLM must be told it. Raises ModelError where it has none so large."""
+        return allowed_lora_rank(self.max_lora_rank)

@@ -1,0 +1,277 @@
+"""All tools of a run behind one door: which there are, and what the student reads after a call."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rnow.errors import InputError, RnowError
+from rnow.protocols import Tool
+from rnow.tools.arguments import ArgumentChecker, SchemaProblem
+from rnow.tools.limits import MAX_BYTES, CutResult, TokenLimit, keep_end, shorten, storable
+from rnow.types import ToolCall, ToolContext, ToolResult
+
+_DETAIL_CHARACTERS = 32_000
+_ERROR_CHARACTERS = 500
+_NAMES_SHOWN = 30
+
+
+class ToolSource(Protocol):
+    """Where tools come from and what keeps them alive: a server, or a process that runs the user's functions."""
+
+    @property
+    def label(self) -> str:
+        """The source in a message: ``tools.py``, or the address of a server."""
+        ...
+
+    async def open(self) -> Sequence[Tool]:
+        """Bring it up and say what it has. May be called again after ``close``, in another event loop too."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it. Again: nothing."""
+        ...
+
+
+class Toolbox:
+    """The tools of a run.
+
+    Args:
+        tools: tools that need no opening, as from ``tools.py``.
+        sources: opened by ``open``; their tools come after ``tools``, in this order.
+        tokens: the longest result in tokens (``rollout.max_tool_response``); None: only ``max_bytes`` counts.
+        max_bytes: the longest result in UTF-8 bytes.
+        redact: takes the secrets out of everything that leaves ``run``.
+        max_calls: calls that run at once; others wait their turn, outside their own time limit.
+        timeout: seconds for a tool that names no ``timeout`` of its own. Tools hold to their limits themselves, and may wait
+            for a free process besides; the toolbox steps in after three times the limit and ``grace`` seconds.
+        label: where ``tools`` come from, in a message.
+
+    >>> async with Toolbox(tools) as toolbox:  # doctest: +SKIP
+    ...     result = await toolbox.run(call, context)
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Tool] = (),
+        *,
+        sources: Sequence[ToolSource] = (),
+        tokens: TokenLimit | None = None,
+        max_bytes: int = MAX_BYTES,
+        redact: Callable[[str], str] | None = None,
+        max_calls: int = 64,
+        timeout: float = 60.0,
+        grace: float = 10.0,
+        label: str = "tools.py",
+    ) -> None:
+        self._own = tuple(tools)
+        self._sources = tuple(sources)
+        self._tokens = tokens
+        self._max_bytes = max_bytes
+        self._redact = redact or (lambda text: text)
+        self._max_calls = max_calls
+        self._timeout = timeout
+        self._grace = grace
+        self._label = label
+        self._tools: dict[str, Tool] = {}
+        self._checkers: dict[str, ArgumentChecker] = {}
+        self._turns: asyncio.Semaphore | None = None
+
+    async def open(self) -> None:
+        """Bring every source up, all at once.
+
+        Raises:
+            InputError: a source is not there, two tools share a name, or a tool's schema is not usable. Everything that was
+                opened is closed again.
+        """
+        self._turns = asyncio.Semaphore(self._max_calls)
+        try:
+            opening = [asyncio.ensure_future(source.open()) for source in self._sources]
+            try:
+                found = await asyncio.gather(*opening)
+            finally:
+                for task in opening:
+                    task.cancel()
+                await asyncio.gather(*opening, return_exceptions=True)
+            labelled = [(self._label, self._own)]
+            labelled += [(s.label, tuple(t)) for s, t in zip(self._sources, found, strict=True)]
+            self._take(labelled)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Let go of every source. Again: nothing."""
+        self._tools, self._checkers = {}, {}
+        await asyncio.gather(*(source.close() for source in self._sources), return_exceptions=True)
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """All tools, in the order that ``schemas`` keeps. Empty before ``open``."""
+        return tuple(self._tools.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tools, in that order."""
+        return tuple(self._tools)
+
+    def schemas(self, allowed: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The tools as chat templates take them, always in the same order, whatever the order of ``allowed``.
+
+        Raises:
+            InputError: ``allowed`` names a tool that there is not.
+        """
+        for name in allowed or ():
+            if name not in self._tools:
+                raise InputError(
+                    f"there is no tool {name!r}",
+                    title="Unknown tool",
+                    fix=_hint(name, self.names) or "remove it from the row's tools",
+                )
+        return [
+            {
+                "type": "function",
+                "function": {
+                    "name": name,
+                    "description": tool.description,
+                    "parameters": dict(tool.parameters),
+                },
+            }
+            for name, tool in self._tools.items()
+            if allowed is None or name in allowed
+        ]
+
+    async def run(
+        self, call: ToolCall, context: ToolContext, allowed: Sequence[str] | None = None
+    ) -> ToolResult:
+        """Run one call of the student.
+
+        What the student or the tool did wrong is in the result, ``failed``: a call that could not be read, a tool that it does
+        not have (``allowed``: those of the row; None: all), arguments that do not fit, a tool that raised or took too long.
+        The result is storable, without secrets, and within the limits.
+
+        Raises:
+            RnowError: as the tool raised it: a fault of ours.
+            asyncio.CancelledError: the caller was cancelled.
+        """
+        return self._fit(await self._answer(call, context, allowed))
+
+    async def _answer(
+        self, call: ToolCall, context: ToolContext, allowed: Sequence[str] | None
+    ) -> ToolResult:
+        if call.error is not None:
+            return _failed(call.error)
+        names = [name for name in self._tools if allowed is None or name in allowed]
+        if call.name not in names:
+            return _failed(f"there is no tool {call.name[:100]!r}. {_hint(call.name, names)}")
+        tool = self._tools[call.name]
+        arguments = self._checkers[call.name].check(call.arguments)
+        if isinstance(arguments, str):
+            return _failed(f"{call.name} was not called: {arguments}")
+        if self._turns is None:
+            raise RuntimeError("the toolbox is not open")
+        async with self._turns:
+            return await self._call(tool, arguments, context)
+
+    async def _call(
+        self, tool: Tool, arguments: Mapping[str, Any], context: ToolContext
+    ) -> ToolResult:
+        limit = getattr(tool, "timeout", None) or self._timeout
+
+        async def called() -> ToolResult:
+            return await tool.call(arguments, context)
+
+        task = asyncio.create_task(called())
+        try:
+            # Not wait_for: it would wait for a tool that does not let itself be cancelled.
+            done, _ = await asyncio.wait({task}, timeout=3 * limit + self._grace)
+        except BaseException:
+            task.cancel()
+            raise
+        if not done:
+            task.cancel()
+            task.add_done_callback(_forget)
+            return _failed(f"{tool.name} took much longer than {limit:g} s and was given up")
+        if task.cancelled():
+            return _failed(f"{tool.name} was interrupted")  # by itself: nobody cancelled us
+        error = task.exception()
+        if error is None:
+            result = task.result()
+            if isinstance(result, ToolResult) and isinstance(result.content, str):
+                return result
+            return _failed(f"{tool.name} gave no result", repr(result)[:_ERROR_CHARACTERS])
+        if isinstance(error, RnowError) or not isinstance(error, Exception):
+            raise error
+        trace = "".join(traceback.format_exception(error))
+        return _failed(f"{type(error).__name__}: {error}", trace)
+
+    def _take(self, labelled: Sequence[tuple[str, Sequence[Tool]]]) -> None:
+        origins: dict[str, str] = {}
+        for label, tools in labelled:
+            for tool in tools:
+                if tool.name in origins:
+                    raise InputError(
+                        f"two tools are named {tool.name!r}",
+                        title="Tool names clash",
+                        details=(f"one is from {origins[tool.name]}", f"the other is from {label}"),
+                        why="the student calls a tool by its name alone",
+                        fix="rename one of them, or do without one of the two",
+                    )
+                origins[tool.name] = label
+                try:
+                    self._checkers[tool.name] = ArgumentChecker(tool.parameters)
+                except SchemaProblem as problem:
+                    raise InputError(
+                        f"the schema of the tool {tool.name!r} cannot be used: {problem}",
+                        title="Unusable tool",
+                        where=label,
+                    ) from None
+                self._tools[tool.name] = tool
+
+    def _fit(self, result: ToolResult) -> ToolResult:
+        # Secrets first: a cut could leave half of one.
+        content = self._redact(storable(result.content))
+        detail = result.detail
+        if detail is not None:
+            detail = keep_end(self._redact(storable(str(detail))), _DETAIL_CHARACTERS)
+        omitted = result.omitted if isinstance(result, CutResult) else 0
+        content = shorten(content, max_bytes=self._max_bytes, tokens=self._tokens, omitted=omitted)
+        return ToolResult(content=content, failed=result.failed, detail=detail)
+
+
+def _failed(message: str, detail: str | None = None) -> ToolResult:
+    """A failure as the student reads it: one line."""
+    line = " ".join(message.split())
+    if len(line) > _ERROR_CHARACTERS:
+        line = f"{line[:_ERROR_CHARACTERS]}..."
+    return ToolResult(content=f"Error: {line}", failed=True, detail=detail)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # looked at: nobody else will
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    if not known:
+        return "There are no tools."
+    near = get_close_matches(name[:100], known, n=1)
+    meant = f"Did you mean {near[0]}? " if near else ""
+    more = ", ..." if len(known) > _NAMES_SHOWN else ""
+    return f"{meant}Tools: {', '.join(known[:_NAMES_SHOWN])}{more}"

@@ -1,0 +1,120 @@
+"""The functions of a real tools.py as tools."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.tools.conformance import CONTEXT, check_tool
+
+from rnow.errors import InputError
+from rnow.hosting.host import CallOutcome, CodeHost
+from rnow.tools.host_tools import HostTools
+from rnow.tools.toolbox import Toolbox
+from rnow.types import ToolCall, ToolResult
+
+CODE = '''
+import asyncio, time
+from rnow.core import tool, ToolArgs
+
+@tool
+def act(text: str, fail: bool = False, seconds: float = 0) -> str:
+    """The tool of the conformance test."""
+    time.sleep(seconds)
+    if fail:
+        raise ValueError("asked to")
+    return text
+
+@tool(timeout=0.5)
+async def wait() -> str:
+    """Too slow for its own limit."""
+    await asyncio.sleep(30)
+
+@tool
+def look(args: ToolArgs, n: int = 0) -> str:
+    """What a row brings along."""
+    return f"{args.metadata['answer']} {args.variables['n']} {n}"
+
+@tool
+def big() -> str:
+    """Says a lot."""
+    return "x" * 10_000_000
+'''
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> CodeHost:
+    file = tmp_path / "tools.py"
+    file.write_text(CODE)
+    return CodeHost(file, "tools")
+
+
+async def run(toolbox: Toolbox, name: str, /, **arguments: object) -> ToolResult:
+    return await toolbox.run(ToolCall(id="1", name=name, arguments=arguments), CONTEXT)
+
+
+def test_functions_are_tools(host: CodeHost) -> None:
+    async def body() -> None:
+        async with Toolbox(sources=[HostTools(host, 1.0)]) as toolbox:
+            await check_tool(toolbox.tools[0], timeout=1.0)
+
+    asyncio.run(body())
+    assert not host.pids()
+
+
+def test_limits_rows_and_two_loops(host: CodeHost) -> None:
+    async def body() -> None:
+        async with Toolbox(sources=[HostTools(host, 30.0)]) as toolbox:
+            assert toolbox.names == ("act", "wait", "look", "big")
+            slow = await run(toolbox, "wait")
+            assert slow.content == "Error: took longer than 0.5 s"
+            assert (await run(toolbox, "look", n="7")).content == "é 1 7"
+            assert "there is no parameter args" in (await run(toolbox, "look", args={})).content
+            big = await run(toolbox, "big")
+            assert big.content.endswith("x\n[... cut: 256,000 of 10,000,000 bytes shown]")
+            failed = await run(toolbox, "act", text="a", fail=True)
+            assert failed.content == "Error: ValueError: asked to"
+            assert "Traceback" in str(failed.detail)
+
+    asyncio.run(body())
+    asyncio.run(body())
+    assert not host.pids()
+
+
+def test_what_wants_a_sandbox_runs_there_and_nowhere_else(tmp_path: Path) -> None:
+    file = tmp_path / "tools.py"
+    file.write_text(CODE.replace("@tool(timeout=0.5)", "@tool(timeout=0.5, sandbox=True)"))
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    class Sandboxes:
+        async def call(self, name: str, payload: object, **options: object) -> CallOutcome:
+            asked.append((name, options))
+            return CallOutcome(status="ok", value="from inside", seconds=0.1)
+
+    async def body(sandboxed: Sandboxes | None) -> ToolResult:
+        source = HostTools(CodeHost(file, "tools"), 5.0, sandboxed=sandboxed)
+        async with Toolbox(sources=[source]) as toolbox:
+            assert "wait" in toolbox.names
+            assert (await run(toolbox, "act", text="outside")).content == "outside"
+            return await run(toolbox, "wait")
+
+    assert asyncio.run(body(Sandboxes())).content == "from inside"
+    ((name, options),) = asked
+    assert name == "wait"
+    assert options["rollout_id"] == CONTEXT.rollout_id
+    assert options["timeout"] == 0.5
+    refused = asyncio.run(body(None))
+    assert refused.failed
+    assert "no sandbox" in refused.content
+
+
+def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
+    file = tmp_path / "tools.py"
+    file.write_text("import nothing_like_this\n")
+
+    async def body() -> None:
+        with pytest.raises(InputError, match="nothing_like_this"):
+            await Toolbox(sources=[HostTools(CodeHost(file, "tools"), 5.0)]).open()
+
+    asyncio.run(body())
