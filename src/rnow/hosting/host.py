@@ -20,6 +20,7 @@ from typing import Any, Self
 from rnow.errors import InputError
 from rnow.hosting import frames, supervisor
 from rnow.hosting.environment import (
+    BASE,
     base_environment,
     declared,
     hidden_values,
@@ -110,7 +111,8 @@ class CodeHost:
         self._warm = warm
         words = words_of(self.file)
         self._secrets = declared(secrets or {}, words)
-        exported = declared(os.environ, words)
+        shell = {name: value for name, value in os.environ.items() if name not in BASE}
+        exported = declared(shell, words)
         self._env = exported | self._secrets | dict(env or {})
         exposed = hidden_values(base_environment() | self._env)
         self._hidden = exposed | dict(secrets or {})

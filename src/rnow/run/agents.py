@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rnow.config import Config
+from rnow.hosting.environment import plainly_secret
 from rnow.hosting.functions import FunctionInfo
 from rnow.hosting.host import CodeHost
-from rnow.hosting.sandbox import Sandboxes, SandboxedHosts
+from rnow.hosting.sandbox import SandboxedHosts, Sandboxes
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
 from rnow.rollout.samples import rollout_id
@@ -80,7 +81,8 @@ def build_toolbox(
     return Toolbox(
         sources=sources,
         tokens=tokens,
-        redact=lambda text: redact(text, secrets),
+        # Of what the student reads, only what is plainly a secret: LOG_LEVEL=info must not take "info" out of a page.
+        redact=lambda text: redact(text, plainly_secret(secrets)),
         timeout=rollout.tool_timeout,
     )
 

@@ -71,6 +71,7 @@ async def open_user_code(
         if prepared.sandboxed:
             sandboxes = Sandboxes(folder, log_dir=log_dir, warn=prepared.warn)
             stack.push_async_callback(sandboxes.close)
+            await _try_sandboxes(prepared, sandboxes, log_dir)
         toolbox = None
         if prepared.project.agentic:
             toolbox = build_toolbox(
@@ -89,6 +90,22 @@ async def open_user_code(
         yield UserCode(toolbox=toolbox, sandboxes=sandboxes, rewarder=rewarder)
 
 
+async def _try_sandboxes(prepared: Prepared, sandboxes: Sandboxes, log_dir: Path | None) -> None:
+    """Build and enter every sandbox once: what is wrong with one should show before the first step."""
+    dataset = prepared.project.dataset
+    plain = any(prompt.docker is None for prompt in (*dataset.prompts, *dataset.held_out))
+    for kind in ("tools", "rewards"):
+        if kind in prepared.sandboxed:
+            file = prepared.project.folder / f"{kind}.py"
+            log = _log_of(kind, log_dir)
+            hosts = SandboxedHosts(file, kind, sandboxes, secrets=prepared.project.secrets, log=log)
+            await hosts.prepare(prepared.images, plain=plain)
+
+
+def _log_of(kind: str, log_dir: Path | None) -> Path | None:
+    return None if log_dir is None else log_dir / f"{kind}.log"
+
+
 def _refuse_changed(prepared: Prepared, toolbox: Toolbox) -> None:
     if toolbox.schemas() != list(prepared.tools.values()):
         raise InputError(
@@ -102,7 +119,7 @@ def _build_rewarder(
     prepared: Prepared, sandboxes: Sandboxes | None, log_dir: Path | None
 ) -> RewardRunner:
     rollout, secrets = prepared.config.rollout, prepared.project.secrets
-    log = None if log_dir is None else log_dir / "rewards.log"
+    log = _log_of("rewards", log_dir)
     sandboxed = None
     if sandboxes is not None:
         file = prepared.project.folder / "rewards.py"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from rnow.serving.nf4 import require_nf4
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A project that passed its checks. ``num_steps`` is 0 when nothing is to be trained (``rnow test``); ``tools`` are
-    what the student can call, by name; ``sandboxed``: some function has ``sandbox=True``; ``notices`` say where those run."""
+    what the student can call, by name; ``sandboxed``: ``tools`` and ``rewards``, as far as one of
+    them has ``sandbox=True``; ``images`` that rows name, each with the place of the first; ``notices``: where those run."""
 
     config: Config
     project: Project
@@ -38,7 +39,8 @@ class Prepared:
     preflight: Preflight
     num_steps: int
     tools: Mapping[str, Mapping[str, Any]]
-    sandboxed: bool = False
+    sandboxed: frozenset[str] = frozenset()
+    images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     warn: Callable[..., None] = lambda *texts: None
 
@@ -84,7 +86,8 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     project = load_project(folder, config, tools=tools or ())
     dataset = project.dataset
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
-    notices = check_sandbox(functions, _images(dataset), folder)
+    images = _images(dataset)
+    notices = check_sandbox(functions, images, folder)
     num_steps = 0
     if training:
         num_steps = count_steps(config, dataset)
@@ -120,7 +123,8 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
         preflight=preflight,
         num_steps=num_steps,
         tools=tools or {},
-        sandboxed=any(info.sandbox for info in functions),
+        sandboxed=frozenset(info.kind for info in functions if info.sandbox),
+        images=images,
         notices=tuple(notices),
     )
 

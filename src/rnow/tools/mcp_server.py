@@ -433,7 +433,7 @@ def _describe(
     """Lines that say what went wrong at one address."""
     lines: list[str] = []
     if isinstance(error, TimeoutError):
-        text = f"no answer within {timeout:.3g} s"
+        text = f"no answer within {timeout:.2g} s"
     elif isinstance(error, CommandEnded):
         text = str(error)
         lines = [f"  {line[:200]}" for line in error.log[-10:]]
