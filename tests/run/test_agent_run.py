@@ -272,6 +272,24 @@ def test_a_hosted_project_runs_unchanged(
     assert CANARY not in "\n".join(watcher.notes)
 
 
+def test_tools_that_mostly_fail_are_told_of(
+    tmp_path: Path, tiny_model_dir: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = TOOLS_SLOW.replace("time.sleep(seconds)", "raise OSError('no network')")
+    project = AgentProject(tmp_path / "trouble", tiny_model_dir, tools=broken)
+    script_student(
+        monkeypatch,
+        project,
+        lambda text, number: "done" if "tool\n" in text else call("nap", seconds=1),
+    )
+    watcher = Watcher()
+    config = project.config(data={"val_split": 0.25}, trainer={"max_steps": 2})
+    run(config, folder=project.folder, display=watcher)
+    told = [note for note in watcher.notes if "tool calls failed" in note]
+    assert len(told) == 3, "before, step 1 (not again in step 2), after"
+    assert all("OSError: no network" in note for note in told)
+
+
 def test_turns_overlap(
     tmp_path: Path, tiny_model_dir: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rnow.run.metrics import rollout_metrics
+from rnow.run.metrics import TROUBLE, rollout_metrics, tool_trouble
 from rnow.types import Completion, Message, Prompt, Rollout, RolloutGroup, Turn
 
 PROMPT = Prompt(id="dataset_0/0", dataset="dataset_0", row=0, messages=())
@@ -67,3 +67,17 @@ def test_without_tools_there_is_nothing_to_say_of_them() -> None:
     metrics = rollout_metrics([RolloutGroup(prompt=PROMPT, rollouts=(rollout(SAYS),))])
     assert not any(name.startswith("tools/") for name in metrics)
     assert "rollouts/turns" not in metrics
+
+
+def test_trouble_with_the_tools_is_told_when_most_calls_fail() -> None:
+    def group(*messages: Message) -> RolloutGroup:
+        return RolloutGroup(prompt=PROMPT, rollouts=(rollout(SAYS, *messages),))
+
+    slow = FAILED | {"content": "Error: took longer than 5 s\nand more"}  # type: ignore[operator]
+    told = tool_trouble([group(*[slow] * TROUBLE, FAILED, WORKED)])
+    assert told is not None
+    assert told.startswith(f"{TROUBLE + 1} of {TROUBLE + 2} tool calls failed")
+    assert told.endswith(f"({TROUBLE}): Error: took longer than 5 s")
+    assert tool_trouble([group(*[FAILED] * TROUBLE, *[WORKED] * TROUBLE)]) is None
+    assert tool_trouble([group(*[FAILED] * (TROUBLE - 1))]) is None, "a few say nothing"
+    assert tool_trouble([]) is None

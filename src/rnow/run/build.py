@@ -63,6 +63,8 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
         prepared.teacher,
         prepared.preflight,
         run_dir=prepared.run_folder().path,
+        tools=tuple(prepared.tools),
+        notices=prepared.notices,
     )
 
 

@@ -10,7 +10,7 @@ from rnow.protocols import Environment, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.rollout.samples import build_samples
-from rnow.run.metrics import reward_metrics, rollout_metrics
+from rnow.run.metrics import reward_metrics, rollout_metrics, tool_trouble
 from rnow.run.residency import Part, Residency
 from rnow.types import Prompt, ScoredGroup
 
@@ -28,6 +28,7 @@ class Evaluator:
         judged: whether ``teacher_kl`` can be given: sampler and teacher must see the same temperature.
         pass_at: the k of pass@k to report, where there are enough samples.
         agentic: the student has tools; what it did with them is reported too.
+        tell: told when most tool calls failed.
     """
 
     prompts: Sequence[Prompt]
@@ -38,6 +39,7 @@ class Evaluator:
     judged: bool = True
     pass_at: tuple[int, ...] = PASS_AT
     agentic: bool = False
+    tell: Callable[[str], None] = lambda text: None
 
     async def evaluate(
         self,
@@ -61,6 +63,8 @@ class Evaluator:
         scored = await score_rewards(groups, self.rewarder)
         metrics = self._pass_at(scored) | reward_metrics(scored)
         metrics |= rollout_metrics(scored, agentic=self.agentic)
+        if trouble := tool_trouble(scored):
+            self.tell(f"warning: in this evaluation {trouble}")
         if teacher is not None and self.judged:
             async with gpu.only("teacher"):
                 metrics["teacher_kl"] = await self._teacher_kl(scored, teacher)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rnow.types import Rollout, RolloutGroup, ScoredGroup
+
+TROUBLE = 8
 
 
 def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -62,6 +65,23 @@ def _agent_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "rollouts/last_tool_fraction": sum(r.end_reason == "answer" for r in rollouts) / count,
         "rollouts/max_turns_fraction": sum(r.end_reason == "max_turns" for r in rollouts) / count,
     }
+
+
+def tool_trouble(groups: Sequence[RolloutGroup] | Sequence[ScoredGroup]) -> str | None:
+    """A sentence for the user when more than half of at least ``TROUBLE`` tool calls failed: such a step or evaluation says
+    more of the tools than of the student."""
+    answers = [
+        message
+        for group in groups
+        for item in group.rollouts
+        for message in _rollout(item).messages
+        if message["role"] == "tool"
+    ]
+    failed = [str(message.get("content", "")) for message in answers if message.get("failed")]
+    if len(answers) < TROUBLE or 2 * len(failed) <= len(answers):
+        return None
+    (common, count), *_ = Counter(text.partition("\n")[0][:200] for text in failed).most_common(1)
+    return f"{len(failed)} of {len(answers)} tool calls failed; the most frequent answer ({count}): {common}"
 
 
 def throughput_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

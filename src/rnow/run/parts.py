@@ -152,13 +152,14 @@ def environment_maker(prepared: Prepared, code: UserCode) -> Callable[[Prompt, i
         if toolbox is None or not names:
             return without_tools(prompt, index)
         context = context_of(prompt, index)
+        ask = partial(toolbox.run, context=context, allowed=prompt.tools)
         release = None
         if code.sandboxes is not None:
             release = partial(code.sandboxes.release, context.rollout_id)
         return ToolEnvironment(
             preflight.prompt_token_ids[prompt.id],
             preflight.dialogues[names],
-            lambda call: toolbox.run(call, context, prompt.tools),
+            ask,
             max_turns=rollout.max_turns or DEFAULT_MAX_TURNS,
             termination_policy=rollout.termination_policy,
             release=release,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,6 +108,8 @@ class Plan:
     """
 
     dataset_type: str
+    tools: tuple[str, ...]
+    max_turns: int
     run_dir: str
     student: ModelPlan
     teacher: ModelPlan | None
@@ -130,6 +132,7 @@ class Plan:
     checkpoint_bytes: int
     checkpoints_bytes: int
     disk_free_bytes: int
+    notices: tuple[str, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -158,12 +161,16 @@ def build_plan(
     preflight: Preflight,
     *,
     run_dir: Path,
+    tools: Sequence[str] = (),
+    notices: Sequence[str] = (),
     devices: Mapping[str, DeviceInfo] | None = None,
 ) -> Plan:
     """Work out what ``rnow run`` would do.
 
     Args:
         run_dir: where the run folder will be; need not exist.
+        tools: names of what the student can call. A conversation with tools may fill the window.
+        notices: what should be said besides.
         devices: memory of the devices by name (``cpu``, ``cuda:0``); looked up when not given.
 
     Raises:
@@ -171,6 +178,7 @@ def build_plan(
         DataError: fewer prompts than a batch takes.
     """
     from rnow.models.loading import choose_device
+    from rnow.run.agents import DEFAULT_MAX_TURNS
     from rnow.run.models import student_quantization
     from rnow.run.parts import DEFAULT_MAX_TOKENS
     from rnow.run.prepare import count_steps
@@ -180,7 +188,8 @@ def build_plan(
     rollouts = steps * data.batch_size * data.group_size
     lengths = [len(ids) for ids in preflight.prompt_token_ids.values()]
     cap = config.rollout.max_tokens or DEFAULT_MAX_TOKENS
-    completion = min(cap, preflight.window - min(lengths, default=0))
+    room = preflight.window - min(lengths, default=0)
+    completion = room if tools else min(cap, room)
 
     student_device = _device_name(config.model.device, None)
     quantization = student_quantization(config, choose_device(config.model.device))
@@ -216,6 +225,8 @@ def build_plan(
     )
     return Plan(
         dataset_type=config.dataset_type,
+        tools=tuple(tools),
+        max_turns=(config.rollout.max_turns or DEFAULT_MAX_TURNS) if tools else 1,
         run_dir=str(run_dir),
         student=student_plan,
         teacher=teacher_plan,
@@ -239,6 +250,7 @@ def build_plan(
         # One more than is kept: the next is complete before the oldest goes.
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
         disk_free_bytes=_free_disk(run_dir),
+        notices=tuple(notices),
         warnings=(*dataset.warnings, *preflight.warnings, *_host_warnings(plans, turns)),
     )
 

@@ -33,6 +33,7 @@ def plan_view(plan: Plan, console: Console) -> RenderableType:
         if device.peaks:
             parts.append(_residency(device))
     parts += [Text(), _disk(plan)]
+    parts += [Text(escape_control(notice)) for notice in plan.notices]
     for warning in plan.warnings:
         line = Text("warning: ", style="yellow")
         parts.append(line.append(escape_control(warning), style="default"))
@@ -62,6 +63,8 @@ def _facts(plan: Plan) -> Table:
         f"{plan.steps:,} of {plan.prompts_per_step} prompts x {plan.rollouts_per_prompt} rollouts, "
         f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}",
     )
+    if plan.tools:
+        row("tools", f"{', '.join(plan.tools)}; at most {plan.max_turns} turns")
     row(
         "answers",
         f"{plan.rollouts:,} of at most {plan.completion_tokens:,} tokens "

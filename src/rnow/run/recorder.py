@@ -12,7 +12,13 @@ from rnow.run.clock import StageClock
 from rnow.run.console import Display
 from rnow.run.files import replace_file, to_json
 from rnow.run.folder import RunFolder
-from rnow.run.metrics import memory_metrics, reward_metrics, rollout_metrics, throughput_metrics
+from rnow.run.metrics import (
+    memory_metrics,
+    reward_metrics,
+    rollout_metrics,
+    throughput_metrics,
+    tool_trouble,
+)
 from rnow.run.sinks import JsonlMetrics, Sink
 from rnow.run.transcripts import TranscriptWriter
 from rnow.types import ScoredGroup
@@ -48,6 +54,7 @@ class Recorder:
         self._num_steps = num_steps
         self._agentic = agentic
         self._skipped = 0
+        self._in_trouble = False
         self.completion_tokens = 0
 
     def clock(self) -> StageClock:
@@ -91,8 +98,16 @@ class Recorder:
         for sink in (self._metrics, *self._sinks):
             sink.log(step, metrics)
         self._display.step(step, self._num_steps, metrics)
+        self._tell_trouble(step, scored)
         if update.skipped:
             self._tell_skipped(step, update.skipped, scored)
+
+    def _tell_trouble(self, step: int, scored: Sequence[ScoredGroup]) -> None:
+        """Once, and again after a step without trouble."""
+        trouble = tool_trouble(scored)
+        if trouble and not self._in_trouble:
+            self._display.note(f"warning: in step {step} {trouble}")
+        self._in_trouble = trouble is not None
 
     def _tell_skipped(self, step: int, why: SkipReason, scored: Sequence[ScoredGroup]) -> None:
         what = {
