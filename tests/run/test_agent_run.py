@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -270,6 +272,54 @@ def test_a_hosted_project_runs_unchanged(
     for path in kept:
         assert CANARY.encode() not in path.read_bytes(), path
     assert CANARY not in "\n".join(watcher.notes)
+
+
+SERVER = Path(__file__).parents[1] / "tools" / "scripted_server.py"
+
+
+def mcp(*names: str, **script: Any) -> str:
+    """A server on stdio with tools of these names; each answers ``name: arguments``."""
+    empty = {"type": "object", "properties": {"q": {"type": "string"}}}
+    tools = [{"name": name, "description": "Does.", "inputSchema": empty} for name in names]
+    told = json.dumps({"tools": tools, **script})
+    return f"stdio: {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} {shlex.quote(told)}"
+
+
+def test_tools_of_a_server_join_those_of_the_project(
+    project: AgentProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a server that dies in a call is an answer to the student, not the end of the run."""
+
+    def script(text: str, number: int) -> str:
+        if "<|im_start|>tool\n" in text:
+            return "done"
+        return call("look", q="x") + call("add", a=1, b=2) + call("die")
+
+    script_student(monkeypatch, project, script)
+    config = project.config(rollout={"mcp_url": mcp("look", "die")}, trainer={"max_steps": 1})
+    assert check(config, folder=project.folder).tools == ("add", "die", "look")
+    run(config, folder=project.folder)
+    rows = transcripts(project)
+    for row in rows:
+        told = {m["name"]: m for m in row["answer"] if m["role"] == "tool"}
+        assert told["add"]["content"] == "3"
+        assert told["die"]["failed"]
+        assert row["status"] == "completed"
+    looked = [m for row in rows for m in row["answer"] if m.get("name") == "look"]
+    assert any(m["content"] == 'look: {"q": "x"}' for m in looked)
+
+
+def test_two_tools_of_one_name_are_an_error(project: AgentProject) -> None:
+    with pytest.raises(InputError, match="add") as caught:
+        check(project.config(rollout={"mcp_url": mcp("add")}), folder=project.folder)
+    assert "tools.py" in caught.value.render()
+
+
+def test_a_server_that_is_not_there_ends_the_check(project: AgentProject) -> None:
+    with pytest.raises(InputError) as caught:
+        check(project.config(rollout={"mcp_url": "127.0.0.1:9"}), folder=project.folder)
+    assert caught.value.where == "rollout.mcp_url"
+    assert not (project.folder / "runs").exists()
 
 
 def test_tools_that_mostly_fail_are_told_of(

@@ -267,8 +267,9 @@ def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str
     if message["role"] == "tool":
         color = "red" if message.get("failed") else "yellow"
         yield f"  [{color}]{_shown(message.get('name', 'tool'), redact)} #{index}[/] -> {text}"
-        if message.get("detail"):
-            yield f"    [dim]{_shown(message['detail'], redact)}[/]"
+        for line in str(message.get("detail") or "").rstrip().split("\n"):
+            if line:
+                yield f"    [dim]{_shown(line, redact)}[/]"
         return
     calls = message.get("tool_calls") or ()
     if text or not calls:
