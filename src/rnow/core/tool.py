@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, overload
+
+from rnow.core.marks import Marks
 
 __all__ = ["ToolArgs", "ToolSpec", "tool"]
-
-_MARK = "__rnow_tool__"
-_collected: ContextVar[list[ToolSpec] | None] = ContextVar("collected_tools", default=None)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,46 +61,9 @@ def tool(
     Raises:
         TypeError: when it does not decorate a function, or an option has the wrong type.
     """
-    if not isinstance(sandbox, bool):
-        raise TypeError(f"@tool: sandbox must be True or False, not {sandbox!r}")
-    if timeout is not None and (
-        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0
-    ):
-        raise TypeError(f"@tool: timeout must be a positive number of seconds, not {timeout!r}")
-
-    def mark(target: F) -> F:
-        if not isinstance(target, FunctionType):
-            raise TypeError(f"@tool decorates a function, not {type(target).__name__}")
-        spec = ToolSpec(
-            name=str(target.__name__),
-            function=target,
-            sandbox=sandbox,
-            timeout=None if timeout is None else float(timeout),
-        )
-        setattr(target, _MARK, spec)
-        collected = _collected.get()
-        if collected is not None:
-            collected.append(spec)
-        return cast(F, target)
-
-    return mark if function is None else mark(function)
+    return _MARKS.mark(function, flags={"sandbox": sandbox}, timeout=timeout)
 
 
-def tool_spec(value: object) -> ToolSpec | None:
-    """The options of a decorated function, or None for anything else."""
-    if not inspect.isfunction(value):
-        return None
-    spec = getattr(value, _MARK, None)
-    # functools.wraps copies the mark onto a wrapper, which is then a different function.
-    return spec if isinstance(spec, ToolSpec) and spec.function is value else None
-
-
-@contextmanager
-def collect_tools() -> Iterator[list[ToolSpec]]:
-    """A list that receives every tool decorated while it is open."""
-    collected: list[ToolSpec] = []
-    token = _collected.set(collected)
-    try:
-        yield collected
-    finally:
-        _collected.reset(token)
+_MARKS = Marks("tool", ToolSpec)
+tool_spec = _MARKS.spec_of
+collect_tools = _MARKS.collect
