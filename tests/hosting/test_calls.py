@@ -327,3 +327,22 @@ def test_a_closed_host_starts_again(tmp_path: Path) -> None:
     host.close()
     assert call(host, "add", a=1).value == "3"
     host.close()
+
+
+def test_closed_in_the_middle_of_a_message(tmp_path: Path) -> None:
+    """What was not sent of a large call is not the first thing that the next supervisor hears."""
+
+    async def body(host: CodeHost) -> CallOutcome:
+        payload = {"arguments": {}, "metadata": {"large": "x" * 10_000_000}}
+        large = asyncio.ensure_future(host.call("nap", payload, timeout=20))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        host.close()
+        await asyncio.wait({large})
+        assert large.cancelled()
+        async with asyncio.timeout(10):
+            return await host.call("nap", {"arguments": {}}, timeout=20)
+
+    code = '@tool\ndef nap() -> str:\n    """Do nothing."""\n    return "awake"\n'
+    with make_host(tmp_path, code) as host:
+        assert asyncio.run(body(host)).value == "awake"

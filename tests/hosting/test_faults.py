@@ -356,7 +356,7 @@ def _parent(pid: int) -> int:
 def test_a_supervisor_that_stops_answering_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rnow.hosting.host._PING", 0.3)
+    monkeypatch.setattr("rnow.hosting.host._LOOK", 0.03)
     with make_host(tmp_path, TOOLS) as host:
         works(host)
         assert host._process is not None
@@ -366,6 +366,26 @@ def test_a_supervisor_that_stops_answering_is_replaced(
         outcome = call(host, "fine")
         assert outcome.error == "the process of tools.py failed: it stopped answering"
         works(host)
+
+
+def test_a_blocked_event_loop_is_not_a_silent_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a model samples on the CPU while a call runs."""
+    monkeypatch.setattr("rnow.hosting.host._LOOK", 0.02)
+    monkeypatch.setattr("rnow.hosting.host._PATIENCE", 2)
+
+    async def body(host: CodeHost) -> CallOutcome:
+        running = asyncio.ensure_future(
+            host.call("async_fine", {"arguments": {"seconds": 1}}, timeout=20)
+        )
+        while not running.done():
+            await asyncio.sleep(0)
+            time.sleep(0.3)
+        return await running
+
+    with make_host(tmp_path, TOOLS) as host:
+        assert asyncio.run(body(host)).status == "ok"
 
 
 OWNER = """
@@ -454,3 +474,46 @@ def test_hosts_that_are_forgotten_end(tmp_path: Path) -> None:
     gc.collect()
     wait_until(lambda: not any(living(pid) for pid in pids))
     assert open_files() < files
+
+
+STOPS = '''
+import os, signal, time
+
+@tool
+def parent() -> int:
+    """Answer."""
+    return os.getppid()
+
+@tool
+def step(what: str) -> str:
+    """Answer, sometimes late."""
+    if what == "stop":
+        os.kill(os.getppid(), signal.SIGSTOP)
+        time.sleep(0.3)
+    if what == "long":
+        time.sleep(0.6)
+    return what
+'''
+
+
+def test_cancelling_a_call_that_has_just_ended_harms_no_other(tmp_path: Path) -> None:
+    """The cancellation is read before the answer, when the worker is at the next call already."""
+    with make_host(tmp_path, STOPS, limits=HostLimits(workers=1)) as host:
+        supervisor = int(call(host, "parent").value)
+        for _ in range(5):  # short calls are queued behind one another
+            assert call(host, "step", what="short").value == "short"
+
+        async def both() -> CallOutcome:
+            first, second = (
+                asyncio.ensure_future(host.call("step", {"arguments": {"what": what}}, timeout=20))
+                for what in ("stop", "long")
+            )
+            await asyncio.sleep(0.15)
+            first.cancel()
+            await asyncio.sleep(0.35)
+            os.kill(supervisor, signal.SIGCONT)
+            return await second
+
+        assert asyncio.run(both()) == CallOutcome(
+            status="ok", value="long", seconds=pytest.approx(0.6, abs=0.3)
+        )

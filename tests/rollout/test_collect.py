@@ -156,6 +156,25 @@ def test_a_cut_answer_is_truncated() -> None:
     assert rollout.completion_tokens == SETTINGS.max_tokens
 
 
+def test_a_limit_on_live_rollouts_changes_none_of_them() -> None:
+    """As with containers, of which each rollout holds one to its end and there are only so many."""
+
+    def environments(prompt: Prompt, index: int) -> FakeEnvironment:
+        return FakeEnvironment(
+            (1, 2 + prompt.row), [FakeStep(observation_token_ids=(7,), done=False), FakeStep()]
+        )
+
+    def say(request: SamplerRequest) -> list[int]:
+        return [request.seed % 5, END]
+
+    free = FakeSampler(say)
+    expected = collect(free, environments)
+    assert free.most_live == 12
+    few = FakeSampler(say)
+    assert collect(few, environments, settings=replace(SETTINGS, max_live=5)) == expected
+    assert few.most_live == 5
+
+
 def test_the_window_bounds_the_answer() -> None:
     sampler = FakeSampler([[4] * 20])
     rollout = one(sampler, FakeEnvironment((1,) * 6), window=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rnow.rollout.samples import build_samples, sample_id
@@ -42,6 +43,18 @@ def test_samples_of_a_group() -> None:
     assert samples[1].token_ids == (1, 2, 4), "an answer that was cut is learned from"
     assert samples[0].loss_mask == (False, True, True)
     assert samples[0].sampler_logprobs == (0.0, -0.1, -0.2)
+
+
+def test_a_tool_result_that_nobody_read_is_left_out() -> None:
+    """A page of 100,000 tokens that overflowed the window must reach neither the teacher nor the update."""
+    mask = (False, True, False, True) + (False,) * 9
+    cut = rollout(0, status="truncated", token_ids=tuple(range(13)), loss_mask=mask)
+    cut = replace(cut, sampler_logprobs=(0.0, -0.1, 0.0, -0.2) + (0.0,) * 9)
+    group = ScoredGroup(prompt=PROMPT, rollouts=(ScoredRollout(rollout=cut, reward=None),))
+    (sample,) = build_samples([group])
+    assert sample.token_ids == (0, 1, 2, 3)
+    assert sample.loss_mask == (False, True, False, True)
+    assert sample.sampler_logprobs == (0.0, -0.1, 0.0, -0.2)
 
 
 def test_ids_name_prompt_and_index() -> None:

@@ -156,6 +156,24 @@ def test_rollouts_of_another_policy_are_not_reused(path: Path) -> None:
     assert journal.finished("dataset_0/1", 0) is not None
 
 
+def test_a_step_that_is_not_whole_begins_anew_where_that_is_asked(path: Path) -> None:
+    write(path, [rollout(0), rollout(1)])
+    whole = Journal(path, version=4, whole=2)
+    assert whole.finished("dataset_0/1", 0) is not None
+    parted = Journal(path, version=4, whole=3)
+    assert parted.finished("dataset_0/1", 0) is None
+
+    async def write_over() -> None:
+        for number in (5, 6, 7):
+            parted.add(rollout(number))
+        await asyncio.sleep(0)
+
+    asyncio.run(write_over())
+    again = Journal(path, version=4, whole=3)
+    assert again.finished("dataset_0/6", 0) is not None
+    assert again.finished("dataset_0/0", 0) is None, "what was left over is gone"
+
+
 def test_the_folder_opens_a_step_at_the_version_before_it(tmp_path: Path) -> None:
     folder = JournalFolder(tmp_path / "journal")
     write(tmp_path / "journal" / "step-000005.jsonl", [rollout(0)])

@@ -5,6 +5,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,15 @@ from tests.run.test_preflight import make_config, prompts_of
 from rnow.errors import ConfigError, DataError, ModelError
 from rnow.models.resolve import ResolvedModel, resolve_model
 from rnow.project.dataset import Dataset
-from rnow.run.plan import DeviceInfo, Plan, build_plan, describe_device, format_bytes
+from rnow.run import plan as plan_module
+from rnow.run.plan import (
+    DeviceInfo,
+    Plan,
+    build_plan,
+    describe_device,
+    format_bytes,
+    taking_turns,
+)
 from rnow.run.plan_view import plan_view
 from rnow.run.preflight import run_preflight
 from rnow.run.prepare import count_steps
@@ -333,6 +342,61 @@ def test_a_loaded_teacher_takes_turns_with_an_embedded_sampler(
     (card,) = plan.devices
     assert {part.owner for part in card.parts} == {"trainer", "teacher"}
     assert card.peaks["time_shared"] < card.peaks["resident"]
+
+
+def test_turns_are_decided_by_the_conversations_of_an_agent(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer is short here, a conversation with tools fills the window: the run must plan for what it will do."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = make_config(
+        model={"path": "student", "device": "cuda"},
+        teacher={"path": "teacher", "device": "cuda:0"},
+        sampler={"backend": "transformers", "batch_memory_gb": 1e-4},
+        rollout={"max_tokens": 8},
+        trainer={"micro_batch_tokens": 1},
+    )
+    dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
+    preflight = run_preflight(config, dataset.prompts, *models)
+
+    def turns(size: int, tools: dict[str, Any]) -> frozenset[str]:
+        card = DeviceInfo(device="cuda:0", name="a card", total_bytes=size, free_bytes=size)
+        monkeypatch.setattr(plan_module, "describe_device", lambda name: card)
+        prepared: Any = SimpleNamespace(
+            config=config,
+            project=SimpleNamespace(dataset=dataset),
+            student=models[0],
+            teacher=models[1],
+            preflight=preflight,
+            tools=tools,
+        )
+        plan = build_plan(
+            config,
+            dataset,
+            *models,
+            preflight,
+            run_dir=Path("runs/x"),
+            tools=tuple(tools),
+            devices={"cuda:0": card},
+        )
+        found = taking_turns(prepared, Path("runs/x"))
+        assert bool(found) == (plan.devices[0].residency == "time_shared"), "as the check said"
+        return found
+
+    one_answer = build_plan(
+        config,
+        dataset,
+        *models,
+        preflight,
+        run_dir=Path("runs/x"),
+        devices={"cuda:0": DeviceInfo(device="cuda:0", name="", total_bytes=1, free_bytes=1)},
+    )
+    size = one_answer.devices[0].peaks["resident"] + 1000
+    assert turns(size, {}) == frozenset()
+    assert turns(size, {"search": {}}) == {"trainer", "teacher"}
 
 
 def test_what_sleeps_needs_main_memory(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -379,3 +381,72 @@ def test_in_a_thread_of_its_own_the_loop_stays_awake(
         return await asyncio.gather(*tasks)
 
     assert asyncio.run(scenario()) == here
+
+
+def test_a_cancelled_rollout_outlives_the_thread_that_draws_for_it(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time limit or a fault ends the step: when the next part gets the card, nothing may read these weights any more.
+    Nor is anything drawn that nobody waits for."""
+    working = threading.Event()
+    ended: list[int] = []
+
+    def endless(*args: Any, poll: Callable[[], None], **options: Any) -> Any:
+        working.set()
+        try:
+            for _ in range(300):
+                poll()
+                time.sleep(0.01)
+        finally:
+            ended.append(len(ended))
+        raise AssertionError("drew to the end for nobody")
+
+    monkeypatch.setattr(module, "decode", endless)
+    sampler = sampler_of(lm, in_thread=True, batch_bytes=1)
+
+    async def scenario() -> None:
+        async def one(seed: int) -> Completion:
+            with sampler.live_rollout():
+                return await sampler.complete(prompt(4), OPEN, seed)
+
+        tasks = [asyncio.create_task(one(seed)) for seed in (1, 2)]
+        await asyncio.to_thread(working.wait, 20)
+        for task in tasks:
+            task.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(one) for one in found] == [asyncio.CancelledError] * 2
+        assert ended == [0], "the thread has ended, and the second sub-batch was not begun"
+        monkeypatch.undo()
+        assert len((await one(3)).token_ids) == 6
+
+    asyncio.run(scenario())
+
+
+def test_one_cancelled_rollout_costs_the_others_nothing(lm: CausalLM) -> None:
+    requests = [(prompt(3 + seed % 5), OPEN, seed) for seed in range(4)]
+    alone = complete_all(sampler_of(lm), requests)
+    sampler = sampler_of(lm, in_thread=True)
+
+    async def scenario() -> list[Any]:
+        async def one(ids: Sequence[int], settings: Any, seed: int) -> Completion:
+            with sampler.live_rollout():
+                return await sampler.complete(ids, settings, seed)
+
+        tasks = [asyncio.create_task(one(*request)) for request in requests]
+        while sampler._work is None:
+            await asyncio.sleep(0)
+        tasks[1].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = asyncio.run(scenario())
+    assert isinstance(found.pop(1), asyncio.CancelledError)
+    assert found == [alone[0], *alone[2:]]
+
+
+def test_weights_that_sleep_are_not_drawn_from(tiny_model_dir: Callable[..., Path]) -> None:
+    lm = load_student(tiny_model_dir(vocab_size=HEAD_ROWS))
+    # A file mapped into memory cannot be emptied; on a card there is none.
+    sleeping = replace(lm, head=replace(lm.head, weight=lm.head.weight.clone()))
+    sleeping.head.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="these weights sleep"):
+        complete_all(sampler_of(sleeping), [(prompt(4), OPEN, 1)])

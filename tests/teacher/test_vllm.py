@@ -281,6 +281,23 @@ def test_answers_that_change(server: ScriptedServer, tokenizer: Any) -> None:
         run(served(server).check(tokenizer, VOCABULARY))
 
 
+def test_rounding_that_goes_with_the_batch_is_no_change(
+    server: ScriptedServer, tokenizer: Any
+) -> None:
+    """A bfloat16 server that others use as well."""
+    answers = iter(range(1, 1000))
+    server.always = changed(
+        lambda choice: (
+            choice["prompt_logprobs"]
+            and choice["prompt_logprobs"][-1].update(
+                {str(choice["prompt_token_ids"][-1]): {"logprob": -9.0 - 0.1 * (next(answers) % 2)}}
+            )
+        )
+    )
+    found = run(served(server).check(tokenizer, VOCABULARY))
+    assert found.repeat_gap == pytest.approx(0.1)
+
+
 def test_a_server_with_adapters_is_asked_one_at_a_time(
     server: ScriptedServer, tokenizer: Any
 ) -> None:

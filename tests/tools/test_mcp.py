@@ -566,6 +566,45 @@ def test_a_command_gets_its_own_variables_and_no_secret(monkeypatch: pytest.Monk
     quietly(body())
 
 
+def test_what_a_command_says_is_kept_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its log, which is in the run's folder, and in the message when it ends at the start."""
+    monkeypatch.setenv("EXPORTED", "canary-exported")
+    secrets = {"API_KEY": "canary-in-env", "OTHER": "canary-not-given"}
+    shell = "echo key $TOKEN $OUT $MY_PASSWORD canary-not-given >&2"
+    given = "TOKEN=$API_KEY OUT=$EXPORTED MY_PASSWORD=canary-literal"
+
+    async def body() -> None:
+        fine = scripted().removeprefix("stdio: ")
+        entry = f"stdio: {given} sh -c {shlex.quote(f'{shell}; exec {fine}')}"
+        (server,) = mcp_servers([entry], secrets=secrets, log_dir=tmp_path)
+        async with Toolbox(sources=[server]) as toolbox:
+            assert (await run(toolbox, "echo")).content == "echo: {}"
+        said = (tmp_path / "mcp-0.log").read_text()
+        assert said == "key [API_KEY] [EXPORTED] [MY_PASSWORD] [OTHER]\n"
+
+        entry = f"stdio: {given} sh -c {shlex.quote(f'{shell}; exit 3')}"
+        with pytest.raises(InputError) as caught:
+            await Toolbox(sources=mcp_servers([entry], secrets=secrets)).open()
+        assert "key [API_KEY]" in caught.value.render()
+        assert "canary" not in caught.value.render().replace("canary-not-given >&2", "")
+
+    quietly(body())
+
+
+def test_what_a_command_says_is_bounded(tmp_path: Path) -> None:
+    async def body() -> None:
+        fine = scripted().removeprefix("stdio: ")
+        entry = f"stdio: sh -c {shlex.quote(f'head -c 5000000 /dev/zero >&2; exec {fine}')}"
+        (server,) = mcp_servers([entry], log_dir=tmp_path)
+        async with Toolbox(sources=[server]) as toolbox:
+            assert (await run(toolbox, "echo")).content == "echo: {}"
+        assert (tmp_path / "mcp-0.log").stat().st_size < 1_100_000
+
+    quietly(body())
+
+
 def test_a_command_and_its_children_end_with_us(tmp_path: Path) -> None:
     async def body() -> int:
         async with opened(scripted(tools=[tool("child")])) as (toolbox, _, _w):

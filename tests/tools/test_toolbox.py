@@ -180,6 +180,37 @@ def test_a_tool_without_a_limit_is_given_up() -> None:
     assert "given up" in asyncio.run(body()).content
 
 
+def test_a_blocked_event_loop_is_not_a_slow_tool() -> None:
+    """As when a model samples on the CPU while calls are on their way."""
+    tool = FakeTool("turns")
+
+    async def turns(arguments: Any, context: ToolContext) -> ToolResult:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return ToolResult(content="done")
+
+    tool.call = turns  # type: ignore[method-assign]
+
+    async def body() -> ToolResult:
+        async with Toolbox([tool], timeout=0.1, grace=0.3) as toolbox:
+            running = asyncio.ensure_future(toolbox.run(call("turns"), CONTEXT))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            for _ in range(2):
+                time.sleep(0.7)
+                await asyncio.sleep(0)
+            return await running
+
+    assert asyncio.run(body()).content == "done"
+
+
+def test_a_tool_may_say_that_it_has_to_come_up_first() -> None:
+    tool = FakeTool("slow", replies=["up"], seconds=lambda _: 0.3)
+    assert "given up" in run_one(tool, call("slow"), timeout=0.02, grace=0.02).content
+    tool.starting = 5.0  # type: ignore[attr-defined]
+    assert run_one(tool, call("slow"), timeout=0.02, grace=0.02).content == "up"
+
+
 def hide(text: str) -> str:
     return text.replace("sk-12345", "[KEY]")
 

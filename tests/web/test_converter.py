@@ -135,6 +135,18 @@ def test_a_process_that_cannot_start_says_why(tmp_path: Path) -> None:
     _run(scenario)
 
 
+def test_a_page_that_comes_too_late_leaves_the_process_alone(fake: Path) -> None:
+    async def scenario() -> None:
+        converter = Converter(fake)
+        first = await converter.convert("page", "", timeout=30)
+        with pytest.raises(ConversionError, match="no time"):
+            await converter.convert("late", "", timeout=-0.1)
+        assert await converter.convert("page", "", timeout=30) == first  # of the same process
+        await converter.close()
+
+    _run(scenario)
+
+
 def test_it_dies_with_its_owner(fake: Path) -> None:
     """Killed with kill -9 in the middle of a page that never ends."""
     owner = subprocess.Popen(

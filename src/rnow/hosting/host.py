@@ -46,7 +46,10 @@ Wrap = Callable[[list[str]], list[str]]
 _SUPERVISOR = Path(supervisor.__file__)
 _PACKAGES = str(_SUPERVISOR.parents[2])
 _START_SLACK = 30.0
-_PING = 10.0
+_LOOK = 1.0  # seconds between two looks while calls run
+_PATIENCE = (
+    10  # looks after which a supervisor that says nothing is asked, and after as many more given up
+)
 _CHUNK = 256 * 1024
 _CLOSE_SECONDS = 4.0
 
@@ -134,8 +137,7 @@ class CodeHost:
         self._writing = False
         self._pending: dict[int, asyncio.Future[tuple[float, bytes]]] = {}
         self._next_call = 0
-        self._heard = False
-        self._pinged = False
+        self._silent = 0
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -270,6 +272,7 @@ class CodeHost:
         if self._end is not None:
             self._end()
         self._end = self._process = self._socket = None
+        self._outgoing.clear()  # half a message would be nonsense to the next one
         self._errors = -1
         if self._log is not None:
             self._log.close()
@@ -327,8 +330,8 @@ class CodeHost:
         )  # fmt: skip
         self._send(message)
         if self._watch is None:
-            self._heard = self._pinged = False
-            self._watch = loop.call_later(_PING, self._look)
+            self._silent = 0
+            self._watch = loop.call_later(_LOOK, self._look)
         try:
             seconds, answer = await future
         except asyncio.CancelledError:
@@ -417,7 +420,7 @@ class CodeHost:
         if not data:
             self._lost("it ended")
             return
-        self._heard = True
+        self._silent = 0
         try:
             for kind, call, _, seconds, body in self._messages(data):
                 if kind == frames.RESULT:
@@ -442,7 +445,11 @@ class CodeHost:
         return found
 
     def _look(self) -> None:
-        """The supervisor keeps the clocks of all calls; this makes sure that it lives."""
+        """The supervisor keeps the clocks of all calls; this makes sure that it lives.
+
+        Counted in looks, each of which comes after a chance to read, not in seconds: a model that samples in this thread
+        blocks the loop for as long as it likes, and the supervisor would be taken for silent.
+        """
         self._watch = None
         loop = self._loop
         if loop is None:
@@ -451,19 +458,19 @@ class CodeHost:
             if self._log is not None:
                 self._log.flush()
             return
-        if self._pinged and not self._heard:
+        self._silent += 1
+        if self._silent > 2 * _PATIENCE:
             self._lost("it stopped answering")
             return
-        self._heard, self._pinged = False, True
-        self._send(frames.pack(frames.PING))
-        self._watch = loop.call_later(_PING, self._look)
+        if self._silent == _PATIENCE:
+            self._send(frames.pack(frames.PING))
+        self._watch = loop.call_later(_LOOK, self._look)
 
     def _lost(self, why: str) -> None:
         """All that was running fails; the next call starts the host anew."""
         pending, self._pending = self._pending, {}
         body = json.dumps({"fault": "host", "why": why}).encode()
         self._detach()
-        self._outgoing.clear()
         self._drop()
         for future in pending.values():
             if not future.done():

@@ -32,6 +32,9 @@ from rnow.serving.process import StartFailed
 DEFAULT_IMAGE = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
 """For rows without an image where there is no bubblewrap. It has Python and nothing else."""
 
+MAX_CONTAINERS = 32
+"""At once, the one that rollouts without an image may share included."""
+
 _SHARED = ""  # the rollout of what all rollouts share
 _TITLE = "No sandbox"
 _INSTALL_BUBBLEWRAP = "install bubblewrap (Debian, Ubuntu: apt-get install bubblewrap)"
@@ -139,7 +142,7 @@ class Sandboxes:
         folder: Path,
         *,
         log_dir: Path | None = None,
-        max_containers: int = 32,
+        max_containers: int = MAX_CONTAINERS,
         limits: ContainerLimits | None = None,
         start_timeout: float = 120.0,
         wait_timeout: float = 1800.0,

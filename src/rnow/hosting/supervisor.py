@@ -140,11 +140,18 @@ class Supervisor:
                 with contextlib.suppress(ValueError):
                     queue.remove(call)
             return
-        call.dropped = True
         if worker.is_async:
+            call.dropped = True
             self._tell_to_end(call, {})
-        else:
+        elif self._still_runs(call, worker):
+            call.dropped = True
             self._kill(worker, {"fault": "cancelled"})
+
+    def _still_runs(self, call: Call, worker: Worker) -> bool:
+        """Whether a sync worker is at this call. It may have answered it, and be at the next one, without our having heard:
+        killing it would then end a call that nobody wants to end."""
+        self._on_worker(worker)
+        return self._calls.get(call.id) is call and call.worker is worker
 
     # -- the zygote
 
@@ -495,11 +502,12 @@ class Supervisor:
         worker = call.worker
         if worker is None:
             return
-        call.fault = {"fault": "timeout"}
+        fault = {"fault": "timeout"}
         if worker.is_async:
-            self._tell_to_end(call, call.fault)
-        else:
-            self._kill(worker, call.fault)
+            self._tell_to_end(call, fault)
+        elif self._still_runs(call, worker):
+            call.fault = fault
+            self._kill(worker, fault)
 
     def _tell_to_end(self, call: Call, fault: dict[str, Any]) -> None:
         """Ask the event loop to end a call. When it does not answer at once, it is blocked."""

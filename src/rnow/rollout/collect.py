@@ -51,6 +51,7 @@ class RolloutSettings:
         run_seed, purpose: the fixed parts of every seed.
         poll: asked a few times per second while rollouts wait; may raise to stop.
         timeout: seconds for one rollout, or None; one that takes longer is a failed rollout.
+        max_live: rollouts that are under way at once, where each holds something that there are only so many of; None: all.
     """
 
     group_size: int
@@ -63,6 +64,7 @@ class RolloutSettings:
     run_seed: int
     purpose: Purpose
     timeout: float | None = None
+    max_live: int | None = None
     poll: Callable[[], None] = lambda: None
 
     def params(self, context_length: int) -> SamplingParams:
@@ -90,6 +92,7 @@ async def collect_rollouts(
     An environment that raises makes a rollout of status ``failed``, which is data; a sampler that raises ends the step.
     """
     tasks: dict[tuple[int, int], asyncio.Task[Rollout]] = {}
+    places = asyncio.Semaphore(settings.max_live or max(1, len(prompts) * settings.group_size))
     try:
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(_watch(settings.poll))
@@ -98,7 +101,7 @@ async def collect_rollouts(
                     if store is None or store.finished(prompt.id, index) is None:
                         tasks[position, index] = group.create_task(
                             _run_rollout(
-                                prompt, index, sampler, environments, settings, step, store
+                                prompt, index, sampler, environments, settings, step, store, places
                             )
                         )
             if tasks:
@@ -147,9 +150,12 @@ async def _run_rollout(
     settings: RolloutSettings,
     step: int,
     store: RolloutStore | None,
+    places: asyncio.Semaphore,
 ) -> Rollout:
-    with sampler.live_rollout():
-        rollout = await _Episode(prompt, index, sampler, settings, step).run(environments)
+    # A rollout that waits for its place is not live: a batching sampler does not wait for it.
+    async with places:
+        with sampler.live_rollout():
+            rollout = await _Episode(prompt, index, sampler, settings, step).run(environments)
     if store is not None:
         store.add(rollout)
     return rollout

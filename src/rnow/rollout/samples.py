@@ -18,16 +18,25 @@ def sample_id(prompt: Prompt, rollout: Rollout) -> str:
 
 
 def build_samples(scored: Sequence[ScoredGroup]) -> list[Sample]:
-    """One sample per rollout that has something to learn from: failed rollouts and empty completions are left out."""
+    """One sample per rollout that has something to learn from: failed rollouts and empty completions are left out.
+
+    A sample ends with the last token that the student wrote. A tool result that overflowed the window follows it in the
+    rollout: it changes no number, and may be several windows long.
+    """
     return [
-        Sample(
-            id=sample_id(group.prompt, item.rollout),
-            dataset=group.prompt.dataset,
-            token_ids=item.rollout.token_ids,
-            loss_mask=item.rollout.loss_mask,
-            sampler_logprobs=item.rollout.sampler_logprobs,
-        )
+        _sample(group.prompt, item.rollout)
         for group in scored
         for item in group.rollouts
         if item.rollout.status != "failed" and any(item.rollout.loss_mask)
     ]
+
+
+def _sample(prompt: Prompt, rollout: Rollout) -> Sample:
+    end = 1 + max(position for position, on in enumerate(rollout.loss_mask) if on)
+    return Sample(
+        id=sample_id(prompt, rollout),
+        dataset=prompt.dataset,
+        token_ids=rollout.token_ids[:end],
+        loss_mask=rollout.loss_mask[:end],
+        sampler_logprobs=rollout.sampler_logprobs[:end],
+    )

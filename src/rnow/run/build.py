@@ -20,7 +20,7 @@ from rnow.run import changes
 from rnow.run.agents import run_anywhere
 from rnow.run.backends import Backends, load_backends
 from rnow.run.checkpoints import Checkpoint, CheckpointStore, export_adapter
-from rnow.run.choices import uses_vllm
+from rnow.run.choices import sampler_backend, uses_vllm
 from rnow.run.console import Display, QuietDisplay
 from rnow.run.facts import build_facts, closing_lines, header_lines, redacted_config
 from rnow.run.files import replace_file, replace_json, to_json
@@ -334,9 +334,13 @@ class _Run:
         )
 
     def _build_saver(self, backends: Backends, recorder: Recorder) -> Saver:
+        data = self._config.data
+        embedded = sampler_backend(self._config) == "transformers"
+        in_company = self._prepared.project.agentic and embedded
+        whole = data.batch_size * data.group_size if in_company else None
         return Saver(
             self._build_store(),
-            JournalFolder(self._folder.journal),
+            JournalFolder(self._folder.journal, whole=whole),
             backends.policy,
             every_steps=self._config.trainer.save_step,
             every_minutes=self._config.trainer.save_minutes,

@@ -22,13 +22,16 @@ class Journal:
     Args:
         path: one file per step.
         version: rollouts of another policy version are not reused.
+        whole: rollouts of a step, if fewer than all of them are not to be reused.
     """
 
-    def __init__(self, path: Path, *, version: int) -> None:
+    def __init__(self, path: Path, *, version: int, whole: int | None = None) -> None:
         self._path = path
         self._version = version
         committed, self._end = _read(path)
         self._known = {(r.prompt_id, r.index): r for r in committed if r.policy_version == version}
+        if whole is not None and len(self._known) < whole:
+            self._known, self._end = {}, 0
         self._pending: list[Rollout] = []
 
     def finished(self, prompt_id: str, index: int) -> Rollout | None:
@@ -59,15 +62,17 @@ class Journal:
 
 
 class JournalFolder:
-    """Journals of the steps that a resume might start from."""
+    """Journals of the steps that a resume might start from. ``whole``: see Journal. The later turns of a rollout are decoded
+    in the company of the others; in less company its numbers would not be the same to the last bit."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, whole: int | None = None) -> None:
         self._folder = folder
+        self._whole = whole
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def open(self, step: int) -> Journal:
         """The journal of a step (from 1), whose rollouts come from the policy after ``step - 1`` updates."""
-        return Journal(self._folder / f"step-{step:06d}.jsonl", version=step - 1)
+        return Journal(self._folder / f"step-{step:06d}.jsonl", version=step - 1, whole=self._whole)
 
     def forget(self, *, keep: set[int]) -> None:
         """Delete the journals of all steps but these: only a step that follows a checkpoint can be resumed."""

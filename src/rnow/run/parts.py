@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from rnow.errors import InputError
-from rnow.hosting.sandbox import SandboxedHosts, Sandboxes
+from rnow.hosting.sandbox import MAX_CONTAINERS, SandboxedHosts, Sandboxes
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
 from rnow.protocols import Environment
@@ -40,6 +40,9 @@ def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -
         run_seed=prepared.config.seed,
         purpose=purpose,
         timeout=rollout.rollout_timeout,
+        # A rollout keeps its container to its end. More than there are containers for would wait for each other: some for a
+        # container, and those that have one for the sampler, which waits for everybody.
+        max_live=MAX_CONTAINERS - 1 if prepared.images and "tools" in prepared.sandboxed else None,
     )
 
 

@@ -293,6 +293,7 @@ def taking_turns(prepared: Prepared, run_dir: Path) -> frozenset[Part]:
         prepared.teacher,
         prepared.preflight,
         run_dir=run_dir,
+        tools=tuple(prepared.tools),
     )
     return turns if plan.devices[0].residency == "time_shared" else frozenset()
 

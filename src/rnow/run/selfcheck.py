@@ -15,7 +15,9 @@ from rnow.run.residency import Residency
 from rnow.types import Prompt, Sample, ScoredGroup, ScoredRollout
 
 PROMPTS = 4
-REPEAT_TOLERANCE = 1e-3
+REPEAT_TOLERANCE = 5e-2
+"""Nats per token, on average, by which a teacher may differ from itself: a server in bfloat16 rounds differently with what else
+is in its batch. Dropout is meant to be found, and moves whole answers."""
 POSITIVE_TOLERANCE = 1e-4
 CONSTANT_TOLERANCE = 1e-4
 GAP_NOTE = 0.05
@@ -126,10 +128,11 @@ def _check_teacher(first: Sequence[float], second: Sequence[float], vocabulary: 
             why="its output does not depend on its input: the weights are not loaded",
             fix=fix,
         )
-    change = max((abs(a - b) for a, b in zip(first, second, strict=True)), default=0.0)
-    if change > REPEAT_TOLERANCE:
+    changes = [abs(a - b) for a, b in zip(first, second, strict=True)]
+    change = math.fsum(changes) / max(1, len(changes))
+    if not change <= REPEAT_TOLERANCE:
         raise ModelError(
-            f"the teacher gives other log-probabilities when asked twice (off by {change:.3g})",
+            f"the teacher gives other log-probabilities when asked twice (off by {change:.3g} on average)",
             why="training would chase noise",
             fix="switch dropout and other randomness off, or use another dtype for the teacher",
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rnow.models.loading import CausalLM, out_of_memory
+from rnow.models.offload import check_present
 from rnow.sampling.decode import Drawn, Request, decode
 from rnow.sampling.weights import MergedWeights, SamplingMode, sampling_mode
 from rnow.types import Adapter, Completion, SamplingParams
@@ -103,7 +104,13 @@ class TransformersSampler:
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(request, future))
         self._check_soon()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # The model may be drawing this in its thread. Whoever is let on now could put its weights to sleep.
+            if self._work is not None:
+                await asyncio.wait([self._work])
+            raise
 
     def _check_soon(self) -> None:
         # Deferred by one turn of the event loop, so that rollouts started together are all counted before the first of
@@ -127,12 +134,15 @@ class TransformersSampler:
         """Decode the sub-batches in turn, and let the rollouts that one finished be recorded before the next starts."""
         while parts:
             part = parts.popleft()
-            requests = [waiting.request for waiting in part]
+            if _abandoned(part):
+                continue
             try:
                 if self._in_thread:
-                    drawn = await asyncio.to_thread(self._decode, requests)
+                    drawn = await asyncio.to_thread(self._decode_for, part)
                 else:
-                    drawn = self._decode(requests)
+                    drawn = self._decode_for(part)
+            except _Abandoned:
+                continue
             except Exception as error:  # every waiting rollout must hear of it, whatever it is
                 for waiting in [*part, *(waiting for rest in parts for waiting in rest)]:
                     if not waiting.future.done():
@@ -159,11 +169,18 @@ class TransformersSampler:
             policy_version=self._version,
         )
 
-    def _decode(self, requests: list[Request]) -> list[Drawn]:
+    def _decode_for(self, part: list[_Waiting]) -> list[Drawn]:
+        def poll() -> None:
+            self._poll()
+            if _abandoned(part):
+                raise _Abandoned
+
+        check_present(self._lm.head.weight)
+        return self._decode([waiting.request for waiting in part], poll)
+
+    def _decode(self, requests: list[Request], poll: Callable[[], None]) -> list[Drawn]:
         try:
-            return decode(
-                self._lm.body, self._lm.head, requests, device=self._lm.device, poll=self._poll
-            )
+            return decode(self._lm.body, self._lm.head, requests, device=self._lm.device, poll=poll)
         except torch.OutOfMemoryError as error:
             if len(requests) == 1:
                 request = requests[0]
@@ -171,7 +188,7 @@ class TransformersSampler:
                 raise out_of_memory("sampling", tokens, error) from error
         torch.cuda.empty_cache()
         half = len(requests) // 2
-        return self._decode(requests[:half]) + self._decode(requests[half:])
+        return self._decode(requests[:half], poll) + self._decode(requests[half:], poll)
 
     def _split(self, batch: list[_Waiting]) -> Iterator[list[_Waiting]]:
         """Cut a sorted batch where the settings change or the budget is full. Greedy from the front: what is left after
@@ -193,6 +210,14 @@ class TransformersSampler:
     def _row_bytes(self, tokens: int) -> int:
         logits = 4 * 8 * self._lm.head.vocabulary  # logits, logprobs, and a float64 cumulative sum
         return tokens * kv_bytes_per_token(self._lm) + logits
+
+
+class _Abandoned(Exception):
+    """Nobody waits for the sub-batch any more."""
+
+
+def _abandoned(part: Sequence[_Waiting]) -> bool:
+    return all(waiting.future.done() for waiting in part)
 
 
 def default_batch_bytes(device: torch.device) -> int:

@@ -67,7 +67,12 @@ class Sandboxed(Protocol):
 
 
 class HostTool:
-    """One function. The decorator's timeout wins over ``default_timeout`` (``rollout.tool_timeout``), in seconds."""
+    """One function. The decorator's timeout wins over ``default_timeout`` (``rollout.tool_timeout``), in seconds.
+
+    ``starting`` is what may pass besides before a call begins: the host, or a worker of it, imports the file anew.
+    """
+
+    starting = 100.0
 
     def __init__(self, info: Any, host: Host, default_timeout: float) -> None:
         self.info = info
@@ -104,7 +109,9 @@ class HostTool:
 
 
 class SandboxedTool(HostTool):
-    """One function with ``sandbox=True``: it runs in the sandbox of the rollout that calls."""
+    """One function with ``sandbox=True``: it runs in the sandbox of the rollout that calls, whose container may have to start."""
+
+    starting = 300.0
 
     def __init__(self, info: Any, host: Host, default_timeout: float, sandboxed: Sandboxed) -> None:
         super().__init__(info, host, default_timeout)

@@ -29,7 +29,7 @@ def mcp_servers(
         timeout: seconds for one call (``rollout.tool_timeout``).
         connect_timeout: seconds for each server to come up.
         secrets: the project's .env, for ``stdio: NAME=$SECRET command``.
-        log_dir: for the stderr of commands; None: temporary folders.
+        log_dir: for the stderr of commands, without secrets; None keeps none.
         warn: told once about each thing that does not stop the run.
 
     Raises:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
 from rnow.errors import ConfigError
+from rnow.hosting.environment import SECRET
 
 _STDIO = "stdio:"
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
@@ -22,13 +23,15 @@ _LABEL_CHARACTERS = 100
 class McpAddress:
     """Where a server is: URLs to try in order, or a command to start with the variables it is given.
 
-    ``label`` names it in messages, without passwords and query strings.
+    ``label`` names it in messages, without passwords and query strings; ``hidden`` are the values that must not be written
+    anywhere, by name.
     """
 
     label: str
     urls: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    hidden: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def parse_address(text: str, secrets: Mapping[str, str] | None = None) -> McpAddress:
@@ -107,6 +110,7 @@ def _parse_command(entry: str, secrets: Mapping[str, str]) -> McpAddress:
     except ValueError as error:
         raise _problem(entry, str(error)) from None
     env: dict[str, str] = {}
+    hidden = dict(secrets)
     while words and (assignment := _ASSIGNMENT.fullmatch(words[0])):
         name, value = assignment.groups()
         if variable := _VARIABLE.fullmatch(value):
@@ -116,7 +120,9 @@ def _parse_command(entry: str, secrets: Mapping[str, str]) -> McpAddress:
                 raise _problem(
                     entry, f"${source} is set neither in .env nor in the environment", command=True
                 )
-            value = found
+            value = hidden[source] = found
+        elif SECRET.search(name):
+            hidden[name] = value
         env[name] = value
         words.pop(0)
     if not words:
@@ -126,7 +132,7 @@ def _parse_command(entry: str, secrets: Mapping[str, str]) -> McpAddress:
     label = f"{_STDIO} {shlex.join(words)}"
     if len(label) > _LABEL_CHARACTERS:
         label = f"{label[: _LABEL_CHARACTERS - 3]}..."
-    return McpAddress(label=label, command=tuple(words), env=env)
+    return McpAddress(label=label, command=tuple(words), env=env, hidden=hidden)
 
 
 def _problem(entry: str, what: str, *, command: bool = False) -> ConfigError:

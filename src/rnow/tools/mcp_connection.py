@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from rnow import __version__
 from rnow.errors import InputError
+from rnow.tools.patience import done_within
 
 _T = TypeVar("_T")
 _CLOSE_LIMIT = 8.0
@@ -99,7 +100,7 @@ class Connection:
         raise first_error(error) if error else ConnectionError("the connection was closed")
 
     async def request(self, make: Callable[[Any], Awaitable[_T]], timeout: float) -> _T:
-        """``make(client)``, within ``timeout`` seconds whatever the client does.
+        """``make(client)``, within ``timeout`` seconds of a free event loop, whatever the client does.
 
         Raises:
             TimeoutError: no answer in time; the request is told to end and left behind.
@@ -116,7 +117,7 @@ class Connection:
         self._calls.add(task)
         task.add_done_callback(self._done)
         try:
-            done, _ = await asyncio.wait({task}, timeout=max(timeout, 0.0))
+            done = await done_within(task, timeout)
         except BaseException:
             task.cancel()
             raise

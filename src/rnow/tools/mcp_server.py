@@ -84,7 +84,7 @@ class McpServer:
     Args:
         timeout: seconds for one call, everything included (``rollout.tool_timeout``).
         connect_timeout: seconds for the start: the command, the first answer and the list.
-        log_dir: for the stderr of a command (``mcp-<number>.log``); None: a temporary folder.
+        log_dir: for the stderr of a command (``mcp-<number>.log``); None keeps none.
         number: of this server among the run's, from 0.
         warn: told about what does not stop the run.
     """

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -18,6 +17,7 @@ from typing import Any
 
 from rnow.serving.process import ManagedProcess
 from rnow.tools.mcp_address import McpAddress, is_here
+from rnow.tools.mcp_stderr import Stderr
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """One message of a server. A longer one ends the connection (a command) or fails the call (HTTP)."""
@@ -52,8 +52,8 @@ def open_command(
 ) -> AbstractAsyncContextManager[Any]:
     """Start the command of ``address`` and speak with it through its stdin and stdout.
 
-    It ends with this process, ``kill -9`` included. Its stderr goes to ``log_dir/mcp-<number>.log`` (None: a temporary
-    folder), whose end is in the ``CommandEnded`` that is raised when the command ends before the context does.
+    It ends with this process, ``kill -9`` included. Its stderr goes to ``log_dir/mcp-<number>.log`` (None: nowhere), without
+    secrets and 1 MB at most; its end is in the ``CommandEnded`` that is raised when the command ends before the context does.
     """
     return _command_streams(address, log_dir, number)
 
@@ -73,9 +73,10 @@ async def _command_streams(
     import anyio
 
     with contextlib.ExitStack() as stack:
-        if log_dir is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rnow-mcp-"))
-            log_dir = Path(folder)
+        log = None if log_dir is None else log_dir / f"mcp-{number}.log"
+        stderr = Stderr(log, address.hidden)
+        stack.callback(stderr.wait, _CLOSE_GRACE)
+        stack.callback(stderr.started)
         ours, theirs = socket.socketpair()
         stack.callback(ours.close)
         with theirs:
@@ -85,10 +86,11 @@ async def _command_streams(
                 | dict(address.env),
                 only_env=True,
                 stdio=theirs.fileno(),
-                log=log_dir / f"mcp-{number}.log",
+                log=stderr.path,
                 name=address.label,
             )
             process.start()
+        stderr.started()
         reader: asyncio.StreamReader | None = None
         writer: asyncio.StreamWriter | None = None
         try:
@@ -105,7 +107,8 @@ async def _command_streams(
                 with anyio.CancelScope(shield=True):
                     await _wait(process, _CLOSE_GRACE)  # its output ends a moment before it does
             if not process.alive():
-                raise CommandEnded(process.failure("ended").message, process.log_tail()) from error
+                stderr.wait(_CLOSE_GRACE)
+                raise CommandEnded(process.failure("ended").message, stderr.last_lines()) from error
             raise
         finally:
             with anyio.CancelScope(shield=True):

@@ -13,6 +13,7 @@ from rnow.errors import InputError, RnowError
 from rnow.protocols import Tool
 from rnow.tools.arguments import ArgumentChecker, SchemaProblem
 from rnow.tools.limits import MAX_BYTES, CutResult, TokenLimit, keep_end, shorten, storable
+from rnow.tools.patience import done_within
 from rnow.types import ToolCall, ToolContext, ToolResult
 
 _DETAIL_CHARACTERS = 32_000
@@ -48,7 +49,8 @@ class Toolbox:
         redact: takes the secrets out of everything that leaves ``run``.
         max_calls: calls that run at once; others wait their turn, outside their own time limit.
         timeout: seconds for a tool that names no ``timeout`` of its own. Tools hold to their limits themselves, and may wait
-            for a free process besides; the toolbox steps in after three times the limit and ``grace`` seconds.
+            for a free process besides; the toolbox steps in after three times the limit, ``grace`` seconds, and what the
+            tool says that it may need to come up (``starting``). Time in which the event loop was blocked does not count.
         label: where ``tools`` come from, in a message.
 
     >>> async with Toolbox(tools) as toolbox:  # doctest: +SKIP
@@ -193,6 +195,7 @@ class Toolbox:
         self, tool: Tool, arguments: Mapping[str, Any], context: ToolContext
     ) -> ToolResult:
         limit = getattr(tool, "timeout", None) or self._timeout
+        patience = 3 * limit + self._grace + getattr(tool, "starting", 0.0)
 
         async def called() -> ToolResult:
             return await tool.call(arguments, context)
@@ -200,7 +203,7 @@ class Toolbox:
         task = asyncio.create_task(called())
         try:
             # Not wait_for: it would wait for a tool that does not let itself be cancelled.
-            done, _ = await asyncio.wait({task}, timeout=3 * limit + self._grace)
+            done = await done_within(task, patience)
         except BaseException:
             task.cancel()
             raise

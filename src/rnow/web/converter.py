@@ -33,6 +33,8 @@ class Converter:
 
         Raises ConversionError: too slow, too big for its memory, or the process cannot start.
         """
+        if timeout <= 0:  # a page that came too late must not cost the others the process
+            raise ConversionError("no time is left to turn it into text")
         async with self._lock:
             process = await self._ready()
             try:
