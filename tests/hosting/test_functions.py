@@ -185,6 +185,8 @@ def test_a_host_that_cannot_run_says_why(tmp_path: Path) -> None:
         host.start()
     assert caught.value.message == "the process of tools.py did not start"
     assert caught.value.details == ("no such image",)
+    assert caught.value.where == "tools.py"
+    assert caught.value.fix
     assert host.pids() == set()
 
 

@@ -244,8 +244,11 @@ class CodeHost:
         return StartFailed(
             f"{self.name} did not start",
             title="User code cannot be run",
+            where=self.file.name,
             why=str(error) or None,
             details=details,
+            fix=f"free memory and processes of this machine if it is short of them; `python {self.file.name}` shows whether "
+            "the file itself ends",
         )
 
     def close(self) -> None:
