@@ -24,6 +24,15 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``agents`` run when they are asked for; otherwise they are skipped and say so."""
+    if "agents" not in (config.option.markexpr or ""):
+        skip = pytest.mark.skip(reason="wants a browser or a sandbox: make test-agents")
+        for item in items:
+            if "agents" in item.keywords:
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -180,8 +180,10 @@ class FakeEngines:
             text = _BWRAP if name == "bwrap" else _ENGINE
             text = text.format(name=name, state=str(self.state), python=sys.executable)
             path = self.programs / name
-            # Isolated: what a scrubbed environment lacks must not matter.
-            path.write_text(f"#!{sys.executable} -IS\n{text}", encoding="utf-8")
+            # Isolated: what a scrubbed environment lacks must not matter. By way of sh, whose second line is a string to
+            # Python: the first line of a script cannot name an interpreter whose path has blanks.
+            start = f"#!/bin/sh\n''''exec \"{sys.executable}\" -IS \"$0\" \"$@\" # '''\n"
+            path.write_text(start + text, encoding="utf-8")
             path.chmod(0o755)
 
     def switch(self, flag: str) -> None:
