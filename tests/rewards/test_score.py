@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rnow.errors import StopRequested
 from rnow.project.user_code import load_rewards
 from rnow.rewards import RewardRunner, score_rewards
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
@@ -87,6 +88,28 @@ def test_a_broken_rewarder_ends_the_others_and_is_raised() -> None:
         asyncio.run(score_rewards(make_groups(3, 2), recorder))
     assert recorder.cancelled == 4
     assert recorder.at_work == 0
+
+
+def test_a_stop_ends_rewards_that_take_their_time() -> None:
+    class Slow(Recorder):
+        async def score(self, prompt: Prompt, rollout: Rollout) -> RewardResult:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+            raise AssertionError
+
+    asked = iter([None, StopRequested("stop")])
+
+    def poll() -> None:
+        if (stop := next(asked)) is not None:
+            raise stop
+
+    slow = Slow()
+    with pytest.raises(StopRequested):
+        asyncio.run(score_rewards(make_groups(2, 2), slow, poll=poll))
+    assert slow.cancelled == 4
 
 
 def test_no_groups() -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rnow.protocols import Rewarder
 from rnow.types import Prompt, Rollout, RolloutGroup, ScoredGroup, ScoredRollout
 
 MAX_CONCURRENT = 256
+POLL_SECONDS = 0.2
 
 
 async def score_rewards(
-    groups: Sequence[RolloutGroup], rewarder: Rewarder, *, max_concurrent: int = MAX_CONCURRENT
+    groups: Sequence[RolloutGroup],
+    rewarder: Rewarder,
+    *,
+    max_concurrent: int = MAX_CONCURRENT,
+    poll: Callable[[], None] = lambda: None,
 ) -> list[ScoredGroup]:
     """Every rollout with its reward, in the order of ``groups``; at most ``max_concurrent`` are being scored at once.
 
-    Raises what ``rewarder.score`` raises, after ending the others.
+    Args:
+        poll: asked a few times per second while rewards run; may raise to stop.
+
+    Raises what ``rewarder.score`` or ``poll`` raises, after ending the others.
     """
     slots = asyncio.Semaphore(max_concurrent)
 
@@ -30,7 +38,7 @@ async def score_rewards(
     ]
     flat = [task for group_tasks in tasks for task in group_tasks]
     try:
-        await asyncio.gather(*flat)
+        await _all_of(flat, poll)
     except BaseException:
         for task in flat:
             task.cancel()
@@ -40,3 +48,14 @@ async def score_rewards(
         ScoredGroup(prompt=group.prompt, rollouts=tuple(task.result() for task in group_tasks))
         for group, group_tasks in zip(groups, tasks, strict=True)
     ]
+
+
+async def _all_of(tasks: Sequence[asyncio.Future[ScoredRollout]], poll: Callable[[], None]) -> None:
+    waiting: set[asyncio.Future[ScoredRollout]] = set(tasks)
+    while waiting:
+        done, waiting = await asyncio.wait(
+            waiting, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
+        )
+        for task in done:
+            task.result()
+        poll()

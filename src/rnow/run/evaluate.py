@@ -60,7 +60,7 @@ class Evaluator:
             groups = await collect_rollouts(
                 self.prompts, sampler, self.environments, self.settings, step=0
             )
-        scored = await score_rewards(groups, self.rewarder)
+        scored = await score_rewards(groups, self.rewarder, poll=self.settings.poll)
         metrics = self._pass_at(scored) | reward_metrics(scored)
         metrics |= rollout_metrics(scored, agentic=self.agentic)
         if trouble := tool_trouble(scored):

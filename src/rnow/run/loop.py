@@ -71,7 +71,7 @@ async def train_step(parts: Parts, step: int) -> None:
                 store=parts.saver.journal(step),
             )
     with clock.stage("reward"):
-        scored = await score_rewards(groups, parts.rewarder)
+        scored = await score_rewards(groups, parts.rewarder, poll=parts.settings.poll)
         samples = build_samples(scored)
     async with gpu.only("teacher", clock):
         with clock.stage("teacher"):

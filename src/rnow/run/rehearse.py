@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from rnow.config import Config
 from rnow.errors import InputError, StopRequested
 from rnow.models.loading import quiet_libraries
 from rnow.rewards.score import score_rewards
-from rnow.rollout.collect import POLL_SECONDS, collect_rollouts
+from rnow.rollout.collect import collect_rollouts
 from rnow.run.agents import run_anywhere
 from rnow.run.files import map_text, to_json
 from rnow.run.metrics import reward_metrics, rollout_metrics
@@ -111,12 +110,7 @@ def rehearse(
         groups = await collect_rollouts(
             prompts, sampler, environment_maker(prepared, code), settings, step=0
         )
-        scoring = asyncio.ensure_future(score_rewards(groups, code.rewarder))
-        while not scoring.done():
-            stop.poll()
-            await asyncio.wait([scoring], timeout=POLL_SECONDS)
-        stop.poll()
-        return scoring.result()
+        return await score_rewards(groups, code.rewarder, poll=stop.poll)
 
     redact = redactor(prepared)
     try:
