@@ -40,6 +40,7 @@ _TICK = 0.01
 _STEAL_AFTER = 0.02  # seconds that one call may hold up those behind it
 _WATCH = 0.25  # seconds between two looks at /proc while calls run
 _ACK_WITHIN = 0.5  # seconds for an event loop to answer that it ended a call
+_ACK_OF_CANCEL = 5.0  # the same where nobody waits for the call: a busy loop must not cost the other calls their lives
 _FORK_WITHIN = 20.0
 _GRACE = 2.0
 _MAX_DEPTH = 16
@@ -518,7 +519,8 @@ class Supervisor:
         call.deadline = 0.0
         with contextlib.suppress(OSError):  # full or dead: no answer will come
             put(worker.inbox, frames.pack(frames.CANCEL, call=call.id))
-        self._at(time.monotonic() + _ACK_WITHIN, "ack", call)
+        patience = _ACK_WITHIN if fault else _ACK_OF_CANCEL
+        self._at(time.monotonic() + patience, "ack", call)
 
     def _tick(self, now: float) -> None:
         """Calls are waiting: rescue those behind a slow one, and add workers, twice as many each time."""
