@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.run.projects import Project
+from tests.run.projects import Project, Watcher
 
 from rnow.run.build import run
+from rnow.run.transcripts import read_transcripts
+from rnow.serving.leash import descendants
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -69,6 +73,49 @@ def test_a_run_on_vllm(
     assert project.evaluations[1]["completions/mean_length"] > 0, "the teacher answered"
     assert (project.run_dir / "adapter" / "adapter_model.safetensors").exists()
     assert vllm_processes() == []
+
+
+def test_an_engine_killed_in_the_middle_of_a_step_costs_no_number(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rollouts that are owed are drawn again by a new engine with the same adapter, and the run goes on."""
+    monkeypatch.setenv("RNOW_TEST", str(os.getpid()))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    killed: list[int] = []
+
+    def kill_soon() -> None:
+        threading.Timer(0.5, lambda: killed.extend(kill_engines())).start()
+
+    watcher = Watcher().at("rollout", 2, kill_soon)
+    config = project.config(
+        sampler={"backend": "vllm"}, rollout={"max_tokens": 300}, trainer={"max_steps": 3}
+    )
+    run(config, folder=project.folder, display=watcher)
+    assert killed, "there was no engine to kill"
+    assert [row["step"] for row in project.metrics] == [1, 2, 3]
+    for step in (1, 2, 3):
+        rows = read_transcripts(project.run_dir / "transcripts", step)
+        assert len({row["id"] for row in rows}) == 4 * 2
+        assert {row["status"] for row in rows} <= {"completed", "truncated"}
+        assert all(token["kl"] is not None for row in rows for token in row["tokens"])
+    for row in project.numbers:
+        assert abs(row["sampler_trainer_kl"]) < 1e-3, "drawn from the adapter of its step"
+        assert row["rollouts/failed_fraction"] == 0
+    assert vllm_processes() == []
+
+
+def kill_engines() -> list[int]:
+    """kill -9 to the engine's own processes below this one."""
+    found = []
+    for pid in descendants(os.getpid()):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"VLLM::" in command:
+            os.kill(pid, signal.SIGKILL)
+            found.append(pid)
+    return found
 
 
 def test_a_served_teacher_gives_the_numbers_of_a_loaded_one(
