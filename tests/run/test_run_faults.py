@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -317,11 +317,28 @@ def test_three_steps_of_nan_end_the_run(project: Project, monkeypatch: pytest.Mo
 # ---- signals to the real program -----------------------------------------------------------------------------------
 
 
-def start(project: Project, **sections: Any) -> subprocess.Popen[str]:
+SLOW_DISK = """
+import pathlib, sys, time
+from rnow.__main__ import main
+from rnow.run.saver import Saver
+
+def rescue(saver, done):
+    pathlib.Path("saving").touch()
+    time.sleep(60)
+
+Saver.rescue = rescue
+sys.argv = ["rnow", "run"]
+main()
+"""
+
+
+def start(
+    project: Project, *, program: Sequence[str] = ("-m", "rnow", "run"), **sections: Any
+) -> subprocess.Popen[str]:
     (project.folder / "config.yml").write_text(to_yaml(project.config(**sections)))
     source = Path(__file__).parents[2] / "src"
     return subprocess.Popen(
-        [sys.executable, "-m", "rnow", "run"],
+        [sys.executable, *program],
         cwd=project.folder,
         env=os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -356,7 +373,7 @@ def test_ctrl_c_ends_with_130_and_the_state_saved(project: Project) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once(project: Project) -> None:
-    """A reward that hangs for a minute holds up the first one; nothing holds up the second."""
+    """The first ends a reward that hangs and then waits for a disk that does; nothing holds up the second."""
     (project.folder / "rewards.py").write_text(
         "import pathlib, time\n"
         "from rnow.core import reward\n"
@@ -368,10 +385,12 @@ def test_a_second_ctrl_c_ends_at_once(project: Project) -> None:
         "        time.sleep(60)\n"
         "    return 1.0\n"
     )
-    process = start(project, trainer={"save_step": 1})
+    process = start(project, program=("-c", SLOW_DISK), trainer={"save_step": 1})
     wait_for(project.folder / "hangs", process)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    began = time.monotonic()
+    wait_for(project.folder / "saving", process)
+    assert time.monotonic() - began < 10
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
