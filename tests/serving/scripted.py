@@ -123,6 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append((self.path, body))
             server.in_flight += 1
+            self._counted = 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
             fault = server.faults.pop(0) if server.faults else server.always
         try:
@@ -135,12 +136,19 @@ class Handler(BaseHTTPRequestHandler):
             code, answer = self._compute(body)
             if fault is not None and fault(self, answer):
                 return
+            # Before the answer leaves: the client may ask again before this thread goes on.
+            self._leave()
             self.send(code, json.dumps(answer), {})
         except (BrokenPipeError, ConnectionResetError, OSError):
             pass
         finally:
-            with server.lock:
-                server.in_flight -= 1
+            self._leave()
+
+    def _leave(self) -> None:
+        """This request is not in flight any more. Again: nothing."""
+        with self.server.lock:
+            self.server.in_flight -= self._counted
+            self._counted = 0
 
     def _compute(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         server = self.server
