@@ -18,6 +18,12 @@ CALL = '<tool_call>\n{"name": "look_up", "arguments": {"q": "x"}}\n</tool_call>'
 PROMPT = (1, 2, 3)
 
 
+def answered(step: Step) -> tuple[int, int]:
+    """How many calls of this step were answered, and how many of the answers say that something failed."""
+    answers = [message for message in step.messages if message["role"] == "tool"]
+    return len(answers), sum(bool(message.get("failed")) for message in answers)
+
+
 def completion(
     text: str, family: Family = QWEN, *, cut: bool = False, ended_by: str = ""
 ) -> Completion:
@@ -88,7 +94,7 @@ def test_a_call_is_run_and_answered() -> None:
     assert QWEN.tokenizer.decode(step.observation_token_ids) == (
         "\n<|im_start|>user\n<tool_response>\nanswer 1\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
-    assert (step.done, step.end_reason, step.tool_calls, step.tool_failures) == (False, None, 1, 0)
+    assert (step.done, step.end_reason, *answered(step)) == (False, None, 1, 0)
 
 
 def test_an_answer_without_a_call_ends() -> None:
@@ -138,7 +144,7 @@ def test_failures_are_told_and_counted() -> None:
     (step,) = play(make(Tools(answer)), completion(CALL))
     assert step.messages[1]["failed"] is True
     assert step.messages[1]["detail"] == "Traceback ..."
-    assert (step.tool_calls, step.tool_failures) == (1, 1)
+    assert answered(step) == (1, 1)
     assert "Traceback" not in QWEN.tokenizer.decode(step.observation_token_ids)
 
 
@@ -153,7 +159,7 @@ def test_a_malformed_call_is_answered_without_a_tool() -> None:
     assert bad["content"].startswith("Error: the call is not valid JSON")
     assert bad["failed"] is True
     assert good["content"] == "answer 1"
-    assert (step.tool_calls, step.tool_failures) == (2, 1)
+    assert answered(step) == (2, 1)
     assert not step.done, "the student gets another turn to mend it"
 
 
@@ -163,7 +169,7 @@ def test_hundreds_of_calls() -> None:
     assert len(tools.calls) == 32
     assert len(step.messages) == 1 + 33
     assert "468 more calls" in step.messages[-1]["content"]
-    assert (step.tool_calls, step.tool_failures) == (33, 1)
+    assert answered(step) == (33, 1)
 
 
 def test_a_turn_cut_by_length_runs_nothing() -> None:
@@ -181,7 +187,7 @@ def test_a_call_in_the_last_turn_is_not_run(policy: Any) -> None:
     first, second = play(environment, completion(CALL), completion(CALL))
     assert len(tools.calls) == 1
     assert not first.done
-    assert (second.done, second.end_reason, second.tool_calls) == (True, "max_turns", 0)
+    assert (second.done, second.end_reason, answered(second)[0]) == (True, "max_turns", 0)
     assert len(second.messages) == 1
     assert second.messages[0]["tool_calls"]
 

@@ -14,28 +14,17 @@ import pytest
 import torch
 from rich.console import Console
 from tests.run.agents import AgentProject, call, script_student
+from tests.web.needs import missing
 from tests.web.site import Site, serve
 
 from rnow.config import Config
-from rnow.errors import InputError
 from rnow.run.build import check, run
 from rnow.run.rehearse import rehearse
 from rnow.run.transcripts import read_transcripts
-from rnow.web.chromium import find_chromium, require_packages
-
-
-def _missing() -> str | None:
-    try:
-        require_packages()
-        find_chromium()
-    except InputError as error:
-        return error.message
-    return None
-
 
 pytestmark = [
     pytest.mark.agents,
-    pytest.mark.skipif(_missing() is not None, reason=str(_missing())),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 
 CANARY = "canary-0d7e44b1"

@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnow.tools.arguments import MAX_DEPTH, ArgumentChecker, SchemaProblem, check_arguments
+from rnow.tools.arguments import MAX_DEPTH, ArgumentChecker, SchemaProblem
+
+
+def check_arguments(schema: Any, arguments: Any) -> dict[str, Any] | str:
+    return ArgumentChecker(schema).check(arguments)
 
 
 def schema(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:

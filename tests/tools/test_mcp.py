@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import pytest
 from tests.tools.conformance import CONTEXT, check_tool
 
 from rnow.errors import ConfigError, InputError
+from rnow.protocols import Tool
 from rnow.serving.process import free_port
-from rnow.tools.mcp import McpServer, list_mcp_tools, mcp_servers
+from rnow.tools.mcp import McpServer, mcp_servers
 from rnow.tools.mcp_address import parse_address
 from rnow.tools.toolbox import Toolbox
 from rnow.types import ToolCall, ToolResult
@@ -32,6 +33,12 @@ pytest.importorskip("mcp_types")  # mcp 2 and later
 
 HERE = Path(__file__).parent
 REAL = shlex.join([sys.executable, str(HERE / "servers.py")])
+
+
+async def list_mcp_tools(urls: Sequence[str], *, timeout: float = 60.0) -> Sequence[Tool]:
+    """What `rnow check` does: connect to every server, see what they offer, and leave."""
+    async with Toolbox(sources=mcp_servers(urls, connect_timeout=timeout)) as toolbox:
+        return toolbox.tools
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:

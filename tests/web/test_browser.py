@@ -13,26 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from tests.web.needs import missing
 from tests.web.site import DATA, Site, Trap, serve, trap
 
-from rnow.errors import InputError
 from rnow.web import BrowseError, Browser, addresses
 from rnow.web import browser as browser_module
-from rnow.web.chromium import find_chromium, require_packages
-
-
-def _missing() -> str | None:
-    try:
-        require_packages()
-        find_chromium()
-    except InputError as error:
-        return error.message
-    return None
-
 
 pytestmark = [
     pytest.mark.agents,
-    pytest.mark.skipif(_missing() is not None, reason=str(_missing())),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 
 NAMES = {

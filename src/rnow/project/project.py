@@ -39,7 +39,7 @@ def is_agentic(folder: Path, config: Config) -> bool:
     Raises InputError where it says yes and there is neither.
     """
     wanted = None if config.teacher is None else config.teacher.agentic
-    found = (Path(folder) / TOOLS_FILE).is_file() or bool(config.rollout.mcp_url)
+    found = _has_tools(Path(folder), config)
     if wanted and not found:
         raise InputError(
             "teacher.agentic is true, but there are no tools",
@@ -48,6 +48,10 @@ def is_agentic(folder: Path, config: Config) -> bool:
             fix="write one of them, or remove teacher.agentic",
         )
     return found and wanted is not False
+
+
+def _has_tools(folder: Path, config: Config) -> bool:
+    return (folder / TOOLS_FILE).is_file() or bool(config.rollout.mcp_url)
 
 
 def load_project(folder: Path, config: Config, *, tools: Collection[str] = ()) -> Project:
@@ -62,7 +66,6 @@ def load_project(folder: Path, config: Config, *, tools: Collection[str] = ()) -
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}", fix="give the project folder with -d")
     agentic = is_agentic(folder, config)
-    has_tools = (folder / TOOLS_FILE).is_file() or bool(config.rollout.mcp_url)
     secrets = load_secrets(folder)
     rewards = load_rewards(folder, secrets=secrets)
     data = config.data
@@ -71,7 +74,7 @@ def load_project(folder: Path, config: Config, *, tools: Collection[str] = ()) -
         dataset_type=config.dataset_type,
         known_rewards=rewards,
         # With the tools switched off, the names in the rows are neither used nor checked.
-        known_tools=tools if agentic or not has_tools else None,
+        known_tools=tools if agentic or not _has_tools(folder, config) else None,
         dockerfiles=[path.name.removeprefix("Dockerfile.") for path in folder.glob("Dockerfile.*")],
         base_dir=folder,
         val_split=data.val_split,

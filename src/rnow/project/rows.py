@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rnow.hosting.images import LOCAL
 from rnow.project.faults import did_you_mean
 from rnow.project.json_text import JsonPath
 from rnow.project.variables import substitute_message
@@ -15,9 +16,6 @@ ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = frozenset(
     ("messages", "rewards", "tools", "metadata", "variables", "docker", "docker_env", "text")
 )
-LOCAL_IMAGE = "local/"
-"""Before the x of the project's own ``Dockerfile.x``."""
-
 # What docker accepts as an image reference, so that no value can read as one of its options.
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -281,7 +279,7 @@ def _docker(row: Mapping[str, Any], check: _Checker) -> str | None:
         shown = f'"{_short(image)}"' if isinstance(image, str) else _kind(image)
         check.fault(("docker",), f'"docker" is the name of an image, not {shown}')
         return None
-    local = image.removeprefix(LOCAL_IMAGE)
+    local = image.removeprefix(LOCAL)
     if local != image and local not in check.rules.dockerfiles:
         known = check.rules.dockerfiles
         check.fault(

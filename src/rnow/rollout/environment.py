@@ -29,19 +29,12 @@ _OPENING = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What an environment answers to the student's turn: see ``EnvironmentStep``.
-
-    Attributes:
-        tool_calls: how many calls of this turn were answered, the unreadable ones included.
-        tool_failures: how many of those answers say that something failed.
-    """
+    """What an environment answers to the student's turn: see ``EnvironmentStep``."""
 
     observation_token_ids: tuple[int, ...]
     messages: tuple[Message, ...]
     done: bool
     end_reason: EndReason | None = None
-    tool_calls: int = 0
-    tool_failures: int = 0
 
 
 class SingleTurn:
@@ -240,26 +233,19 @@ class ToolEnvironment:
             _tool_message(call, result) for call, result in zip(parsed.calls, results, strict=True)
         ]
         observed = self._dialogue.observations.after_tools(answers, ended_by)
-        return self._go_on(observed, (said, *answers), results)
+        return self._go_on(observed, (said, *answers))
 
     async def close(self) -> None:
         """See ``Environment.close``. What runs a call holds its tool."""
         if self._release is not None:
             await self._release()
 
-    def _go_on(
-        self,
-        observed: tuple[int, ...],
-        messages: tuple[Message, ...],
-        results: Sequence[ToolResult] = (),
-    ) -> Step:
+    def _go_on(self, observed: tuple[int, ...], messages: tuple[Message, ...]) -> Step:
         self._observed = observed
         return Step(
             observation_token_ids=observed,
             messages=messages,
             done=False,
-            tool_calls=len(results),
-            tool_failures=sum(result.failed for result in results),
         )
 
     async def _run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:

@@ -61,11 +61,6 @@ class _OutOfSteps(Exception):
     pass
 
 
-def check_arguments(schema: Mapping[str, Any], arguments: Any) -> dict[str, Any] | str:
-    """``ArgumentChecker(schema).check(arguments)``, for one use."""
-    return ArgumentChecker(schema).check(arguments)
-
-
 class ArgumentChecker:
     """Checks calls against one schema.
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rnow.errors import ConfigError
 from rnow.tools.mcp_address import parse_address
 from rnow.tools.mcp_connection import require_client
-from rnow.tools.mcp_server import ListedTool, McpServer, McpTool
+from rnow.tools.mcp_server import McpServer
 
-__all__ = ["ListedTool", "McpServer", "McpTool", "list_mcp_tools", "mcp_servers"]
+__all__ = ["McpServer", "mcp_servers"]
 
 
 def mcp_servers(
@@ -57,30 +56,3 @@ def mcp_servers(
             )
         )
     return servers
-
-
-async def list_mcp_tools(
-    urls: Sequence[str],
-    *,
-    timeout: float = 60.0,
-    secrets: Mapping[str, str] | None = None,
-    log_dir: Path | None = None,
-    warn: Callable[[str], None] | None = None,
-) -> list[ListedTool]:
-    """Connect to every server, all at once, say what they offer, and leave. ``timeout`` is for each to come up.
-
-    Raises:
-        InputError: as ``mcp_servers``; a server is not there, hangs, or offers nothing.
-    """
-    servers = mcp_servers(
-        urls, connect_timeout=timeout, secrets=secrets, log_dir=log_dir, warn=warn
-    )
-    try:
-        for result in await asyncio.gather(
-            *(server.open() for server in servers), return_exceptions=True
-        ):
-            if isinstance(result, BaseException):
-                raise result
-        return [tool for server in servers for tool in server.listed()]
-    finally:
-        await asyncio.gather(*(server.close() for server in servers), return_exceptions=True)

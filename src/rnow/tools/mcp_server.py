@@ -166,10 +166,6 @@ class McpServer:
         if connection is not None:
             await connection.stop()
 
-    def listed(self) -> list[ListedTool]:
-        """The pinned tools."""
-        return list(self._pinned.values())
-
     async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
         """Call a pinned tool. Whatever the server does, there is an answer within ``timeout`` and a moment."""
         deadline = time.monotonic() + self.timeout

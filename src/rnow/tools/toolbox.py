@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 
 from rnow.errors import InputError, RnowError
 from rnow.protocols import Tool
+from rnow.rollout.rendering import describe_tools
 from rnow.tools.arguments import ArgumentChecker, SchemaProblem
 from rnow.tools.limits import MAX_BYTES, CutResult, TokenLimit, keep_end, shorten, storable
 from rnow.tools.patience import done_within
@@ -146,18 +147,8 @@ class Toolbox:
                     title="Unknown tool",
                     fix=_hint(name, self.names) or "remove it from the row's tools",
                 )
-        return [
-            {
-                "type": "function",
-                "function": {
-                    "name": name,
-                    "description": tool.description,
-                    "parameters": dict(tool.parameters),
-                },
-            }
-            for name, tool in self._tools.items()
-            if allowed is None or name in allowed
-        ]
+        shown = [tool for tool in self.tools if allowed is None or tool.name in allowed]
+        return list(describe_tools(shown))
 
     async def run(
         self, call: ToolCall, context: ToolContext, allowed: Sequence[str] | None = None
