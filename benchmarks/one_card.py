@@ -209,7 +209,7 @@ def used_memory(tiny: bool) -> Callable[[], int]:
 
         return card
 
-    from rnow.serving.leash import descendants
+    from rnow.processes.leash import descendants
 
     def tree() -> int:
         found = 0
@@ -226,7 +226,7 @@ def used_memory(tiny: bool) -> Callable[[], int]:
 
 def watching(memory: Memory) -> Any:
     """A display that tells ``memory`` what happens."""
-    from rnow.run.console import QuietDisplay
+    from rnow.display.display import QuietDisplay
 
     class Watch(QuietDisplay):
         def __init__(self) -> None:

@@ -21,7 +21,7 @@ from common import write_results
 from random_models import HUNDRED_MILLION, TINY, write_model, write_prompts
 
 import rnow
-from rnow.run.console import QuietDisplay
+from rnow.display.display import QuietDisplay
 
 WORK = ("rollout", "teacher", "update")
 

@@ -82,30 +82,21 @@ def test_config_error_loads_nothing_heavy(tmp_path: Path, command: list[str]) ->
     "order",
     [
         "from rnow import run",
-        "import rnow.run; from rnow import run",
-        "import rnow.run.terminal; from rnow import run",
-        "from rnow import run; import rnow.run.terminal",
-        "import rnow; run = rnow.run; from rnow.run import terminal; import rnow.run.sinks",
-        "from rnow.run import sinks; import rnow; run = rnow.run",
+        "import rnow.setup.build; from rnow import run",
+        "import rnow.setup; from rnow import run",
+        "import rnow.display.terminal; from rnow import run",
+        "import rnow; run = rnow.run; from rnow.setup import build",
     ],
 )
-def test_run_is_the_function_and_the_package_in_any_order(tmp_path: Path, order: str) -> None:
+def test_run_is_a_plain_function_in_any_order(tmp_path: Path, order: str) -> None:
     done = run_python(
         f"""
-        import sys, types
-        build = types.ModuleType("rnow.run.build")
-        def run(config, *, fresh=False):
-            return ("ran", config, fresh)
-        build.run = run
-        sys.modules["rnow.run.build"] = build
-        del run
         {order}
-        import inspect
-        import rnow, rnow.run.terminal
-        assert run is rnow.run
-        assert run("config", fresh=True) == ("ran", "config", True)
-        assert rnow.run.terminal.format_clock(60) == "1:00"
-        assert list(inspect.signature(run).parameters) == ["config", "fresh"]
+        import inspect, types
+        import rnow, rnow.setup.build
+        assert run is rnow.run is rnow.setup.build.run
+        assert type(run) is types.FunctionType
+        assert list(inspect.signature(run).parameters) == ["config", "folder", "fresh", "display"]
         print("ok")
         """,
         tmp_path,

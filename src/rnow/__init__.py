@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rnow.config import Config
     from rnow.core import RewardArgs, ToolArgs, get_response, llm_judge, reward, tool
-    from rnow.run.build import run
+    from rnow.setup.build import run
     from rnow.teacher import load_teacher
 
 __version__ = "0.1.0"
@@ -30,15 +30,14 @@ __all__ = [
 ]
 
 _FOR_USER_CODE = ("RewardArgs", "ToolArgs", "get_response", "llm_judge", "reward", "tool")
-_HOMES = {"Config": "rnow.config", "load_teacher": "rnow.teacher"} | dict.fromkeys(
-    _FOR_USER_CODE, "rnow.core"
-)
+_HOMES = {
+    "Config": "rnow.config",
+    "load_teacher": "rnow.teacher",
+    "run": "rnow.setup.build",
+} | dict.fromkeys(_FOR_USER_CODE, "rnow.core")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run":
-        # The subpackage itself is callable, so `rnow.run` means one thing whoever imported it first.
-        return importlib.import_module("rnow.run")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'rnow' has no attribute {name!r}")

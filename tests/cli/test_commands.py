@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import rnow.run
+import rnow.setup
 from rnow import __version__
 from rnow.cli import hosted
 from rnow.cli.main import run_command_line
@@ -56,7 +56,7 @@ class Plan:
 
 
 class Build:
-    """Stands for rnow.run.build and rnow.run.rehearse; records how it was called."""
+    """Stands for rnow.setup.build and rnow.setup.rehearse; records how it was called."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, dict[str, Any]]] = []
@@ -88,13 +88,13 @@ class Build:
 def build(monkeypatch: pytest.MonkeyPatch) -> Build:
     fake = Build()
     for name in ("build", "rehearse"):
-        module: Any = types.ModuleType(f"rnow.run.{name}")
+        module: Any = types.ModuleType(f"rnow.setup.{name}")
         module.run, module.check, module.rehearse = fake.run, fake.check, fake.rehearse
-        monkeypatch.setitem(sys.modules, f"rnow.run.{name}", module)
-        monkeypatch.setattr(rnow.run, name, module, raising=False)
-    view: Any = types.ModuleType("rnow.run.plan_view")
+        monkeypatch.setitem(sys.modules, f"rnow.setup.{name}", module)
+        monkeypatch.setattr(rnow.setup, name, module, raising=False)
+    view: Any = types.ModuleType("rnow.plan.view")
     view.plan_view = lambda plan, console: f"plan for {plan.config.model.path}"
-    monkeypatch.setitem(sys.modules, "rnow.run.plan_view", view)
+    monkeypatch.setitem(sys.modules, "rnow.plan.view", view)
     return fake
 
 

@@ -33,7 +33,7 @@ def test_example_passes_the_checks_of_a_run(
     file: Path, tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
     """``rnow check`` on the example as it is, its models replaced by tiny ones and its dataset by a few rows."""
-    from rnow.run import build
+    from rnow.setup import build
 
     long = {"num_hidden_layers": 1, "max_position_embeddings": 32768}
     student, teacher = tiny_model_dir(seed=0, **long), tiny_model_dir(seed=1, **long)

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 from tests.gpu.device import needs_cuda, needs_vllm
-from tests.run.projects import Project
+from tests.setup.projects import Project
 
 from rnow.errors import TemporaryError
 from rnow.models.loading import load_causal_lm
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
-from rnow.run.backends import probe_reference
-from rnow.run.build import run
-from rnow.run.residency import Residency
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.vllm_settings import VllmSettings
+from rnow.setup.backends import probe_reference
+from rnow.setup.build import run
 from rnow.teacher.transformers import TransformersTeacher
+from rnow.training.residency import Residency
 from rnow.types import Adapter, Completion, SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, needs_cuda]

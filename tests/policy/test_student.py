@@ -24,11 +24,11 @@ from tests.policy.conftest import MakePolicy
 
 from rnow.algorithm.batching import build_batch
 from rnow.algorithm.records import Batch, MicroBatch, SampledEvidence
+from rnow.disk.checkpoints import CheckpointStore, export_adapter
 from rnow.errors import RnowError
 from rnow.policy import student
 from rnow.policy.student import LoraPolicy
 from rnow.protocols import Policy
-from rnow.run.checkpoints import CheckpointStore, export_adapter
 
 TEACHER_ONLY: dict[str, Any] = {"kl_penalty_coef": 1.0}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rnow.errors import InputError
-from rnow.hosting.host import CodeHost
 from rnow.project.user_code import load_rewards
+from rnow.usercode.host import CodeHost
 
 HEAD = "from rnow.core import reward, RewardArgs\n"
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from rnow.errors import DataError
-from rnow.hosting.functions import FunctionInfo
-from rnow.hosting.host import CodeHost
 from rnow.project.user_code import load_rewards
 from rnow.protocols import Rewarder
 from rnow.rewards import RewardRunner
 from rnow.types import Message, Prompt, RewardResult, Rollout, RolloutStatus
+from rnow.usercode.functions import FunctionInfo
+from rnow.usercode.host import CodeHost
 
 REWARDS = """
 import asyncio, json, os, time

@@ -21,13 +21,13 @@ from torch import Tensor
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
 from rnow.protocols import Sampler
-from rnow.run.backends import probe_reference
 from rnow.sampling.transformers import TransformersSampler
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.weights import SamplingMode
+from rnow.setup.backends import probe_reference
 from rnow.types import Completion, SamplingParams
 
 VOCABULARY = 100

@@ -23,12 +23,12 @@ from rnow.errors import EXIT_TEMPORARY, ModelError, NotYetSupported, RnowError, 
 from rnow.models.loading import load_causal_lm
 from rnow.models.tokenizer import load_tokenizer, vocabulary_size
 from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
-from rnow.run.backends import probe_reference
 from rnow.sampling.transformers import TransformersSampler
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.vllm_settings import VllmSettings
+from rnow.setup.backends import probe_reference
 from rnow.types import Adapter, Completion, Sample, SamplingParams
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -14,10 +14,10 @@ from tests.sampling.conformance import make_policy
 from tests.teacher.conformance import make_sample
 
 from rnow.models.loading import CausalLM, load_causal_lm
-from rnow.run.backends import probe_reference, trainer_tolerance
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.serving.nf4 import ARGUMENT, PLUGIN
+from rnow.setup.backends import probe_reference, trainer_tolerance
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import VllmTeacher
 

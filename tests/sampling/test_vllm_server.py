@@ -13,6 +13,7 @@ import torch
 from tests.serving import scripted
 
 from rnow.errors import InputError, ModelError
+from rnow.processes.process import free_port
 from rnow.sampling.adapter_files import AdapterFiles
 from rnow.sampling.vllm_backend import EngineGone
 from rnow.sampling.vllm_sampler import VllmSampler
@@ -25,7 +26,6 @@ from rnow.sampling.vllm_server import (
     server_arguments,
 )
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.serving.process import free_port
 from rnow.types import Adapter
 
 

@@ -23,9 +23,9 @@ from tests.serving.scripted import (
 )
 
 from rnow.errors import InputError, ModelError, RnowError, TemporaryError
+from rnow.processes.process import free_port
 from rnow.serving import client as client_module
 from rnow.serving.client import BadAnswer, Refused, ServedModel, ServerDown, VllmClient
-from rnow.serving.process import free_port
 
 IDS = [5, 9, 77, 3]
 KEY = "s3cret-k3y"

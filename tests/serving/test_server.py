@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.processes.test_leash import wait_for
 from tests.serving import scripted
 from tests.serving.scripted import ScriptedServer
-from tests.serving.test_leash import wait_for
 
 from rnow.errors import ModelError, StopRequested, TemporaryError
+from rnow.processes.process import ProcessFailed, StartFailed, free_port
 from rnow.serving import server as server_module
-from rnow.serving.process import ProcessFailed, StartFailed, free_port
 from rnow.serving.server import VllmServer, require_vllm
 
 PROGRAM = (sys.executable, scripted.__file__)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.serving.test_leash import wait_for
+from tests.processes.test_leash import wait_for
 from tests.teacher.conformance import VOCABULARY, make_sample
 
 import rnow
 from rnow.models.loading import CausalLM, load_causal_lm
-from rnow.serving import leash
+from rnow.processes import leash
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import VllmTeacher
 from rnow.types import Sample

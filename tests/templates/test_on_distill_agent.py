@@ -334,8 +334,8 @@ def _missing() -> str | None:
 @pytest.mark.agents
 @pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
 def test_the_tool_browses_from_its_host(tmp_path: Path) -> None:
-    from rnow.hosting.host import CodeHost
     from rnow.project.secrets import load_secrets
+    from rnow.usercode.host import CodeHost
 
     write_template(plan_init(find_template("on-distill-agent"), tmp_path))
     with serve() as site:

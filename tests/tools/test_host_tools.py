@@ -9,10 +9,10 @@ import pytest
 from tests.tools.conformance import CONTEXT, check_tool
 
 from rnow.errors import InputError
-from rnow.hosting.host import CallOutcome, CodeHost
 from rnow.tools.host_tools import HostTools
 from rnow.tools.toolbox import Toolbox
 from rnow.types import ToolCall, ToolResult
+from rnow.usercode.host import CallOutcome, CodeHost
 
 CODE = '''
 import asyncio, time

@@ -22,8 +22,8 @@ import pytest
 from tests.tools.conformance import CONTEXT, check_tool
 
 from rnow.errors import ConfigError, InputError
+from rnow.processes.process import free_port
 from rnow.protocols import Tool
-from rnow.serving.process import free_port
 from rnow.tools.mcp import McpServer, mcp_servers
 from rnow.tools.mcp_address import parse_address
 from rnow.tools.toolbox import Toolbox

@@ -12,9 +12,9 @@ import pytest
 from tests.fakes import FakeTool
 from tests.tools.conformance import PARAMETERS, check_tool
 
+from rnow.display.terminal import escape_control
 from rnow.errors import InputError, StopRequested
 from rnow.protocols import Tool
-from rnow.run.terminal import escape_control
 from rnow.tools.limits import CutResult, TokenLimit
 from rnow.tools.toolbox import Toolbox
 from rnow.types import ToolCall, ToolContext, ToolResult

@@ -21,9 +21,9 @@ def show_plan(loaded: LoadedConfig, folder: Path, *, as_json: bool) -> None:
     """Resolve and check everything, then print the resolved config, secrets redacted, and the plan."""
     from rnow.cli.output import console, print_json, print_lines
     from rnow.config import to_dict, to_yaml
+    from rnow.plan.view import plan_view
     from rnow.project.secrets import load_secrets, redact
-    from rnow.run import build
-    from rnow.run.plan_view import plan_view
+    from rnow.setup import build
 
     with placed(loaded):
         plan = build.check(loaded.config, folder)

@@ -24,7 +24,7 @@ def print_error(error: RnowError) -> None:
     """The report of an error on standard error: no traceback, nothing that could control the terminal."""
     from rich.text import Text
 
-    from rnow.run.terminal import escape_control
+    from rnow.display.terminal import escape_control
 
     title, _, rest = escape_control(error.render()).partition(":")
     text = Text.assemble((title, "bold red"), ":", rest)
@@ -36,7 +36,7 @@ def print_notice(line: str) -> None:
     """One line on standard error."""
     from rich.text import Text
 
-    from rnow.run.terminal import escape_control
+    from rnow.display.terminal import escape_control
 
     console(stderr=True).print(
         Text(escape_control(line), style="yellow"), soft_wrap=True, highlight=False
@@ -47,7 +47,7 @@ def print_lines(lines: Iterable[str]) -> None:
     """Plain lines on standard output."""
     from rich.text import Text
 
-    from rnow.run.terminal import escape_control
+    from rnow.display.terminal import escape_control
 
     out = console()
     for line in lines:

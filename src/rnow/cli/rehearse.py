@@ -37,7 +37,7 @@ def rehearse_rollouts(
     loaded = load(folder, overrides, model=model)
 
     from rnow.cli.output import console
-    from rnow.run.rehearse import rehearse
+    from rnow.setup.rehearse import rehearse
 
     limit = None if every or chosen is not None else count or DEFAULT_PROMPTS
     with placed(loaded):

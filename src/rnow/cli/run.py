@@ -45,8 +45,8 @@ def run(
         return
 
     from rnow.cli.output import console, print_json
-    from rnow.run import build
-    from rnow.run.console import RunDisplay
+    from rnow.display.display import RunDisplay
+    from rnow.setup import build
 
     display = RunDisplay(console(stderr=as_json))
     try:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rnow.config import Config
 from rnow.errors import InputError
-from rnow.hosting.functions import FunctionInfo
 from rnow.project.dataset import Dataset, load_dataset
 from rnow.project.secrets import load_secrets
 from rnow.project.user_code import load_rewards
+from rnow.usercode.functions import FunctionInfo
 
 TOOLS_FILE = "tools.py"
 

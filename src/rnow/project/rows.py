@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rnow.hosting.images import LOCAL
 from rnow.project.faults import did_you_mean
 from rnow.project.json_text import JsonPath
 from rnow.project.variables import substitute_message
+from rnow.usercode.images import LOCAL
 
 ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rnow.errors import InputError
-from rnow.hosting.text import redact
+from rnow.usercode.text import redact
 
 __all__ = ["load_secrets", "redact"]
 

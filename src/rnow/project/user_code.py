@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rnow.errors import InputError
-from rnow.hosting.functions import FunctionInfo, load_functions
+from rnow.usercode.functions import FunctionInfo, load_functions
 
 METRIC_NAMES = frozenset({"mean", "failure_fraction"})
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from rnow.core.messages import message_text, strip_thinking
 from rnow.errors import DataError
-from rnow.hosting.functions import FunctionInfo
-from rnow.hosting.host import CallOutcome, CodeHost
-from rnow.hosting.sandbox import SandboxedHosts
 from rnow.rollout.samples import rollout_id
 from rnow.types import Message, Prompt, RewardResult, Rollout
+from rnow.usercode.functions import FunctionInfo
+from rnow.usercode.host import CallOutcome, CodeHost
+from rnow.usercode.sandbox import SandboxedHosts
 
 DEFAULT_TIMEOUT = 60.0
 

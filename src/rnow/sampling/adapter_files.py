@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from rnow.run.files import to_json
+from rnow.disk.files import to_json
 from rnow.types import Adapter
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.errors import ModelError
+from rnow.processes.process import ManagedProcess
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
 from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
 from rnow.sampling.vllm_link import WorkerLink
@@ -21,7 +22,6 @@ from rnow.sampling.vllm_padding import EXTENSION
 from rnow.sampling.vllm_probe import tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.serving.process import ManagedProcess
 from rnow.serving.server import START_TIMEOUT
 from rnow.types import SamplingParams
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from rnow.errors import ModelError
+from rnow.processes.process import StartFailed
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
 from rnow.sampling.gate import Gate
 from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
@@ -22,7 +23,6 @@ from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.vllm_worker import CPU_BATCHED_TOKENS
 from rnow.serving.client import Refused, ServerDown, VllmClient
-from rnow.serving.process import StartFailed
 from rnow.serving.server import START_TIMEOUT, VllmServer, require_vllm
 from rnow.types import SamplingParams
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rnow.errors import ModelError, RnowError
+from rnow.processes.process import ManagedProcess, ProcessFailed, StartFailed, free_port
 from rnow.serving.client import VllmClient
-from rnow.serving.process import ManagedProcess, ProcessFailed, StartFailed, free_port
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 900.0

@@ -12,7 +12,7 @@ from rnow.types import ToolContext, ToolResult
 
 
 class Function(Protocol):
-    """What is used of ``rnow.hosting.functions.FunctionInfo``."""
+    """What is used of ``rnow.usercode.functions.FunctionInfo``."""
 
     @property
     def name(self) -> str: ...
@@ -27,7 +27,7 @@ class Function(Protocol):
 
 
 class Outcome(Protocol):
-    """What is used of ``rnow.hosting.host.CallOutcome``."""
+    """What is used of ``rnow.usercode.host.CallOutcome``."""
 
     @property
     def status(self) -> str: ...
@@ -42,7 +42,7 @@ class Outcome(Protocol):
 
 
 class Host(Protocol):
-    """What is used of ``rnow.hosting.host.CodeHost``."""
+    """What is used of ``rnow.usercode.host.CodeHost``."""
 
     @property
     def functions(self) -> Sequence[Any]: ...
@@ -52,7 +52,7 @@ class Host(Protocol):
 
 
 class Sandboxed(Protocol):
-    """What is used of ``rnow.hosting.sandbox.SandboxedHosts``."""
+    """What is used of ``rnow.usercode.sandbox.SandboxedHosts``."""
 
     async def call(
         self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
 from rnow.errors import ConfigError
-from rnow.hosting.environment import SECRET
+from rnow.usercode.environment import SECRET
 
 _STDIO = "stdio:"
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)

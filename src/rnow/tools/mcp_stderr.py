@@ -8,8 +8,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from rnow.hosting.log import OutputLog
-from rnow.hosting.text import redact
+from rnow.usercode.log import OutputLog
+from rnow.usercode.text import redact
 
 _CHUNK = 64 * 1024
 _TAIL_BYTES = 64 * 1024

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
-from rnow.serving.process import ManagedProcess
+from rnow.processes.process import ManagedProcess
 from rnow.tools.mcp_address import McpAddress, is_here
 from rnow.tools.mcp_stderr import Stderr
 

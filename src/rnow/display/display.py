@@ -1,0 +1,104 @@
+"""What a run shows while it works: a live table on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from rich.console import Console
+
+from rnow.display.live_table import LiveTable
+from rnow.display.plain_lines import PlainLines
+
+
+class Display(Protocol):
+    """What the loop tells its audience. Every text may hold anything: displays make it safe to print."""
+
+    def start(self, plan_lines: Sequence[str]) -> None:
+        """The run begins. Lines of the form ``label: value`` are set as two columns."""
+        ...
+
+    def stage(self, name: str) -> None:
+        """What is happening now, e.g. ``rollout`` or ``loading the teacher``."""
+        ...
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Step ``step`` (1-based) of ``total`` is done; ``metrics`` are named as in metrics.jsonl."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One line the user should see, such as a warning."""
+        ...
+
+    def evaluation(self, name: str, results: Mapping[str, float]) -> None:
+        """Results of one evaluation, e.g. ``before`` with ``{"pass@1": 0.52, "teacher_kl": 0.4}``."""
+        ...
+
+    def finish(self, lines: Sequence[str]) -> None:
+        """The run is done. Lines that begin with four spaces are code to copy."""
+        ...
+
+    def close(self) -> None:
+        """Give the terminal back. May be called at any time, and more than once."""
+        ...
+
+
+class QuietDisplay:
+    """Shows nothing; for use from Python."""
+
+    def start(self, plan_lines: Sequence[str]) -> None: ...
+
+    def stage(self, name: str) -> None: ...
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def evaluation(self, name: str, results: Mapping[str, float]) -> None: ...
+
+    def finish(self, lines: Sequence[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunDisplay:
+    """The display of ``rnow run``: live where the console can redraw itself, plain lines otherwise.
+
+    Args:
+        console: where to write; standard output when not given.
+        live: force one form; by default ``wants_live`` decides.
+    """
+
+    def __init__(self, console: Console | None = None, *, live: bool | None = None) -> None:
+        console = console or Console()
+        chosen = wants_live(console, os.environ) if live is None else live
+        self._form: Display = LiveTable(console) if chosen else PlainLines(console)
+
+    def start(self, plan_lines: Sequence[str]) -> None:
+        self._form.start(plan_lines)
+
+    def stage(self, name: str) -> None:
+        self._form.stage(name)
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self._form.step(step, total, metrics)
+
+    def note(self, text: str) -> None:
+        self._form.note(text)
+
+    def evaluation(self, name: str, results: Mapping[str, float]) -> None:
+        self._form.evaluation(name, results)
+
+    def finish(self, lines: Sequence[str]) -> None:
+        self._form.finish(lines)
+
+    def close(self) -> None:
+        self._form.close()
+
+
+def wants_live(console: Console, environment: Mapping[str, str]) -> bool:
+    """Whether a table may be redrawn in place: a real terminal, and nobody asked for plain output."""
+    if not console.is_terminal or console.is_dumb_terminal:
+        return False
+    return not any(environment.get(name) for name in ("NO_COLOR", "CI"))

@@ -1,0 +1,284 @@
+"""The display for a terminal: a header, a table of recent steps, a progress bar, and a summary at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.rule import Rule
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from rnow.display.history import StepHistory, StepRow, stage_seconds
+from rnow.display.tables import headline, result_table
+from rnow.display.terminal import (
+    escape_control,
+    format_clock,
+    format_number,
+    format_rate,
+    format_seconds,
+    sparkline,
+)
+
+_ROWS = 8
+_TREND_STEPS = 20
+_LINES_AROUND_TABLE = 8
+_REFRESH_PER_SECOND = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    """A column of the step table. When the terminal is narrow the largest ``rank`` goes first."""
+
+    key: str
+    title: str
+    width: int
+    rank: int
+
+
+_GAP = 2
+_STAGES = ("rollout", "teacher", "update", "other")
+
+
+class LiveTable:
+    """Draws the run in place, a few times per second, and leaves the last picture when it closes."""
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._history = StepHistory(clock)
+        self._began = clock()
+        self._stage = ""
+        self._live: Live | None = None
+        self._finished = False
+        self._evaluations: dict[str, Mapping[str, float]] = {}
+        self._unicode = console.encoding.lower().startswith("utf")
+        self._spinner = Spinner("dots" if self._unicode else "line", style="cyan")
+
+    # -- what the loop calls -----------------------------------------------------------------------------------------
+
+    def start(self, plan_lines: Sequence[str]) -> None:
+        self._console.print(_header(plan_lines))
+        self._open()
+
+    def stage(self, name: str) -> None:
+        self._stage = name
+        self._open()
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self._open()
+        self._history.add(step, total, metrics)
+
+    def note(self, text: str) -> None:
+        if text.startswith("warning:"):
+            mark, style = ("▲ " if self._unicode else "! "), "yellow"
+        else:
+            mark, style = ("· " if self._unicode else "- "), "dim"
+        self._console.print(Text.assemble((mark, style), escape_control(text)), highlight=False)
+
+    def evaluation(self, name: str, results: Mapping[str, float]) -> None:
+        self._evaluations[name] = dict(results)
+        shown = "  ".join(
+            f"{key} {format_number(value)}" for key, value in headline(results).items()
+        )
+        mark = "● " if self._unicode else "* "
+        line = Text.assemble((mark, "cyan"), f"{name}  ", (shown, "bold"))
+        self._console.print(Text(escape_control(line.plain), spans=line.spans), highlight=False)
+
+    def finish(self, lines: Sequence[str]) -> None:
+        self._finished = True
+        self.close()
+        if self._evaluations:
+            self._console.print()
+            self._console.print(result_table(self._evaluations, self._console))
+        self._console.print()
+        self._console.print(Rule(Text("done", style="bold green"), align="left", style="green"))
+        for line in lines:
+            self._console.print(_closing_line(line), soft_wrap=True, highlight=False)
+
+    def close(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.transient = not self._history.rows  # nothing worth leaving behind
+            self._stage = ""
+            live.stop()
+
+    # -- drawing -----------------------------------------------------------------------------------------------------
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        yield self.picture(options.max_width)
+
+    def picture(self, width: int) -> RenderableType:
+        """The part that is redrawn: table, progress bar, and what is happening now."""
+        parts: list[RenderableType] = []
+        if self._history.rows:
+            parts += [Text(), self._table(width), Text(), self._progress(width)]
+        if not self._finished and self._stage:
+            self._spinner.text = Text(escape_control(self._stage), style="dim")
+            parts.append(self._spinner)
+        return Group(*parts)
+
+    def _open(self) -> None:
+        if self._live is None and not self._finished:
+            self._live = Live(
+                self,
+                console=self._console,
+                refresh_per_second=_REFRESH_PER_SECOND,
+                vertical_overflow="crop",
+            )
+            self._live.start(refresh=True)
+            self._history.restart_clock()
+
+    def _table(self, width: int) -> Table:
+        columns = choose_columns(width, self._history)
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, _GAP - 1, 0, 0),
+            header_style="dim",
+            border_style="dim",
+        )
+        for column in columns:
+            table.add_column(
+                column.title,
+                justify="left" if column.key == "trend" else "right",
+                width=column.width,
+                no_wrap=True,
+            )
+        room = max(2, min(_ROWS, self._console.height - _LINES_AROUND_TABLE))
+        rows = self._history.thinned(room)
+        for row in rows:
+            newest = row is rows[-1]
+            table.add_row(
+                *(Text(self._cell(column, row)) for column in columns),
+                style="bold" if newest else "dim",
+            )
+        return table
+
+    def _cell(self, column: _Column, row: StepRow) -> str:
+        metrics = row.metrics
+        if column.key == "step":
+            return f"{row.number}/{self._history.total}"
+        if column.key == "trend":
+            values = self._history.values("teacher_kl", up_to=row.number)
+            scale = [value for value in self._recent_kl() if math.isfinite(value)]
+            return sparkline(
+                values,
+                width=min(column.width, _TREND_STEPS),
+                low=min(scale, default=None),
+                high=max(scale, default=None),
+                unicode=self._unicode,
+            ).rjust(column.width)
+        if column.key in _STAGES:
+            stages = stage_seconds(metrics)
+            return format_seconds(stages[column.key]) if column.key in stages else "-"
+        if column.key not in metrics:
+            return "-"
+        value = metrics[column.key]
+        if column.key == "completions/mean_length":
+            return f"{value:.1f}"
+        return format_rate(value) if column.key.startswith("throughput/") else format_number(value)
+
+    def _recent_kl(self) -> list[float]:
+        """teacher_kl of every step a trend in the table can show: one scale for all of them."""
+        first = self._history.thinned(_ROWS)[0].number - _TREND_STEPS
+        return [
+            row.metrics.get("teacher_kl", math.nan)
+            for row in self._history.rows
+            if row.number > first
+        ]
+
+    def _progress(self, width: int) -> Table:
+        history = self._history
+        fraction = history.done / history.total if history.total else 0.0
+        elapsed = format_clock(self._clock() - self._began)
+        left = (
+            "" if history.done >= history.total else f"ETA {format_clock(history.seconds_left())}"
+        )
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_row(
+            ProgressBar(
+                total=max(1, history.total),
+                completed=history.done,
+                width=max(10, width - 40),
+                complete_style="cyan",
+                finished_style="green",
+            ),
+            Text(f"{fraction:4.0%}"),
+            Text(f"elapsed {elapsed}", style="dim"),
+            Text(left, style="bold cyan"),
+        )
+        return line
+
+
+def choose_columns(width: int, history: StepHistory) -> list[_Column]:
+    """The columns that fit ``width`` cells, in display order, the least important left out first."""
+    total_digits = len(str(history.total))
+    metrics = {name for row in history.rows for name in row.metrics}
+    columns = [
+        _Column(key="step", title="step", width=max(5, 2 * total_digits + 1), rank=0),
+        _Column(key="teacher_kl", title="teacher_kl", width=10, rank=1),
+        _Column(key="trend", title="trend", width=_TREND_STEPS if width >= 100 else 10, rank=4),
+        _Column(key="reward/mean", title="reward", width=7, rank=2),
+        _Column(key="throughput/completion_tokens_per_s", title="tok/s", width=5, rank=3),
+        *(
+            _Column(key=name, title=name, width=7 if name != "other" else 6, rank=5 + index)
+            for index, name in enumerate(_STAGES)
+        ),
+        _Column(key="entropy", title="entropy", width=7, rank=9),
+        _Column(key="completions/mean_length", title="length", width=6, rank=10),
+    ]
+    optional = {
+        "reward/mean",
+        "throughput/completion_tokens_per_s",
+        "entropy",
+        "completions/mean_length",
+    }
+    columns = [column for column in columns if column.key not in optional or column.key in metrics]
+    while len(columns) > 1 and sum(column.width + _GAP for column in columns) > width:
+        columns.remove(max(columns, key=lambda column: column.rank))
+    return columns
+
+
+def _header(plan_lines: Sequence[str]) -> Panel:
+    """``label: value`` lines as two columns in a frame; other lines as they are."""
+    rows = [escape_control(line).partition(": ") for line in plan_lines]
+    label_width = max(
+        (len(label) for label, colon, _ in rows if colon and len(label) <= 16), default=0
+    )
+    body = Table.grid(padding=(0, 2, 0, 0))
+    body.add_column(no_wrap=True, min_width=label_width, style="dim")
+    body.add_column(overflow="fold")
+    loose: list[Text] = []
+    for label, colon, value in rows:
+        if colon and len(label) <= 16:
+            body.add_row(Text(label), Text(value))
+        else:
+            loose.append(Text(label + colon + value))
+    return Panel(
+        Group(body, *loose),
+        title=Text("rnow", style="bold cyan"),
+        title_align="left",
+        border_style="cyan",
+        padding=(0, 1),
+    )
+
+
+def _closing_line(line: str) -> Text:
+    if line.startswith("    "):
+        return Text(escape_control(line), style="bold cyan")
+    label, colon, value = escape_control(line).partition(": ")
+    if colon and len(label) <= 16:
+        return Text.assemble((f"{label:<10}", "dim"), "  ", value)
+    return Text(escape_control(line))

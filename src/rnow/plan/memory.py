@@ -1,0 +1,289 @@
+"""How much memory a run will need, part by part: arithmetic on sizes, nothing is allocated.
+
+Weights, adapter and optimizer are exact. Activations and caches are estimates at the longest sequence the settings allow,
+so a run usually stays below them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rnow.models.shape import ModelShape
+from rnow.training.residency import Part
+
+Stage = Literal["always", "sampling", "teacher", "update"]
+Residence = Literal["resident", "time_shared"]
+Quantization = Literal["none", "nf4", "int8"]
+
+FLOAT32 = 4
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a double-quantised NF4 weight: 4 bits, an 8-bit scale per 64, a float32 scale per 256 of those."""
+INT8_BYTES = 1.0
+SAMPLING_LOGIT_BYTES = 4 * 8
+"""Per row and vocabulary entry while drawing a token: logits, log-probabilities and a float64 cumulative sum."""
+HEAD_COPIES = 3
+"""Buffers of one chunk's size in the head: logits, probabilities and the gradient's weights."""
+ENGINE_WORK = 10**9
+"""What a vLLM takes of its share before any cache: activations, CUDA graphs, buffers."""
+ENGINE_ASLEEP = 1.5e9
+"""What a vLLM that sleeps still holds of a card: its CUDA context and graphs."""
+LAYER_NORM_COPIES = 6
+"""Hidden-state sized tensors that a block keeps for its backward pass beside the linear layers' inputs and outputs."""
+
+
+_STAGE_OF: dict[Part, Stage] = {"sampler": "sampling", "teacher": "teacher", "trainer": "update"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMemory:
+    """One model and how it is stored. ``width`` is bytes of an unquantised number."""
+
+    shape: ModelShape
+    width: int
+    quantization: Quantization
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of the weights as loaded."""
+        if self.quantization == "none":
+            return self.shape.parameters * self.width
+        each = NF4_BYTES if self.quantization == "nf4" else INT8_BYTES
+        rest = self.shape.parameters - self.shape.linear_parameters
+        return self.shape.linear_parameters * each + rest * self.width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySettings:
+    """Everything that memory depends on.
+
+    Attributes:
+        student, teacher: the two models; a run without a teacher has None.
+        rank: of the adapter.
+        rollouts: sequences sampled in one step.
+        prompt_tokens: tokens of the longest prompt.
+        completion_tokens: the longest answer.
+        window: no sequence is longer.
+        micro_batch_tokens: tokens of one forward and backward pass, if a single sequence is not longer.
+        gradient_checkpointing: activations are recomputed, only block inputs are kept.
+        cache_budget: bytes of the sampler's caches in one sub-batch.
+        head_buffer: bytes of one chunk of logits.
+        engine: bytes vLLM takes for the student's weights and caches, or None with the embedded sampler.
+        teacher_engine: the same for the teacher, or None with a teacher in this process.
+    """
+
+    student: ModelMemory
+    teacher: ModelMemory | None
+    rank: int
+    rollouts: int
+    prompt_tokens: int
+    completion_tokens: int
+    window: int
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    cache_budget: int
+    head_buffer: int
+    engine: int | None = None
+    teacher_engine: int | None = None
+
+    @property
+    def sequence_tokens(self) -> int:
+        """The longest sequence."""
+        return min(self.window, self.prompt_tokens + self.completion_tokens)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of the largest micro-batch: the budget, but one sequence at least and all of them at most."""
+        largest = self.rollouts * self.sequence_tokens
+        return max(self.sequence_tokens, min(self.micro_batch_tokens, largest))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPart:
+    """One line of the plan: whose, what, when it is held, its bytes, and who leaves the card with it."""
+
+    model: Literal["student", "teacher"]
+    name: str
+    stage: Stage
+    bytes: int
+    owner: Part
+
+
+def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
+    """Every part of the run's memory, in the order of the plan."""
+    student, teacher = settings.student, settings.teacher
+    lora = student.shape.lora_parameters(settings.rank) * FLOAT32
+    parts: list[MemoryPart] = []
+
+    def add(
+        model: Literal["student", "teacher"],
+        name: str,
+        stage: Stage,
+        amount: float,
+        owner: Part | None = None,
+    ) -> None:
+        whose: Part = owner or ("trainer" if model == "student" else "teacher")
+        size = round(amount)
+        parts.append(MemoryPart(model=model, name=name, stage=stage, bytes=size, owner=whose))
+
+    def add_engine(model: Literal["student", "teacher"], total: int, owner: Part) -> None:
+        memory = student if model == "student" else teacher
+        if total and memory is not None:
+            add(model, "vLLM weights", "always", memory.weight_bytes, owner)
+            add(model, "vLLM KV cache", "always", engine_cache(memory, total, settings), owner)
+            add(model, "vLLM buffers", "always", ENGINE_WORK, owner)
+
+    add("student", "weights", "always", student.weight_bytes)
+    if settings.engine is not None:
+        add_engine("student", settings.engine, "sampler")
+    elif student.quantization == "none" and student.width == FLOAT32:
+        # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
+        add("student", "merged copy", "always", student.shape.linear_parameters * FLOAT32)
+    add("student", "adapter", "always", lora)
+    add("student", "optimizer", "always", 2 * lora)
+    if settings.engine is None:
+        add("student", "sampling cache", "sampling", _cache_bytes(settings))
+    add("student", "gradients", "update", lora)
+    add("student", "activations", "update", _training_activations(settings))
+    add("student", "head buffers", "update", _head_bytes(student, settings))
+    if teacher is not None and settings.teacher_engine is not None:
+        add_engine("teacher", settings.teacher_engine, "teacher")
+    elif teacher is not None:
+        add("teacher", "weights", "always", teacher.weight_bytes)
+        add("teacher", "activations", "teacher", _scoring_activations(teacher, settings))
+        add("teacher", "head buffers", "teacher", _head_bytes(teacher, settings))
+    return parts
+
+
+def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
+    """The most bytes held at once, and the stage that holds them."""
+    always = sum(part.bytes for part in parts if part.stage == "always")
+    stages: tuple[Stage, ...] = ("sampling", "teacher", "update")
+    by_stage = {s: sum(part.bytes for part in parts if part.stage == s) for s in stages}
+    stage = max(stages, key=by_stage.__getitem__)
+    return always + by_stage[stage], stage
+
+
+def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
+    """The same where the parts in ``turns`` are on the card one at a time; the others are always there."""
+    found: list[tuple[int, Stage]] = []
+    for owner, own_stage in _STAGE_OF.items():
+        if owner not in turns or all(part.owner != owner for part in parts):
+            continue
+        there = [part for part in parts if part.owner == owner or part.owner not in turns]
+        most, stage = peak(there)
+        if all(part.stage == "always" for part in there):
+            stage = own_stage
+        found.append((most + _asleep(parts, turns, owner), stage))
+    return max(found, default=peak(parts))
+
+
+def least(parts: Sequence[MemoryPart], turns: Collection[Part] = ()) -> int:
+    """What is held however short the sequences are: at all times, or with ``turns`` by the largest of them."""
+    return peak_in_turns([part for part in parts if part.stage == "always"], turns)[0]
+
+
+def _asleep(parts: Sequence[MemoryPart], turns: Collection[Part], awake: Part) -> int:
+    engines = {part.owner for part in parts if part.name.startswith("vLLM")}
+    return round(ENGINE_ASLEEP * len((engines & set(turns)) - {awake}))
+
+
+def engine_cache(model: ModelMemory, total: int, settings: MemorySettings) -> int:
+    """Bytes of a vLLM's KV cache: what its weights and buffers leave of ``total``, one longest sequence at least."""
+    one = settings.window * kv_bytes(model)
+    return max(one, total - round(model.weight_bytes) - ENGINE_WORK)
+
+
+def engine_least(model: ModelMemory, settings: MemorySettings) -> int:
+    """Bytes without which a vLLM does not start: weights, buffers and the cache of one longest sequence."""
+    return engine_cache(model, 0, settings) + round(model.weight_bytes) + ENGINE_WORK
+
+
+def kv_bytes(model: ModelMemory) -> int:
+    """Bytes of the keys and values of one token."""
+    return 2 * model.shape.layers * model.shape.kv_width * model.width
+
+
+def savings(
+    settings: MemorySettings, models: Sequence[str], turns: Collection[Part] = ()
+) -> list[tuple[str, int]]:
+    """Settings that would lower the peak on a device, with the peak each gives alone; the largest saving first.
+
+    Args:
+        models: which models the device holds, ``student`` and/or ``teacher``.
+        turns: the parts that are there one at a time.
+    """
+
+    def peak_of(changed: MemorySettings) -> int:
+        parts = [part for part in memory_parts(changed) if part.model in models]
+        return peak_in_turns(parts, turns)[0]
+
+    before = peak_of(settings)
+    found = [(text, peak_of(changed)) for text, changed in _alternatives(settings)]
+    worthwhile = [(text, after) for text, after in found if after < 0.98 * before]
+    return sorted(worthwhile, key=lambda item: item[1])
+
+
+def _alternatives(settings: MemorySettings) -> list[tuple[str, MemorySettings]]:
+    options: list[tuple[str, MemorySettings]] = []
+    if settings.teacher is not None and settings.teacher.quantization != "nf4":
+        teacher = replace(settings.teacher, quantization="nf4")
+        options.append(("teacher.quantization: nf4", replace(settings, teacher=teacher)))
+    if settings.student.quantization != "nf4":
+        student = replace(settings.student, quantization="nf4")
+        options.append(("model.quantization: nf4", replace(settings, student=student)))
+    if not settings.gradient_checkpointing:
+        options.append(
+            ("trainer.gradient_checkpointing: true", replace(settings, gradient_checkpointing=True))
+        )
+    if settings.pass_tokens > settings.sequence_tokens:
+        tokens = max(settings.sequence_tokens, settings.pass_tokens // 4)
+        options.append(
+            (f"trainer.micro_batch_tokens: {tokens}", replace(settings, micro_batch_tokens=tokens))
+        )
+    if settings.completion_tokens >= 64:
+        tokens = settings.completion_tokens // 4
+        options.append(
+            (f"rollout.max_tokens: {tokens}", replace(settings, completion_tokens=tokens))
+        )
+    smaller = settings.cache_budget // 4
+    options.append(
+        (f"sampler.batch_memory_gb: {smaller / 1e9:.2g}", replace(settings, cache_budget=smaller))
+    )
+    return options
+
+
+def _cache_bytes(settings: MemorySettings) -> float:
+    """Keys, values and one step's logits of the sequences decoded together: all of them, or what the budget holds."""
+    shape, width = settings.student.shape, settings.student.width
+    row = settings.sequence_tokens * 2 * shape.layers * shape.kv_width * width
+    row += SAMPLING_LOGIT_BYTES * shape.vocabulary_rows
+    return max(row, min(settings.cache_budget, settings.rollouts * row))
+
+
+def _training_activations(settings: MemorySettings) -> float:
+    """What one forward pass keeps for its backward pass."""
+    shape, width = settings.student.shape, settings.student.width
+    kept = sum((inputs + outputs) * width for inputs, outputs in shape.linear)
+    if width != FLOAT32:
+        # PEFT casts each input to the adapter's float32 and keeps that copy.
+        kept += sum(inputs * FLOAT32 for inputs, _ in shape.linear)
+    kept += len(shape.linear) * settings.rank * FLOAT32
+    kept += shape.layers * LAYER_NORM_COPIES * shape.hidden * FLOAT32
+    if settings.gradient_checkpointing:
+        kept = kept / shape.layers + shape.layers * shape.hidden * width
+    return kept * settings.pass_tokens
+
+
+def _scoring_activations(model: ModelMemory, settings: MemorySettings) -> float:
+    """Without gradients only the layer at work is held: its widest input and outputs, and the hidden states."""
+    widest = max((inputs + 2 * outputs for inputs, outputs in model.shape.linear), default=0)
+    return settings.pass_tokens * (widest + 4 * model.shape.hidden) * model.width
+
+
+def _head_bytes(model: ModelMemory, settings: MemorySettings) -> float:
+    """Chunk buffers and the hidden states of the response rows; logits of all rows are never held."""
+    rows = settings.pass_tokens
+    chunk = min(settings.head_buffer, rows * model.shape.vocabulary_rows * FLOAT32)
+    return HEAD_COPIES * chunk + rows * model.shape.hidden * (model.width + FLOAT32)

@@ -1,0 +1,251 @@
+"""Everything about a run that can be known, and refused, before a weight is loaded or a file written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rnow.config import Config, refuse_reserved
+from rnow.disk.folder import RunFolder, choose_run_folder
+from rnow.errors import ConfigError, InputError
+from rnow.models.ids import check_model_id
+from rnow.models.loading import choose_device
+from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.plan.choices import dtype_name, sampler_backend, sampler_format, teacher_backend
+from rnow.plan.rendered import Preflight, place_of, run_preflight
+from rnow.project.dataset import Dataset
+from rnow.project.project import Project, is_agentic, load_project
+from rnow.project.secrets import load_secrets
+from rnow.serving.nf4 import require_nf4
+from rnow.tools.build import list_tools
+from rnow.usercode.sandbox import check_sandbox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A project that passed its checks. ``num_steps`` is 0 when nothing is to be trained (``rnow test``); ``tools`` are
+    what the student can call, by name; ``sandboxed``: ``tools`` and ``rewards``, as far as one of
+    them has ``sandbox=True``; ``images`` that rows name, each with the place of the first; ``notices``: where those run."""
+
+    config: Config
+    project: Project
+    student: ResolvedModel
+    teacher: ResolvedModel | None
+    preflight: Preflight
+    num_steps: int
+    tools: Mapping[str, Mapping[str, Any]]
+    sandboxed: frozenset[str] = frozenset()
+    images: Mapping[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    warn: Callable[..., None] = lambda *texts: None
+
+    def secret(self, name: str) -> str | None:
+        """A value of the project's ``.env``, else of the environment."""
+        return self.project.secrets.get(name) or os.environ.get(name) or None
+
+    @property
+    def run_name(self) -> str:
+        """``model.name``, else ``project_name``, else the folder's own name."""
+        own = self.project.folder.resolve().name
+        return self.config.model.name or self.config.project_name or own or "run"
+
+    def run_folder(self, *, fresh: bool = False) -> RunFolder:
+        """Where the run is kept; relative to the project."""
+        base = self.project.folder / self.config.output_dir
+        return choose_run_folder(base, self.run_name, fresh=fresh)
+
+
+def prepare(config: Config, folder: Path, *, weights: bool, training: bool = True) -> Prepared:
+    """Check ids, data, models and tokenizers, in the order of what is cheapest to be told.
+
+    Args:
+        folder: the project.
+        weights: fetch the weights too (a run), or only what describes them (a check).
+        training: the number of steps matters; False leaves batch sizes and the teacher out.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    refuse_reserved(config)
+    _check_served(config)
+    _check_nf4(config)
+    check_model_id(config.model.path, key="model.path", where="model.path", base_dir=folder)
+    if config.teacher is not None:
+        check_model_id(
+            config.teacher.path, key="teacher.path", where="teacher.path", base_dir=folder
+        )
+    listed = None
+    if is_agentic(folder, config):
+        listed = list_tools(config, folder, load_secrets(folder))
+    tools = None if listed is None else listed.schemas
+    project = load_project(folder, config, tools=tools or ())
+    dataset = project.dataset
+    functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
+    images = _images(dataset)
+    notices = check_sandbox(functions, images, folder)
+    num_steps = 0
+    if training:
+        num_steps = count_steps(config, dataset)
+        _check_evals(config, held_out=len(dataset.held_out))
+    student = resolve_model(
+        config.model.path,
+        key="model.path",
+        where="model.path",
+        base_dir=folder,
+        revision=config.model.revision,
+        weights=weights,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    teacher = None
+    if training and config.teacher is not None:
+        teacher = resolve_model(
+            config.teacher.path,
+            key="teacher.path",
+            where="teacher.path",
+            base_dir=folder,
+            revision=config.teacher.revision,
+            weights=weights and config.teacher.url is None,
+            trust_remote_code=config.teacher.trust_remote_code,
+        )
+    preflight = run_preflight(
+        config, [*dataset.prompts, *dataset.held_out], student, teacher, tools
+    )
+    return Prepared(
+        config=config,
+        project=project,
+        student=student,
+        teacher=teacher,
+        preflight=preflight,
+        num_steps=num_steps,
+        tools=tools or {},
+        sandboxed=frozenset(info.kind for info in functions if info.sandbox),
+        images=images,
+        notices=tuple(notices),
+    )
+
+
+def _images(dataset: Dataset) -> dict[str, str]:
+    """Every image that a row names, with the place of the first."""
+    images: dict[str, str] = {}
+    for prompt in (*dataset.prompts, *dataset.held_out):
+        if prompt.docker is not None:
+            images.setdefault(prompt.docker, place_of(prompt))
+    return images
+
+
+def _check_served(config: Config) -> None:
+    """Settings of served models that exclude each other."""
+    teacher = config.teacher
+    for key, section in (("sampler", config.sampler), ("teacher", teacher)):
+        if section is not None and section.url is not None and section.backend == "transformers":
+            raise ConfigError(
+                f"{key}.url names a vLLM server, but {key}.backend is transformers",
+                where=f"{key}.backend",
+                fix=f"set {key}.backend: vllm, or remove {key}.url",
+            )
+    served = teacher is not None and (teacher.backend == "vllm" or teacher.url is not None)
+    if served and config.rollout.temperature != 1.0:
+        raise ConfigError(
+            f"a served teacher cannot be used at temperature {config.rollout.temperature:g}",
+            where="rollout.temperature",
+            why="its prompt log-probabilities cannot be tempered, so teacher and student would not be comparable",
+            fix="set rollout.temperature: 1, or teacher.backend: transformers",
+        )
+
+
+def _check_nf4(config: Config) -> None:
+    """Weights in 4 bits that a vLLM of ours could not load."""
+    if sampler_backend(config) == "vllm" and config.sampler.url is None and find_spec("vllm"):
+        quantization, dtype = sampler_format(config)
+        if quantization == "nf4":
+            require_nf4("sampler.quantization", dtype=dtype)
+    teacher = config.teacher
+    if teacher is None or teacher_backend(teacher) == "transformers" or teacher.url is not None:
+        return
+    if teacher.quantization == "nf4" and find_spec("vllm"):
+        dtype = dtype_name(teacher.dtype, choose_device(teacher.device))
+        require_nf4("teacher.quantization", dtype=dtype)
+
+
+# Settings that only one of two backends reads.
+_VLLM_SAMPLER = (
+    "mode", "served_model", "dtype", "quantization", "gpu_memory_utilization", "max_num_seqs",
+    "tensor_parallel_size", "enforce_eager", "enable_prefix_caching",
+)  # fmt: skip
+_VLLM_TEACHER = (
+    "served_model", "tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens",
+)  # fmt: skip
+_LOCAL_TEACHER = ("quantization", "dtype", "device", "device_map", "attn_implementation")
+
+
+_TOOLS = ("tool_timeout", "max_tool_response")
+
+
+def unread_settings(config: Config, *, agentic: bool) -> list[str]:
+    """One warning for each section with settings that nothing reads: the chosen backend does not, or there are no tools."""
+    unread = {}
+    if not agentic:
+        names = _changed(config.rollout, _TOOLS)
+        if (config.rollout.max_turns or 1) > 1 and config.rollout.termination_policy == "last_tool":
+            names.append("max_turns")
+        unread["rollout"] = names, "without tools"
+    if sampler_backend(config) == "transformers":
+        unread["sampler"] = (
+            _changed(config.sampler, _VLLM_SAMPLER),
+            "with sampler.backend transformers",
+        )
+    else:
+        unread["sampler"] = (
+            _changed(config.sampler, ("batch_memory_gb",)),
+            "with sampler.backend vllm",
+        )
+    if config.teacher is not None:
+        if teacher_backend(config.teacher) == "transformers":
+            unread["teacher"] = (
+                _changed(config.teacher, _VLLM_TEACHER),
+                "with teacher.backend transformers",
+            )
+        elif config.teacher.url is not None:
+            names = (*_LOCAL_TEACHER, *_VLLM_TEACHER[1:])
+            unread["teacher"] = _changed(config.teacher, names), "with a teacher at teacher.url"
+    return [
+        f"{', '.join(f'{section}.{name}' for name in names)} has no effect {what}"
+        for section, (names, what) in unread.items()
+        if names
+    ]
+
+
+def _changed(section: Any, names: Sequence[str]) -> list[str]:
+    """Those settings of a section that are not at their default."""
+    fields = type(section).model_fields
+    return [name for name in names if getattr(section, name) != fields[name].default]
+
+
+def _check_evals(config: Config, *, held_out: int) -> None:
+    if config.evals and not held_out:
+        raise ConfigError(
+            "evals are scheduled, but no prompts are held out to evaluate",
+            where="evals",
+            fix="set data.val_split, e.g. 0.05, or remove evals",
+        )
+    if config.data.val_split > 0 and not held_out:
+        raise InputError(
+            f"data.val_split {config.data.val_split} holds out no prompt of this dataset",
+            where="data.val_split",
+            fix="raise it, or set it to 0",
+        )
+
+
+def count_steps(config: Config, dataset: Dataset) -> int:
+    """Steps of the run: those of all epochs, or ``trainer.max_steps`` if that is less.
+
+    Raises:
+        DataError: a batch is larger than the dataset.
+    """
+    trainer = config.trainer
+    steps = dataset.num_steps(config.data.batch_size, trainer.num_epochs)
+    return min(steps, trainer.max_steps or steps)

@@ -1,0 +1,161 @@
+"""The plan of a run on a terminal: two quiet tables and, where something does not fit, what to change."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rnow.display.terminal import bar, escape_control
+from rnow.plan.memory import Residence, Stage
+from rnow.plan.plan import DevicePlan, ModelPlan, Plan, format_bytes
+
+_STAGES: dict[Stage, str] = {
+    "always": "always",
+    "sampling": "while sampling",
+    "teacher": "while scoring",
+    "update": "in the update",
+}
+_RESIDENCIES: dict[Residence, str] = {
+    "resident": "all at once (residency: resident)",
+    "time_shared": "in turns (residency: time_shared)",
+}
+_BAR_WIDTH = 18
+
+
+def plan_view(plan: Plan, console: Console) -> RenderableType:
+    """What ``rnow check`` shows: the run, the memory of each device, the disk, and warnings."""
+    unicode = console.encoding.lower().startswith("utf")
+    parts: list[RenderableType] = [_facts(plan)]
+    for device in plan.devices:
+        parts += [Text(), _memory_table(device, unicode), _verdict(device)]
+        if device.peaks:
+            parts.append(_residency(device))
+    parts += [Text(), _disk(plan)]
+    parts += [Text(escape_control(notice)) for notice in plan.notices]
+    for warning in plan.warnings:
+        line = Text("warning: ", style="yellow")
+        parts.append(line.append(escape_control(warning), style="default"))
+    return Group(*parts)
+
+
+def _facts(plan: Plan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, text: str) -> None:
+        table.add_row(name, Text(escape_control(text)))
+
+    row("student", _model(plan.student))
+    if plan.teacher is not None:
+        row("teacher", _model(plan.teacher))
+    share = plan.trainable_parameters / max(1, plan.student.parameters)
+    row(
+        "trainable",
+        f"{_count(plan.trainable_parameters)} LoRA parameters ({share:.2%} of the student)",
+    )
+    held = f", {plan.held_out:,} held out" if plan.held_out else ""
+    row("prompts", f"{plan.prompts:,}{held}; the longest has {plan.longest_prompt:,} tokens")
+    row(
+        "steps",
+        f"{plan.steps:,} of {plan.prompts_per_step} prompts x {plan.rollouts_per_prompt} rollouts, "
+        f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}",
+    )
+    if plan.tools:
+        row("tools", f"{', '.join(plan.tools)}; at most {plan.max_turns} turns")
+    row(
+        "answers",
+        f"{plan.rollouts:,} of at most {plan.completion_tokens:,} tokens "
+        f"({_count(plan.max_total_tokens)} together); window {plan.window:,}",
+    )
+    row("stops at", ", ".join(map(str, plan.stop_ids)) or "the length limit only")
+    row("run folder", plan.run_dir)
+    return table
+
+
+def _model(model: ModelPlan) -> str:
+    stored = (
+        model.dtype if model.quantization == "none" else f"{model.quantization} + {model.dtype}"
+    )
+    revision = f" @ {model.revision[:8]}" if model.revision else ""
+    return (
+        f"{model.path}{revision}  {_count(model.parameters)} parameters, {stored}, {model.device}"
+    )
+
+
+def _memory_table(device: DevicePlan, unicode: bool) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+        border_style="dim",
+    )
+    table.add_column(Text(f"memory on {device.info.device}"), no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("held", style="dim", no_wrap=True)
+    table.add_column("", width=_BAR_WIDTH, no_wrap=True)
+    largest = max((part.bytes for part in device.parts), default=0) or 1
+    for part in device.parts:
+        table.add_row(
+            f"{part.model} {part.name}",
+            format_bytes(part.bytes),
+            _STAGES[part.stage],
+            Text(bar(part.bytes / largest, _BAR_WIDTH, unicode=unicode), style="cyan"),
+        )
+    return table
+
+
+def _verdict(device: DevicePlan) -> RenderableType:
+    info = device.info
+    peak = f"at most about {format_bytes(device.peak_bytes)} at once ({_STAGES[device.peak_stage]})"
+    room = f"{format_bytes(info.free_bytes)} free of {format_bytes(info.total_bytes)} ({escape_control(info.name)})"
+    if device.fits:
+        return Text(f"fits: {peak}, {room}", style="green")
+    if device.hopeless:
+        text = Text(f"does not fit: {peak}, {room}", style="bold red")
+    else:
+        text = Text(f"may not fit with the longest answers: {peak}, {room}", style="bold yellow")
+    if device.lacking:
+        text.append("".join(f"\n{line}" for line in device.lacking), style="default not bold")
+    if not device.advice:
+        return text
+    lines = "".join(f"\n  {line}" for line in device.advice)
+    return text.append(f"\nany of these lowers it:{lines}", style="default not bold")
+
+
+def _residency(device: DevicePlan) -> Text:
+    """Both sums against the card."""
+
+    def line(what: str, most: int) -> str:
+        against = "fits" if most <= device.info.free_bytes else "does not fit"
+        return f"{what}: {format_bytes(most)}, {against}"
+
+    lines = []
+    for kind, most in device.peaks.items():
+        chosen = "  <- chosen" if kind == device.residency else ""
+        lines.append(line(_RESIDENCIES[kind], most) + chosen)
+    if device.with_nf4_teacher is not None:
+        lines.append(line("all at once with teacher.quantization: nf4", device.with_nf4_teacher))
+    return Text("\n".join(lines))
+
+
+def _disk(plan: Plan) -> Text:
+    text = (
+        f"disk: {format_bytes(plan.checkpoint_bytes)} per checkpoint, "
+        f"{format_bytes(plan.checkpoints_bytes)} at most, {format_bytes(plan.disk_free_bytes)} free"
+    )
+    if plan.disk_suffices:
+        return Text(text)
+    return Text(f"{text}: free some space, or set output_dir to another disk", style="bold red")
+
+
+def _count(number: int) -> str:
+    """``4.02 B``, ``66.1 M``, ``812``."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

@@ -1,0 +1,376 @@
+"""From a config to a running program."""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rnow.config import Config, config_hash, to_yaml
+from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
+from rnow.disk.files import replace_file, replace_json, to_json
+from rnow.disk.folder import RunFolder
+from rnow.disk.journal import JournalFolder
+from rnow.disk.sinks import JsonlMetrics, Sink, WandbSink
+from rnow.disk.transcripts import TranscriptWriter
+from rnow.display.display import Display, QuietDisplay
+from rnow.errors import InputError, StopRequested, TemporaryError
+from rnow.models.loading import quiet_libraries
+from rnow.plan import changes
+from rnow.plan.choices import sampler_backend, uses_vllm
+from rnow.plan.plan import Plan, build_plan, may_take_turns
+from rnow.plan.prepare import Prepared, prepare, unread_settings
+from rnow.rewards.advantages import rollout_advantages
+from rnow.setup.backends import Backends, load_backends
+from rnow.setup.facts import build_facts, closing_lines, header_lines, redacted_config
+from rnow.setup.parts import (
+    UserCode,
+    environment_maker,
+    open_user_code,
+    redactor,
+    rollout_settings,
+    single_turns,
+)
+from rnow.setup.schedule import build_evaluations
+from rnow.setup.summary import RunSummary, build_values, device_name
+from rnow.tools.build import run_anywhere
+from rnow.training.loop import Parts, train
+from rnow.training.recorder import Recorder
+from rnow.training.saver import Saver
+from rnow.training.selfcheck import run_selfcheck
+from rnow.training.signals import StopFlag
+
+SELFCHECK_TOKENS = 64
+
+
+def check(config: Config, folder: str | Path = ".") -> Plan:
+    """Everything a run would refuse, and a plan of what it would do. Reads no weights and writes nothing.
+
+    Raises:
+        InputError: what is wrong.
+    """
+    prepared = prepare(config, Path(folder), weights=False)
+    return build_plan(
+        config,
+        prepared.project.dataset,
+        prepared.student,
+        prepared.teacher,
+        prepared.preflight,
+        run_dir=prepared.run_folder().path,
+        tools=tuple(prepared.tools),
+        notices=prepared.notices,
+    )
+
+
+def run(
+    config: Config,
+    *,
+    folder: str | Path = ".",
+    fresh: bool = False,
+    display: Display | None = None,
+) -> RunSummary:
+    """Train, or continue training, the project in ``folder``.
+
+    Args:
+        fresh: start over in a new run folder instead of continuing.
+        display: told what happens; nothing is shown by default.
+
+    Raises:
+        InputError: bad input, before training; nothing was written.
+        StopRequested: Ctrl-C or SIGTERM; the state is saved.
+        TemporaryError: a fault outside the run; the state is saved.
+    """
+    display = display or QuietDisplay()
+    quiet_libraries()
+    display.stage("checking")
+    prepared = replace(
+        prepare(config, Path(folder), weights=True),
+        warn=lambda *texts: [display.note(f"warning: {text}") for text in texts],
+    )
+    found = (
+        prepared.project.warnings,
+        prepared.preflight.warnings,
+        unread_settings(config, agentic=prepared.project.agentic),
+    )
+    for warning in chain.from_iterable(found):
+        display.note(f"warning: {warning}")
+    for notice in prepared.notices:
+        display.note(notice)
+    may_take_turns(config)  # refused before anything is written
+    run_folder = prepared.run_folder(fresh=fresh)
+    if (finished := _finished(run_folder, prepared)) is not None:
+        display.note(f"this run is finished already ({run_folder.path}); --fresh starts over")
+        return RunSummary(values=finished)
+    run_folder.check_writable()
+    with ExitStack() as stack:
+        locked = run_folder.path.exists()
+        if locked:
+            stack.enter_context(run_folder.lock())
+        try:
+            return _Run(prepared, run_folder, display, stack, locked=locked).run()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise TemporaryError(
+                "the disk is full; the run continues from its last checkpoint",
+                where=str(error.filename or run_folder.path),
+                fix="free some space, then run the same command again",
+            ) from error
+
+
+def _finished(run_folder: RunFolder, prepared: Prepared) -> dict[str, Any] | None:
+    summary = run_folder.finished_summary()
+    if summary is None or summary.get("config_hash") != config_hash(prepared.config):
+        return None
+    return summary if summary.get("steps", 0) >= prepared.num_steps else None
+
+
+class _Run:
+    """One run from its checked input to its summary, in the order in which a fault costs least."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        run_folder: RunFolder,
+        display: Display,
+        stack: ExitStack,
+        *,
+        locked: bool,
+    ) -> None:
+        self._locked = locked
+        self._reuse_rollouts = True
+        self._reuse_evaluations = True
+        self._prepared = prepared
+        self._config = prepared.config
+        self._folder = run_folder
+        self._display = display
+        self._stack = stack
+        self._stop = StopFlag()
+        self._facts = build_facts(prepared)
+        self._started = time.monotonic()
+        self._seconds_before = 0.0
+
+    def run(self) -> RunSummary:
+        return run_anywhere(self._load_and_train(self._find_checkpoint()))
+
+    async def _load_and_train(self, checkpoint: Checkpoint | None) -> RunSummary:
+        if uses_vllm(self._config):
+            self._make_folder()  # the engines log there
+        backends = await load_backends(
+            self._prepared,
+            self._folder,
+            self._stack,
+            poll=self._stop.poll,
+            announce=self._display.stage,
+        )
+        with self._stop.watch(lambda: self._display.note("stopping at the next safe point ...")):
+            self._display.stage("checking the models against each other")
+            await self._selfcheck(backends)
+            self._make_folder()  # from here on the run writes
+            async with open_user_code(self._prepared, self._folder.path) as code:
+                return await self._train(backends, checkpoint, code)
+
+    def _make_folder(self) -> None:
+        self._folder.make()
+        if not self._locked:
+            self._stack.enter_context(self._folder.lock())
+            self._refuse_newcomer()
+            self._locked = True
+
+    async def _train(
+        self, backends: Backends, checkpoint: Checkpoint | None, code: UserCode
+    ) -> RunSummary:
+        if not self._reuse_rollouts:
+            JournalFolder(self._folder.journal).forget(keep=set())
+        if not self._reuse_evaluations:
+            self._folder.evaluations.unlink(missing_ok=True)
+        replace_json(self._folder.facts, self._facts)
+        recorder = self._build_recorder()
+        self._stack.callback(recorder.close)
+        saver = self._build_saver(backends, recorder)
+        async with backends.gpu.only("trainer"):
+            done = saver.restore(checkpoint)
+        recorder.forget_after(done)
+        if checkpoint is not None:
+            saved = checkpoint.state.get("counters", {})
+            recorder.completion_tokens = int(saved.get("completion_tokens", 0))
+            self._seconds_before = float(saved.get("seconds", 0.0))
+        text = redactor(self._prepared)(to_yaml(self._config))
+        replace_file(self._folder.config, text.encode())
+        self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
+        try:
+            await train(self._build_parts(backends, recorder, saver, code), done)
+        except (StopRequested, TemporaryError) as stop:
+            stop.where = stop.where or str(self._folder.path)
+            stop.fix = stop.fix or "run the same command again to continue"
+            raise
+        return self._finish(backends, recorder, max(done, self._prepared.num_steps))
+
+    def _refuse_newcomer(self) -> None:
+        if self._folder.checkpoints.exists():
+            raise InputError(
+                "another rnow process made this run folder while this one was loading",
+                where=str(self._folder.path),
+                fix="run the same command again to continue that run, or use --fresh",
+            )
+
+    def _finish(self, backends: Backends, recorder: Recorder, steps: int) -> RunSummary:
+        self._display.stage("writing the adapter")
+        export_adapter(backends.policy.adapter(), self._folder.adapter)
+        self._prepared.preflight.tokenizer.save_pretrained(str(self._folder.adapter))
+        counters = self._counters(recorder)
+        values = build_values(
+            run_dir=self._folder.path,
+            adapter=self._folder.adapter,
+            steps=steps,
+            seconds=counters["seconds"],
+            counters=counters,
+            metrics_file=self._folder.metrics,
+            evaluations=recorder.evaluations(),
+            facts=self._facts,
+            device=device_name(backends.student.device),
+            sampler=backends.sampler_facts,
+        )
+        replace_json(self._folder.summary, values)
+        self._display.finish(closing_lines(self._folder.adapter))
+        return RunSummary(values=values)
+
+    def _counters(self, recorder: Recorder) -> dict[str, float]:
+        """Totals of the whole run, earlier attempts included; ``seconds`` leaves loading out."""
+        seconds = self._seconds_before + time.monotonic() - self._started
+        return {"completion_tokens": recorder.completion_tokens, "seconds": seconds}
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        checkpoint = None
+        if self._folder.checkpoints.is_dir():
+            checkpoint = self._build_store().latest()
+        if checkpoint is None:
+            # Nothing was learned yet. What an earlier attempt sampled and measured holds only if nothing changed.
+            self._reuse_rollouts = self._reuse_evaluations = self._started_alike()
+            return None
+        found = changes.compare(
+            checkpoint.state["config"], self._facts["config"], checkpoint.state, self._facts
+        )
+        changes.refuse(found, where=str(self._folder.path))
+        for line in found.free:
+            self._display.note(f"changed since the checkpoint: {line}")
+        # Rollouts drawn under other settings are not this run's.
+        self._reuse_rollouts = not found.warned
+        for line in found.warned:
+            self._display.note(
+                f"warning: changed since the checkpoint, and it shapes the result: {line}"
+            )
+        self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
+        return checkpoint
+
+    def _started_alike(self) -> bool:
+        try:
+            return json.loads(self._folder.facts.read_text(encoding="utf-8")) == json.loads(
+                to_json(self._facts)
+            )
+        except (OSError, ValueError):
+            return False
+
+    async def _selfcheck(self, backends: Backends) -> None:
+        async with backends.gpu.only("trainer"):
+            backends.sampler.load_policy(backends.policy.adapter(), version=0)
+        settings = rollout_settings(self._prepared, "test", group_size=1)
+        found = await run_selfcheck(
+            self._prepared.project.dataset.prompts,
+            backends.sampler,
+            backends.trainer_as_teacher,
+            backends.teacher,
+            # One turn tells; the tools are for the run.
+            single_turns(self._prepared),
+            replace(settings, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)),
+            backends.student.head.vocabulary,
+            backends.gpu,
+        )
+        for note in found.notes:
+            self._display.note(f"warning: {note}")
+        gap = f"sampler and trainer agree to {found.max_gap:.1e} nats"
+        kl = "" if found.teacher_kl is None else f"; teacher_kl now {found.teacher_kl:.3f}"
+        self._display.note(gap + kl)
+
+    def _build_recorder(self) -> Recorder:
+        tokenizer = self._prepared.preflight.tokenizer
+        sinks: list[Sink] = []
+        if self._config.wandb_project is not None:
+            sinks.append(
+                WandbSink(
+                    self._config.wandb_project,
+                    self._config.wandb_name or self._folder.path.name,
+                    redacted_config(self._prepared),
+                    self._folder.path,
+                    run_id=self._folder.wandb_id(),
+                    warn=self._display.note,
+                )
+            )
+        return Recorder(
+            self._folder,
+            display=self._display,
+            transcripts=TranscriptWriter(
+                self._folder.transcripts,
+                token_text=lambda token_id: tokenizer.decode([token_id]),
+                redact=redactor(self._prepared),
+            ),
+            metrics=JsonlMetrics(self._folder.metrics, warn=self._display.note),
+            sinks=sinks,
+            num_steps=self._prepared.num_steps,
+            agentic=self._prepared.project.agentic,
+        )
+
+    def _build_store(self) -> CheckpointStore:
+        return CheckpointStore(
+            self._folder.checkpoints,
+            keep=self._config.trainer.keep_checkpoints,
+            warn=lambda text: self._display.note(f"warning: {text}"),
+        )
+
+    def _build_saver(self, backends: Backends, recorder: Recorder) -> Saver:
+        data = self._config.data
+        embedded = sampler_backend(self._config) == "transformers"
+        in_company = self._prepared.project.agentic and embedded
+        whole = data.batch_size * data.group_size if in_company else None
+        return Saver(
+            self._build_store(),
+            JournalFolder(self._folder.journal, whole=whole),
+            backends.policy,
+            every_steps=self._config.trainer.save_step,
+            every_minutes=self._config.trainer.save_minutes,
+            facts=self._facts,
+            counters=partial(self._counters, recorder),
+        )
+
+    def _build_parts(
+        self, backends: Backends, recorder: Recorder, saver: Saver, code: UserCode
+    ) -> Parts:
+        config, dataset = self._config, self._prepared.project.dataset
+        estimator = config.algorithm.adv_estimator
+        assert estimator != "gae", "refused by refuse_reserved"
+        return Parts(
+            num_steps=self._prepared.num_steps,
+            prompts_of=lambda step: dataset.batch(step - 1, config.data.batch_size, config.seed),
+            environments=environment_maker(self._prepared, code),
+            settings=replace(
+                rollout_settings(self._prepared, "train", group_size=config.data.group_size),
+                poll=self._stop.poll,
+            ),
+            sampler=backends.sampler,
+            rewarder=code.rewarder,
+            advantages=partial(
+                rollout_advantages, estimator=estimator, scale=config.algorithm.scale_rewards
+            ),
+            teacher=backends.teacher,
+            policy=backends.policy,
+            gpu=backends.gpu,
+            evaluations=build_evaluations(self._prepared, backends, recorder, code),
+            recorder=recorder,
+            saver=saver,
+        )

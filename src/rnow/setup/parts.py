@@ -1,0 +1,181 @@
+"""Parts that training and ``rnow test`` build alike from a prepared project."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rnow.errors import InputError
+from rnow.plan.choices import DEFAULT_MAX_TOKENS, DEFAULT_MAX_TURNS
+from rnow.plan.prepare import Prepared
+from rnow.plan.rendered import tool_names
+from rnow.project.project import TOOLS_FILE
+from rnow.project.secrets import redact
+from rnow.protocols import Environment
+from rnow.rewards.runner import RewardRunner
+from rnow.rollout.collect import RolloutSettings
+from rnow.rollout.environment import SingleTurn, ToolEnvironment
+from rnow.rollout.rendering import decode
+from rnow.tools.build import build_toolbox, context_of
+from rnow.tools.toolbox import Toolbox
+from rnow.types import Prompt, Purpose
+from rnow.usercode.sandbox import MAX_CONTAINERS, SandboxedHosts, Sandboxes
+
+
+def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -> RolloutSettings:
+    """How rollouts are drawn, from the config's ``rollout`` section and the models' limits."""
+    rollout = prepared.config.rollout
+    return RolloutSettings(
+        group_size=group_size,
+        window=prepared.preflight.window,
+        max_tokens=rollout.max_tokens or DEFAULT_MAX_TOKENS,
+        stop_token_ids=prepared.preflight.stop_ids,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=max(0, rollout.top_k),
+        run_seed=prepared.config.seed,
+        purpose=purpose,
+        timeout=rollout.rollout_timeout,
+        # A rollout keeps its container to its end. More than there are containers for would wait for each other: some for a
+        # container, and those that have one for the sampler, which waits for everybody.
+        max_live=MAX_CONTAINERS - 1 if prepared.images and "tools" in prepared.sandboxed else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserCode:
+    """The project's own code, awake. ``toolbox`` is None for a project without tools, ``sandboxes`` where no function has
+    ``sandbox=True``."""
+
+    toolbox: Toolbox | None
+    sandboxes: Sandboxes | None
+    rewarder: RewardRunner
+
+
+@asynccontextmanager
+async def open_user_code(
+    prepared: Prepared, log_dir: Path | None = None
+) -> AsyncIterator[UserCode]:
+    """The project's tools and rewards, ready to be called; their processes end with the block.
+
+    Args:
+        log_dir: where what they print is kept; None keeps nothing.
+
+    Raises:
+        InputError: a server is not there, or its tools are not those that the prompts were rendered with.
+    """
+    folder, secrets = prepared.project.folder, prepared.project.secrets
+    async with AsyncExitStack() as stack:
+        sandboxes = None
+        if prepared.sandboxed:
+            sandboxes = Sandboxes(folder, log_dir=log_dir, warn=prepared.warn)
+            stack.push_async_callback(sandboxes.close)
+            await _try_sandboxes(prepared, sandboxes, log_dir)
+        toolbox = None
+        if prepared.project.agentic:
+            toolbox = build_toolbox(
+                prepared.config,
+                folder,
+                secrets,
+                sandboxes=sandboxes,
+                tokenizer=prepared.preflight.tokenizer,
+                log_dir=log_dir,
+                warn=prepared.warn,
+            )
+            await stack.enter_async_context(toolbox)
+            _refuse_changed(prepared, toolbox)
+        rewarder = _build_rewarder(prepared, sandboxes, log_dir)
+        stack.callback(rewarder.close)
+        yield UserCode(toolbox=toolbox, sandboxes=sandboxes, rewarder=rewarder)
+
+
+async def _try_sandboxes(prepared: Prepared, sandboxes: Sandboxes, log_dir: Path | None) -> None:
+    """Build and enter every sandbox once: what is wrong with one should show before the first step."""
+    dataset = prepared.project.dataset
+    plain = any(prompt.docker is None for prompt in (*dataset.prompts, *dataset.held_out))
+    for kind in ("tools", "rewards"):
+        if kind in prepared.sandboxed:
+            file = prepared.project.folder / f"{kind}.py"
+            log = _log_of(kind, log_dir)
+            hosts = SandboxedHosts(file, kind, sandboxes, secrets=prepared.project.secrets, log=log)
+            await hosts.prepare(prepared.images, plain=plain)
+
+
+def _log_of(kind: str, log_dir: Path | None) -> Path | None:
+    return None if log_dir is None else log_dir / f"{kind}.log"
+
+
+def _refuse_changed(prepared: Prepared, toolbox: Toolbox) -> None:
+    if toolbox.schemas() != list(prepared.tools.values()):
+        raise InputError(
+            "the tools changed while the run was starting",
+            where="rollout.mcp_url" if prepared.config.rollout.mcp_url else TOOLS_FILE,
+            fix="start the run again",
+        )
+
+
+def _build_rewarder(
+    prepared: Prepared, sandboxes: Sandboxes | None, log_dir: Path | None
+) -> RewardRunner:
+    rollout, secrets = prepared.config.rollout, prepared.project.secrets
+    log = _log_of("rewards", log_dir)
+    sandboxed = None
+    if sandboxes is not None:
+        file = prepared.project.folder / "rewards.py"
+        sandboxed = SandboxedHosts(file, "rewards", sandboxes, secrets=secrets, log=log)
+    return RewardRunner(
+        prepared.project.rewards,
+        secrets=secrets,
+        timeout=rollout.reward_timeout,
+        include_thinking=rollout.include_thinking,
+        log=log,
+        sandboxed=sandboxed,
+        release=None if sandboxes is None else sandboxes.release,
+    )
+
+
+def single_turns(prepared: Prepared) -> Callable[[Prompt, int], Environment]:
+    """Episodes that end with the first answer, whatever tools there are."""
+    preflight = prepared.preflight
+    to_text = partial(decode, preflight.tokenizer)
+    return lambda prompt, index: SingleTurn(preflight.prompt_token_ids[prompt.id], to_text)
+
+
+def environment_maker(prepared: Prepared, code: UserCode) -> Callable[[Prompt, int], Environment]:
+    """A fresh episode for a prompt and the index of its rollout."""
+    preflight, rollout = prepared.preflight, prepared.config.rollout
+    without_tools, toolbox = single_turns(prepared), code.toolbox
+
+    def environment(prompt: Prompt, index: int) -> Environment:
+        names = tool_names(prompt, prepared.tools)
+        if toolbox is None or not names:
+            return without_tools(prompt, index)
+        context = context_of(prompt, index)
+        ask = partial(toolbox.run, context=context, allowed=prompt.tools)
+        release = None
+        if code.sandboxes is not None:
+            release = partial(code.sandboxes.release, context.rollout_id)
+        return ToolEnvironment(
+            preflight.prompt_token_ids[prompt.id],
+            preflight.dialogues[names],
+            ask,
+            max_turns=rollout.max_turns or DEFAULT_MAX_TURNS,
+            termination_policy=rollout.termination_policy,
+            release=release,
+        )
+
+    return environment
+
+
+def redactor(prepared: Prepared) -> Callable[[str], str]:
+    """Takes the project's secrets out of a text."""
+    return lambda text: redact(text, prepared.project.secrets)
+
+
+def batch_bytes(prepared: Prepared) -> int | None:
+    """``sampler.batch_memory_gb`` in bytes."""
+    gigabytes = prepared.config.sampler.batch_memory_gb
+    return None if gigabytes is None else int(gigabytes * 1e9)

@@ -1,0 +1,295 @@
+"""``rnow test``: let the student answer, run the rewards, write the rollouts down; nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rnow.config import Config
+from rnow.disk.files import map_text, to_json
+from rnow.display.terminal import escape_control
+from rnow.errors import InputError, StopRequested
+from rnow.models.loading import quiet_libraries
+from rnow.plan.prepare import prepare
+from rnow.rewards.score import score_rewards
+from rnow.rollout.collect import collect_rollouts
+from rnow.sampling.transformers import TransformersSampler
+from rnow.setup.models import load_student
+from rnow.setup.parts import (
+    UserCode,
+    batch_bytes,
+    environment_maker,
+    open_user_code,
+    redactor,
+    rollout_settings,
+)
+from rnow.tools.build import run_anywhere
+from rnow.training.metrics import reward_metrics, rollout_metrics
+from rnow.training.signals import StopFlag
+from rnow.types import EndReason, Message, Prompt, ScoredGroup, ScoredRollout
+
+FOLDER = "rollouts"
+_ROLLOUT = re.compile(r"rollout_[0-9]+")
+_SAMPLE = re.compile(r"sample_[0-9]+\.json")
+
+Redact = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What ``rehearse`` did: where the rollouts are, and their totals."""
+
+    folder: Path
+    metrics: Mapping[str, float]
+    exit_code: int = 0
+
+
+def rehearse(
+    config: Config,
+    *,
+    folder: str | Path = ".",
+    limit: int | None = None,
+    rows: Sequence[int] | None = None,
+    verbose: bool = False,
+    console: Console | None = None,
+) -> Rehearsal:
+    """Sample ``data.group_size`` answers to some prompts of the training files and score them.
+
+    Writes ``rollouts/rollout_N/sample_K.json`` in the project folder, replacing what an earlier call wrote; nothing else
+    in there is touched. Samples with transformers in this process, whatever ``sampler.backend`` says: a few rollouts are
+    drawn before vLLM has started.
+
+    Args:
+        limit: the first so many prompts; None for all.
+        rows: these rows of the (first) training file instead, counted from 0.
+        verbose: show whole conversations.
+
+    Raises:
+        InputError: the project is not usable, a row does not exist, or something else stands where rollouts go.
+        StopRequested: Ctrl-C or SIGTERM; what an earlier call wrote is still there.
+    """
+    console = console or Console()
+    quiet_libraries()
+    with console.status("checking ..."):
+        prepared = prepare(config, Path(folder), weights=True, training=False)
+    target = prepared.project.folder / FOLDER
+    _earlier(target)
+    dataset = prepared.project.dataset
+    order = {source.name: position for position, source in enumerate(config.data.sources)}
+    everything = sorted(
+        [*dataset.prompts, *dataset.held_out],
+        key=lambda prompt: (order[prompt.dataset], prompt.row),
+    )
+    prompts = _choose(everything, limit, rows)
+    if config.sampler.backend == "vllm" or config.sampler.url is not None:
+        console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
+    stop = StopFlag()
+    settings = replace(
+        rollout_settings(prepared, "test", group_size=config.data.group_size),
+        poll=stop.poll,
+    )
+    with console.status("loading the student ..."):
+        student = load_student(config, prepared.student, prepared.preflight.vocabulary)
+        sampler = TransformersSampler(
+            student, mode=None, batch_bytes=batch_bytes(prepared), poll=stop.poll
+        )
+
+    async def sample() -> list[ScoredGroup]:
+        async with open_user_code(prepared) as code:
+            return await sample_with(code)
+
+    async def sample_with(code: UserCode) -> list[ScoredGroup]:
+        groups = await collect_rollouts(
+            prompts, sampler, environment_maker(prepared, code), settings, step=0
+        )
+        return await score_rewards(groups, code.rewarder, poll=stop.poll)
+
+    redact = redactor(prepared)
+    try:
+        with (
+            stop.watch(lambda: console.print("stopping ...")),
+            console.status(f"sampling {len(prompts)} x {settings.group_size} rollouts ..."),
+        ):
+            scored = run_anywhere(sample())
+            _write(target, scored, config.evaluation.success_reward, redact)
+    except StopRequested as stopped:
+        stopped.why = stopped.why or "no rollout of this call was written"
+        raise
+    for line in _conversations(scored, redact) if verbose else ():
+        console.print(line)
+    console.print(_table(scored, redact))
+    metrics = reward_metrics(scored) | rollout_metrics(scored, agentic=prepared.project.agentic)
+    console.print(f"written to {escape(str(target))}", soft_wrap=True)
+    return Rehearsal(folder=target, metrics=metrics)
+
+
+def rollout_record(
+    group: ScoredGroup, item: ScoredRollout, success_reward: float
+) -> dict[str, Any]:
+    """One rollout in the file format of the hosted client."""
+    rollout, reward = item.rollout, item.reward
+    total = None if reward is None else reward.total
+    errors = [rollout.error] if rollout.error else []
+    if reward is not None:
+        errors += [f"{name}: {text}" for name, text in reward.errors.items() if name != "rollout"]
+    return {
+        "id": f"{group.prompt.id}#{rollout.index}",
+        "completed": rollout.status == "completed",
+        "success": total is not None and total >= success_reward,
+        "total_reward": total,
+        "rewards": {} if reward is None else dict(reward.breakdown),
+        "errors": errors,
+        "turns": len(rollout.turns),
+        "truncated": rollout.status == "truncated",
+        "totalTokens": len(rollout.token_ids),
+        "promptTokens": len(rollout.token_ids) - rollout.completion_tokens,
+        "completion": rollout.turns[-1].text if rollout.turns else "",
+        "metadata": dict(group.prompt.metadata),
+        "conversation": [*map(dict, group.prompt.messages), *map(dict, rollout.messages)],
+    }
+
+
+def _choose(
+    prompts: Sequence[Prompt], limit: int | None, rows: Sequence[int] | None
+) -> list[Prompt]:
+    if rows is None:
+        return list(prompts[:limit])
+    first = [prompt for prompt in prompts if prompt.dataset == prompts[0].dataset]
+    by_row = {prompt.row: prompt for prompt in first}
+    if missing := [row for row in rows if row not in by_row]:
+        raise InputError(
+            f"row {missing[0]} does not exist: {first[0].source} has rows {min(by_row)} to {max(by_row)}",
+            fix="choose among those with -e",
+        )
+    return [by_row[row] for row in rows]
+
+
+def _earlier(target: Path) -> list[Path]:
+    """The files of an earlier call. Raises InputError where somebody else's would be replaced or mixed with ours."""
+    if not target.is_dir():
+        if target.exists() or target.is_symlink():
+            raise _in_the_way(target)
+        return []
+    found: list[Path] = []
+    for folder in sorted(target.iterdir()):
+        if not _ROLLOUT.fullmatch(folder.name):
+            continue
+        if folder.is_symlink() or not folder.is_dir():
+            raise _in_the_way(folder)
+        for file in sorted(folder.iterdir()):
+            if not _SAMPLE.fullmatch(file.name) or file.is_symlink() or not file.is_file():
+                raise _in_the_way(file)
+            found.append(file)
+    return found
+
+
+def _in_the_way(path: Path) -> InputError:
+    return InputError(
+        "something that rnow test did not write is in the way of its rollouts",
+        where=str(path),
+        fix="move it elsewhere or give it another name",
+    )
+
+
+def _write(
+    target: Path, scored: Sequence[ScoredGroup], success_reward: float, redact: Redact
+) -> None:
+    for old in _earlier(target):
+        old.unlink()
+    for folder in target.glob("rollout_*"):
+        if _ROLLOUT.fullmatch(folder.name):
+            folder.rmdir()
+    for number, group in enumerate(scored):
+        folder = target / f"rollout_{number}"
+        folder.mkdir(parents=True)
+        for count, item in enumerate(group.rollouts):
+            # Redacted before it becomes JSON, which writes a quote or a newline in a secret differently.
+            record = map_text(rollout_record(group, item, success_reward), redact)
+            # A lone surrogate, which UTF-8 cannot hold, becomes its own escape in JSON.
+            (folder / f"sample_{count}.json").write_text(
+                to_json(record, indent=2) + "\n", encoding="utf-8", errors="backslashreplace"
+            )
+
+
+def _shown(value: Any, redact: Redact) -> str:
+    """Anything as text that is safe on a terminal, in rich's markup."""
+    return escape(escape_control(str(map_text(value, redact))))
+
+
+def _conversations(scored: Sequence[ScoredGroup], redact: Redact) -> Iterator[str]:
+    for group in scored:
+        yield f"[bold]{_shown(group.prompt.id, redact)}[/]"
+        for message in group.prompt.messages:
+            yield f"  [cyan]{message['role']}[/]: {_shown(message.get('content'), redact)}"
+        for item in group.rollouts:
+            index = item.rollout.index
+            for message in item.rollout.messages:
+                yield from _message_lines(message, index, redact)
+            total = "" if item.reward is None else f", reward {item.reward.total:g}"
+            parts = item.reward.breakdown if item.reward else {}
+            if len(parts) > 1:
+                each = ", ".join(f"{_shown(k, redact)} {value:g}" for k, value in parts.items())
+                total += f" ({each})"
+            turns = len(item.rollout.turns)
+            ending = _ENDINGS[item.rollout.end_reason]
+            yield f"  [dim]#{index}: {turns} turn{'s' if turns != 1 else ''}, {ending}{total}[/]"
+            if item.rollout.error:
+                yield f"  [red]failed #{index}[/]: {_shown(item.rollout.error, redact)}"
+            for name, error in item.reward.errors.items() if item.reward else ():
+                yield f"  [red]reward {_shown(name, redact)}[/]: {_shown(error, redact)}"
+
+
+_ENDINGS: Mapping[EndReason, str] = {
+    "answer": "ended by an answer",
+    "max_turns": "ended by rollout.max_turns",
+    "length": "cut by rollout.max_tokens",
+    "window": "cut by the context window",
+    "failed": "failed",
+}
+
+
+def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str]:
+    text = _shown(message.get("content") or "", redact)
+    if message["role"] == "tool":
+        color = "red" if message.get("failed") else "yellow"
+        yield f"  [{color}]{_shown(message.get('name', 'tool'), redact)} #{index}[/] -> {text}"
+        for line in str(message.get("detail") or "").rstrip().split("\n"):
+            if line:
+                yield f"    [dim]{_shown(line, redact)}[/]"
+        return
+    calls = message.get("tool_calls") or ()
+    if text or not calls:
+        yield f"  [green]{message['role']} #{index}[/]: {text}"
+    for call in calls:
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        name = _shown(function["name"], redact)
+        yield f"  [green]{message['role']} #{index}[/] calls {name}({_shown(arguments, redact)})"
+
+
+def _table(scored: Sequence[ScoredGroup], redact: Redact) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True, ratio=2)
+    table.add_column("first answer", overflow="ellipsis", no_wrap=True, ratio=2)
+    table.add_column("reward", justify="right")
+    table.add_column("tokens", justify="right")
+    for group in scored:
+        rewards = [item.reward.total for item in group.rollouts if item.reward is not None]
+        tokens = [item.rollout.completion_tokens for item in group.rollouts]
+        rollout = group.rollouts[0].rollout
+        answer = rollout.turns[-1].text if rollout.turns else f"failed: {rollout.error}"
+        table.add_row(
+            _shown(group.prompt.messages[-1].get("content"), redact),
+            _shown(answer, redact),
+            f"{sum(rewards) / len(rewards):.2f}" if rewards else "-",
+            f"{sum(tokens) / max(1, len(tokens)):.0f}",
+        )
+    return table

@@ -1,0 +1,65 @@
+"""Config -> the evaluations of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rnow.config import EvalEntry
+from rnow.plan.prepare import Prepared
+from rnow.setup.backends import Backends
+from rnow.setup.parts import UserCode, environment_maker, rollout_settings
+from rnow.training.evaluate import PASS_AT, Evaluator
+from rnow.training.evaluations import Evaluations, Scheduled
+from rnow.training.recorder import Recorder
+
+
+def build_evaluations(
+    prepared: Prepared, backends: Backends, recorder: Recorder, code: UserCode
+) -> Evaluations:
+    """The held-out prompts before and after training, and the config's ``evals`` in between."""
+    section = prepared.config.evaluation
+    held_out = prepared.project.dataset.held_out[: section.max_prompts]
+    environments = environment_maker(prepared, code)
+
+    def evaluator(samples: int, temperature: float, pass_at: tuple[int, ...]) -> Evaluator:
+        settings = rollout_settings(prepared, "eval", group_size=samples)
+        return Evaluator(
+            prompts=held_out,
+            environments=environments,
+            settings=replace(
+                settings, temperature=temperature, top_p=1.0, top_k=0, poll=backends.poll
+            ),
+            rewarder=code.rewarder,
+            success_reward=section.success_reward,
+            judged=temperature == prepared.config.rollout.temperature,
+            pass_at=pass_at,
+            agentic=code.toolbox is not None,
+            tell=recorder.note,
+        )
+
+    def scheduled(index: int, entry: EvalEntry) -> Scheduled:
+        by_temperature: dict[float, list[int]] = {}
+        for k in PASS_AT:
+            if getattr(entry, f"pass{k}"):
+                chosen = getattr(entry, f"pass{k}_temp")
+                temperature = section.temperature if chosen is None else chosen
+                by_temperature.setdefault(temperature, []).append(k)
+        samples = entry.num_samples or section.num_samples
+        return Scheduled(
+            name=entry.name or f"eval_{index}",
+            every=entry.step,
+            evaluators=[
+                evaluator(max(samples, *ks, 1), temperature, tuple(ks))
+                for temperature, ks in by_temperature.items()
+            ],
+        )
+
+    return Evaluations(
+        main=evaluator(section.num_samples, section.temperature, PASS_AT) if held_out else None,
+        scheduled=[scheduled(index, entry) for index, entry in enumerate(prepared.config.evals)],
+        sampler=backends.sampler,
+        teacher=backends.teacher,
+        teacher_sampler=backends.teacher_sampler,
+        gpu=backends.gpu,
+        recorder=recorder,
+    )

@@ -1,0 +1,123 @@
+"""Config and project folder -> what the student can call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rnow.config import Config
+from rnow.project.project import TOOLS_FILE
+from rnow.project.secrets import redact
+from rnow.rollout.samples import rollout_id
+from rnow.tools.host_tools import HostTool, HostTools
+from rnow.tools.limits import TokenLimit
+from rnow.tools.mcp import mcp_servers
+from rnow.tools.toolbox import Toolbox, ToolSource
+from rnow.types import Prompt, ToolContext
+from rnow.usercode.environment import plainly_secret
+from rnow.usercode.functions import FunctionInfo
+from rnow.usercode.host import CodeHost
+from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedTools:
+    """What the student can call: name -> description as chat templates take it, and the functions of tools.py."""
+
+    schemas: Mapping[str, Mapping[str, Any]]
+    functions: Sequence[FunctionInfo]
+
+
+def build_toolbox(
+    config: Config,
+    folder: Path,
+    secrets: Mapping[str, str],
+    *,
+    sandboxes: Sandboxes | None = None,
+    tokenizer: Any = None,
+    log_dir: Path | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Toolbox:
+    """tools.py and the MCP servers of the config as one toolbox; nothing runs before it is opened.
+
+    Args:
+        sandboxes: where functions with ``sandbox=True`` run; without them they can be listed, not called.
+        tokenizer: counts ``rollout.max_tool_response``; without it results are not cut by tokens.
+        log_dir: where what the tools print is kept; None keeps nothing.
+        warn: told once of a server whose tools changed.
+
+    Raises:
+        InputError: an address that cannot be one.
+    """
+    rollout = config.rollout
+    sources: list[ToolSource] = []
+    if (folder / TOOLS_FILE).is_file():
+        log = None if log_dir is None else log_dir / "tools.log"
+        file = folder / TOOLS_FILE
+        host = CodeHost(file, "tools", secrets=secrets, log=log)
+        sandboxed = None
+        if sandboxes is not None:
+            sandboxed = SandboxedHosts(file, "tools", sandboxes, secrets=secrets, log=log)
+        sources.append(HostTools(host, rollout.tool_timeout, sandboxed=sandboxed))
+    sources += mcp_servers(
+        rollout.mcp_url, timeout=rollout.tool_timeout, secrets=secrets, log_dir=log_dir, warn=warn
+    )
+    tokens = None
+    if rollout.max_tool_response is not None and tokenizer is not None:
+        tokens = TokenLimit(
+            limit=rollout.max_tool_response,
+            encode=partial(tokenizer.encode, add_special_tokens=False),
+            decode=partial(tokenizer.decode, clean_up_tokenization_spaces=False),
+        )
+    return Toolbox(
+        sources=sources,
+        tokens=tokens,
+        # Of what the student reads, only what is plainly a secret: LOG_LEVEL=info must not take "info" out of a page.
+        redact=lambda text: redact(text, plainly_secret(secrets)),
+        timeout=rollout.tool_timeout,
+    )
+
+
+def list_tools(config: Config, folder: Path, secrets: Mapping[str, str]) -> ListedTools:
+    """Everything the student can call. Starts what holds the tools and ends it again.
+
+    Raises:
+        InputError: tools.py has a fault, a server is not there, two tools have one name.
+    """
+
+    async def listed() -> ListedTools:
+        async with build_toolbox(config, folder, secrets) as toolbox:
+            return ListedTools(
+                schemas={schema["function"]["name"]: schema for schema in toolbox.schemas()},
+                functions=[tool.info for tool in toolbox.tools if isinstance(tool, HostTool)],
+            )
+
+    return run_anywhere(listed())
+
+
+def context_of(prompt: Prompt, index: int) -> ToolContext:
+    """What the tools are told of the rollout that calls."""
+    return ToolContext(
+        rollout_id=rollout_id(prompt.id, index),
+        metadata=prompt.metadata,
+        variables=prompt.variables,
+        docker=prompt.docker,
+        docker_env=prompt.docker_env,
+    )
+
+
+def run_anywhere(work: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run``, also from inside a running loop (a notebook): then in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, work).result()

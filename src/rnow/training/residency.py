@@ -1,0 +1,132 @@
+"""Who has the card: one part at a time where it is shared in turns, everybody where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from typing import Literal, Protocol
+
+from rnow.errors import TemporaryError
+from rnow.processes.process import StartFailed
+from rnow.serving.client import ServerDown
+from rnow.training.clock import StageClock
+
+Part = Literal["sampler", "teacher", "trainer"]
+
+
+class Sleeper(Protocol):
+    """Something that can leave the card and come back. Both calls do nothing where there is nothing to do, and after a
+    failure or a cancellation either may be called again."""
+
+    async def sleep(self) -> None:
+        """Free the card; what was there is kept in main memory."""
+        ...
+
+    async def wake(self) -> None:
+        """Take the card again, with the same numbers as before."""
+        ...
+
+
+class Residency:
+    """``only(part)`` around everything that computes on the card.
+
+    Parts that were added take turns: the one that is asked for is awake, the others sleep, and it stays awake until another
+    is asked for. A part that was not added has a card of its own, or needs none: it changes nothing. Without any, nothing
+    ever happens here.
+    """
+
+    def __init__(self) -> None:
+        self._sleepers: dict[Part, Sleeper] = {}
+        self._user: Part | None = None
+
+    def add(self, part: Part, sleeper: Sleeper) -> None:
+        """``sleeper``, awake now, takes turns from now on. Several parts may be one sleeper: the embedded sampler draws with
+        the trainer's weights."""
+        self._sleepers[part] = sleeper
+
+    @asynccontextmanager
+    async def only(self, part: Part, clock: StageClock | None = None) -> AsyncIterator[None]:
+        """Have ``part`` awake, alone, for the block.
+
+        Args:
+            clock: where ``time/sleep_<part>`` and ``time/wake_<part>`` go.
+
+        Raises:
+            RuntimeError: inside another such block.
+            RnowError: a part does not wake. Nothing of this is undone: the next ``only`` goes on from where it is.
+        """
+        if self._user is not None:
+            raise RuntimeError(f"{part} asks for the card while {self._user} works on it")
+        self._user = part
+        try:
+            wanted = self._sleepers.get(part)
+            if wanted is not None:
+                await self._sleep(clock, but=wanted)
+                with clock.stage(f"wake_{part}") if clock else nullcontext():
+                    await wanted.wake()
+            yield
+        finally:
+            self._user = None
+
+    async def clear(self) -> None:
+        """Everybody to sleep: the part that is about to be loaded needs the card."""
+        await self._sleep(None, but=None)
+
+    async def _sleep(self, clock: StageClock | None, *, but: Sleeper | None) -> None:
+        done = [but]
+        for part, sleeper in self._sleepers.items():
+            if not any(sleeper is other for other in done):
+                done.append(sleeper)
+                with clock.stage(f"sleep_{part}") if clock else nullcontext():
+                    await sleeper.sleep()
+
+
+class Served(Protocol):
+    """A model server of ours, as ``VllmTeacher`` has one."""
+
+    async def start(self) -> None: ...
+    def close(self) -> None: ...
+    async def sleep(self) -> None: ...
+    async def wake_up(self) -> None: ...
+
+
+class ServedSleeper:
+    """Makes a server a Sleeper: it remembers, and a server that dies on the way is started again at waking, once."""
+
+    def __init__(self, server: Served) -> None:
+        self._server = server
+        self._asleep: bool | None = False  # None: it was told to change, and did not answer
+
+    async def sleep(self) -> None:
+        """See ``Sleeper.sleep``."""
+        if self._asleep:
+            return
+        self._asleep = None
+        try:
+            await self._server.sleep()
+        except ServerDown:
+            self._server.close()  # half dead, it may keep the card
+        self._asleep = True
+
+    async def wake(self) -> None:
+        """See ``Sleeper.wake``.
+
+        Raises:
+            TemporaryError: it does not come up again.
+        """
+        if self._asleep is False:
+            return
+        self._asleep = None
+        try:
+            try:
+                await self._server.wake_up()  # starts a closed one
+            except ServerDown:
+                self._server.close()
+                await self._server.start()
+        except StartFailed as error:
+            raise TemporaryError(
+                f"the teacher's server ended in its sleep and could not be started again: {error.message}",
+                details=error.details,
+                fix="run the same command again: it continues from the last checkpoint",
+            ) from error
+        self._asleep = False

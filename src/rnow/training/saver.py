@@ -1,0 +1,116 @@
+"""When to save, and what a checkpoint says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from rnow.disk.checkpoints import (
+    Checkpoint,
+    CheckpointStore,
+    random_state,
+    restore_random_state,
+)
+from rnow.disk.journal import Journal, JournalFolder
+from rnow.errors import InputError, TemporaryError
+from rnow.policy.student import LoraPolicy
+
+
+class Saver:
+    """Saves and restores one run.
+
+    Args:
+        every_steps: save after so many steps; -1 for the end only.
+        every_minutes: save at the first step that ends so long after the last save.
+        facts: what every checkpoint states about the run (config, ids, hashes, versions), JSON-ready.
+        counters: totals to carry over a resume, e.g. completion tokens.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        journals: JournalFolder,
+        policy: LoraPolicy,
+        *,
+        every_steps: int,
+        every_minutes: float,
+        facts: Mapping[str, Any],
+        counters: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self._store = store
+        self._journals = journals
+        self._policy = policy
+        self._every_steps = every_steps
+        self._every_seconds = every_minutes * 60
+        self._facts = facts
+        self._counters = counters
+        self._saved_step = 0
+        self._updates_of_step = policy.updates
+        self._saved_at = time.monotonic()
+
+    def restore(self, checkpoint: Checkpoint | None) -> int:
+        """Load a checkpoint into the policy; returns how many steps are done.
+
+        Raises:
+            InputError: the checkpoint does not fit this student.
+        """
+        if checkpoint is None:
+            return 0
+        try:
+            self._policy.load_adapter(checkpoint.adapter)
+        except ValueError as error:
+            raise InputError(
+                "the checkpoint does not fit this student",
+                where=str(checkpoint.folder),
+                why=str(error),
+                fix="start over in a new folder with --fresh",
+            ) from error
+        self._policy.load_state_dict(
+            {"updates": checkpoint.state["updates"], "moments": checkpoint.moments}
+        )
+        restore_random_state(checkpoint.moments)
+        self._saved_step = checkpoint.step
+        self._updates_of_step = self._policy.updates
+        return checkpoint.step
+
+    def journal(self, step: int) -> Journal:
+        """The journal of a step about to begin."""
+        return self._journals.open(step)
+
+    def after_step(self, step: int) -> None:
+        """Save if it is time to."""
+        self._updates_of_step = self._policy.updates
+        due = self._every_steps > 0 and step % self._every_steps == 0
+        if due or time.monotonic() - self._saved_at >= self._every_seconds:
+            self.save(step)
+        self._journals.forget(keep={self._saved_step + 1})
+
+    def rescue(self, step: int) -> None:
+        """Save the state after ``step`` before the run ends with a fault. Nothing is saved when the policy has moved on
+        since (the fault came between an update and the end of its step): the step would be trained twice."""
+        if self._policy.updates == self._updates_of_step:
+            with suppress(TemporaryError):  # a full disk cannot hide what happened first
+                self.save(step)
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint of the state after ``step`` steps, unless it is there already."""
+        if step > 0 and step == self._saved_step:
+            return
+        policy = self._policy.state_dict()
+        self._store.save(
+            step,
+            adapter=self._policy.adapter(),
+            moments={**policy["moments"], **random_state()},
+            state={
+                "step": step,
+                "updates": policy["updates"],
+                "policy_version": step,
+                "data_cursor": step,
+                "counters": dict(self._counters()),
+                **self._facts,
+            },
+        )
+        self._saved_step = step
+        self._saved_at = time.monotonic()

@@ -1,0 +1,138 @@
+"""The checks before the first step that need the models awake: a few seconds that save an hour of nonsense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rnow.algorithm.records import Evidence
+from rnow.errors import ModelError
+from rnow.protocols import Environment, Sampler, Teacher
+from rnow.rollout.collect import RolloutSettings, collect_rollouts
+from rnow.rollout.samples import build_samples
+from rnow.training.residency import Residency
+from rnow.types import Prompt, Sample, ScoredGroup, ScoredRollout
+
+PROMPTS = 4
+REPEAT_TOLERANCE = 5e-2
+"""Nats per token, on average, by which a teacher may differ from itself: a server in bfloat16 rounds differently with what else
+is in its batch. Dropout is meant to be found, and moves whole answers."""
+POSITIVE_TOLERANCE = 1e-4
+CONSTANT_TOLERANCE = 1e-4
+GAP_NOTE = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfCheck:
+    """What was found.
+
+    Attributes:
+        max_gap: the largest |sampler logprob - trainer logprob| over the sampled tokens, nats.
+        teacher_kl: mean student - teacher logprob over the same tokens, or None without a teacher.
+        notes: what the user should know.
+    """
+
+    max_gap: float
+    teacher_kl: float | None
+    notes: tuple[str, ...]
+
+
+async def run_selfcheck(
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    trainer_as_teacher: Teacher,
+    teacher: Teacher | None,
+    environments: Callable[[Prompt, int], Environment],
+    settings: RolloutSettings,
+    vocabulary: int,
+    gpu: Residency,
+) -> SelfCheck:
+    """Sample a few answers; score them with the trainer's own weights, and twice with the teacher.
+
+    Args:
+        trainer_as_teacher: the student's weights behind the Teacher protocol, so that the student is scored by the very
+            path the teacher takes.
+        vocabulary: V, to recognise a teacher that answers -ln V whatever it is asked.
+
+    Raises:
+        ModelError: the teacher's log-probabilities cannot be used.
+    """
+    async with gpu.only("sampler"):
+        groups = await collect_rollouts(prompts[:PROMPTS], sampler, environments, settings, step=0)
+    samples = build_samples(
+        [
+            ScoredGroup(
+                prompt=group.prompt,
+                rollouts=tuple(ScoredRollout(rollout=r, reward=None) for r in group.rollouts),
+            )
+            for group in groups
+        ]
+    )
+    async with gpu.only("trainer"):
+        own = _loss_values(samples, await trainer_as_teacher.score(samples))
+    drawn = [
+        value
+        for sample in samples
+        for value, on in zip(sample.sampler_logprobs, sample.loss_mask, strict=True)
+        if on
+    ]
+    gaps = [abs(a - b) for a, b in zip(drawn, own, strict=True)]
+    mean_gap = sum(gaps) / len(gaps) if gaps else 0.0
+    notes = []
+    if mean_gap > GAP_NOTE:
+        notes.append(
+            f"sampler and trainer disagree by {mean_gap:.3g} nats per token on the same weights; usual causes: "
+            "a low-precision dtype, a quantised base on one side only, a temperature, or the chat template"
+        )
+    teacher_kl = None
+    if teacher is not None:
+        async with gpu.only("teacher"):
+            judged = _loss_values(samples, await teacher.score(samples))
+            again = _loss_values(samples, await teacher.score(samples))
+        _check_teacher(judged, again, vocabulary)
+        teacher_kl = sum(a - b for a, b in zip(own, judged, strict=True)) / max(1, len(own))
+    return SelfCheck(
+        max_gap=max(gaps, default=0.0),
+        teacher_kl=teacher_kl,
+        notes=tuple(notes),
+    )
+
+
+def _loss_values(samples: Sequence[Sample], evidence: dict[str, Evidence] | object) -> list[float]:
+    return [
+        value
+        for sample in samples
+        for value, on in zip(
+            evidence[sample.id].teacher_logprobs.tolist(),  # type: ignore[index]
+            sample.loss_mask,
+            strict=True,
+        )
+        if on
+    ]
+
+
+def _check_teacher(first: Sequence[float], second: Sequence[float], vocabulary: int) -> None:
+    fix = "check that the teacher's weights match its config (dtype, quantization, a complete download)"
+    if bad := [value for value in first if not math.isfinite(value)]:
+        raise ModelError(
+            f"the teacher gives {len(bad)} non-finite log-probabilities in {len(first)} tokens",
+            fix=fix,
+        )
+    if (highest := max(first, default=0.0)) > POSITIVE_TOLERANCE:
+        raise ModelError(f"the teacher gives a log-probability above 0 ({highest:.4g})", fix=fix)
+    constant = -math.log(vocabulary)
+    if first and all(abs(value - constant) < CONSTANT_TOLERANCE for value in first):
+        raise ModelError(
+            f"the teacher gives every token the same log-probability, -ln {vocabulary}",
+            why="its output does not depend on its input: the weights are not loaded",
+            fix=fix,
+        )
+    changes = [abs(a - b) for a, b in zip(first, second, strict=True)]
+    change = math.fsum(changes) / max(1, len(changes))
+    if not change <= REPEAT_TOLERANCE:
+        raise ModelError(
+            f"the teacher gives other log-probabilities when asked twice (off by {change:.3g} on average)",
+            why="training would chase noise",
+            fix="switch dropout and other randomness off, or use another dtype for the teacher",
+        )

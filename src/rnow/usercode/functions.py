@@ -1,0 +1,144 @@
+"""What a user's file offers, read without running it in this process, and its faults in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rnow.errors import InputError
+from rnow.usercode.text import did_you_mean, escape
+
+Kind = Literal["tools", "rewards"]
+
+IMPORT_TIMEOUT = 60.0
+"""Seconds that importing a user's file may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionInfo:
+    """A decorated function, described. ``timeout`` is in seconds, None = the config's; ``parameters`` is a JSON schema
+    (tools only); ``place`` is ``tools.py:12``; ``file`` is the file that a host runs to have this function."""
+
+    kind: Kind
+    name: str
+    file: Path
+    place: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    is_async: bool = False
+    timeout: float | None = None
+    sandbox: bool = False
+    precondition: bool = False
+
+
+def load_functions(
+    file: Path, kind: Kind, *, import_timeout: float = IMPORT_TIMEOUT, **options: Any
+) -> list[FunctionInfo]:
+    """The functions of ``file`` and of the helper modules it imports, in the order in which they are decorated.
+
+    The file is imported in a child process, which ends before this returns. ``options`` are CodeHost's.
+
+    Raises:
+        InputError: the file cannot be imported in time, or a function is wrong; with the file and line.
+    """
+    from rnow.usercode.host import CodeHost
+
+    with CodeHost(file, kind, import_timeout=import_timeout, warm=False, **options) as host:
+        return host.functions
+
+
+def read_functions(report: Mapping[str, Any], file: Path, kind: Kind) -> list[FunctionInfo]:
+    """A child's report as records.
+
+    Raises InputError for the mistakes in it.
+    """
+    mistakes = report["mistakes"]
+    if mistakes:
+        raise _mistaken(mistakes, file, kind)
+    known = set(FunctionInfo.__dataclass_fields__)
+    return [
+        FunctionInfo(
+            kind=kind,
+            file=file,
+            **{name: value for name, value in function.items() if name in known},
+        )
+        for function in report["functions"]
+    ]
+
+
+def _mistaken(mistakes: list[dict[str, Any]], file: Path, kind: Kind) -> InputError:
+    first = mistakes[0]
+    if len(mistakes) == 1:
+        return InputError(
+            escape(first["message"]),
+            title=f"Invalid {kind}",
+            where=escape(first["place"]),
+            why=escape(first["why"]) if first.get("why") else None,
+            fix=first["fix"],
+        )
+    return InputError(
+        f"{file.name} has {len(mistakes)} mistakes",
+        title=f"Invalid {kind}",
+        where=escape(first["place"]),
+        fix=f"correct them; the first: {escape(first['fix'])}",
+        details=[escape(f"{mistake['place']}: {mistake['message']}") for mistake in mistakes],
+    )
+
+
+def import_error(report: Mapping[str, Any], file: Path, *, timeout: float) -> InputError:
+    """Why a file could not be imported, from a child's report."""
+    title, name = f"Invalid {file.stem}", file.name
+    kind = report.get("kind")
+    if kind == "timeout":
+        return InputError(
+            f"{name} was not imported within {timeout:g} s",
+            title=title,
+            where=name,
+            fix="move work that takes long, or waits for something, out of the top level of the file",
+        )
+    if kind == "processes":
+        return InputError(
+            f"{name} started more than {report['limit']} processes while it was imported",
+            title=title,
+            where=name,
+            fix="remove what starts them from the top level of the file",
+        )
+    if kind == "ended":
+        return InputError(
+            f"{name} ends the program while it is imported",
+            title=title,
+            where=name,
+            why=how_it_ended(report.get("status")),
+            fix=f"`python {name}` shows more",
+        )
+    line, shown = report.get("line"), escape(report.get("file") or name)
+    where = f"{shown}:{line}" if line else shown
+    reason = f"{report['type']}: {escape(report['message'])}".rstrip(": ")[:500]
+    if report.get("module"):
+        what, fix = _missing_module(report["module"], file)
+    elif kind == "syntax":
+        what, fix = f"{shown} is not valid Python", "correct this line"
+    elif kind == "exit":
+        what, fix = f"{name} ends the program while it is imported", "remove the exit() call"
+    else:
+        what, fix = f"{name} cannot be imported", f"correct it; `python {name}` shows more"
+    return InputError(what, title=title, where=where, why=reason, fix=fix)
+
+
+def _missing_module(module: str, file: Path) -> tuple[str, str]:
+    folder = file.parent
+    top = module.partition(".")[0]
+    helpers = [entry.stem for entry in folder.glob("*.py")]
+    fix = f"pip install {top} (in the environment that runs rnow){did_you_mean(top, helpers)}"
+    if (folder / "requirements.txt").is_file():
+        fix = "pip install -r requirements.txt (in the environment that runs rnow)"
+    return f'{file.name} imports "{module}", which is not installed', fix
+
+
+def how_it_ended(status: int | None) -> str:
+    """``exit code 3`` or ``signal 9``: how a process ended, in waitpid's words."""
+    if status is None:
+        return "it stopped answering"
+    return f"signal {-status}" if status < 0 else f"exit code {status}"

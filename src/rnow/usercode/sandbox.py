@@ -1,0 +1,511 @@
+"""Where functions with ``sandbox=True`` run: in a container of the row's image, else in bubblewrap, never on this machine as
+it is. docs/adr/0012."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rnow.errors import InputError, TemporaryError
+from rnow.processes.process import StartFailed
+from rnow.usercode.bubblewrap import BubblewrapView
+from rnow.usercode.containers import Container, ContainerFailed, ContainerLimits, Mounts, sweep
+from rnow.usercode.engines import (
+    Bubblewrap,
+    ContainerEngine,
+    find_bubblewrap,
+    find_containers,
+)
+from rnow.usercode.functions import IMPORT_TIMEOUT, FunctionInfo, Kind
+from rnow.usercode.host import CallOutcome, CodeHost, HostLimits
+from rnow.usercode.images import LOCAL, Images
+from rnow.usercode.visible import check_project
+
+DEFAULT_IMAGE = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+"""For rows without an image where there is no bubblewrap. It has Python and nothing else."""
+
+MAX_CONTAINERS = 32
+"""At once, the one that rollouts without an image may share included."""
+
+_SHARED = ""  # the rollout of what all rollouts share
+_TITLE = "No sandbox"
+_INSTALL_BUBBLEWRAP = "install bubblewrap (Debian, Ubuntu: apt-get install bubblewrap)"
+_INSTALL_CONTAINERS = (
+    "install Docker or Podman and start it (`docker info` or `podman info` must work)"
+)
+_OF_LIMITS = ("cgroup", "controller", "cpu", "pids", "memory limit", "resource limit")
+
+
+def check_sandbox(
+    functions: Iterable[FunctionInfo], images: Mapping[str, str], folder: Path
+) -> list[str]:
+    """What can be said before anything runs about where sandboxed code will run.
+
+    Args:
+        functions: of tools.py and rewards.py.
+        images: every image that a row names, with the place of the first (``train.jsonl:12``).
+        folder: the project.
+
+    Returns:
+        Sentences to show: what the sandbox will be, and what may not be meant.
+
+    Raises:
+        InputError: there is nothing that could run them, or a Dockerfile is missing.
+    """
+    sandboxed = [info for info in functions if info.sandbox]
+    notices = []
+    containers = find_containers() if images or sandboxed else ""
+    for image, where in images.items():
+        if isinstance(containers, str):
+            raise _no_containers(image, where, containers)
+        local = image.removeprefix(LOCAL)
+        if local != image and not (folder / f"Dockerfile.{local}").is_file():
+            raise InputError(
+                f'"{image}" needs a Dockerfile.{local} beside config.yml',
+                title="No such image",
+                where=where,
+                fix="write it, or name an image of a registry",
+            )
+    if images and not sandboxed:
+        notices.append(
+            "rows name images, but no function has sandbox=True: all of them run on this machine"
+        )
+    if sandboxed:
+        check_project(folder)
+        bubblewrap = find_bubblewrap()
+        if isinstance(bubblewrap, Bubblewrap):
+            notices.append("functions with sandbox=True run in bubblewrap, without a network")
+        elif isinstance(containers, str):
+            raise _no_sandbox(bubblewrap, containers, sandboxed[0].place)
+        else:
+            notices.append(
+                f"functions with sandbox=True run in {containers.name} ({DEFAULT_IMAGE}), where packages of this "
+                f"environment are not: {bubblewrap}"
+            )
+        if images and isinstance(containers, ContainerEngine):
+            notices[-1] += f"; in the image of the row ({containers.name}) where it names one"
+    return notices
+
+
+def _no_containers(image: str, where: str | None, reason: str) -> InputError:
+    return InputError(
+        f'the image "{image}" needs Docker or Podman',
+        title=_TITLE,
+        where=where,
+        why=reason,
+        fix=f'{_INSTALL_CONTAINERS}, or remove "docker" from the rows',
+    )
+
+
+def _no_sandbox(bubblewrap: str, containers: str, where: str | None) -> InputError:
+    return InputError(
+        "sandbox=True needs bubblewrap, Docker or Podman",
+        title=_TITLE,
+        where=where,
+        why=f"{bubblewrap}; {containers}",
+        fix=f"{_INSTALL_BUBBLEWRAP}, or remove sandbox=True to run it in the tool host of this machine",
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _Lease:
+    """The container of one rollout, and what runs in it. ``starting`` ends when the container is there."""
+
+    image: str
+    starting: asyncio.Task[Container]
+    hosts: dict[Path, CodeHost] = field(default_factory=dict)
+
+
+class Sandboxes:
+    """The sandboxes of a run. One for tools.py and rewards.py together: in a rollout they share a container, so that a reward
+    sees what the tools left. For one event loop at a time.
+
+    Args:
+        folder: the project.
+        log_dir: where the logs of builds and containers go; None keeps none.
+        max_containers: at once; rollouts that come later wait for one to be released.
+        start_timeout: seconds for a container to come up.
+        wait_timeout: seconds to wait for a container to become free.
+        warn: told when a container cannot be limited as it should.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        log_dir: Path | None = None,
+        max_containers: int = MAX_CONTAINERS,
+        limits: ContainerLimits | None = None,
+        start_timeout: float = 120.0,
+        wait_timeout: float = 1800.0,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.folder = folder.absolute()
+        self._log_dir = log_dir
+        self._max = max_containers
+        self._start_timeout = start_timeout
+        self._wait_timeout = wait_timeout
+        self._warn = warn or (lambda text: None)
+        wanted = limits or ContainerLimits()
+        every = wanted.arguments()
+        # What rootless engines may not be able to limit is left out from the end, and said.
+        self._limits: list[Sequence[str]] = [every, every[:-2], []]
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._engine: ContainerEngine | None = None
+        self._images: Images | None = None
+        self._finding = threading.RLock()
+        self._leases: dict[str, _Lease] = {}
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._shared: dict[Path, CodeHost] = {}
+
+    # -- what SandboxedHosts asks for
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what only lives as long as this."""
+        with self._finding:
+            return self._make_scratch()
+
+    def _make_scratch(self) -> Path:
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="rnow-sandbox-")
+            folder = Path(self._scratch.name)
+            folder.chmod(0o755)
+            (folder / "empty").touch(mode=0o444)
+            (folder / "nothing").mkdir(mode=0o555)
+        return Path(self._scratch.name)
+
+    @property
+    def logs(self) -> Path:
+        """Where logs go."""
+        return self._log_dir or self.scratch
+
+    def bubblewrap_host(self, file: Path, make: Callable[..., CodeHost]) -> CodeHost | None:
+        """The host of ``file`` in bubblewrap, which all rollouts share; None where there is no bubblewrap."""
+        if file not in self._shared:
+            found = find_bubblewrap()
+            if isinstance(found, str):
+                return None
+            view = BubblewrapView(found, self.folder, self.scratch / "empty")
+            self._shared[file] = make(wrap=view.wrap, sys_path=view.sys_path, env={})
+        return self._shared[file]
+
+    async def container_host(
+        self,
+        rollout_id: str,
+        image: str,
+        file: Path,
+        make: Callable[..., CodeHost],
+        *,
+        env: Mapping[str, str],
+        where: str | None = None,
+    ) -> CodeHost:
+        """The host of ``file`` in the container of this rollout, which is started first when it does not run.
+
+        Raises:
+            InputError: no engine, no such image, or one that cannot run the file.
+            TemporaryError: the container does not come up, or none became free.
+        """
+        container, lease = await self._container(rollout_id, image, file, where)
+        if file not in lease.hosts:
+            lease.hosts[file] = make(wrap=container.wrap, sys_path=(), env=env)
+        return lease.hosts[file]
+
+    def runs(self, rollout_id: str) -> bool:
+        """Whether this rollout has a container that lives."""
+        lease = self._leases.get(rollout_id)
+        return lease is not None and _living(lease)
+
+    async def release(self, rollout_id: str) -> None:
+        """The rollout is over: end its container and what runs in it. No container: nothing. Never raises."""
+        lease = self._leases.pop(rollout_id, None)
+        if lease is not None:
+            await _end(lease)
+            self._wake()
+
+    def stop_images(self) -> None:
+        """End a build or download that runs: nobody waits for it any more."""
+        if self._images is not None:
+            self._images.stop()
+
+    async def close(self) -> None:
+        """End everything. Again: nothing; what is asked for afterwards starts anew."""
+        self.stop_images()
+        shared, self._shared = self._shared, {}
+        leases = list(self._leases)
+        await asyncio.gather(
+            *(self.release(rollout_id) for rollout_id in leases),
+            *(asyncio.to_thread(host.close) for host in shared.values()),
+            return_exceptions=True,
+        )
+        self._images = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    # -- containers
+
+    async def _container(
+        self, rollout_id: str, image: str, file: Path, where: str | None
+    ) -> tuple[Container, _Lease]:
+        lease = self._leases.get(rollout_id)
+        if lease is not None and (lease.image != image or not _living(lease)):
+            await self.release(rollout_id)
+        while (lease := self._leases.get(rollout_id)) is None:
+            if await self._room(rollout_id):
+                starting = asyncio.ensure_future(asyncio.to_thread(self._start, image, file, where))
+                self._leases[rollout_id] = _Lease(image, starting)
+        try:
+            # Shared by the calls of the rollout: one that is cancelled does not end it for the others.
+            return await asyncio.shield(lease.starting), lease
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            if self._leases.get(rollout_id) is lease:
+                del self._leases[rollout_id]
+                self._wake()
+            raise
+
+    async def _room(self, rollout_id: str) -> bool:
+        """Wait until there is room for a container. False: look again, things have changed."""
+        if rollout_id == _SHARED or len(self._leases) < self._max:
+            return True
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await asyncio.wait_for(turn, self._wait_timeout)
+        except TimeoutError:
+            raise TemporaryError(
+                f"no container became free within {self._wait_timeout:g} s: {self._max} run at once",
+                fix="sample fewer rollouts at a time (data.batch_size, data.group_size)",
+            ) from None
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._wake()  # it was our turn: it is the next one's now
+            raise
+        finally:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(turn)
+        return False
+
+    def _wake(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done() and not turn.get_loop().is_closed():
+                turn.set_result(None)
+                return
+
+    def _start(self, image: str, file: Path, where: str | None) -> Container:
+        """In a thread."""
+        engine, images = self._found(image, where)
+        name = images.ready(image, where=where)
+        mounts = Mounts(
+            folder=self.folder, empty=self.scratch / "empty", nothing=self.scratch / "nothing"
+        )
+        while True:
+            limits = self._limits[0]
+            container = Container(
+                engine,
+                name,
+                file=file,
+                mounts=mounts,
+                limits=limits,
+                log=self.logs / "containers.log",
+            )
+            try:
+                container.start(timeout=self._start_timeout, where=where)
+            except ContainerFailed as error:
+                said = " ".join(error.details).lower()
+                if len(self._limits) == 1 or not any(word in said for word in _OF_LIMITS):
+                    raise
+                if self._limits[0] is limits:  # others may have found out meanwhile
+                    del self._limits[0]
+                    weaker = self._limits[0]
+                    lost = "CPUs" if weaker else "memory, processes and CPUs"
+                    self._warn(
+                        f"{engine.name} cannot limit the {lost} of a container here: {error.details[-1]}"
+                    )
+            else:
+                return container
+
+    def _found(self, image: str, where: str | None) -> tuple[ContainerEngine, Images]:
+        with self._finding:
+            if self._engine is None:
+                found = find_containers()
+                if isinstance(found, str):
+                    raise _no_containers(image, where, found)
+                sweep(found)
+                self._engine = found
+            if self._images is None:
+                self._images = Images(self._engine, self.folder, self.logs)
+            return self._engine, self._images
+
+
+def _living(lease: _Lease) -> bool:
+    starting = lease.starting
+    if starting.get_loop() is not _loop() and not starting.done():
+        return False  # the loop that started it has ended meanwhile
+    if not starting.done():
+        return True
+    return not starting.cancelled() and starting.exception() is None and starting.result().alive()
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
+async def _end(lease: _Lease) -> None:
+    """A start under way is waited for: only then is there something to end."""
+    container = None
+    with contextlib.suppress(BaseException):
+        if lease.starting.done():
+            container = lease.starting.result()
+        elif lease.starting.get_loop() is _loop():
+            container = await asyncio.shield(lease.starting)
+    work = [asyncio.to_thread(host.close) for host in lease.hosts.values()]
+    if container is not None:
+        work.append(asyncio.to_thread(container.remove))
+    await asyncio.gather(*work, return_exceptions=True)
+
+
+class SandboxedHosts:
+    """Runs the sandboxed functions of one file: in the container of the rollout where its row names an image; else in
+    bubblewrap, or in a container of ``DEFAULT_IMAGE`` where there is none, shared by all rollouts.
+
+    Args:
+        file: tools.py or rewards.py.
+        sandboxes: those of the run; they end what this starts.
+        secrets, limits, import_timeout: as for CodeHost.
+        log: where what the code prints goes, of all sandboxes together.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        kind: Kind,
+        sandboxes: Sandboxes,
+        *,
+        secrets: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        limits: HostLimits | None = None,
+        import_timeout: float = IMPORT_TIMEOUT,
+    ) -> None:
+        self._file = Path(file).absolute()
+        self._kind: Kind = kind
+        self._sandboxes = sandboxes
+        self._secrets = dict(secrets or {})
+        self._log = log
+        self._limits = limits
+        self._import_timeout = import_timeout
+
+    async def prepare(self, images: Mapping[str, str], *, plain: bool = True) -> None:
+        """Import the file once in every sandbox that will be asked for, so that what is wrong shows before training.
+
+        Args:
+            images: those that rows name, with the place of the first.
+            plain: whether there are rows without one.
+
+        Raises:
+            InputError: an image that cannot be built, fetched or used, or the file cannot be imported there.
+        """
+        if plain:
+            host = await self.host(_SHARED)
+            await asyncio.to_thread(host.start)
+        for image, where in images.items():
+            trial = f"trial of {image}"
+            try:
+                host = await self._container_host(trial, image, {}, where)
+                await asyncio.to_thread(host.start)
+            except asyncio.CancelledError:
+                self._sandboxes.stop_images()
+                raise
+            except InputError as error:
+                if error.title.startswith("Invalid "):
+                    raise InputError(
+                        f'{error.message}, in the image "{image}"',
+                        title=error.title,
+                        where=error.where,
+                        why=error.why,
+                        details=error.details,
+                        fix=f"install what {self._file.name} imports in the image, or import it in the functions that use it",
+                    ) from None
+                raise
+            finally:
+                await self._sandboxes.release(trial)
+
+    async def host(
+        self,
+        rollout_id: str,
+        docker: str | None = None,
+        docker_env: Mapping[str, str] | None = None,
+    ) -> CodeHost:
+        """The host for the calls of this rollout.
+
+        Raises:
+            InputError: there is no sandbox for it, or the image cannot be used.
+            TemporaryError: its container does not come up.
+        """
+        if docker is not None:
+            return await self._container_host(rollout_id, docker, docker_env or {}, None)
+        shared = self._sandboxes.bubblewrap_host(self._file, self._make)
+        if shared is not None:
+            return shared
+        containers = find_containers()
+        if isinstance(containers, str):
+            raise _no_sandbox(str(find_bubblewrap()), containers, self._file.name)
+        return await self._container_host(_SHARED, DEFAULT_IMAGE, {}, None)
+
+    async def call(
+        self,
+        name: str,
+        payload: Mapping[str, Any],
+        *,
+        timeout: float,
+        rollout_id: str,
+        docker: str | None = None,
+        docker_env: Mapping[str, str] | None = None,
+    ) -> CallOutcome:
+        """``CodeHost.call`` in the sandbox of this rollout. Starting a container does not count against ``timeout``; one that
+        died is replaced.
+
+        Raises as ``host``, and KeyError for a name that there is not.
+        """
+        for attempt in (1, 2):
+            host = await self.host(rollout_id, docker, docker_env)
+            try:
+                return await host.call(name, payload, timeout=timeout)
+            except StartFailed:
+                key = _SHARED if docker is None else rollout_id
+                if attempt == 2 or self._sandboxes.runs(key):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _container_host(
+        self, rollout_id: str, image: str, env: Mapping[str, str], where: str | None
+    ) -> CodeHost:
+        return await self._sandboxes.container_host(
+            rollout_id, image, self._file, self._make, env=env, where=where
+        )
+
+    def _make(
+        self, *, wrap: Callable[[list[str]], list[str]], sys_path: Sequence[str], env: Mapping[str, str]
+    ) -> CodeHost:  # fmt: skip
+        return CodeHost(
+            self._file,
+            self._kind,
+            secrets=self._secrets,
+            env=env,
+            log=self._log,
+            limits=self._limits,
+            wrap=wrap,
+            sys_path=sys_path,
+            import_timeout=self._import_timeout,
+        )

@@ -1,0 +1,508 @@
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tests.models.folders import model_folder
+from tests.plan.test_rendered import make_config, prompts_of
+
+from rnow.errors import ConfigError, DataError, ModelError
+from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.plan import plan as plan_module
+from rnow.plan.plan import (
+    DeviceInfo,
+    Plan,
+    build_plan,
+    describe_device,
+    format_bytes,
+    taking_turns,
+)
+from rnow.plan.prepare import count_steps
+from rnow.plan.rendered import run_preflight
+from rnow.plan.view import plan_view
+from rnow.project.dataset import Dataset
+from rnow.types import Prompt
+
+ROOMY = DeviceInfo(device="cpu", name="CPU, 2 cores", total_bytes=16 * 10**9, free_bytes=12 * 10**9)
+CRAMPED = replace(ROOMY, free_bytes=10**6)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[ResolvedModel, ResolvedModel]:
+    model_folder(tmp_path / "student")
+    model_folder(tmp_path / "teacher", num_hidden_layers=3)
+    return tuple(  # type: ignore[return-value]
+        resolve_model(name, key=f"{name}.path", base_dir=tmp_path)
+        for name in ("student", "teacher")
+    )
+
+
+def plan_of(
+    models: tuple[ResolvedModel, ResolvedModel],
+    prompts: list[Prompt] | None = None,
+    device: DeviceInfo | None = ROOMY,
+    run_dir: Path | None = None,
+    **sections: Any,
+) -> Plan:
+    cpu = {"device": "cpu"}
+    sections["model"] = {"path": "student"} | cpu | sections.get("model", {})
+    sections["teacher"] = {"path": "teacher"} | cpu | sections.get("teacher", {})
+    config = make_config(**sections)
+    dataset = Dataset(
+        prompts=tuple(prompts or prompts_of(*["reverse: cat"] * 10)), warnings=("odd rows",)
+    )
+    preflight = run_preflight(config, dataset.prompts, *models)
+    return build_plan(
+        config,
+        dataset,
+        *models,
+        preflight,
+        run_dir=run_dir or models[0].local_dir.parent / "runs" / "first",
+        devices={"cpu": device} if device else None,
+    )
+
+
+def test_counts(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    plan = plan_of(
+        models,
+        data={"batch_size": 4, "group_size": 3},
+        trainer={"num_epochs": 2, "updates_per_batch": 2},
+        rollout={"max_tokens": 50},
+    )
+    assert (plan.prompts, plan.steps, plan.rollouts, plan.updates) == (10, 4, 48, 8)
+    assert (plan.completion_tokens, plan.max_total_tokens) == (50, 2400)
+    assert plan.warnings == ("odd rows",)
+    assert plan.stop_ids == (98,)
+    assert plan_of(models, trainer={"max_steps": 1}).steps == 1
+    assert plan_of(models, trainer={"max_steps": 99}).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ({}, 2),
+        ({"num_epochs": 3}, 6),
+        ({"num_epochs": 3, "max_steps": 5}, 5),
+        ({"max_steps": 9}, 2),
+    ],
+)
+def test_the_plan_counts_steps_as_the_run_does(
+    models: tuple[ResolvedModel, ResolvedModel], trainer: dict[str, Any], steps: int
+) -> None:
+    dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 10)))
+    config = make_config(trainer=trainer, data={"batch_size": 4})
+    assert count_steps(config, dataset) == steps
+    assert plan_of(models, trainer=trainer, data={"batch_size": 4}).steps == steps
+
+
+def test_an_answer_is_never_longer_than_the_window_leaves(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    plan = plan_of(models, prompts_of("cat", "a longer prompt"), data={"batch_size": 2})
+    shortest = plan.longest_prompt - len("a longer prompt") + len("cat")
+    assert plan.completion_tokens == 512 - shortest
+
+
+def test_sizes(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    plan = plan_of(models, model={"qlora_rank": 4}, trainer={"keep_checkpoints": 3})
+    # q 64->64, k and v 64->32, o 64->64, gate and up 64->128, down 128->64, in two layers
+    lora = 2 * 4 * (128 + 96 + 96 + 128 + 192 + 192 + 192)
+    assert plan.trainable_parameters == lora
+    assert plan.checkpoint_bytes == 3 * 4 * lora
+    assert plan.checkpoints_bytes == 4 * plan.checkpoint_bytes
+    assert plan.disk_free_bytes > 0
+    assert plan.teacher is not None
+    assert plan.teacher.parameters > plan.student.parameters
+    assert (plan.student.dtype, plan.student.quantization) == ("float32", "none")
+    names = [f"{part.model} {part.name}" for part in plan.devices[0].parts]
+    assert "teacher weights" in names
+    assert "student merged copy" in names
+    quantised = plan_of(models, model={"quantization": "nf4", "dtype": "bfloat16"})
+    assert (quantised.student.dtype, quantised.student.quantization) == ("bfloat16", "nf4")
+    assert "student merged copy" not in [f"{p.model} {p.name}" for p in quantised.devices[0].parts]
+
+
+def test_settings_change_the_parts_they_name(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    def sizes(**sections: Any) -> dict[str, int]:
+        plan = plan_of(models, **sections)
+        return {f"{part.model} {part.name}": part.bytes for part in plan.devices[0].parts}
+
+    base = sizes()
+    for name, sections in {
+        "student activations": {"trainer": {"gradient_checkpointing": True}},
+        "teacher activations": {"trainer": {"micro_batch_tokens": 600}},
+        "student sampling cache": {"sampler": {"batch_memory_gb": 0.001}},
+        "student optimizer": {"model": {"qlora_rank": 2}},
+        "teacher weights": {"teacher": {"quantization": "nf4"}},
+    }.items():
+        assert sizes(**sections)[name] < base[name]
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    assert plan_of(models).fits
+    assert plan_of(models).devices[0].advice == ()
+    plan = plan_of(models, device=CRAMPED)
+    assert not plan.fits
+    assert not plan.devices[0].fits
+    assert any(
+        line.startswith("trainer.gradient_checkpointing: true") for line in plan.devices[0].advice
+    )
+
+
+def test_only_what_is_always_held_makes_a_plan_hopeless(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    device = plan_of(models).devices[0]
+    always = sum(part.bytes for part in device.parts if part.stage == "always")
+    tight = plan_of(models, device=replace(ROOMY, free_bytes=always))
+    assert not tight.fits
+    assert not tight.devices[0].hopeless
+    assert "may not fit with the longest answers" in shown(tight)
+    hopeless = plan_of(models, device=replace(ROOMY, free_bytes=always - 1))
+    assert hopeless.devices[0].hopeless
+    assert "does not fit: at most" in shown(hopeless)
+
+
+def test_a_full_disk_does_not_fit(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("rnow.plan.plan.shutil.disk_usage", lambda _: usage(100, 99, 1))
+    plan = plan_of(models)
+    assert not plan.disk_suffices
+    assert not plan.fits
+    assert "set output_dir to another disk" in shown(plan, 200)
+
+
+def test_two_devices_are_planned_apart(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = DeviceInfo(device="cuda:0", name="a card", total_bytes=80 * 10**9, free_bytes=79 * 10**9)
+    config = make_config(
+        model={"path": "student", "device": "cuda:0"}, teacher={"path": "teacher", "device": "cpu"}
+    )
+    dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
+    preflight = run_preflight(config, dataset.prompts, *models)
+    plan = build_plan(
+        config,
+        dataset,
+        *models,
+        preflight,
+        run_dir=Path("runs/x"),
+        devices={"cuda:0": card, "cpu": ROOMY},
+    )
+    on_card, on_cpu = plan.devices
+    assert {part.model for part in on_card.parts} == {"student"}
+    assert {part.model for part in on_cpu.parts} == {"teacher"}
+    assert (plan.student.quantization, plan.student.dtype) == ("nf4", "bfloat16")
+
+
+@pytest.mark.parametrize("device", [{}, {"device": "cuda"}, {"device_map": "auto"}])
+def test_one_card_under_two_names_is_one_device(
+    models: tuple[ResolvedModel, ResolvedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    device: dict[str, str],
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    card = DeviceInfo(device="cuda:0", name="a card", total_bytes=80 * 10**9, free_bytes=10**5)
+    config = make_config(
+        model={"path": "student", "device": "cuda:0"}, teacher={"path": "teacher"} | device
+    )
+    dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
+    preflight = run_preflight(config, dataset.prompts, *models)
+    plan = build_plan(
+        config, dataset, *models, preflight, run_dir=Path("runs/x"), devices={"cuda:0": card}
+    )
+    (only,) = plan.devices
+    assert {part.model for part in only.parts} == {"student", "teacher"}
+    assert not only.fits
+
+
+@pytest.fixture
+def on_a_card(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Plan]:
+    """``on_a_card(gigabytes, **sections)``: the plan of a run whose student vLLM samples, on one card that is free."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def make(gigabytes: float, **sections: Any) -> Plan:
+        size = int(gigabytes * 1e9)
+        card = DeviceInfo(device="cuda:0", name="a card", total_bytes=size, free_bytes=size)
+        vllm = {"backend": "vllm"} | sections.pop("sampler", {})
+        config = make_config(
+            model={"path": "student", "device": "cuda"} | sections.pop("model", {}),
+            teacher={"path": "teacher", "device": "cuda:0"} | sections.pop("teacher", {}),
+            sampler=vllm,
+            **sections,
+        )
+        dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
+        preflight = run_preflight(config, dataset.prompts, *models)
+        return build_plan(
+            config, dataset, *models, preflight, run_dir=Path("runs/x"), devices={"cuda:0": card}
+        )
+
+    return make
+
+
+def test_a_large_card_holds_all_at_once(on_a_card: Callable[..., Plan]) -> None:
+    (card,) = on_a_card(24).devices
+    assert card.residency == "resident"
+    assert card.fits
+    assert set(card.peaks) == {"resident", "time_shared"}
+    assert card.peak_bytes == card.peaks["resident"]
+    assert card.peaks["resident"] >= 0.35 * 24e9
+    text = shown(on_a_card(24))
+    assert "student vLLM KV cache" in text
+    assert "all at once (residency: resident): 8.5 GB, fits  <- chosen" in text
+    assert "in turns (residency: time_shared): 19.2 GB, fits" in text
+    assert "all at once with teacher.quantization: nf4: 8.5 GB, fits" in text
+
+
+def test_a_4_bit_teacher_is_one_way_to_have_all_at_once(on_a_card: Callable[..., Plan]) -> None:
+    def smaller(**teacher: Any) -> int | None:
+        (card,) = on_a_card(24, teacher=teacher).devices
+        return card.with_nf4_teacher
+
+    (card,) = on_a_card(24).devices
+    found = smaller()
+    assert found is not None
+    assert found < card.peaks["resident"]
+    (with_it,) = on_a_card(24, teacher={"quantization": "nf4"}).devices
+    assert found == with_it.peaks["resident"]
+    assert smaller(quantization="nf4") is None
+    assert smaller(backend="vllm") is None
+
+
+def test_a_small_card_is_shared_in_turns(on_a_card: Callable[..., Plan]) -> None:
+    """A vLLM takes a gigabyte before anything else: 35% of this card is less, 80% is more."""
+    (card,) = on_a_card(2.6).devices
+    assert card.residency == "time_shared"
+    assert card.fits
+    assert card.peak_bytes == card.peaks["time_shared"]
+    text = shown(on_a_card(2.6))
+    assert "in turns (residency: time_shared): 2.1 GB, fits  <- chosen" in text
+    forced = on_a_card(2.6, residency="resident").devices[0]
+    assert forced.residency == "resident"
+    assert not forced.fits
+    assert forced.peaks == {}
+    (line,) = forced.lacking
+    assert line.startswith("sampler.gpu_memory_utilization gives vLLM 910 MB; its weights and one")
+
+
+def test_a_card_too_small_for_either_says_so(on_a_card: Callable[..., Plan]) -> None:
+    plan = on_a_card(1.0)
+    assert not plan.fits
+    assert plan.devices[0].hopeless
+    assert "sampler.gpu_memory_utilization gives vLLM" in shown(plan, 200)
+
+
+def test_residency_is_what_the_config_says(on_a_card: Callable[..., Plan]) -> None:
+    assert on_a_card(24, residency="time_shared").devices[0].residency == "time_shared"
+    assert on_a_card(24, residency="resident").devices[0].peaks == {}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sampler": {"url": "http://127.0.0.1:1"}, "teacher": {"url": "http://127.0.0.1:2"}},
+        {"sampler": {"tensor_parallel_size": 2}, "teacher": {"device": "cpu"}},
+        {"sampler": {"backend": "transformers"}, "teacher": {"device_map": "auto"}},
+    ],
+)
+def test_who_shares_with_nobody_takes_no_turns(
+    on_a_card: Callable[..., Plan], sections: dict[str, Any]
+) -> None:
+    plan = on_a_card(24, **sections, residency="time_shared")
+    assert {device.residency for device in plan.devices} == {"resident"}
+    assert all(device.peaks == {} for device in plan.devices)
+
+
+def test_a_loaded_teacher_takes_turns_with_an_embedded_sampler(
+    on_a_card: Callable[..., Plan],
+) -> None:
+    plan = on_a_card(24, sampler={"backend": "transformers"}, residency="time_shared")
+    (card,) = plan.devices
+    assert {part.owner for part in card.parts} == {"trainer", "teacher"}
+    assert card.peaks["time_shared"] < card.peaks["resident"]
+
+
+def test_turns_are_decided_by_the_conversations_of_an_agent(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer is short here, a conversation with tools fills the window: the run must plan for what it will do."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = make_config(
+        model={"path": "student", "device": "cuda"},
+        teacher={"path": "teacher", "device": "cuda:0"},
+        sampler={"backend": "transformers", "batch_memory_gb": 1e-4},
+        rollout={"max_tokens": 8},
+        trainer={"micro_batch_tokens": 1},
+    )
+    dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
+    preflight = run_preflight(config, dataset.prompts, *models)
+
+    def turns(size: int, tools: dict[str, Any]) -> frozenset[str]:
+        card = DeviceInfo(device="cuda:0", name="a card", total_bytes=size, free_bytes=size)
+        monkeypatch.setattr(plan_module, "describe_device", lambda name: card)
+        prepared: Any = SimpleNamespace(
+            config=config,
+            project=SimpleNamespace(dataset=dataset),
+            student=models[0],
+            teacher=models[1],
+            preflight=preflight,
+            tools=tools,
+        )
+        plan = build_plan(
+            config,
+            dataset,
+            *models,
+            preflight,
+            run_dir=Path("runs/x"),
+            tools=tuple(tools),
+            devices={"cuda:0": card},
+        )
+        found = taking_turns(prepared, Path("runs/x"))
+        assert bool(found) == (plan.devices[0].residency == "time_shared"), "as the check said"
+        return found
+
+    one_answer = build_plan(
+        config,
+        dataset,
+        *models,
+        preflight,
+        run_dir=Path("runs/x"),
+        devices={"cuda:0": DeviceInfo(device="cuda:0", name="", total_bytes=1, free_bytes=1)},
+    )
+    size = one_answer.devices[0].peaks["resident"] + 1000
+    assert turns(size, {}) == frozenset()
+    assert turns(size, {"search": {}}) == {"trainer", "teacher"}
+
+
+def test_what_sleeps_needs_main_memory(
+    on_a_card: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnow.plan.plan._cpu_memory", lambda: (10**6, 10**3))
+    (warning,) = on_a_card(24, residency="time_shared").warnings
+    assert "of main memory, and 1.0 kB are free" in warning
+    assert on_a_card(24).warnings == ()
+
+
+def test_turns_on_a_cpu_are_refused(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    with pytest.raises(ConfigError, match="CUDA card only") as refusal:
+        plan_of(models, residency="time_shared")
+    assert refusal.value.where == "residency"
+    assert plan_of(models, residency="resident").devices[0].peaks == {}
+
+
+def test_a_batch_larger_than_the_dataset_is_refused(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    with pytest.raises(DataError, match="batch_size is 11"):
+        plan_of(models, data={"batch_size": 11})
+
+
+def test_a_device_that_does_not_exist_is_refused(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    with pytest.raises(ModelError):
+        plan_of(models, model={"device": "quantum"})
+
+
+def test_this_machine_has_memory(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    info = describe_device("cpu")
+    assert 0 < info.free_bytes <= info.total_bytes
+    assert plan_of(models, device=None).devices[0].info.name.startswith("CPU, ")
+
+
+def test_nothing_is_written(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    plan = plan_of(models)
+    assert not Path(plan.run_dir).exists()
+
+
+def test_json_holds_plain_values(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    values = json.loads(json.dumps(plan_of(models, device=CRAMPED).to_dict(), allow_nan=False))
+    assert values["fits"] is False
+    assert values["devices"][0]["fits"] is False
+    assert values["student"]["parameters"] > 0
+    assert values["devices"][0]["parts"][0]["name"] == "weights"
+
+
+# --- on a terminal ------------------------------------------------------------------------------------------------
+
+
+def shown(plan: Plan, width: int = 80) -> str:
+    console = Console(width=width, color_system=None, force_terminal=True)
+    with console.capture() as capture:
+        console.print(plan_view(plan, console))
+    return capture.get()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("device", [ROOMY, CRAMPED])
+def test_the_view_fits_its_width(
+    models: tuple[ResolvedModel, ResolvedModel], width: int, device: DeviceInfo
+) -> None:
+    text = shown(plan_of(models, device=device, run_dir=Path("runs/first")), width)
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+    assert "…" not in text
+    for part in (
+        "student",
+        "10; the longest has",
+        "student sampling cache",
+        "warning: odd rows",
+        "per checkpoint",
+    ):
+        assert part in text
+    assert ("does not fit" in text) == (device is CRAMPED)
+    assert ("gradient_checkpointing: true" in text) == (device is CRAMPED)
+
+
+def test_text_from_the_config_cannot_control_the_terminal(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    plan = plan_of(models)
+    hostile = replace(
+        plan, warnings=("\x1b[2J[bold]x[/bold]",), student=replace(plan.student, path="[red]\x07")
+    )
+    text = shown(hostile)
+    assert "\x1b[2J" not in text
+    assert "\x07" not in text
+    assert "[bold]x[/bold]" in text
+    assert "[red]" in text
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (99_910_000_000, "99.9 GB"),
+        (99_960_000_000, "100 GB"),
+        (65.5e9, "65.5 GB"),
+        (3.2e14, "320 TB"),
+    ],
+)
+def test_sizes_are_short(amount: float, text: str) -> None:
+    assert format_bytes(amount) == text

@@ -1,0 +1,475 @@
+"""Stopping and going on: what comes after a stop is what would have come without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.setup.projects import Killed, Project, Watcher, die
+
+from rnow.disk import folder as folder_module
+from rnow.disk.folder import RunFolder
+from rnow.disk.transcripts import read_transcripts
+from rnow.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    ConfigError,
+    InputError,
+    StopRequested,
+    TemporaryError,
+)
+from rnow.sampling.transformers import TransformersSampler
+from rnow.setup.build import run
+
+SIX_STEPS: dict[str, Any] = {
+    "data": {"val_split": 0.25},
+    "evaluation": {"num_samples": 1, "max_prompts": 2, "teacher": False},
+    "evals": [{"step": 2, "name": "often"}],
+    "trainer": {"num_epochs": 2, "save_step": 2, "warmup_steps": 3},
+}
+"""12 prompts, 3 steps an epoch: step 4 is in a new order."""
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: MakeModel) -> Project:
+    """A run that nothing interrupts."""
+    torch.set_num_threads(1)
+    project = Project(tmp_path_factory.mktemp("whole"), tiny_model_dir)
+    run(project.config(**SIX_STEPS), folder=project.folder)
+    return project
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model_dir: MakeModel) -> Project:
+    return Project(tmp_path / "project", tiny_model_dir)
+
+
+def checkpoints(project: Project) -> list[str]:
+    return sorted(path.name for path in (project.run_dir / "checkpoints").iterdir())
+
+
+def assert_same_run(project: Project, whole: Project) -> None:
+    """The same numbers, evaluations, transcripts and adapter, bit by bit."""
+    assert project.numbers == whole.numbers
+    assert project.evaluations == whole.evaluations
+    for row in whole.numbers:
+        mine, theirs = (
+            read_transcripts(one.run_dir / "transcripts", row["step"]) for one in (project, whole)
+        )
+        assert mine == theirs
+    name = Path("adapter") / "adapter_model.safetensors"
+    assert (project.run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes()
+
+
+# ---- stops at a safe point ------------------------------------------------------------------------------------------
+
+
+STAGES = [
+    (2, "evaluating: before", 1),
+    (0, "rollout", 1),
+    (1, "update", 2),
+    (3, "rollout", 4),
+    (4, "teacher", 5),
+    (2, "evaluating often", 1),
+    (6, "evaluating: after", 1),
+]
+
+
+@pytest.mark.parametrize(("done", "stage", "nth"), STAGES)
+def test_a_signal_in_each_stage_saves_and_the_run_goes_on(
+    project: Project, whole: Project, done: int, stage: str, nth: int
+) -> None:
+    config = project.config(**SIX_STEPS)
+    watcher = Watcher().at(stage, nth, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(StopRequested) as caught:
+        run(config, folder=project.folder, display=watcher)
+    assert caught.value.exit_code == EXIT_INTERRUPTED
+    assert "again to continue" in str(caught.value.fix)
+    if stage != "evaluating: before":
+        assert checkpoints(project)[-1] == f"step-{done:06d}"
+    assert not (project.run_dir / "summary.json").exists()
+    summary = run(config, folder=project.folder)
+    assert summary.values["steps"] == 6
+    assert_same_run(project, whole)
+
+
+def test_sigterm_has_its_own_exit_code(project: Project) -> None:
+    watcher = Watcher().at("teacher", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StopRequested) as caught:
+        run(project.config(**SIX_STEPS), folder=project.folder, display=watcher)
+    assert caught.value.exit_code == EXIT_TERMINATED
+
+
+def test_a_stop_between_two_updates_of_a_step_changes_nothing(
+    tmp_path: Path, tiny_model_dir: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update of step 2 is done, the second is not: the step has to begin again from the weights before it."""
+    from rnow.policy.student import LoraPolicy
+
+    sections = {**SIX_STEPS, "trainer": {"max_steps": 2, "updates_per_batch": 2}}
+    straight = Project(tmp_path / "straight", tiny_model_dir)
+    run(straight.config(**sections), folder=straight.folder)
+
+    accumulate, calls = LoraPolicy._accumulate, []
+
+    def interrupted(self: LoraPolicy, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return accumulate(self, *args, **options)
+
+    stopped = Project(tmp_path / "stopped", tiny_model_dir)
+    monkeypatch.setattr(LoraPolicy, "_accumulate", interrupted)
+    with pytest.raises(StopRequested):
+        run(stopped.config(**sections), folder=stopped.folder)
+    monkeypatch.undo()
+    run(stopped.config(**sections), folder=stopped.folder)
+    assert_same_run(stopped, straight)
+
+
+# ---- sudden ends ---------------------------------------------------------------------------------------------------
+
+KILLED_AGAIN_AND_AGAIN = """
+import json, os, signal, sys
+from pathlib import Path
+
+import bitsandbytes, datasets, peft, torch
+from transformers import Qwen3ForCausalLM
+from rnow.config import Config
+from rnow.setup import build
+from rnow.disk import checkpoints
+from tests.setup.projects import Watcher
+
+torch.set_num_threads(1)
+folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_a_save(nth):
+    write, count = checkpoints.write_synced, []
+
+    def dies(path, data):
+        count.append(path)
+        if len(count) == nth:
+            path.write_bytes(data[: len(data) // 2])
+            kill()
+        write(path, data)
+
+    checkpoints.write_synced = dies
+
+
+def attempt(death):
+    # Nothing was computed in this process, so a fork is a whole run that saves importing everything again.
+    child = os.fork()
+    if child == 0:
+        watcher = Watcher()
+        if isinstance(death, int):
+            kill_in_a_save(death)
+        elif death is not None:
+            watcher.at(*death, kill)
+        try:
+            build.run(Config(**values), folder=folder, display=watcher)
+        finally:
+            os._exit(0 if death is None else 3)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+DEATHS = [("rollout", 2), ("update", 2), 3, ("reward", 3), ("sync", 2), 4, ("step 5", 1), ("rollout", 2)]
+codes = [attempt(death) for death in DEATHS]
+sys.stdout.write(json.dumps(codes))
+"""
+
+
+def subprocess_environment() -> dict[str, str]:
+    root = Path(__file__).parents[2]
+    return os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+
+
+def test_kill_9_again_and_again_changes_no_number(project: Project, whole: Project) -> None:
+    """Killed in sampling, in the update, in half-written checkpoints ..., continued each time, and once to the end."""
+    ended = subprocess.run(
+        [
+            sys.executable, "-c", KILLED_AGAIN_AND_AGAIN,
+            str(project.folder), json.dumps(project.values(**SIX_STEPS)),
+        ],
+        capture_output=True, text=True, timeout=300, env=subprocess_environment(),
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == [-signal.SIGKILL] * 8, ended.stderr
+    watcher = Watcher()
+    run(project.config(**SIX_STEPS), folder=project.folder, display=watcher)
+    assert any("continuing after step 4" in note for note in watcher.notes)
+    assert_same_run(project, whole)
+
+
+def test_rollouts_that_were_finished_are_not_drawn_again(project: Project, whole: Project) -> None:
+    config = project.config(**SIX_STEPS)
+    with pytest.raises(Killed):
+        run(config, folder=project.folder, display=Watcher().at("teacher", 3, die))
+    journal = project.run_dir / "journal" / "step-000003.jsonl"
+    lines = journal.read_text().splitlines()
+    assert len(lines) == 9
+    # Half of them lost: sampled again, to the same tokens.
+    journal.write_text("".join(line + "\n" for line in lines[:4]) + '{"commit":true}\n')
+    run(config, folder=project.folder)
+    tokens = [
+        [
+            [token["id"] for token in line["tokens"]]
+            for line in read_transcripts(one.run_dir / "transcripts", 3)
+        ]
+        for one in (project, whole)
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(
+    project: Project, whole: Project
+) -> None:
+    config = project.config(**SIX_STEPS)
+    with pytest.raises(Killed):
+        run(config, folder=project.folder, display=Watcher().at("update", 6, die))
+    assert checkpoints(project) == ["step-000002", "step-000004"]
+    (project.run_dir / "checkpoints" / "step-000004" / "adapter_model.safetensors").write_bytes(b"")
+    watcher = Watcher()
+    run(config, folder=project.folder, display=watcher)
+    assert any("damaged" in note for note in watcher.notes)
+    assert any("continuing after step 2" in note for note in watcher.notes)
+    assert_same_run(project, whole)
+
+
+def test_all_checkpoints_damaged(project: Project) -> None:
+    config = project.config(**SIX_STEPS)
+    run(config, folder=project.folder)
+    for path in (project.run_dir / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
+    (project.run_dir / "summary.json").unlink()
+    with pytest.raises(InputError, match="every checkpoint of this run is damaged") as caught:
+        run(config, folder=project.folder)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+
+
+# ---- going on after the end ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_says_so(whole: Project, tmp_path: Path) -> None:
+    before = (whole.run_dir / "summary.json").read_bytes()
+    watcher = Watcher()
+    summary = run(whole.config(**SIX_STEPS), folder=whole.folder, display=watcher)
+    assert summary.exit_code == 0
+    assert summary.values["steps"] == 6
+    assert any("finished already" in note for note in watcher.notes)
+    assert "loading the student" not in watcher.stages
+    assert (whole.run_dir / "summary.json").read_bytes() == before
+
+
+def test_more_epochs_go_on(project: Project, whole: Project) -> None:
+    shorter = {**SIX_STEPS, "trainer": SIX_STEPS["trainer"] | {"num_epochs": 1}}
+    run(project.config(**shorter), folder=project.folder)
+    assert len(project.numbers) == 3
+    watcher = Watcher()
+    summary = run(project.config(**SIX_STEPS), folder=project.folder, display=watcher)
+    assert any("continuing after step 3" in note for note in watcher.notes)
+    assert summary.values["steps"] == 6
+    assert project.numbers == whole.numbers
+    named = [(row["name"], row["step"]) for row in project.evaluations]
+    assert named == [
+        ("before", 0), ("often", 2), ("after", 3), ("often", 4), ("often", 6), ("after", 6),
+    ]  # fmt: skip
+    assert summary.values["evaluation"]["after"]["step"] == 6
+
+
+def test_fewer_epochs_do_not_claim_to_have_trained_less(project: Project) -> None:
+    run(project.config(**SIX_STEPS), folder=project.folder)
+    shorter = {**SIX_STEPS, "trainer": SIX_STEPS["trainer"] | {"num_epochs": 1}}
+    summary = run(project.config(**shorter), folder=project.folder)
+    assert summary.values["steps"] == 6, "the adapter has six steps in it"
+
+
+def test_fresh_leaves_the_old_run_alone(whole: Project, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole.folder, tmp_path / "copy")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (copy / "runs/tiny").iterdir())
+    config = whole.config(**{**SIX_STEPS, "trainer": {"max_steps": 1}})
+    summary = run(config, folder=copy, fresh=True)
+    assert summary.values["run_dir"].endswith("runs/tiny-2")
+    after = sorted((path.name, path.stat().st_mtime_ns) for path in (copy / "runs/tiny").iterdir())
+    assert after == before
+
+
+# ---- changes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(project: Project) -> Project:
+    """A run killed after a checkpoint at step 2."""
+    with pytest.raises(Killed):
+        run(
+            project.config(**SIX_STEPS),
+            folder=project.folder,
+            display=Watcher().at("update", 3, die),
+        )
+    return project
+
+
+def test_another_learning_rate_is_warned_of(stopped: Project) -> None:
+    sections = {**SIX_STEPS, "trainer": SIX_STEPS["trainer"] | {"learning_rate": 1e-3}}
+    watcher = Watcher()
+    run(stopped.config(**sections), folder=stopped.folder, display=watcher)
+    (note,) = [note for note in watcher.notes if "trainer.learning_rate" in note]
+    assert note.startswith("warning:")
+    assert "0.005 -> 0.001" in note
+    assert [row["lr"] for row in stopped.numbers[3:]] == [1e-3] * 3
+
+
+def test_another_rank_is_refused(stopped: Project) -> None:
+    before = sorted(path.name for path in stopped.run_dir.rglob("*"))
+    with pytest.raises(ConfigError, match="cannot be continued") as caught:
+        run(stopped.config(**SIX_STEPS, model={"qlora_rank": 8}), folder=stopped.folder)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert "model.qlora_rank: 4 -> 8" in caught.value.details
+    assert sorted(path.name for path in stopped.run_dir.rglob("*")) == before
+
+
+def test_other_data_is_refused(stopped: Project) -> None:
+    text = (stopped.folder / "train.jsonl").read_text()
+    (stopped.folder / "train.jsonl").write_text(text.replace("cat", "cow"))
+    with pytest.raises(ConfigError, match="cannot be continued") as caught:
+        run(stopped.config(**SIX_STEPS), folder=stopped.folder)
+    assert "the training data changed" in caught.value.details
+
+
+def test_other_weights_in_the_students_folder_are_refused(
+    stopped: Project, tmp_path: Path, tiny_model_dir: MakeModel
+) -> None:
+    """The same path, another model: the adapter was not made for it."""
+    student = shutil.copytree(stopped.student, tmp_path / "student")
+    fresh = Project(tmp_path / "again", tiny_model_dir)
+    fresh.student = student
+    with pytest.raises(Killed):
+        run(fresh.config(**SIX_STEPS), folder=fresh.folder, display=Watcher().at("update", 3, die))
+    other = tiny_model_dir(seed=9, num_hidden_layers=1, vocab_size=128)
+    shutil.copy(other / "model.safetensors", student / "model.safetensors")
+    with pytest.raises(InputError):
+        run(fresh.config(**SIX_STEPS), folder=fresh.folder)
+
+
+def test_another_temperature_does_not_reuse_rollouts(stopped: Project) -> None:
+    """What the journal holds of step 3 was drawn at another temperature than it would be trained at."""
+    assert (stopped.run_dir / "journal" / "step-000003.jsonl").stat().st_size > 0
+    run(stopped.config(**SIX_STEPS, rollout={"temperature": 0.5}), folder=stopped.folder)
+    assert abs(stopped.numbers[2]["ratio/mean"] - 1) < 1e-4
+
+
+# ---- two at once ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_same_folder_is_refused(stopped: Project) -> None:
+    refused = pytest.raises(InputError, match="another rnow process")
+    with RunFolder(stopped.run_dir).lock(), refused as caught:
+        run(stopped.config(**SIX_STEPS), folder=stopped.folder)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+
+
+def test_a_run_that_began_while_this_one_loaded_is_noticed(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find no run folder; the one that comes second to make it must not go on beside the first."""
+    held: list[Any] = []
+
+    def other_begins() -> None:
+        folder_module.RunFolder(project.run_dir).make()
+        held.append(RunFolder(project.run_dir).lock())
+        held[0].__enter__()
+
+    try:
+        with pytest.raises(InputError, match="another rnow process"):
+            run(
+                project.config(**SIX_STEPS),
+                folder=project.folder,
+                display=Watcher().at("loading the teacher", 1, other_begins),
+            )
+    finally:
+        held[0].__exit__(None, None, None)
+
+
+# ---- dead before the first checkpoint -------------------------------------------------------------------------------
+
+UNSAVED: dict[str, Any] = {
+    "data": {"val_split": 0.25},
+    "evaluation": {"num_samples": 1, "max_prompts": 2, "teacher": False},
+    "trainer": {"max_steps": 2},
+}
+
+
+@pytest.fixture
+def unsaved(project: Project) -> Project:
+    """Killed in the first update: "before" is measured, step 1 is journalled, nothing is saved."""
+    with pytest.raises(Killed):
+        run(
+            project.config(**UNSAVED),
+            folder=project.folder,
+            display=Watcher().at("update", 1, die),
+        )
+    assert not (project.run_dir / "checkpoints").exists()
+    assert (project.run_dir / "journal" / "step-000001.jsonl").stat().st_size > 0
+    return project
+
+
+def test_what_was_sampled_before_the_first_checkpoint_is_used(unsaved: Project) -> None:
+    before = unsaved.evaluations
+    run(unsaved.config(**UNSAVED), folder=unsaved.folder)
+    assert unsaved.evaluations[:1] == before
+
+
+def test_other_prompts_before_the_first_checkpoint_start_clean(
+    unsaved: Project, tmp_path: Path, tiny_model_dir: MakeModel
+) -> None:
+    """The ids of the prompts and the policy version are the same; the prompts are not."""
+    fresh = Project(tmp_path / "fresh", tiny_model_dir)
+    rows = [
+        {"messages": [{"role": "user", "content": f"another {row}"}], "rewards": ["short"]}
+        for row in range(16)
+    ]
+    for project in (unsaved, fresh):
+        project.write_rows(rows)
+        run(project.config(**UNSAVED), folder=project.folder)
+    assert unsaved.numbers == fresh.numbers
+    assert unsaved.evaluations == fresh.evaluations
+    assert read_transcripts(unsaved.run_dir / "transcripts", 1) == read_transcripts(
+        fresh.run_dir / "transcripts", 1
+    )
+
+
+def test_a_fault_between_update_and_sync_does_not_train_a_step_twice(
+    project: Project, whole: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy holds step 4 already, but step 4 is not finished: saving it as step 3 would repeat its update."""
+    load = TransformersSampler.load_policy
+
+    def fail_at_four(self: TransformersSampler, adapter: Any, *, version: int) -> None:
+        if version == 4:
+            raise TemporaryError("the sampler is gone")
+        load(self, adapter, version=version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersSampler, "load_policy", fail_at_four)
+        with pytest.raises(TemporaryError, match="the sampler is gone"):
+            run(project.config(**SIX_STEPS), folder=project.folder)
+    run(project.config(**SIX_STEPS), folder=project.folder)
+    assert_same_run(project, whole)

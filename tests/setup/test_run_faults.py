@@ -1,0 +1,400 @@
+"""Faults of a whole run: before training nothing is written; during it the state survives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.setup.projects import Project, Watcher
+
+from rnow.algorithm.records import SampledEvidence
+from rnow.config import to_yaml
+from rnow.disk import checkpoints
+from rnow.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_TEMPORARY,
+    InputError,
+    RnowError,
+    TemporaryError,
+)
+from rnow.setup.build import run
+from rnow.teacher.transformers import TransformersTeacher
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model_dir: MakeModel) -> Project:
+    return Project(tmp_path / "project", tiny_model_dir)
+
+
+# ---- before training -----------------------------------------------------------------------------------------------
+
+
+def copied_teacher(project: Project) -> Path:
+    return shutil.copytree(project.teacher, project.folder.parent / "teacher")
+
+
+def api_teacher(project: Project) -> dict[str, Any]:
+    return {"teacher": {"path": "openai/gpt-4o"}}
+
+
+def empty_teacher(project: Project) -> dict[str, Any]:
+    folder = project.folder.parent / "empty"
+    folder.mkdir()
+    return {"teacher": {"path": str(folder)}}
+
+
+def wrong_tokenizer(project: Project) -> dict[str, Any]:
+    teacher = copied_teacher(project)
+    file = teacher / "tokenizer.json"
+    text = file.read_text()
+    swapped = text.replace('"a": ', '"@": ').replace('"b": ', '"a": ').replace('"@": ', '"b": ')
+    assert swapped != text
+    file.write_text(swapped)
+    return {"teacher": {"path": str(teacher)}}
+
+
+def truncated_weights(project: Project) -> dict[str, Any]:
+    teacher = copied_teacher(project)
+    file = teacher / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4096])
+    return {"teacher": {"path": str(teacher)}}
+
+
+def teacher_of_nan(project: Project) -> dict[str, Any]:
+    teacher = copied_teacher(project)
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    return {"teacher": {"path": str(teacher)}}
+
+
+def teacher_of_zeros(project: Project) -> dict[str, Any]:
+    teacher = copied_teacher(project)
+    tensors = load_file(teacher / "model.safetensors")
+    save_file(
+        {name: torch.zeros_like(t) for name, t in tensors.items()},
+        teacher / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return {"teacher": {"path": str(teacher)}}
+
+
+def unknown_reward(project: Project) -> dict[str, Any]:
+    project.write_rows([{"messages": [{"role": "user", "content": "x"}], "rewards": ["shorty"]}])
+    return {"data": {"batch_size": 1}}
+
+
+def oversized_prompt(project: Project) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "x" * 600}]}]
+    project.write_rows(rows * 4)
+    return {}
+
+
+def broken_line(project: Project) -> dict[str, Any]:
+    with (project.folder / "train.jsonl").open("a") as file:
+        file.write('{"messages": [\n')
+    return {}
+
+
+def no_data(project: Project) -> dict[str, Any]:
+    (project.folder / "train.jsonl").unlink()
+    return {}
+
+
+def broken_rewards(project: Project) -> dict[str, Any]:
+    (project.folder / "rewards.py").write_text("import no_such_module_anywhere\n")
+    return {}
+
+
+def a_file_for_output(project: Project) -> dict[str, Any]:
+    (project.folder / "out").write_text("a file")
+    return {"output_dir": "out"}
+
+
+FAULTS = [
+    (api_teacher, "gpt-4o"),
+    (empty_teacher, "empty"),
+    (wrong_tokenizer, "token"),
+    (truncated_weights, "model.safetensors"),
+    (teacher_of_nan, "non-finite logits"),
+    (teacher_of_zeros, "same log-probability"),
+    (unknown_reward, "shorty"),
+    (oversized_prompt, "not fit the window"),
+    (broken_line, "train.jsonl"),
+    (no_data, "train.jsonl"),
+    (broken_rewards, "no_such_module_anywhere"),
+    (a_file_for_output, "cannot write to the run folder"),
+    (lambda project: {"data": {"batch_size": 17}}, "only 16 prompts"),
+    (lambda project: {"algorithm": {"adv_estimator": "gae"}}, "gae"),
+    (lambda project: {"evals": [{"step": 2}]}, "held out"),
+    (lambda project: {"model": {"path": "nowhere"}}, "nowhere"),
+    (lambda project: {"model": {"device": "cuda:0"}}, "no GPU"),
+    (lambda project: {"rollout": {"max_context_window": 5000}}, "at most 512"),
+]
+NAMES = [
+    "api-teacher", "empty-teacher", "wrong-tokenizer", "truncated-weights", "nan-teacher", "zero-teacher",
+    "unknown-reward", "oversized-prompt", "broken-line", "no-data", "broken-rewards", "output-is-a-file",
+    "large-batch", "reserved", "evals-without-prompts", "no-student", "no-gpu", "large-window",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "words"), FAULTS, ids=NAMES)
+def test_a_fault_before_training_leaves_nothing(
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Project], dict[str, Any]],
+    words: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sections = make(project)
+    before = listing(project)
+    with pytest.raises(InputError) as caught:
+        run(project.config(**sections), folder=project.folder)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert words in caught.value.render()
+    assert listing(project) == before
+
+
+def listing(project: Project) -> list[str]:
+    return sorted(
+        str(path.relative_to(project.folder))
+        for path in project.folder.rglob("*")
+        if "__pycache__" not in path.parts
+    )
+
+
+# ---- disks ---------------------------------------------------------------------------------------------------------
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, when: Callable[[Path], bool]) -> list[Path]:
+    """Writing fails from now on wherever ``when`` says so."""
+    refused: list[Path] = []
+    open_file, write_bytes = Path.open, Path.write_bytes
+
+    def full(path: Path) -> None:
+        if when(path):
+            refused.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def opened(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode[0] in "wa" or "+" in mode:
+            full(self)
+        return open_file(self, mode, *args, **kwargs)
+
+    def written(self: Path, data: Any) -> int:
+        full(self)
+        return write_bytes(self, data)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "write_bytes", written)
+    return refused
+
+
+def test_a_full_disk_while_saving_ends_with_75_and_keeps_the_last_checkpoint(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = project.config(trainer={"save_step": 1})
+    refused = fill_the_disk(monkeypatch, lambda path: path.parent.name.startswith(".tmp-3-"))
+    with pytest.raises(TemporaryError, match="last good checkpoint is step 2") as caught:
+        run(config, folder=project.folder)
+    assert caught.value.exit_code == EXIT_TEMPORARY
+    assert refused
+    monkeypatch.undo()
+    names = sorted(path.name for path in (project.run_dir / "checkpoints").iterdir())
+    assert names == ["step-000001", "step-000002"]
+    watcher = Watcher()
+    summary = run(config, folder=project.folder, display=watcher)
+    assert any("continuing after step 2" in note for note in watcher.notes)
+    assert summary.values["steps"] == 4
+
+
+def test_a_full_disk_for_metrics_is_told_and_survived(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rnow.disk import sinks
+
+    def full(path: Path, line: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sinks, "_append_whole", full)
+    watcher = Watcher()
+    summary = run(project.config(), folder=project.folder, display=watcher)
+    assert summary.values["steps"] == 4
+    assert sum("metrics are not being written" in note for note in watcher.notes) == 1
+
+
+@pytest.mark.parametrize("place", ["transcripts", "evaluations.jsonl", ".summary.json"])
+def test_a_full_disk_anywhere_else_is_temporary(
+    project: Project, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    config = project.config(
+        data={"val_split": 0.25}, evaluation={"num_samples": 1}, trainer={"save_step": 1}
+    )
+    fill_the_disk(monkeypatch, lambda path: place in str(path))
+    with pytest.raises(TemporaryError) as caught:
+        run(config, folder=project.folder)
+    assert caught.value.exit_code == EXIT_TEMPORARY
+    monkeypatch.undo()
+    assert run(config, folder=project.folder).values["steps"] == 3
+
+
+def test_a_full_disk_for_the_journal_is_survived(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = fill_the_disk(monkeypatch, lambda path: "journal" in path.parts)
+    assert run(project.config(), folder=project.folder).values["steps"] == 4
+    assert refused
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+class BrokenTeacher:
+    """Makes the teacher answer NaN from its n-th question on, ``times`` times (the self-check asks three)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, first: int, times: int) -> None:
+        self.asked = 0
+        score = TransformersTeacher.score
+
+        async def broken(teacher: TransformersTeacher, samples: Any) -> Any:
+            self.asked += 1
+            evidence = await score(teacher, samples)
+            if first + 3 <= self.asked < first + 3 + times:
+                return {
+                    name: SampledEvidence(teacher_logprobs=found.teacher_logprobs * float("nan"))
+                    for name, found in evidence.items()
+                }
+            return evidence
+
+        monkeypatch.setattr(TransformersTeacher, "score", broken)
+
+
+def test_one_step_of_nan_is_skipped(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    BrokenTeacher(monkeypatch, first=2, times=1)
+    watcher = Watcher()
+    run(project.config(), folder=project.folder, display=watcher)
+    assert [row.get("skipped_updates") for row in project.metrics] == [None, 1.0, None, None]
+    assert project.metrics[1]["teacher_kl"] is None, "NaN is null in JSON"
+    assert any("step 2 brought no finite update" in note for note in watcher.notes)
+    adapter = load_file(project.run_dir / "adapter" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in adapter.values())
+
+
+def test_three_steps_of_nan_end_the_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    BrokenTeacher(monkeypatch, first=2, times=99)
+    with pytest.raises(RnowError, match="3 steps in a row") as caught:
+        run(project.config(trainer={"save_step": 1}), folder=project.folder)
+    assert caught.value.exit_code == EXIT_FAILED
+    assert "step-00000" in str(caught.value)
+    store = checkpoints.CheckpointStore(project.run_dir / "checkpoints", keep=2, warn=pytest.fail)
+    saved = store.latest()
+    assert saved is not None
+    assert all(torch.isfinite(tensor).all() for tensor in saved.adapter.values())
+    assert saved.state["updates"] == 1
+
+
+# ---- signals to the real program -----------------------------------------------------------------------------------
+
+
+SLOW_DISK = """
+import pathlib, sys, time
+from rnow.__main__ import main
+from rnow.training.saver import Saver
+
+def rescue(saver, done):
+    pathlib.Path("saving").touch()
+    time.sleep(60)
+
+Saver.rescue = rescue
+sys.argv = ["rnow", "run"]
+main()
+"""
+
+
+def start(
+    project: Project, *, program: Sequence[str] = ("-m", "rnow", "run"), **sections: Any
+) -> subprocess.Popen[str]:
+    (project.folder / "config.yml").write_text(to_yaml(project.config(**sections)))
+    source = Path(__file__).parents[2] / "src"
+    return subprocess.Popen(
+        [sys.executable, *program],
+        cwd=project.folder,
+        env=os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_ctrl_c_ends_with_130_and_the_state_saved(project: Project) -> None:
+    process = start(project, trainer={"num_epochs": 200})
+    wait_for(project.run_dir / "transcripts" / "step-000003.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, output
+    assert "Traceback" not in output
+    assert "run the same command again to continue" in " ".join(output.split())
+    (saved, *_) = sorted((project.run_dir / "checkpoints").iterdir(), reverse=True)
+    done = int(saved.name.removeprefix("step-"))
+    assert done >= 3
+    watcher = Watcher()
+    config = project.config(trainer={"num_epochs": 200, "max_steps": done + 1})
+    assert run(config, folder=project.folder, display=watcher).values["steps"] == done + 1
+    assert any(f"continuing after step {done}" in note for note in watcher.notes)
+
+
+def test_a_second_ctrl_c_ends_at_once(project: Project) -> None:
+    """The first ends a reward that hangs and then waits for a disk that does; nothing holds up the second."""
+    (project.folder / "rewards.py").write_text(
+        "import pathlib, time\n"
+        "from rnow.core import reward\n"
+        "@reward\n"
+        "def short(args, messages):\n"
+        "    folder = pathlib.Path('runs/tiny/checkpoints/step-000001')\n"
+        "    if folder.exists():\n"
+        "        pathlib.Path('hangs').touch()\n"
+        "        time.sleep(60)\n"
+        "    return 1.0\n"
+    )
+    process = start(project, program=("-c", SLOW_DISK), trainer={"save_step": 1})
+    wait_for(project.folder / "hangs", process)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    wait_for(project.folder / "saving", process)
+    assert time.monotonic() - began < 10
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    assert process.returncode == EXIT_INTERRUPTED, output
+    state = json.loads((project.run_dir / "checkpoints/step-000001/state.json").read_text())
+    assert state["step"] == 1

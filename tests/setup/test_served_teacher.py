@@ -1,0 +1,86 @@
+"""A whole run with a teacher on a server that somebody else runs: its key, its answers, its evaluation, its death."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.serving.scripted import ScriptedServer, status
+from tests.setup.projects import Project, Watcher
+
+from rnow.errors import TemporaryError
+from rnow.setup.build import run
+from rnow.teacher.vllm import API_KEY_VARIABLE
+
+KEY = "k3y-of-the-teacher"
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer(key=KEY) as started:
+        yield started
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Project:
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    made = Project(tmp_path / "project", tiny_model_dir, rewards=False)
+    (made.folder / ".env").write_text(f"{API_KEY_VARIABLE}={KEY}\n")
+    return made
+
+
+def config_of(project: Project, server: ScriptedServer, **sections: Any) -> Any:
+    values: dict[str, Any] = {
+        "teacher": {"url": server.url},
+        "rollout": {"max_context_window": 60},
+        "trainer": {"max_steps": 2},
+    }
+    return project.config(**(values | sections))
+
+
+def test_the_key_of_the_projects_env_file(project: Project, server: ScriptedServer) -> None:
+    run(config_of(project, server), folder=project.folder)
+    assert len(project.numbers) == 2
+    for row in project.numbers:
+        # The scripted teacher gives every token -0.1 to -2.9, the untrained student about -4.6.
+        assert -5.5 < row["teacher_kl"] < -0.5
+    judged = [body for body in server.asked("/v1/completions") if "prompt_logprobs" in body]
+    assert len(judged) >= 2 * 4 * 2
+    for text in (path.read_text() for path in project.run_dir.rglob("*.json*")):
+        assert KEY not in text
+
+
+def test_the_teacher_answers_the_held_out_prompts(project: Project, server: ScriptedServer) -> None:
+    sections = {
+        "data": {"val_split": 0.25},
+        "evaluation": {"num_samples": 2, "max_prompts": 3, "teacher": True},
+    }
+    run(config_of(project, server, **sections), folder=project.folder)
+    names = [row["name"] for row in project.evaluations]
+    assert names == ["before", "teacher", "after"]
+    answered = [body for body in server.asked("/v1/completions") if body.get("logit_bias")]
+    assert len(answered) == 3 * 2
+    assert len({body["seed"] for body in answered}) == 3 * 2
+    assert {tuple(body["logit_bias"]) for body in answered} == {("100", "101", "102", "103")}
+
+
+def test_a_teacher_that_goes_ends_the_run_with_its_state_saved(
+    project: Project, server: ScriptedServer
+) -> None:
+    def gone() -> None:
+        server.always = status(403)
+
+    display = Watcher().at("teacher", 2, gone)
+    with pytest.raises(TemporaryError) as caught:
+        run(config_of(project, server), folder=project.folder, display=display)
+    assert caught.value.exit_code == 75
+    assert [path.name for path in sorted((project.run_dir / "checkpoints").iterdir())] == [
+        "step-000001"
+    ]
+    server.always = None
+    run(config_of(project, server), folder=project.folder)
+    assert [row["step"] for row in project.metrics] == [1, 2]

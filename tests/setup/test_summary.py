@@ -1,0 +1,79 @@
+"""summary.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rnow.setup.summary import build_values, versions
+
+
+def values(folder: Path, kls: list[float | None], **changes: Any) -> dict[str, Any]:
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": 1, "teacher_kl": kl}) + "\n" for kl in kls))
+    fields: dict[str, Any] = {
+        "run_dir": folder,
+        "adapter": folder / "adapter",
+        "steps": len(kls),
+        "seconds": 12.3456,
+        "counters": {"completion_tokens": 99.0, "seconds": 12.3},
+        "metrics_file": metrics,
+        "evaluations": [],
+        "facts": {"student": "a", "teacher": "b", "config_hash": "c", "versions": {"torch": "2"}},
+        "device": "cpu",
+        "sampler": {"backend": "transformers", "mode": "merged"},
+    }
+    return build_values(**fields | changes)
+
+
+def test_all_fields_of_a_run_without_held_out_prompts(tmp_path: Path) -> None:
+    assert values(tmp_path, [0.5]) == {
+        "status": "finished",
+        "run_dir": str(tmp_path),
+        "adapter": str(tmp_path / "adapter"),
+        "steps": 1,
+        "wall_seconds": 12.35,
+        "completion_tokens": 99,
+        "teacher_kl": {"first": 0.5, "last": 0.5},
+        "evaluation": {"before": None, "after": None, "teacher": None},
+        "student": "a",
+        "teacher": "b",
+        "sampler": {"backend": "transformers", "mode": "merged"},
+        "device": "cpu",
+        "versions": {"torch": "2"},
+        "config_hash": "c",
+    }
+
+
+def test_first_and_last_are_tenths_of_the_run(tmp_path: Path) -> None:
+    kls = [float(20 - index) for index in range(20)]
+    assert values(tmp_path, list(kls))["teacher_kl"] == {"first": 19.5, "last": 1.5}
+
+
+def test_steps_without_a_kl_do_not_count(tmp_path: Path) -> None:
+    assert values(tmp_path, [None, 0.5, None])["teacher_kl"] == {"first": 0.5, "last": 0.5}
+    assert values(tmp_path, [None])["teacher_kl"] == {"first": None, "last": None}
+
+
+def test_the_last_evaluation_of_each_name_counts(tmp_path: Path) -> None:
+    """A run with more epochs is evaluated after training twice."""
+    rows = [
+        {"name": "before", "step": 0, "pass@1": 0.5},
+        {"name": "teacher", "step": 0, "pass@1": 0.9},
+        {"name": "often", "step": 2, "pass@1": 0.6},
+        {"name": "after", "step": 4, "pass@1": 0.7},
+        {"name": "after", "step": 8, "pass@1": 0.8},
+    ]
+    assert values(tmp_path, [0.5], evaluations=rows)["evaluation"] == {
+        "before": {"step": 0, "pass@1": 0.5},
+        "after": {"step": 8, "pass@1": 0.8},
+        "teacher": {"step": 0, "pass@1": 0.9},
+    }
+
+
+@pytest.mark.parametrize("name", ["python", "torch", "transformers", "peft", "safetensors"])
+def test_versions_name_what_shapes_the_numbers(name: str) -> None:
+    assert versions()[name][0].isdigit()

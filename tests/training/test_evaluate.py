@@ -1,0 +1,114 @@
+"""Evaluation of held-out prompts: pass@k, and the distance to the teacher."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from typing import Any
+
+import pytest
+from tests.fakes import FakeEnvironment, FakeRewarder, FakeSampler, FakeTeacher
+
+from rnow.rollout.collect import RolloutSettings
+from rnow.training.evaluate import Evaluator, pass_at_k
+from rnow.training.residency import Residency
+from rnow.types import Prompt, Rollout
+
+END = 9
+PROMPTS = [
+    Prompt(id=f"dataset_0/{row}", dataset="dataset_0", row=row, messages=()) for row in range(3)
+]
+SETTINGS = RolloutSettings(
+    group_size=4,
+    window=64,
+    max_tokens=8,
+    stop_token_ids=(END,),
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    run_seed=0,
+    purpose="eval",
+)
+
+
+def evaluate(
+    rewarder: FakeRewarder, sampler: FakeSampler | None = None, teacher: Any = None, **changes: Any
+) -> dict[str, float]:
+    fields: dict[str, Any] = {
+        "prompts": PROMPTS,
+        "environments": lambda prompt, index: FakeEnvironment((1, 2)),
+        "settings": SETTINGS,
+        "rewarder": rewarder,
+        "success_reward": 1.0,
+    }
+    evaluator = Evaluator(**fields | changes)
+    drawn = sampler or FakeSampler([[4, END]])
+    return asyncio.run(evaluator.evaluate(drawn, teacher, Residency()))
+
+
+@pytest.mark.parametrize("n", [1, 4, 6])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_pass_at_k_is_the_share_of_subsets_with_a_success(n: int, k: int) -> None:
+    for right in range(n + 1):
+        if k > n:
+            continue
+        marks = [True] * right + [False] * (n - right)
+        subsets = list(itertools.combinations(marks, k))
+        share = sum(any(subset) for subset in subsets) / len(subsets)
+        assert pass_at_k(n, right, k) == pytest.approx(share)
+
+
+def test_pass_at_k_is_averaged_over_prompts() -> None:
+    right = {0: 4, 1: 1, 2: 0}
+
+    def reward(prompt: Prompt, rollout: Rollout) -> float:
+        return float(rollout.index < right[prompt.row])
+
+    metrics = evaluate(FakeRewarder(reward))
+    assert metrics["pass@1"] == pytest.approx((1 + 0.25 + 0) / 3)
+    assert metrics["pass@4"] == pytest.approx((1 + 1 + 0) / 3)
+    assert "pass@8" not in metrics, "four samples cannot tell"
+    assert metrics["reward/mean"] == pytest.approx(5 / 12)
+
+
+def test_success_is_a_reward_of_at_least_the_bar() -> None:
+    assert evaluate(FakeRewarder(0.5), success_reward=0.5)["pass@1"] == 1.0
+    assert evaluate(FakeRewarder(0.49), success_reward=0.5)["pass@1"] == 0.0
+
+
+def test_prompts_without_rewards_have_no_pass_rate() -> None:
+    metrics = evaluate(FakeRewarder(None))
+    assert not any(name.startswith(("pass@", "reward/")) for name in metrics)
+    assert metrics["completions/mean_length"] == 2.0
+
+
+def test_teacher_kl_is_the_mean_gap_over_sampled_tokens() -> None:
+    replies = [[4, END], [4, 4, 4, END]]
+    teacher = FakeTeacher(lambda sample, position: -1.0 - position)
+    metrics = evaluate(FakeRewarder(None), FakeSampler(replies, logprob=-0.5), teacher)
+    short, long = [0.5 + p for p in (2, 3)], [0.5 + p for p in (2, 3, 4, 5)]
+    assert metrics["teacher_kl"] == pytest.approx(sum(6 * short + 6 * long) / 36)
+
+
+def test_without_a_teacher_there_is_no_teacher_kl() -> None:
+    assert "teacher_kl" not in evaluate(FakeRewarder(None))
+
+
+def test_nothing_usable_is_nan_and_no_crash() -> None:
+    metrics = evaluate(
+        FakeRewarder(None),
+        teacher=FakeTeacher(),
+        environments=lambda prompt, index: FakeEnvironment((1,), [OSError("x")]),
+    )
+    assert math.isnan(metrics["teacher_kl"])
+    assert metrics["rollouts/failed_fraction"] == 1.0
+
+
+def test_two_evaluations_draw_with_the_same_seeds() -> None:
+    first, second = FakeSampler([[4, END]]), FakeSampler([[4, END]])
+    evaluate(FakeRewarder(None), first)
+    evaluate(FakeRewarder(None), second)
+    seeds = [request.seed for request in first.requests]
+    assert seeds == [request.seed for request in second.requests]
+    assert len(set(seeds)) == 12

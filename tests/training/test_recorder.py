@@ -1,0 +1,199 @@
+"""What is kept of each step, and when a run that learns nothing ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.fakes import FakeMetricSink
+
+from rnow.algorithm.records import UpdateResult
+from rnow.disk.folder import RunFolder
+from rnow.disk.sinks import JsonlMetrics
+from rnow.disk.transcripts import TranscriptWriter
+from rnow.display.display import QuietDisplay
+from rnow.errors import EXIT_FAILED, RnowError
+from rnow.training.recorder import Recorder
+from rnow.types import Completion, Prompt, RewardResult, Rollout, ScoredGroup, ScoredRollout, Turn
+
+NON_FINITE = "non-finite"
+
+
+class Sink(FakeMetricSink):
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Display(QuietDisplay):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: list[tuple[int, int]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, step: int, total: int, metrics: Any) -> None:
+        self.steps.append((step, total))
+
+
+class Desk:
+    """A recorder and everything it writes to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = RunFolder(folder)
+        self.display, self.sink = Display(), Sink()
+        self.recorder = Recorder(
+            self.folder,
+            display=self.display,
+            transcripts=TranscriptWriter(
+                self.folder.transcripts, token_text=str, redact=lambda text: text
+            ),
+            metrics=JsonlMetrics(self.folder.metrics),
+            sinks=[self.sink],
+            num_steps=9,
+        )
+
+    def record(self, step: int, **changes: Any) -> None:
+        update = UpdateResult(**{"metrics": {"loss": 0.5}, "logprobs": {}} | changes)
+        self.recorder.record(step, scored(), None, update, self.recorder.clock())
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.folder.metrics.read_text().splitlines()]
+
+
+def scored(reward: float = 0.5) -> list[ScoredGroup]:
+    completion = Completion(
+        token_ids=(4, 9), logprobs=(-0.1, -0.2), finish_reason="stop", policy_version=0
+    )
+    rollouts = []
+    for index, status in enumerate(("completed", "truncated", "failed")):
+        rollout = Rollout(
+            prompt_id="dataset_0/0",
+            index=index,
+            token_ids=(1, 2, 3, 4, 9),
+            loss_mask=(False, False, False, True, True),
+            sampler_logprobs=(0.0, 0.0, 0.0, -0.1, -0.2),
+            turns=(Turn(observation_token_ids=(1, 2, 3), completion=completion, text="x"),),
+            messages=(),
+            status=status,  # type: ignore[arg-type]
+            end_reason="answer",
+        )
+        result = RewardResult(
+            total=reward, breakdown={"accuracy": reward}, errors={"style": "x"} if index else {}
+        )
+        rollouts.append(ScoredRollout(rollout=rollout, reward=result))
+    prompt = Prompt(id="dataset_0/0", dataset="dataset_0", row=0, messages=())
+    return [ScoredGroup(prompt=prompt, rollouts=tuple(rollouts))]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_a_step_is_written_everywhere(desk: Desk) -> None:
+    desk.record(1)
+    (row,) = desk.rows
+    assert row["step"] == 1
+    assert row["loss"] == 0.5
+    assert row["reward/mean"] == 0.5
+    assert row["reward/accuracy"] == 0.5
+    assert row["reward/failure_fraction"] == 0.5, "a failed rollout counts for nothing here"
+    assert row["tokens/prompt"] == 6.0, "a failed rollout counts for nothing"
+    assert row["tokens/completion"] == 4.0
+    assert row["tokens/total"] == 10.0
+    assert row["completions/mean_length"] == 2.0
+    assert row["completions/truncated_fraction"] == 0.5
+    assert row["rollouts/failed_fraction"] == pytest.approx(1 / 3)
+    assert row["memory/peak_gb"] > 0
+    assert {"time/step", "throughput/completion_tokens_per_s"} <= row.keys()
+    assert desk.sink.by_step[1]["loss"] == 0.5
+    assert desk.display.steps == [(1, 9)]
+    assert len(list(desk.folder.transcripts.iterdir())) == 1
+    assert desk.recorder.completion_tokens == 4
+
+
+def test_three_steps_in_a_row_without_an_update_end_the_run(desk: Desk) -> None:
+    (desk.folder.checkpoints / "step-000004").mkdir(parents=True)
+    desk.record(5, skipped=NON_FINITE)
+    desk.record(6, skipped=NON_FINITE)
+    with pytest.raises(RnowError, match="3 steps in a row") as caught:
+        desk.record(7, skipped=NON_FINITE)
+    assert caught.value.exit_code == EXIT_FAILED
+    assert "step-000004" in str(caught.value)
+    assert [row["skipped_updates"] for row in desk.rows] == [1.0, 2.0, 3.0]
+    assert len(desk.display.notes) == 3
+
+
+def test_steps_without_a_rollout_do_not_count_as_divergence(desk: Desk) -> None:
+    desk.record(1, skipped="no tokens")
+    desk.record(2, skipped="no tokens")
+    with pytest.raises(RnowError) as caught:
+        desk.record(3, skipped="no tokens")
+    assert caught.value.title == "No rollout succeeds"
+    assert "learning_rate" not in caught.value.render()
+
+
+def test_nothing_saved_is_said(desk: Desk) -> None:
+    desk.record(1, skipped=NON_FINITE)
+    desk.record(2, skipped=NON_FINITE)
+    with pytest.raises(RnowError, match="nothing was saved yet"):
+        desk.record(3, skipped=NON_FINITE)
+
+
+def test_a_good_step_starts_the_count_again(desk: Desk) -> None:
+    for step, skipped in enumerate(
+        [NON_FINITE, NON_FINITE, None, NON_FINITE, NON_FINITE, None, NON_FINITE], start=1
+    ):
+        desk.record(step, skipped=skipped)
+    assert len(desk.rows) == 7
+
+
+def test_a_step_without_an_update_still_counts_its_tokens(desk: Desk) -> None:
+    desk.record(1, skipped=NON_FINITE, metrics={})
+    assert desk.rows[0]["tokens/completion"] == 4.0
+
+
+def test_what_lies_beyond_a_checkpoint_is_forgotten(desk: Desk) -> None:
+    for step in (1, 2, 3):
+        desk.record(step)
+        desk.recorder.evaluated("often", step, {"pass@1": step / 4})
+    desk.recorder.forget_after(2)
+    assert [row["step"] for row in desk.rows] == [1, 2]
+    assert [row["step"] for row in desk.recorder.evaluations()] == [1, 2]
+    assert sorted(path.stem for path in desk.folder.transcripts.iterdir()) == [
+        "step-000001", "step-000002",
+    ]  # fmt: skip
+
+
+def test_forgetting_in_an_empty_folder(desk: Desk) -> None:
+    desk.recorder.forget_after(0)
+    assert desk.recorder.evaluations() == []
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("name", ["often", "line\u2028separator"])
+def test_evaluations_survive_a_cut_line(desk: Desk, name: str) -> None:
+    desk.recorder.evaluated(name, 1, {"pass@1": 0.5, "teacher_kl": float("nan")})
+    desk.recorder.evaluated(name, 2, {"pass@1": 0.75})
+    first = {"name": name, "step": 1, "pass@1": 0.5, "teacher_kl": None}
+    assert desk.recorder.evaluations()[0] == first
+    assert desk.sink.by_step[2] == {f"eval/{name}/pass@1": 0.75}
+    cut(desk.folder.evaluations)
+    assert desk.recorder.evaluations() == [first]
+    desk.recorder.forget_after(5)
+    desk.recorder.evaluated(name, 2, {"pass@1": 0.25})
+    assert [row["pass@1"] for row in desk.recorder.evaluations()] == [0.5, 0.25]
+
+
+def test_closing_closes_every_sink(desk: Desk) -> None:
+    desk.recorder.close()
+    assert desk.sink.closed
