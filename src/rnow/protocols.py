@@ -27,6 +27,51 @@ if TYPE_CHECKING:
     from rnow.algorithm.records import Batch, Evidence, UpdateResult
 
 
+class Tokenizer(Protocol):
+    """What is used of a HuggingFace tokenizer."""
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def all_special_ids(self) -> Sequence[int]: ...
+
+    @property
+    def chat_template(self) -> str | Mapping[str, str] | None: ...
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def get_added_vocab(self) -> dict[str, int]: ...
+
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+    def get_chat_template(
+        self,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, object]], **options: object
+    ) -> object:
+        """The rendered text with ``tokenize=False``, else token ids."""
+        ...
+
+    def save_pretrained(self, save_directory: str) -> object: ...
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """Draws completions from the student."""

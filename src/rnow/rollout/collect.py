@@ -11,6 +11,7 @@ from typing import Protocol
 from rnow.algorithm.seeds import rollout_seed
 from rnow.errors import RnowError
 from rnow.protocols import Environment, Sampler
+from rnow.tasks import first_cause
 from rnow.types import (
     Completion,
     EndReason,
@@ -108,7 +109,10 @@ async def collect_rollouts(
                 await asyncio.wait(tasks.values())
             watch.cancel()
     except BaseExceptionGroup as failures:
-        raise _first_cause(failures) from failures
+        error = first_cause(failures)
+        if isinstance(error, _SamplerFailed) and error.__cause__ is not None:
+            error = error.__cause__
+        raise error from failures
     return [
         RolloutGroup(
             prompt=prompt,
@@ -267,12 +271,3 @@ class _Episode:
 
 class _SamplerFailed(Exception):
     """Carries a sampler's exception past the boundary that turns environment faults into failed rollouts."""
-
-
-def _first_cause(failures: BaseExceptionGroup) -> BaseException:
-    error = failures.exceptions[0]
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    if isinstance(error, _SamplerFailed) and error.__cause__ is not None:
-        return error.__cause__
-    return error

@@ -19,6 +19,7 @@ from rnow.rollout.tool_calls import (
     detect_format,
     parse_turn,
 )
+from rnow.tasks import first_cause
 from rnow.types import Completion, EndReason, Message, ToolCall, ToolResult
 
 RunCall = Callable[[ToolCall], Awaitable[ToolResult]]
@@ -253,7 +254,7 @@ class ToolEnvironment:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._answer(call)) for call in calls]
         except BaseExceptionGroup as failures:
-            raise _first_cause(failures) from failures
+            raise first_cause(failures) from failures
         return [task.result() for task in tasks]
 
     async def _answer(self, call: ToolCall) -> ToolResult:
@@ -298,10 +299,3 @@ def _tool_message(call: ToolCall, result: ToolResult) -> dict[str, Any]:
 def _special_ids(tokenizer: Any) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-
-
-def _first_cause(failures: BaseExceptionGroup) -> BaseException:
-    error = failures.exceptions[0]
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.vllm_worker import CPU_BATCHED_TOKENS
 from rnow.serving.client import Refused, ServerDown, VllmClient
 from rnow.serving.server import START_TIMEOUT, VllmServer, require_vllm
+from rnow.tasks import run_anywhere
 from rnow.types import SamplingParams
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class _Server:
                 await client.unload_lora_adapter(replacing.name)
 
         with _translated():
-            run_apart(swap())
+            run_anywhere(swap())
 
     def sleep(self) -> None:
         """Never called: ``supports_sleep`` is False."""
@@ -244,7 +244,7 @@ class ManagedServer(_Server):
         if not self._own_command:
             require_vllm("sampler.mode")
         try:
-            run_apart(self._server.start())
+            run_anywhere(self._server.start())
         except StartFailed as error:
             raise EngineGone(
                 f"its server did not start: {error.message}", [*error.details, error.fix or ""]
@@ -259,12 +259,12 @@ class ManagedServer(_Server):
     def sleep(self) -> None:
         """See ``Backend.sleep``."""
         with _translated():
-            run_apart(self._client(self._request_timeout).sleep(level=1))
+            run_anywhere(self._client(self._request_timeout).sleep(level=1))
 
     def wake(self) -> None:
         """See ``Backend.wake``."""
         with _translated():
-            run_apart(self._client(self._request_timeout).wake_up())
+            run_anywhere(self._client(self._request_timeout).wake_up())
 
     def _client(self, timeout: float) -> VllmClient:
         return self._server.client(timeout=timeout, max_concurrency=self._max_concurrency)
@@ -297,7 +297,7 @@ class GivenServer(_Server):
             ModelError: it serves no such model, or gives other log-probabilities than those it draws from.
         """
         with _translated():
-            models = run_apart(self._client(self._start_timeout).models())
+            models = run_anywhere(self._client(self._start_timeout).models())
         bases = [model.id for model in models if model.parent is None]
         wanted = self._served_model or (bases[0] if bases else None)
         if wanted is None or wanted not in bases:
@@ -308,7 +308,7 @@ class GivenServer(_Server):
             )
         self._base = wanted
         with _translated():
-            if not run_apart(self._processes_logprobs()):
+            if not run_anywhere(self._processes_logprobs()):
                 raise ModelError(
                     f"{self.name} gives log-probabilities from before temperature and masks",
                     why="training needs those of the distribution that the tokens were drawn from",
@@ -335,7 +335,7 @@ class GivenServer(_Server):
         name, self._loaded = self._loaded, None
         if name:
             with contextlib.suppress(ModelError, ServerDown):
-                run_apart(self._client(_CLOSE_TIMEOUT).unload_lora_adapter(name))
+                run_anywhere(self._client(_CLOSE_TIMEOUT).unload_lora_adapter(name))
 
     def load(self, adapter: StoredAdapter, *, replacing: StoredAdapter | None) -> None:
         """See ``Backend.load``."""
@@ -407,12 +407,6 @@ def config_of(local_dir: Path) -> dict[str, Any]:
     """A model's config.json: of its language model, where it holds several."""
     config = json.loads((local_dir / "config.json").read_text(encoding="utf-8"))
     return config | (config.get("text_config") or {})
-
-
-def run_apart(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` to its end in a thread with an event loop of its own: the caller may be inside a running one."""
-    with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, work).result()
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from rnow.setup.parts import (
 )
 from rnow.setup.schedule import build_evaluations
 from rnow.setup.summary import RunSummary, build_values, device_name
-from rnow.tools.build import run_anywhere
+from rnow.tasks import run_anywhere
 from rnow.training.loop import Parts, train
 from rnow.training.recorder import Recorder
 from rnow.training.saver import Saver

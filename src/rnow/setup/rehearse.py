@@ -31,7 +31,7 @@ from rnow.setup.parts import (
     redactor,
     rollout_settings,
 )
-from rnow.tools.build import run_anywhere
+from rnow.tasks import run_anywhere
 from rnow.training.metrics import reward_metrics, rollout_metrics
 from rnow.training.signals import StopFlag
 from rnow.types import EndReason, Message, Prompt, ScoredGroup, ScoredRollout

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rnow.config import Config
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
 from rnow.rollout.samples import rollout_id
+from rnow.tasks import run_anywhere
 from rnow.tools.host_tools import HostTool, HostTools
 from rnow.tools.limits import TokenLimit
 from rnow.tools.mcp import mcp_servers
@@ -23,8 +22,6 @@ from rnow.usercode.environment import plainly_secret
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +108,3 @@ def context_of(prompt: Prompt, index: int) -> ToolContext:
         docker=prompt.docker,
         docker_env=prompt.docker_env,
     )
-
-
-def run_anywhere(work: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run``, also from inside a running loop (a notebook): then in a thread of its own."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, work).result()
