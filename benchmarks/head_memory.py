@@ -53,8 +53,9 @@ def measure(what: str, vocabulary: int, tokens: int) -> dict[str, float]:
     from common import PeakMemory, qwen3
 
     from rnow.algorithm.batching import build_batch, build_training_samples
+    from rnow.algorithm.policy_gradient import PolicyGradient
     from rnow.models.loading import take_apart
-    from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+    from rnow.policy.student import LoraPolicy, OptimizerSettings
     from rnow.teacher.transformers import TransformersTeacher
     from rnow.types import Sample
 
@@ -95,7 +96,7 @@ def measure(what: str, vocabulary: int, tokens: int) -> dict[str, float]:
             alpha=16,
             seed=0,
             base_name="benchmark",
-            objective=Objective(),
+            objective=PolicyGradient(),
             optimizer=OptimizerSettings(),
             micro_batch_tokens=tokens * 2,
         )

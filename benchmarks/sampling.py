@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 from common import qwen3, write_results
 
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.models.loading import take_apart
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.transformers import TransformersSampler
 from rnow.types import SamplingParams
 
@@ -33,7 +34,7 @@ def main() -> None:
         alpha=64,
         seed=0,
         base_name="benchmark",
-        objective=Objective(),
+        objective=PolicyGradient(),
         optimizer=OptimizerSettings(),
     )
     shared = TransformersSampler(lm, mode="shared")

@@ -28,7 +28,7 @@ from rnow.types import (
 )
 
 if TYPE_CHECKING:
-    from rnow.algorithm.records import Batch, Evidence, UpdateResult
+    from rnow.algorithm.records import Batch, Evidence, PolicyState, UpdateResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,9 +201,11 @@ class FakePolicy:
         metrics = self._metrics(number) if callable(self._metrics) else self._metrics
         return UpdateResult(
             metrics=dict(metrics),
-            logprobs={
-                item.sample.id: torch.full((sum(item.sample.loss_mask),), -0.5)
-                for item in batch.samples
+            streams={
+                "logprobs": {
+                    item.sample.id: torch.full((sum(item.sample.loss_mask),), -0.5)
+                    for item in batch.samples
+                }
             },
             skipped="non-finite" if skipped else None,
         )
@@ -221,27 +223,39 @@ class FakePolicy:
         (tensor,) = tensors.values()
         self.value = float(tensor)
 
-    def state_dict(self) -> Mapping[str, object]:
+    def state_dict(self) -> PolicyState:
         import torch
 
         moment = {"base_model.model.layer.lora_A.weight.exp_avg": torch.tensor([[self.value]])}
         return {"updates": self.updates, "moments": moment if self.updates else {}}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        self.updates = int(str(state["updates"]))
+    def load_state_dict(self, state: PolicyState) -> None:
+        self.updates = state["updates"]
 
 
-class FakeMetricSink:
-    """Keeps every row it is given; ``by_step`` is the same by step number."""
+class FakeSink:
+    """Keeps everything it is given; ``by_step`` is the rows by step number."""
 
     def __init__(self, *, error: BaseException | None = None) -> None:
         self._error = error
         self.rows: list[tuple[int, dict[str, float]]] = []
+        self.evaluations: list[tuple[str, int, dict[str, float]]] = []
+        self.forgotten: list[int] = []
+        self.closed = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._error is not None:
             raise self._error
         self.rows.append((step, dict(metrics)))
+
+    def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        self.evaluations.append((name, step, dict(metrics)))
+
+    def forget_from(self, step: int) -> None:
+        self.forgotten.append(step)
+
+    def close(self) -> None:
+        self.closed = True
 
     @property
     def by_step(self) -> dict[int, dict[str, float]]:

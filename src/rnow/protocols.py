@@ -24,7 +24,9 @@ from rnow.types import (
 )
 
 if TYPE_CHECKING:
-    from rnow.algorithm.records import Batch, Evidence, UpdateResult
+    from torch import Tensor
+
+    from rnow.algorithm.records import Batch, Evidence, PolicyState, UpdateResult
 
 
 class Tokenizer(Protocol):
@@ -166,29 +168,33 @@ class Rewarder(Protocol):
 
 @runtime_checkable
 class Policy(Protocol):
-    """The student as something that learns."""
+    """The student as something that learns. It may live in other processes: nothing else reaches for its model."""
 
     def update(self, batch: Batch) -> UpdateResult:
         """Take the optimizer steps of one batch."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """How many optimizer steps were taken since the run began."""
         ...
 
     def adapter(self) -> Adapter:
         """The current LoRA weights."""
         ...
 
-    def state_dict(self) -> Mapping[str, object]:
-        """Everything that is needed to continue: optimizer moments and step count (the adapter is saved beside it)."""
+    def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the LoRA weights, named as in ``Adapter.tensors``.
+
+        Raises:
+            ValueError: names or shapes do not match this adapter.
+        """
         ...
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def state_dict(self) -> PolicyState:
+        """Everything that is needed to continue beside the adapter: optimizer moments and the number of updates."""
+        ...
+
+    def load_state_dict(self, state: PolicyState) -> None:
         """Continue from ``state_dict()``."""
-        ...
-
-
-@runtime_checkable
-class MetricSink(Protocol):
-    """Receives the numbers of each step."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
         ...

@@ -3,11 +3,12 @@
 A worked example, for one prompt with ``group_size`` 2 (ids are invented)::
 
     Prompt(id="dataset_0/17", messages=({"role": "user", "content": "reverse: cat"},), ...)
-      -> 2 x Rollout(token_ids=(1, 5, 9, 2,   20, 21, 22, 3),
-                     loss_mask=(F, F, F, F,   T,  T,  T,  T),     # the sampled tokens, end-of-turn included
-                     sampler_logprobs=(0., 0., 0., 0., -.1, -.2, -.7, -.01))
-      -> RolloutGroup(prompt, rollouts) -> ScoredGroup(prompt, [ScoredRollout, ScoredRollout])
-      -> 2 x Sample -> (with teacher evidence, floor 3) 2 x TrainingSample -> Batch -> UpdateResult
+      -> 2 x Rollout(turns=(Turn(observation_token_ids=(1, 5, 9, 2), completion=Completion(token_ids=(20, 21, 22, 3), ...)),))
+      -> RolloutGroup(prompt, rollouts), and by rollout id: rewards
+      -> 2 x Sample(token_ids=(1, 5, 9, 2,   20, 21, 22, 3),
+                    loss_mask=(F, F, F, F,   T,  T,  T,  T),     # the sampled tokens, end-of-turn included
+                    sampler_logprobs=(0., 0., 0., 0., -.1, -.2, -.7, -.01))
+      -> (with teacher evidence, see rnow.algorithm.records) 2 x TrainingSample -> Batch -> UpdateResult
 
 Index i of every per-token sequence describes token i. Nothing here is shifted for next-token prediction; that
 happens once, in ``rnow.algorithm.batching``.
@@ -115,37 +116,60 @@ class ToolContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One exchange inside a rollout: the ids appended to the context, the student's completion, and its text."""
+    """One exchange inside a rollout: the ids appended to the context, and the student's completion."""
 
     observation_token_ids: tuple[int, ...]
     completion: Completion
-    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One attempt at a prompt, with all its turns flattened into one token sequence."""
+    """One attempt at a prompt, turn by turn.
+
+    ``unanswered_token_ids`` were appended after the last turn and left no room for another. ``messages`` is what the turns
+    said, tool results included.
+    """
 
     prompt_id: str
     index: int
-    token_ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
-    sampler_logprobs: tuple[float, ...]
     turns: tuple[Turn, ...]
     messages: tuple[Message, ...]
     status: RolloutStatus
     end_reason: EndReason
+    unanswered_token_ids: tuple[int, ...] = ()
     error: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Unique within a step; everything about one rollout is filed under it."""
+        return rollout_id(self.prompt_id, self.index)
 
     @property
     def completion_tokens(self) -> int:
         """How many tokens the student wrote."""
-        return sum(self.loss_mask)
+        return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    @property
+    def total_tokens(self) -> int:
+        """How many tokens there are in all."""
+        shown = sum(len(turn.observation_token_ids) for turn in self.turns)
+        return shown + self.completion_tokens + len(self.unanswered_token_ids)
+
+    @property
+    def answer(self) -> str:
+        """The text of the last turn; empty when there is none."""
+        said = [message for message in self.messages if message.get("role") == "assistant"]
+        return str(said[-1].get("content", "")) if said else ""
 
     @property
     def policy_version(self) -> int:
         """The adapter version of the first completion, or -1 for a rollout without one."""
         return self.turns[0].completion.policy_version if self.turns else -1
+
+
+def rollout_id(prompt_id: str, index: int) -> str:
+    """``<prompt id>#<index>``."""
+    return f"{prompt_id}#{index}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,24 +190,8 @@ class RewardResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredRollout:
-    """A rollout with its reward. ``reward`` is None for a prompt that names no reward."""
-
-    rollout: Rollout
-    reward: RewardResult | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredGroup:
-    """A group after its rewards ran."""
-
-    prompt: Prompt
-    rollouts: tuple[ScoredRollout, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One trained sequence. ``id`` is unique within a step: ``<prompt id>#<rollout index>``."""
+    """One trained sequence. ``id`` is its rollout's."""
 
     id: str
     dataset: str

@@ -54,17 +54,20 @@ def test_index_i_describes_token_i_and_the_row_before_predicts_it(masks: list[li
     where = [(b, t) for b, mask in enumerate(masks) for t, on in enumerate(mask) if on]
     width = max(len(mask) for mask in masks)
 
-    assert micro.token_ids.shape == (len(masks), width)
-    assert micro.targets.tolist() == [100 * b + t for b, t in where]
+    assert micro.tokens.token_ids.shape == (len(masks), width)
+    assert micro.tokens.targets.tolist() == [100 * b + t for b, t in where]
     assert micro.sampler_logprobs.tolist() == [-(100.0 * b + t) for b, t in where]
     assert micro.reward_advantages.tolist() == [b + 0.5 for b, _ in where]
-    assert micro.teacher_logprobs is not None
-    assert micro.teacher_logprobs.tolist() == [-1000.0 - 100.0 * b - t for b, t in where]
-    assert micro.counts == tuple(sum(mask) for mask in masks)
-    assert micro.sample_ids == tuple(f"p/{b}#0" for b in range(len(masks)))
+    assert micro.evidence["teacher_logprobs"].tolist() == [
+        -1000.0 - 100.0 * b - t for b, t in where
+    ]
+    assert micro.tokens.counts == tuple(sum(mask) for mask in masks)
+    assert micro.tokens.sample_ids == tuple(f"p/{b}#0" for b in range(len(masks)))
     # The hidden state picked for a token sits on the token before it, in the same sequence.
-    assert micro.token_ids.flatten()[micro.rows].tolist() == [100 * b + t - 1 for b, t in where]
-    assert (micro.rows // width).tolist() == [b for b, _ in where]
+    assert micro.tokens.token_ids.flatten()[micro.tokens.rows].tolist() == [
+        100 * b + t - 1 for b, t in where
+    ]
+    assert (micro.tokens.rows // width).tolist() == [b for b, _ in where]
 
 
 def test_padding_is_on_the_right() -> None:
@@ -85,13 +88,18 @@ def test_a_first_token_cannot_be_trained_on() -> None:
 
 def test_a_micro_batch_without_a_loss_token() -> None:
     micro = collate(_training([[False, False], [False]]), "cpu")
-    assert micro.rows.dtype == micro.targets.dtype == torch.long
-    assert micro.rows.numel() == micro.targets.numel() == micro.reward_advantages.numel() == 0
-    assert micro.counts == (0, 0)
+    assert micro.tokens.rows.dtype == micro.tokens.targets.dtype == torch.long
+    assert (
+        micro.tokens.rows.numel()
+        == micro.tokens.targets.numel()
+        == micro.reward_advantages.numel()
+        == 0
+    )
+    assert micro.tokens.counts == (0, 0)
 
 
 def test_without_a_teacher_there_is_no_teacher_logprob() -> None:
-    assert collate(_training([[False, True]], teacher=False), "cpu").teacher_logprobs is None
+    assert collate(_training([[False, True]], teacher=False), "cpu").evidence == {}
 
 
 @given(MASKS)

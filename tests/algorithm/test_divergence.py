@@ -7,7 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnow.algorithm.divergence import K3_EXPONENT_LIMIT, k1, k3
+from rnow.algorithm.policy_gradient import K3_EXPONENT_LIMIT, k3, shape_advantages
+
+
+def k1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The estimate that shapes the advantages."""
+    shaped = shape_advantages(
+        torch.zeros_like(student), student, teacher, kl_penalty_coef=1, reward_coef=0, kl_clamp=20
+    )
+    assert shaped.teacher_kl is not None
+    return shaped.teacher_kl
+
 
 LOGPROBS = st.lists(st.tuples(st.floats(-15, 0), st.floats(-15, 0)), min_size=1, max_size=8)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.algorithm import reference
 
-from rnow.algorithm.shaping import shape_advantages
+from rnow.algorithm.policy_gradient import shape_advantages
 
 TOKENS = st.lists(
     st.tuples(st.floats(-3, 3), st.floats(-30, 0), st.floats(-30, 0)), min_size=1, max_size=8

@@ -20,10 +20,8 @@ def rollout(row: int, index: int = 0, version: int = 4, text: str = "hi \u2028 Ã
     return Rollout(
         prompt_id=f"dataset_0/{row}",
         index=index,
-        token_ids=(1, 2, 5, 9),
-        loss_mask=(False, False, True, True),
-        sampler_logprobs=(0.0, 0.0, -0.1, -1 / 3),
-        turns=(Turn(observation_token_ids=(1, 2), completion=completion, text=text),),
+        turns=(Turn(observation_token_ids=(1, 2), completion=completion),),
+        unanswered_token_ids=(7,),
         messages=({"role": "assistant", "content": text},),
         status="completed",
         end_reason="answer",

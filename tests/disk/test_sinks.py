@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 
 from rnow.disk import sinks
-from rnow.disk.sinks import JsonlMetrics, WandbSink, has_wandb_key
+from rnow.disk.sinks import JsonlSink, WandbSink, has_wandb_key, read_evaluations
+
+
+def make_sink(path: Path, **arguments: Any) -> JsonlSink:
+    return JsonlSink(path, path.with_name("evaluations.jsonl"), **arguments)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -24,7 +28,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_one_json_object_per_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = JsonlMetrics(path)
+    sink = make_sink(path)
     sink.log(1, {"teacher_kl": 0.25, "loss": math.nan, "lr": -math.inf})
     sink.log(2, {"teacher_kl": 0.125})
     assert read(path) == [
@@ -35,33 +39,47 @@ def test_one_json_object_per_step(tmp_path: Path) -> None:
 
 def test_floats_survive_exactly(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    JsonlMetrics(path).log(1, {"loss": 0.1 + 0.2})
+    make_sink(path).log(1, {"loss": 0.1 + 0.2})
     assert read(path)[0]["loss"] == 0.1 + 0.2
 
 
 def test_resume_drops_later_and_broken_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = JsonlMetrics(path)
+    sink = make_sink(path)
     for step in range(1, 6):
         sink.log(step, {"loss": float(step)})
     with path.open("a") as file:
         file.write('{"step": 2, "lo')
-    assert sink.truncate_after(4) == 3
+    sink.forget_from(4)
     assert [line["step"] for line in read(path)] == [1, 2, 3]
-    assert sink.truncate_after(4) == 0
+    sink.forget_from(4)
     sink.log(4, {"loss": 4.0})
     assert [line["step"] for line in read(path)] == [1, 2, 3, 4]
     assert [item.name for item in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_resume_without_a_file(tmp_path: Path) -> None:
-    assert JsonlMetrics(tmp_path / "metrics.jsonl").truncate_after(1) == 0
+    make_sink(tmp_path / "metrics.jsonl").forget_from(1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluations_have_a_file_of_their_own_and_are_forgotten_alike(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = make_sink(path)
+    for step in (0, 2, 4):
+        sink.evaluated("often", step, {"pass@1": step / 4, "teacher_kl": math.nan})
+    assert not path.exists()
+    sink.forget_from(3)
+    assert read_evaluations(tmp_path / "evaluations.jsonl") == [
+        {"name": "often", "step": 0, "pass@1": 0.0, "teacher_kl": None},
+        {"name": "often", "step": 2, "pass@1": 0.5, "teacher_kl": None},
+    ]
 
 
 def test_a_line_after_a_broken_one_starts_afresh(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "lo')
-    JsonlMetrics(path).log(2, {})
+    make_sink(path).log(2, {})
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 2}
 
 
@@ -70,7 +88,7 @@ def test_full_disk_warns_once_and_leaves_no_half_line(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     warnings: list[str] = []
-    sink = JsonlMetrics(path, warn=warnings.append)
+    sink = make_sink(path, warn=warnings.append)
     sink.log(1, {"loss": 1.0})
 
     real_write = os.write

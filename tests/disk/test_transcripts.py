@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.rollouts import read_transcripts, turns_of
 
-from rnow.algorithm.records import SampledEvidence
-from rnow.disk.transcripts import TranscriptWriter, read_transcripts
+from rnow.algorithm.batching import build_samples
+from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample
+from rnow.disk.transcripts import TranscriptWriter
 from rnow.project.secrets import redact
-from rnow.types import Completion, Prompt, RewardResult, Rollout, ScoredGroup, ScoredRollout, Turn
+from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 
 PROMPT = Prompt(
     id="dataset_0/17",
@@ -21,31 +23,37 @@ PROMPT = Prompt(
 )
 
 
-def group(
-    text: str = "tac", reward: RewardResult | None = None, prompt: Prompt = PROMPT, **changes: Any
-) -> ScoredGroup:
-    completion = Completion(
-        token_ids=(84, 3), logprobs=(-0.1, -0.2), finish_reason="stop", policy_version=0
-    )
+EVIDENCE = SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, -0.25, -0.5]))
+LIVE = {"logprobs": {"dataset_0/17#2": torch.tensor([-0.125, -0.25])}}
+
+
+def step(
+    text: str = "tac",
+    reward: RewardResult | None = None,
+    token_ids: tuple[int, ...] = (1, 7, 84, 3),
+    loss_mask: tuple[bool, ...] = (False, False, True, True),
+    sampler_logprobs: tuple[float, ...] = (0.0, 0.0, -0.1, -0.2),
+    evidence: SampledEvidence | None = EVIDENCE,
+    **changes: Any,
+) -> StepData:
+    turns, unanswered = turns_of(token_ids, loss_mask, sampler_logprobs)
     fields: dict[str, Any] = {
-        "prompt_id": prompt.id,
+        "prompt_id": PROMPT.id,
         "index": 2,
-        "token_ids": (1, 7, 84, 3),
-        "loss_mask": (False, False, True, True),
-        "sampler_logprobs": (0.0, 0.0, -0.1, -0.2),
-        "turns": (Turn(observation_token_ids=(1, 7), completion=completion, text=text),),
+        "turns": turns,
+        "unanswered_token_ids": unanswered,
         "messages": ({"role": "assistant", "content": text},),
         "status": "completed",
         "end_reason": "answer",
     }
-    scored = ScoredRollout(rollout=Rollout(**fields | changes), reward=reward)
-    return ScoredGroup(prompt=prompt, rollouts=(scored,))
-
-
-EVIDENCE = {
-    "dataset_0/17#2": SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, -0.25, -0.5]))
-}
-LIVE = {"dataset_0/17#2": torch.tensor([-0.125, -0.25])}
+    rollout = Rollout(**fields | changes)
+    group = RolloutGroup(prompt=PROMPT, rollouts=(rollout,))
+    training = [
+        TrainingSample(sample=sample, reward_advantage=0.0, evidence=evidence)
+        for sample in build_samples([group])
+    ]
+    rewards = {} if reward is None else {rollout.id: reward}
+    return StepData(training=training, groups=[group], rewards=rewards)
 
 
 def make_writer(folder: Path, **secrets: str) -> TranscriptWriter:
@@ -54,16 +62,14 @@ def make_writer(folder: Path, **secrets: str) -> TranscriptWriter:
     )
 
 
-def rows_of(
-    folder: Path, scored: ScoredGroup, evidence: Any = EVIDENCE, live: Any = LIVE
-) -> list[Any]:
-    make_writer(folder).write(12, [scored], evidence, live)
+def rows_of(folder: Path, data: StepData, live: Any = LIVE) -> list[Any]:
+    make_writer(folder).write(12, data, live)
     return read_transcripts(folder, 12)
 
 
 def test_all_fields(tmp_path: Path) -> None:
     reward = RewardResult(total=0.5, breakdown={"accuracy": 0.5}, errors={"style": "KeyError: 'x'"})
-    (row,) = rows_of(tmp_path / "transcripts", group(reward=reward))
+    (row,) = rows_of(tmp_path / "transcripts", step(reward=reward))
     tokens = row.pop("tokens")
     assert row == {
         "step": 12,
@@ -85,30 +91,33 @@ def test_all_fields(tmp_path: Path) -> None:
 
 
 def test_tokens_name_their_turn(tmp_path: Path) -> None:
-    turns = tuple(
-        Turn(
-            observation_token_ids=(1,),
-            completion=Completion(
-                token_ids=ids, logprobs=(-0.1,) * len(ids), finish_reason="stop", policy_version=0
-            ),
-            text="",
-        )
-        for ids in ((84, 3), (85,))
-    )
-    changes = {
+    tokens: dict[str, Any] = {
         "token_ids": (1, 84, 3, 1, 85),
         "loss_mask": (False, True, True, False, True),
         "sampler_logprobs": (0.0, -0.1, -0.1, 0.0, -0.1),
     }
-    (row,) = rows_of(tmp_path / "a", group(turns=turns, **changes), evidence=None, live={})
+    (row,) = rows_of(tmp_path / "a", step(evidence=None, **tokens), live={})
     assert [(token["turn"], token["id"]) for token in row["tokens"]] == [(0, 84), (0, 3), (1, 85)]
-    cut = group(turns=turns[:1], status="failed", end_reason="failed", **changes)
-    (row,) = rows_of(tmp_path / "b", cut, evidence=None, live={})
+    cut = step(status="failed", end_reason="failed", evidence=None, **tokens)
+    (row,) = rows_of(tmp_path / "b", cut, live={})
     assert [token["turn"] for token in row["tokens"]] == [0, 0, 1]
 
 
+def test_the_teacher_is_read_at_the_students_tokens(tmp_path: Path) -> None:
+    data = step(
+        token_ids=(1, 84, 3, 1, 85, 9),
+        loss_mask=(False, True, True, False, True, False),
+        sampler_logprobs=(0.0, -0.1, -0.1, 0.0, -0.1, 0.0),
+        evidence=SampledEvidence(teacher_logprobs=torch.tensor([0.0, -1.0, -2.0, 0.0, -4.0])),
+    )
+    live = {"logprobs": {"dataset_0/17#2": torch.tensor([-1.5, -2.5, -4.5])}}
+    (row,) = rows_of(tmp_path, data, live=live)
+    assert [token["teacher_logprob"] for token in row["tokens"]] == [-1.0, -2.0, -4.0]
+    assert [token["kl"] for token in row["tokens"]] == [-0.5, -0.5, -0.5]
+
+
 def test_without_teacher_or_reward(tmp_path: Path) -> None:
-    (row,) = rows_of(tmp_path, group(), evidence=None)
+    (row,) = rows_of(tmp_path, step(evidence=None))
     assert row["reward"] is None
     assert row["teacher_kl"] is None
     assert [token["teacher_logprob"] for token in row["tokens"]] == [None, None]
@@ -116,16 +125,16 @@ def test_without_teacher_or_reward(tmp_path: Path) -> None:
 
 
 def test_a_failed_rollout_has_its_error(tmp_path: Path) -> None:
-    failed = group(status="failed", error="OSError: no browser", loss_mask=(False,) * 4, turns=())
-    (row,) = rows_of(tmp_path, failed, evidence={}, live={})
+    failed = step(status="failed", error="OSError: no browser", loss_mask=(False,) * 4)
+    (row,) = rows_of(tmp_path, failed, live={})
     assert row["status"] == "failed"
     assert row["error"] == "OSError: no browser"
     assert row["tokens"] == []
 
 
 def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
-    live = {"dataset_0/17#2": torch.tensor([float("nan"), float("inf")])}
-    (row,) = rows_of(tmp_path, group(), live=live)
+    live = {"logprobs": {"dataset_0/17#2": torch.tensor([float("nan"), float("inf")])}}
+    (row,) = rows_of(tmp_path, step(), live=live)
     assert [token["kl"] for token in row["tokens"]] == [None, None]
 
 
@@ -133,37 +142,38 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
     "text", ["a\u2028b\u2029c\x85d", "two\nlines\r\n", "\x1b[31m\x00", "𝛼 ü", "\ud83d alone"]
 )
 def test_any_text_comes_back(tmp_path: Path, text: str) -> None:
-    (row,) = rows_of(tmp_path, group(text=text))
+    (row,) = rows_of(tmp_path, step(text=text))
     assert row["answer"][0]["content"] == text
 
 
 @pytest.mark.parametrize("secret", ["sk-12345678", 'quo"te\\d-value', "zwei\nzeilen", "schlüssel"])
 def test_secrets_are_left_out(tmp_path: Path, secret: str) -> None:
     writer = make_writer(tmp_path, API_KEY=secret)
-    writer.write(12, [group(text=f"the key is {secret}!")], EVIDENCE, LIVE)
+    writer.write(12, step(text=f"the key is {secret}!"), LIVE)
     (row,) = read_transcripts(tmp_path, 12)
     assert row["answer"][0]["content"] == "the key is [API_KEY]!"
 
 
 def test_a_secret_does_not_break_the_line(tmp_path: Path) -> None:
     writer = make_writer(tmp_path, PIN='"text"')
-    writer.write(12, [group()], EVIDENCE, LIVE)
+    writer.write(12, step(), LIVE)
     (row,) = read_transcripts(tmp_path, 12)
     assert row["id"] == "dataset_0/17#2"
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     writer = make_writer(tmp_path)
-    writer.write(12, [group(), group()], EVIDENCE, LIVE)
-    writer.write(12, [group()], EVIDENCE, LIVE)
+    two = StepData(training=(), groups=[*step().groups, *step().groups])
+    writer.write(12, two, LIVE)
+    writer.write(12, step(), LIVE)
     assert len(read_transcripts(tmp_path, 12)) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-000012.jsonl"]
 
 
 def test_steps_that_will_run_again_are_forgotten(tmp_path: Path) -> None:
     writer = make_writer(tmp_path)
-    for step in (1, 2, 3):
-        writer.write(step, [group()], EVIDENCE, LIVE)
+    for number in (1, 2, 3):
+        writer.write(number, step(), LIVE)
     writer.forget_from(2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001.jsonl"]
     make_writer(tmp_path / "none").forget_from(1)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from rnow.algorithm.advantages import reward_advantages
 from rnow.algorithm.batching import build_batch
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.records import Batch, SampledEvidence, TrainingSample
 from rnow.algorithm.seeds import rollout_seed, uniforms
 from rnow.models.loading import CausalLM, take_apart
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.types import Sample
 
 FILE = Path(__file__).with_name("replay.json")
@@ -34,7 +35,7 @@ GROUP_SIZE = 4
 MAX_TOKENS = 10
 SERIES = ("loss", "teacher_kl", "grad_norm", "sampler_trainer_kl", "clip_fraction", "entropy")
 
-OBJECTIVE = Objective(loss_fn="ppo", kl_penalty_coef=1.0, reward_coef=0.2, kl_clamp=4.0)
+OBJECTIVE = PolicyGradient(loss_fn="ppo", kl_penalty_coef=1.0, reward_coef=0.2, kl_clamp=4.0)
 OPTIMIZER = OptimizerSettings(
     learning_rate=1.2e-2, warmup_steps=3, schedule="cosine", total_updates=60, updates_per_batch=2
 )

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.models.loading import CausalLM, load_causal_lm
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 
 CUDA = torch.device("cuda")
 VOCABULARY = 100
@@ -36,7 +37,7 @@ def make_policy(lm: CausalLM, **arguments: Any) -> LoraPolicy:
         alpha=8,
         seed=0,
         base_name="tiny",
-        objective=Objective(reward_coef=1.0),
+        objective=PolicyGradient(reward_coef=1.0),
         optimizer=OptimizerSettings(learning_rate=1e-2),
         **arguments,
     )

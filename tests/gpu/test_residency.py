@@ -14,9 +14,10 @@ import torch
 from tests.gpu.device import needs_cuda, needs_vllm
 from tests.setup.projects import Project
 
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.errors import TemporaryError
 from rnow.models.loading import load_causal_lm
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
@@ -62,7 +63,7 @@ def make_policy(folder: Path, quantization: str = "none") -> LoraPolicy:
         alpha=2 * RANK,
         seed=0,
         base_name="random",
-        objective=Objective(),
+        objective=PolicyGradient(),
         optimizer=OptimizerSettings(learning_rate=1e-3),
         gradient_checkpointing=True,
     )

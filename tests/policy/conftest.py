@@ -10,8 +10,9 @@ import pytest
 import torch
 from tests.policy.batches import VOCABULARY
 
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.models.loading import load_causal_lm
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 
 MakePolicy = Callable[..., LoraPolicy]
 
@@ -49,7 +50,7 @@ def make_policy(tiny_model_dir: Callable[..., Path]) -> MakePolicy:
             alpha=8,
             seed=0,
             base_name=str(folder),
-            objective=Objective(**(objective or {})),
+            objective=PolicyGradient(**(objective or {})),
             optimizer=OptimizerSettings(**({"learning_rate": 1e-2} | (optimizer or {}))),
             **arguments,
         )

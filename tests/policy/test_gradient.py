@@ -21,7 +21,7 @@ MIXED: dict[str, Any] = {"kl_penalty_coef": 0.7, "reward_coef": 0.4, "kl_clamp":
 
 def _naive_gradients(policy: LoraPolicy, batch: Batch) -> dict[str, Tensor]:
     """The model's own logits, one sequence at a time, the formulas of the reference, autograd."""
-    objective = policy.objective
+    objective = policy._objective
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     for item in batch.samples:
@@ -182,7 +182,7 @@ def test_a_sequence_without_loss_tokens_changes_nothing(make_policy: MakePolicy)
 
 def _judged_by_itself(policy: LoraPolicy, batch: Batch) -> Batch:
     """The same batch with a teacher that equals the student."""
-    live = policy._accumulate(batch).logprobs_by_sample()
+    live = policy._accumulate(batch).by_sample()["logprobs"]
 
     def evidence(item: TrainingSample) -> SampledEvidence:
         scores = torch.zeros(len(item.sample.token_ids))
@@ -235,7 +235,7 @@ def test_gradient_checkpointing_changes_memory_only(
 def test_live_logprobs_are_the_model_s_own_and_keyed_by_sample(make_policy: MakePolicy) -> None:
     policy = make_policy(micro_batch_tokens=30, objective={"temperature": 0.8})
     batch = make_batch()
-    live = policy._accumulate(batch).logprobs_by_sample()
+    live = policy._accumulate(batch).by_sample()["logprobs"]
     assert live.keys() == {item.sample.id for item in batch.samples}
     for item in batch.samples:
         ids = torch.tensor(item.sample.token_ids)

@@ -16,9 +16,10 @@ from tests.sampling.conformance import complete_all, params, prompt
 from torch import Tensor
 
 from rnow.algorithm.batching import build_batch, build_training_samples
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.records import Batch
 from rnow.models.loading import CausalLM, load_causal_lm
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.transformers import TransformersSampler
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.types import Completion, Sample
@@ -65,7 +66,7 @@ def make_policy(lm: CausalLM) -> LoraPolicy:
         alpha=8,
         seed=3,
         base_name="tiny",
-        objective=Objective(),
+        objective=PolicyGradient(),
         # No clipping: the first moment is then (1 - beta1) times the gradient itself.
         optimizer=OptimizerSettings(
             learning_rate=1e-2, betas=(ADAMW_BETA1, 0.95), max_grad_norm=1e9

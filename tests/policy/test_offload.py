@@ -62,8 +62,8 @@ def test_updates_around_naps_are_bit_identical(
         nap(moving)
         expected, got = staying.update(batch), moving.update(batch)
         assert got.metrics == expected.metrics
-        for sample, logprobs in expected.logprobs.items():
-            assert torch.equal(got.logprobs[sample], logprobs)
+        for sample, logprobs in expected.streams["logprobs"].items():
+            assert torch.equal(got.streams["logprobs"][sample], logprobs)
     assert_equal(learned(moving), learned(staying))
 
 

@@ -93,9 +93,9 @@ def test_updates_bring_the_student_to_its_teacher(make_policy: MakePolicy, loss_
         objective=TEACHER_ONLY | {"loss_fn": loss_fn}, optimizer={"learning_rate": 1e-3}
     )
     batch = _on_policy(policy, make_batch())
-    before = policy._accumulate(batch).logprobs_by_sample()
+    before = policy._accumulate(batch).by_sample()["logprobs"]
     policy.update(batch)
-    after = policy._accumulate(batch).logprobs_by_sample()
+    after = policy._accumulate(batch).by_sample()["logprobs"]
     pull = 0.0
     for item in batch.samples:
         assert item.evidence is not None
@@ -107,7 +107,7 @@ def test_updates_bring_the_student_to_its_teacher(make_policy: MakePolicy, loss_
 
 def _on_policy(policy: LoraPolicy, batch: Batch) -> Batch:
     """The same batch as if the policy had sampled it just now."""
-    live = policy._accumulate(batch).logprobs_by_sample()
+    live = policy._accumulate(batch).by_sample()["logprobs"]
     samples = []
     for item in batch.samples:
         values = torch.zeros(len(item.sample.token_ids))
@@ -131,8 +131,10 @@ def test_several_updates_per_batch_are_as_many_updates_of_that_batch(
     # What the batch was like is told from before the first update; how far it was pushed, from the worst pass.
     for name in ("loss", "teacher_kl", "sampler_trainer_kl", "entropy"):
         assert result.metrics[name] == first.metrics[name]
-    assert_equal(result.logprobs, first.logprobs)
-    assert not torch.equal(first.logprobs["dataset_0/0#0"], second.logprobs["dataset_0/0#0"])
+    assert_equal(result.streams["logprobs"], first.streams["logprobs"])
+    assert not torch.equal(
+        first.streams["logprobs"]["dataset_0/0#0"], second.streams["logprobs"]["dataset_0/0#0"]
+    )
     for name in ("ratio/max", "clip_fraction", "kl_clamp_fraction"):
         assert result.metrics[name] == max(first.metrics[name], second.metrics[name])
 
@@ -200,7 +202,7 @@ def test_metrics_are_means_over_the_loss_tokens_of_the_batch(make_policy: MakePo
     ratios, gaps, advantages, losses = [], [], [], []
     for item in batch.samples:
         on = torch.tensor(item.sample.loss_mask)
-        live = result.logprobs[item.sample.id].double()
+        live = result.streams["logprobs"][item.sample.id].double()
         assert item.evidence is not None
         kl = live - item.evidence.teacher_logprobs[on].double()
         gap = torch.tensor(item.sample.sampler_logprobs).double()[on] - live
@@ -361,7 +363,7 @@ def test_out_of_memory_half_way_keeps_nothing_of_the_first_half(
     assert calls[0] > 3
     for name, value in expected.metrics.items():
         assert result.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    assert result.logprobs.keys() == expected.logprobs.keys()
+    assert result.streams["logprobs"].keys() == expected.streams["logprobs"].keys()
 
 
 def test_one_sequence_that_does_not_fit_is_a_clear_error(
@@ -506,9 +508,9 @@ def test_conforms_to_the_policy_protocol(make_policy: MakePolicy, kind: str) -> 
     result = policy.update(batch)
     assert not result.skipped
     assert all(math.isfinite(value) for value in result.metrics.values())
-    assert result.logprobs.keys() == {item.sample.id for item in batch.samples}
+    assert result.streams["logprobs"].keys() == {item.sample.id for item in batch.samples}
     for item in batch.samples:
-        assert result.logprobs[item.sample.id].shape == (sum(item.sample.loss_mask),)
+        assert result.streams["logprobs"][item.sample.id].shape == (sum(item.sample.loss_mask),)
     after = policy.adapter().tensors
     assert after.keys() == before.keys()
     assert any(not torch.equal(after[name], before[name]) for name in before)

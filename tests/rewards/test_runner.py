@@ -211,9 +211,6 @@ def rollout(
     return Rollout(
         prompt_id="d/0",
         index=0,
-        token_ids=(),
-        loss_mask=(),
-        sampler_logprobs=(),
         turns=(),
         messages=messages or ({"role": "assistant", "content": "4"},),
         status=status,

@@ -28,9 +28,6 @@ def make_groups(count: int, size: int, *rewards: str) -> list[RolloutGroup]:
             Rollout(
                 prompt_id=prompt.id,
                 index=index,
-                token_ids=(),
-                loss_mask=(),
-                sampler_logprobs=(),
                 turns=(),
                 messages=({"role": "assistant", "content": f"{row}.{index}"},),
                 status="completed",
@@ -68,12 +65,20 @@ class Recorder:
 
 def test_results_keep_the_order_of_the_groups() -> None:
     groups = make_groups(5, 3)
-    scored = asyncio.run(score_rewards(groups, Recorder()))
-    assert [group.prompt.id for group in scored] == [group.prompt.id for group in groups]
-    for group, original in zip(scored, groups, strict=True):
-        assert [item.rollout for item in group.rollouts] == list(original.rollouts)
-        for item in group.rollouts:
-            assert item.reward == RewardResult(total=group.prompt.row + item.rollout.index / 10)
+    rewards = asyncio.run(score_rewards(groups, Recorder()))
+    assert list(rewards) == [rollout.id for group in groups for rollout in group.rollouts]
+    for group in groups:
+        for rollout in group.rollouts:
+            expected = RewardResult(total=group.prompt.row + rollout.index / 10)
+            assert rewards[rollout.id] == expected
+
+
+def test_a_prompt_without_rewards_gives_none() -> None:
+    class Silent(Recorder):
+        async def score(self, prompt: Prompt, rollout: Rollout) -> RewardResult | None:
+            return None if prompt.row else await super().score(prompt, rollout)
+
+    assert list(asyncio.run(score_rewards(make_groups(2, 2), Silent()))) == ["d/0#0", "d/0#1"]
 
 
 def test_no_more_at_once_than_allowed() -> None:
@@ -113,7 +118,7 @@ def test_a_stop_ends_rewards_that_take_their_time() -> None:
 
 
 def test_no_groups() -> None:
-    assert asyncio.run(score_rewards([], Recorder())) == []
+    assert asyncio.run(score_rewards([], Recorder())) == {}
 
 
 REWARDS = """
@@ -140,11 +145,10 @@ def test_trivial_rewards_cost_next_to_nothing(name: str, tmp_path: Path) -> None
         best = float("inf")
         for _ in range(times):
             started = time.perf_counter()
-            scored = await score_rewards(groups, runner)
+            rewards = await score_rewards(groups, runner)
             best = min(best, time.perf_counter() - started)
-            assert all(
-                item.reward and item.reward.total == 1 for g in scored for item in g.rollouts
-            )
+            assert len(rewards) == 128
+            assert all(reward.total == 1 for reward in rewards.values())
         return best
 
     try:

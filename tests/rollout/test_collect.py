@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.fakes import FakeEnvironment, FakeSampler, FakeStep, SamplerRequest
+from tests.rollouts import flat
 
 from rnow.algorithm.seeds import rollout_seed
 from rnow.errors import StopRequested, TemporaryError
@@ -92,13 +93,13 @@ def test_a_single_turn() -> None:
         FakeSampler([[4, 5, END]], logprob=-0.25),
         FakeEnvironment((1, 2), [FakeStep(messages=({"role": "assistant", "content": "hi"},))]),
     )
-    assert rollout.token_ids == (1, 2, 4, 5, END)
-    assert rollout.loss_mask == (False, False, True, True, True)
-    assert rollout.sampler_logprobs == (0.0, 0.0, -0.25, -0.25, -0.25)
+    assert flat(rollout).token_ids == (1, 2, 4, 5, END)
+    assert flat(rollout).loss_mask == (False, False, True, True, True)
+    assert flat(rollout).sampler_logprobs == (0.0, 0.0, -0.25, -0.25, -0.25)
     assert rollout.status == "completed"
     assert rollout.error is None
     assert rollout.messages == ({"role": "assistant", "content": "hi"},)
-    assert [turn.text for turn in rollout.turns] == ["hi"]
+    assert rollout.answer == "hi"
     assert rollout.completion_tokens == 3
 
 
@@ -114,14 +115,16 @@ def test_several_turns_stay_aligned() -> None:
         ],
     )
     rollout = one(sampler, environment)
-    assert rollout.token_ids == (1, 2, 4, END, 7, 7, 5, 6, END, 8, END)
+    assert flat(rollout).token_ids == (1, 2, 4, END, 7, 7, 5, 6, END, 8, END)
     mask = "FFTTFFTTTFT"
-    assert rollout.loss_mask == tuple(letter == "T" for letter in mask)
-    assert rollout.sampler_logprobs == tuple(-0.5 if letter == "T" else 0.0 for letter in mask)
+    assert flat(rollout).loss_mask == tuple(letter == "T" for letter in mask)
+    assert flat(rollout).sampler_logprobs == tuple(
+        -0.5 if letter == "T" else 0.0 for letter in mask
+    )
     assert [turn.observation_token_ids for turn in rollout.turns] == [(1, 2), (7, 7), (8,)]
     contexts = [request.prompt_token_ids for request in sampler.requests]
     assert contexts == [
-        rollout.token_ids[:2], rollout.token_ids[:6], rollout.token_ids[:10],
+        flat(rollout).token_ids[:2], flat(rollout).token_ids[:6], flat(rollout).token_ids[:10],
     ]  # fmt: skip
     assert rollout.status == "completed"
 
@@ -179,7 +182,7 @@ def test_the_window_bounds_the_answer() -> None:
     sampler = FakeSampler([[4] * 20])
     rollout = one(sampler, FakeEnvironment((1,) * 6), window=9)
     assert sampler.requests[0].params.max_tokens == 3
-    assert len(rollout.token_ids) == 9
+    assert len(flat(rollout).token_ids) == 9
     assert rollout.status == "truncated"
 
 
@@ -189,7 +192,12 @@ def test_an_observation_that_fills_the_window_ends_the_rollout() -> None:
     rollout = one(sampler, environment, window=9)
     assert rollout.status == "truncated"
     assert len(sampler.requests) == 1
-    assert len(rollout.token_ids) == len(rollout.loss_mask) == len(rollout.sampler_logprobs) == 9
+    assert (
+        len(flat(rollout).token_ids)
+        == len(flat(rollout).loss_mask)
+        == len(flat(rollout).sampler_logprobs)
+        == 9
+    )
 
 
 @pytest.mark.parametrize("where", ["start", "step", "close", "make"])
@@ -219,7 +227,11 @@ def test_a_broken_environment_fails_its_rollout_only(where: str) -> None:
         assert {rollout.status for rollout in group.rollouts} == {expected}
     failed = groups[1].rollouts[0]
     assert failed.error == "OSError: no browser"
-    assert len(failed.token_ids) == len(failed.loss_mask) == len(failed.sampler_logprobs)
+    assert (
+        len(flat(failed).token_ids)
+        == len(flat(failed).loss_mask)
+        == len(flat(failed).sampler_logprobs)
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), TemporaryError("vLLM is gone")])
@@ -273,6 +285,6 @@ def test_single_turn_environment() -> None:
         settings=replace(SETTINGS, group_size=1),
     )
     rollout = groups[0].rollouts[0]
-    assert rollout.token_ids == (1, 2, 3, 4, END)
+    assert flat(rollout).token_ids == (1, 2, 3, 4, END)
     assert rollout.messages == ({"role": "assistant", "content": f"4/{END}"},)
     assert rollout.status == "completed"

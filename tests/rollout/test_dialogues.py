@@ -19,6 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.fakes import FakeSampler, SamplerRequest
 from tests.rollout.families import BY_NAME, SUPPORTED, TOOLS, Family
+from tests.rollouts import flat
 
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.rollout.environment import Dialogue, ToolEnvironment
@@ -182,18 +183,22 @@ def test_the_mask_and_the_turns_are_what_was_sampled(family: Family, data: st.Da
     script = data.draw(scripts(family))
     rollout, requests = play(family, script)
     sampled = [turn.completion.token_ids for turn in rollout.turns]
-    assert len(rollout.token_ids) == len(rollout.loss_mask) == len(rollout.sampler_logprobs)
+    assert (
+        len(flat(rollout).token_ids)
+        == len(flat(rollout).loss_mask)
+        == len(flat(rollout).sampler_logprobs)
+    )
 
     position = 0
     for turn, request, reply in zip(rollout.turns, requests, sampled, strict=True):
         start = position + len(turn.observation_token_ids)
-        assert rollout.token_ids[position:start] == turn.observation_token_ids
-        assert not any(rollout.loss_mask[position:start])
-        assert request.prompt_token_ids == rollout.token_ids[:start], "what the sampler saw"
+        assert flat(rollout).token_ids[position:start] == turn.observation_token_ids
+        assert not any(flat(rollout).loss_mask[position:start])
+        assert request.prompt_token_ids == flat(rollout).token_ids[:start], "what the sampler saw"
         position = start + len(reply)
-        assert rollout.token_ids[start:position] == reply
-        assert all(rollout.loss_mask[start:position])
-    assert position == len(rollout.token_ids)
+        assert flat(rollout).token_ids[start:position] == reply
+        assert all(flat(rollout).loss_mask[start:position])
+    assert position == len(flat(rollout).token_ids)
 
     expected = [script.turns[i % len(script.turns)] for i in range(len(rollout.turns))]
     assert sampled == expected, "nothing sampled is ever rebuilt"
@@ -257,7 +262,7 @@ def test_what_is_appended_is_what_the_template_writes(family: Family, data: Any)
         messages.append(said.pop(0))
         while said and said[0]["role"] == "tool":
             messages.append(said.pop(0))
-    assert context == rollout.token_ids
+    assert context == flat(rollout).token_ids
 
 
 def turn_as_rendered(

@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.models.loading import CausalLM, load_causal_lm
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.protocols import Sampler
 from rnow.sampling.transformers import TransformersSampler
 from rnow.sampling.vllm_engine import VllmEngineSampler
@@ -78,7 +79,7 @@ def load_student(folder: Path) -> CausalLM:
 def make_policy(lm: CausalLM, **changes: Any) -> LoraPolicy:
     """A policy whose adapter does something: B is drawn, not 0."""
     optimizer = changes.pop("optimizer", OptimizerSettings(learning_rate=1e-2))
-    objective = changes.pop("objective", Objective())
+    objective = changes.pop("objective", PolicyGradient())
     policy = LoraPolicy(
         lm,
         rank=4,

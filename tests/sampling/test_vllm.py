@@ -19,10 +19,11 @@ import torch
 
 import rnow
 from rnow.algorithm.batching import build_batch, build_training_samples
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.errors import EXIT_TEMPORARY, ModelError, NotYetSupported, RnowError, TemporaryError
 from rnow.models.loading import load_causal_lm
 from rnow.models.tokenizer import load_tokenizer, vocabulary_size
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.transformers import TransformersSampler
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
@@ -85,7 +86,7 @@ def setup(
         alpha=2 * RANK,
         seed=1,
         base_name="quickstart",
-        objective=Objective(reward_coef=1.0),
+        objective=PolicyGradient(reward_coef=1.0),
         optimizer=OptimizerSettings(learning_rate=1e-2),
     )
     sampler: VllmSampler = request.param(

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests.rollouts import read_transcripts
 from tests.setup.agents import AgentProject, adds_up, call, script_student
 from tests.setup.projects import Killed, Watcher, die
 
-from rnow.disk.transcripts import read_transcripts
 from rnow.errors import InputError
 from rnow.setup.build import check, run
 from rnow.setup.rehearse import rehearse

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests.rollouts import read_transcripts
 from tests.setup.agents import AgentProject, call, script_student
 from tests.web.needs import missing
 from tests.web.site import Site, serve
 
 from rnow.config import Config
-from rnow.disk.transcripts import read_transcripts
 from rnow.setup.build import check, run
 from rnow.setup.rehearse import rehearse
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.rollouts import read_transcripts
 from tests.setup.projects import Killed, Project, Watcher, die
 
 from rnow.disk import folder as folder_module
 from rnow.disk.folder import RunFolder
-from rnow.disk.transcripts import read_transcripts
 from rnow.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.rollouts import read_transcripts
 from tests.setup.agents import AgentProject, call, script_student
 from tests.setup.projects import Watcher
 
-from rnow.disk.transcripts import read_transcripts
 from rnow.setup.build import run
 from rnow.usercode.engines import find_bubblewrap
 

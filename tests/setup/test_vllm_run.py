@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.rollouts import read_transcripts
 from tests.setup.projects import Project, Watcher
 
-from rnow.disk.transcripts import read_transcripts
 from rnow.processes.leash import descendants
 from rnow.setup.build import run
 

@@ -20,7 +20,6 @@ from rnow.errors import ModelError, StopRequested
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.sampling.transformers import TransformersSampler
 from rnow.teacher import load_teacher
-from rnow.teacher.score import score_with_teacher
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.types import Completion, Sample
 
@@ -77,10 +76,6 @@ def test_ids_that_cannot_be_are_refused(lm: CausalLM, ids: list[int]) -> None:
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load_teacher(str(tmp_path / "nothing"))
-
-
-def test_without_a_teacher_there_is_no_evidence() -> None:
-    assert asyncio.run(score_with_teacher([make_sample("a", 4)], None)) is None
 
 
 def test_a_stop_is_noticed_between_micro_batches(lm: CausalLM) -> None:

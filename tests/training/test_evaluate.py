@@ -11,7 +11,7 @@ import pytest
 from tests.fakes import FakeEnvironment, FakeRewarder, FakeSampler, FakeTeacher
 
 from rnow.rollout.collect import RolloutSettings
-from rnow.training.evaluate import Evaluator, pass_at_k
+from rnow.training.evaluations import Evaluator, pass_at_k
 from rnow.training.residency import Residency
 from rnow.types import Prompt, Rollout
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.rollouts import read_transcripts
 from tests.setup.projects import Project, Watcher
 
 from rnow.config import Config, to_dict
-from rnow.disk.transcripts import read_transcripts
 from rnow.models import loading
 from rnow.policy.student import LoraPolicy
 from rnow.setup.build import run
@@ -173,14 +173,15 @@ def load_student(project: Project) -> loading.CausalLM:
 
 
 def policy_options() -> dict[str, Any]:
-    from rnow.policy.student import Objective, OptimizerSettings
+    from rnow.algorithm.policy_gradient import PolicyGradient
+    from rnow.policy.student import OptimizerSettings
 
     return {
         "rank": 4,
         "alpha": 8,
         "seed": 0,
         "base_name": "x",
-        "objective": Objective(),
+        "objective": PolicyGradient(),
         "optimizer": OptimizerSettings(),
     }
 

@@ -13,7 +13,6 @@ PROMPT = Prompt(id="dataset_0/0", dataset="dataset_0", row=0, messages=())
 TURN = Turn(
     observation_token_ids=(1,),
     completion=Completion(token_ids=(4,), logprobs=(-0.1,), finish_reason="stop", policy_version=0),
-    text="",
 )
 SAYS: Message = {"role": "assistant", "content": "x"}
 WORKED: Message = {"role": "tool", "name": "calc", "content": "3"}
@@ -24,9 +23,6 @@ def rollout(*messages: Message, turns: int = 1, **changes: Any) -> Rollout:
     fields: dict[str, Any] = {
         "prompt_id": PROMPT.id,
         "index": 0,
-        "token_ids": (1, 4) * turns,
-        "loss_mask": (False, True) * turns,
-        "sampler_logprobs": (0.0, -0.1) * turns,
         "turns": (TURN,) * turns,
         "messages": messages,
         "status": "completed",

@@ -7,25 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fakes import FakeMetricSink
+from tests.fakes import FakeSink
 
-from rnow.algorithm.records import UpdateResult
+from rnow.algorithm.records import StepData, UpdateResult
 from rnow.disk.folder import RunFolder
-from rnow.disk.sinks import JsonlMetrics
+from rnow.disk.sinks import JsonlSink
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import QuietDisplay
 from rnow.errors import EXIT_FAILED, RnowError
 from rnow.training.recorder import Recorder
-from rnow.types import Completion, Prompt, RewardResult, Rollout, ScoredGroup, ScoredRollout, Turn
+from rnow.types import Completion, Prompt, RewardResult, Rollout, RolloutGroup, Turn
 
 NON_FINITE = "non-finite"
-
-
-class Sink(FakeMetricSink):
-    closed = False
-
-    def close(self) -> None:
-        self.closed = True
 
 
 class Display(QuietDisplay):
@@ -45,50 +38,47 @@ class Desk:
 
     def __init__(self, folder: Path) -> None:
         self.folder = RunFolder(folder)
-        self.display, self.sink = Display(), Sink()
+        self.display, self.sink = Display(), FakeSink()
         self.recorder = Recorder(
             self.folder,
             display=self.display,
             transcripts=TranscriptWriter(
                 self.folder.transcripts, token_text=str, redact=lambda text: text
             ),
-            metrics=JsonlMetrics(self.folder.metrics),
-            sinks=[self.sink],
+            sinks=[JsonlSink(self.folder.metrics, self.folder.evaluations), self.sink],
             num_steps=9,
         )
 
     def record(self, step: int, **changes: Any) -> None:
-        update = UpdateResult(**{"metrics": {"loss": 0.5}, "logprobs": {}} | changes)
-        self.recorder.record(step, scored(), None, update, self.recorder.clock())
+        update = UpdateResult(**{"metrics": {"loss": 0.5}, "streams": {}} | changes)
+        self.recorder.record(step, step_data(), update, self.recorder.clock())
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.folder.metrics.read_text().splitlines()]
 
 
-def scored(reward: float = 0.5) -> list[ScoredGroup]:
+def step_data(reward: float = 0.5) -> StepData:
     completion = Completion(
         token_ids=(4, 9), logprobs=(-0.1, -0.2), finish_reason="stop", policy_version=0
     )
-    rollouts = []
+    rollouts, rewards = [], {}
     for index, status in enumerate(("completed", "truncated", "failed")):
         rollout = Rollout(
             prompt_id="dataset_0/0",
             index=index,
-            token_ids=(1, 2, 3, 4, 9),
-            loss_mask=(False, False, False, True, True),
-            sampler_logprobs=(0.0, 0.0, 0.0, -0.1, -0.2),
-            turns=(Turn(observation_token_ids=(1, 2, 3), completion=completion, text="x"),),
+            turns=(Turn(observation_token_ids=(1, 2, 3), completion=completion),),
             messages=(),
             status=status,  # type: ignore[arg-type]
             end_reason="answer",
         )
-        result = RewardResult(
+        rollouts.append(rollout)
+        rewards[rollout.id] = RewardResult(
             total=reward, breakdown={"accuracy": reward}, errors={"style": "x"} if index else {}
         )
-        rollouts.append(ScoredRollout(rollout=rollout, reward=result))
     prompt = Prompt(id="dataset_0/0", dataset="dataset_0", row=0, messages=())
-    return [ScoredGroup(prompt=prompt, rollouts=tuple(rollouts))]
+    group = RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
+    return StepData(training=(), groups=(group,), rewards=rewards)
 
 
 @pytest.fixture
@@ -164,6 +154,7 @@ def test_what_lies_beyond_a_checkpoint_is_forgotten(desk: Desk) -> None:
         desk.record(step)
         desk.recorder.evaluated("often", step, {"pass@1": step / 4})
     desk.recorder.forget_after(2)
+    assert desk.sink.forgotten == [3]
     assert [row["step"] for row in desk.rows] == [1, 2]
     assert [row["step"] for row in desk.recorder.evaluations()] == [1, 2]
     assert sorted(path.stem for path in desk.folder.transcripts.iterdir()) == [
@@ -186,7 +177,7 @@ def test_evaluations_survive_a_cut_line(desk: Desk, name: str) -> None:
     desk.recorder.evaluated(name, 2, {"pass@1": 0.75})
     first = {"name": name, "step": 1, "pass@1": 0.5, "teacher_kl": None}
     assert desk.recorder.evaluations()[0] == first
-    assert desk.sink.by_step[2] == {f"eval/{name}/pass@1": 0.75}
+    assert desk.sink.evaluations[-1] == (name, 2, {"pass@1": 0.75})
     cut(desk.folder.evaluations)
     assert desk.recorder.evaluations() == [first]
     desk.recorder.forget_after(5)

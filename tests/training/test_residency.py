@@ -17,11 +17,9 @@ from rnow.processes.process import StartFailed
 from rnow.rollout.collect import RolloutSettings
 from rnow.serving.client import ServerDown
 from rnow.setup.build import run
-from rnow.training.clock import StageClock
-from rnow.training.evaluate import Evaluator
-from rnow.training.evaluations import Evaluations, Scheduled
-from rnow.training.loop import Parts, train
-from rnow.training.residency import Part, Residency, ServedSleeper
+from rnow.training.evaluations import Evaluations, Evaluator, Scheduled
+from rnow.training.loop import OnPolicy, Parts, train
+from rnow.training.residency import Part, Residency, ServedSleeper, StageClock
 from rnow.types import Prompt
 
 END = 9
@@ -258,7 +256,6 @@ class Watched:
             save=self.save,
             rescue=self.save,
             after_step=lambda step: None,
-            journal=lambda step: None,
         )
         evaluator = Evaluator(
             prompts=PROMPTS,
@@ -269,18 +266,19 @@ class Watched:
         )
         return Parts(
             num_steps=num_steps,
-            prompts_of=lambda step: PROMPTS,
-            environments=lambda *_: FakeEnvironment((1, 2)),
-            settings=SETTINGS,
-            sampler=self.sampler,
-            rewarder=FakeRewarder(),
-            advantages=lambda scored: {
-                f"{group.prompt.id}#{item.rollout.index}": 0.0
-                for group in scored
-                for item in group.rollouts
-            },
-            teacher=self.teacher,
+            source=OnPolicy(
+                prompts_of=lambda step: PROMPTS,
+                environments=lambda *_: FakeEnvironment((1, 2)),
+                settings=SETTINGS,
+                journal=lambda step: None,
+                sampler=self.sampler,
+                rewarder=FakeRewarder(),
+                advantages=lambda groups, rewards: dict.fromkeys(rewards, 0.0),
+                teacher=self.teacher,
+                gpu=self.card.gpu,
+            ),
             policy=self.policy,
+            sampler=self.sampler,
             gpu=self.card.gpu,
             evaluations=Evaluations(
                 main=evaluator if evaluated else None,

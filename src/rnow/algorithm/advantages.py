@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from rnow.types import RewardResult, RolloutGroup
 
 STD_EPSILON = 1e-6
 
@@ -33,6 +35,27 @@ def reward_advantages(
         mean = everything.mean() if everything.numel() else everything.sum()
         return [(group - mean).tolist() for group in groups]
     return [_group_relative(group, scale).tolist() for group in groups]
+
+
+def rollout_advantages(
+    groups: Sequence[RolloutGroup],
+    rewards: Mapping[str, RewardResult],
+    estimator: AdvantageEstimator,
+    *,
+    scale: bool,
+) -> dict[str, float]:
+    """Advantage by rollout id. Failed rollouts do not count in their group's mean; a rollout without a reward has 0."""
+    judged = [
+        [r.id for r in group.rollouts if r.id in rewards and r.status != "failed"]
+        for group in groups
+    ]
+    values = reward_advantages(
+        [[rewards[key].total for key in group] for group in judged], estimator, scale=scale
+    )
+    advantages = {rollout.id: 0.0 for group in groups for rollout in group.rollouts}
+    for keys, found in zip(judged, values, strict=True):
+        advantages |= zip(keys, found, strict=True)
+    return advantages
 
 
 def _group_relative(group: Tensor, scale: bool) -> Tensor:

@@ -1,14 +1,54 @@
-"""From samples to padded micro-batches: the one place where tokens are shifted for next-token prediction."""
+"""From rollouts to padded micro-batches: the one place where turns are flattened, and where tokens are shifted for
+next-token prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import compress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from rnow.algorithm.records import Batch, Evidence, MicroBatch, TrainingSample
-from rnow.types import Sample
+from rnow.algorithm.records import Batch, Evidence, MicroBatch, PaddedTokens, TrainingSample
+from rnow.types import Prompt, Rollout, RolloutGroup, Sample
+
+T = TypeVar("T")
+
+
+def build_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
+    """One sample per rollout that has something to learn from: failed rollouts and empty completions are left out."""
+    return [
+        build_sample(group.prompt, rollout)
+        for group in groups
+        for rollout in group.rollouts
+        if rollout.status != "failed" and rollout.completion_tokens
+    ]
+
+
+def build_sample(prompt: Prompt, rollout: Rollout) -> Sample:
+    """The turns of a rollout as one sequence. It ends with the last token that the student wrote: a tool result that
+    overflowed the window changes no number, and may be several windows long."""
+    token_ids: list[int] = []
+    loss_mask: list[bool] = []
+    logprobs: list[float] = []
+    for turn in rollout.turns:
+        shown, written = turn.observation_token_ids, turn.completion.token_ids
+        token_ids += [*shown, *written]
+        loss_mask += [False] * len(shown) + [True] * len(written)
+        logprobs += [*[0.0] * len(shown), *turn.completion.logprobs]
+    if loss_mask and not loss_mask[-1]:
+        # The last completion is empty: what was shown before it predicts nothing.
+        end = 1 + max(position for position, on in enumerate(loss_mask) if on)
+        token_ids, loss_mask, logprobs = token_ids[:end], loss_mask[:end], logprobs[:end]
+    return Sample(
+        id=rollout.id,
+        dataset=prompt.dataset,
+        token_ids=tuple(token_ids),
+        loss_mask=tuple(loss_mask),
+        sampler_logprobs=tuple(logprobs),
+    )
 
 
 def build_training_samples(
@@ -76,41 +116,54 @@ def predicting_rows(masks: Sequence[Sequence[bool]], width: int) -> Tensor:
     )
 
 
-def masked_values(samples: Sequence[Sample], name: str) -> list[float]:
-    """Values of a per-token field at the loss tokens, in the order of ``predicting_rows``."""
-    return [
-        value
-        for sample in samples
-        for value, on in zip(getattr(sample, name), sample.loss_mask, strict=True)
-        if on
-    ]
+def pad(samples: Sequence[Sample], device: torch.device | str) -> PaddedTokens:
+    """Pad, flatten and shift: what a forward pass over ``samples`` needs."""
+    token_ids = pad_right([sample.token_ids for sample in samples])
+    masks = [sample.loss_mask for sample in samples]
+    targets = [token for sample in samples for token in at_loss_tokens(sample, sample.token_ids)]
+    return PaddedTokens(
+        token_ids=token_ids.to(device),
+        rows=predicting_rows(masks, token_ids.shape[1]).to(device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        sample_ids=tuple(sample.id for sample in samples),
+        counts=tuple(sum(mask) for mask in masks),
+    )
 
 
 def collate(training: Sequence[TrainingSample], device: torch.device | str) -> MicroBatch:
-    """Pad, flatten and shift the samples of one micro-batch."""
+    """One micro-batch: its tokens, and what sampler, rewards and teacher said of the loss tokens."""
     samples = [item.sample for item in training]
-    token_ids = pad_right([sample.token_ids for sample in samples])
-    masks = [sample.loss_mask for sample in samples]
-    counts = [sum(mask) for mask in masks]
+    tokens = pad(samples, device)
+    sampler = [
+        value for sample in samples for value in at_loss_tokens(sample, sample.sampler_logprobs)
+    ]
     advantages = torch.tensor([item.reward_advantage for item in training], dtype=torch.float32)
-    teacher = None
-    if training[0].evidence is not None:
-        teacher = torch.cat(
-            [
-                item.evidence.teacher_logprobs.cpu()[torch.tensor(item.sample.loss_mask)]
-                for item in training
-                if item.evidence is not None
-            ]
-        )
     return MicroBatch(
-        token_ids=token_ids.to(device),
-        rows=predicting_rows(masks, token_ids.shape[1]).to(device),
-        targets=torch.tensor(masked_values(samples, "token_ids"), dtype=torch.long, device=device),
-        sampler_logprobs=torch.tensor(
-            masked_values(samples, "sampler_logprobs"), dtype=torch.float32, device=device
-        ),
-        reward_advantages=advantages.repeat_interleave(torch.tensor(counts)).to(device),
-        teacher_logprobs=None if teacher is None else teacher.to(device),
-        sample_ids=tuple(sample.id for sample in samples),
-        counts=tuple(counts),
+        tokens=tokens,
+        sampler_logprobs=torch.tensor(sampler, dtype=torch.float32, device=device),
+        reward_advantages=advantages.repeat_interleave(torch.tensor(tokens.counts)).to(device),
+        evidence=_collate_evidence(training, device),
     )
+
+
+def at_loss_tokens(sample: Sample, values: Iterable[T]) -> Iterator[T]:
+    """Those of a sample's per-token values that belong to its loss tokens, in order."""
+    return compress(values, sample.loss_mask)
+
+
+def _collate_evidence(
+    training: Sequence[TrainingSample], device: torch.device | str
+) -> dict[str, Tensor]:
+    first = training[0].evidence
+    if first is None:
+        return {}
+    masks = [torch.tensor(item.sample.loss_mask) for item in training]
+    return {
+        name: torch.cat(
+            [
+                getattr(item.evidence, name).cpu()[mask]
+                for item, mask in zip(training, masks, strict=True)
+            ]
+        ).to(device)
+        for name in (field.name for field in fields(first))
+    }

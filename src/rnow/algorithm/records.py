@@ -1,18 +1,18 @@
 """Records that hold tensors: the later half of the chain in ``rnow.types``.
 
-Per-token tensors of a sample are aligned with its ``token_ids``: index i describes token i. Only ``MicroBatch`` is
-flattened and shifted, in ``batching.collate``.
+Per-token tensors of a sample are aligned with its ``token_ids``: index i describes token i. Only ``PaddedTokens`` and
+``MicroBatch`` are flattened and shifted, in ``batching``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
 
 from torch import Tensor
 
-from rnow.types import Sample
+from rnow.types import RewardResult, RolloutGroup, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,21 @@ class TrainingSample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepData:
+    """What one step trains on, and where it came from.
+
+    Attributes:
+        training: the samples of the step.
+        groups: the rollouts behind them, those that gave no sample included; empty for samples that nobody rolled out.
+        rewards: rollout id -> its reward, for the rollouts whose prompt names one.
+    """
+
+    training: Sequence[TrainingSample]
+    groups: Sequence[RolloutGroup] = ()
+    rewards: Mapping[str, RewardResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """The training samples of one optimizer step and the number of loss tokens they hold together (N)."""
 
@@ -66,26 +81,36 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """A right-padded slice of a batch. B sequences of T tokens, R loss tokens in all.
+class PaddedTokens:
+    """B sequences of at most T tokens, R loss tokens in all.
 
     Attributes:
         token_ids: int64 ``[B, T]``, padded on the right; causal attention needs no mask for that.
         rows: int64 ``[R]``, index into the flattened ``[B * T]`` hidden states of the state that predicts each target.
         targets: int64 ``[R]``, the sampled ids.
-        sampler_logprobs, reward_advantages: float32 ``[R]``.
-        teacher_logprobs: float32 ``[R]``, or None without a teacher.
         sample_ids: the B sample ids, in row order, and ``counts``: how many of the R rows belong to each.
     """
 
     token_ids: Tensor
     rows: Tensor
     targets: Tensor
-    sampler_logprobs: Tensor
-    reward_advantages: Tensor
-    teacher_logprobs: Tensor | None
     sample_ids: tuple[str, ...]
     counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A slice of a batch: its tokens and what is known of the R loss tokens.
+
+    Attributes:
+        sampler_logprobs, reward_advantages: float32 ``[R]``.
+        evidence: each field of the teacher's evidence at the loss tokens, ``[R, ...]``; empty without a teacher.
+    """
+
+    tokens: PaddedTokens
+    sampler_logprobs: Tensor
+    reward_advantages: Tensor
+    evidence: Mapping[str, Tensor]
 
 
 SkipReason = Literal["non-finite", "no tokens"]
@@ -93,11 +118,21 @@ SkipReason = Literal["non-finite", "no tokens"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """What an update reports: scalar metrics, and the student's live logprobs of the loss tokens per sample id
-    (float32 ``[loss tokens]``, at the first update of the batch). ``skipped`` says why the optimizer did not step:
-    ``non-finite`` loss or gradient, or ``no tokens`` to learn from.
+    """What an update reports.
+
+    Attributes:
+        metrics: the scalars of the batch.
+        streams: stream -> sample id -> float32 ``[loss tokens]``, at the first update of the batch; see ``Terms.streams``.
+        skipped: why the optimizer did not step: ``non-finite`` loss or gradient, or ``no tokens`` to learn from.
     """
 
     metrics: Mapping[str, float]
-    logprobs: Mapping[str, Tensor]
+    streams: Mapping[str, Mapping[str, Tensor]]
     skipped: SkipReason | None = None
+
+
+class PolicyState(TypedDict):
+    """What continues an optimizer: the number of ``updates`` so far, and its ``moments`` by name."""
+
+    updates: int
+    moments: Mapping[str, Tensor]

@@ -89,14 +89,11 @@ def _to_json(rollout: Rollout) -> dict[str, Any]:
         "status": rollout.status,
         "end_reason": rollout.end_reason,
         "error": rollout.error,
-        "token_ids": rollout.token_ids,
-        "loss_mask": [int(on) for on in rollout.loss_mask],
-        "sampler_logprobs": rollout.sampler_logprobs,
+        "unanswered_token_ids": rollout.unanswered_token_ids,
         "messages": rollout.messages,
         "turns": [
             {
                 "observation_token_ids": turn.observation_token_ids,
-                "text": turn.text,
                 "token_ids": turn.completion.token_ids,
                 "logprobs": turn.completion.logprobs,
                 "finish_reason": turn.completion.finish_reason,
@@ -114,14 +111,11 @@ def _from_json(row: dict[str, Any]) -> Rollout:
         status=row["status"],
         end_reason=row["end_reason"],
         error=row["error"],
-        token_ids=tuple(row["token_ids"]),
-        loss_mask=tuple(bool(on) for on in row["loss_mask"]),
-        sampler_logprobs=tuple(row["sampler_logprobs"]),
+        unanswered_token_ids=tuple(row["unanswered_token_ids"]),
         messages=tuple(row["messages"]),
         turns=tuple(
             Turn(
                 observation_token_ids=tuple(turn["observation_token_ids"]),
-                text=turn["text"],
                 completion=Completion(
                     token_ids=tuple(turn["token_ids"]),
                     logprobs=tuple(turn["logprobs"]),

@@ -1,4 +1,4 @@
-"""Where the numbers of each step go: metrics.jsonl, and Weights & Biases when asked for.
+"""Where the numbers of a run go: its folder, and Weights & Biases when asked for.
 
 A sink never stops a run: what it cannot write it reports once, through ``warn``.
 """
@@ -15,68 +15,92 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from rnow.disk.files import replace_file, to_json
+
 Warn = Callable[[str], None]
 
 _log = logging.getLogger("rnow")
 
 
 class Sink(Protocol):
-    """A MetricSink that also wants to know when the run ends."""
+    """Receives the numbers of each step and each evaluation."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of one step."""
+        ...
 
-    def close(self) -> None: ...
+    def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of one evaluation after ``step`` steps."""
+        ...
+
+    def forget_from(self, step: int) -> None:
+        """A resumed run writes this step and the later ones again; called once, before anything is logged."""
+        ...
+
+    def close(self) -> None:
+        """The run ends."""
+        ...
 
 
-class JsonlMetrics:
-    """Appends one JSON object per step to a file: ``{"step": 1, "teacher_kl": 0.41, ...}``, NaN and infinity as null.
+class JsonlSink:
+    """Appends one JSON object per step to one file, ``{"step": 1, "teacher_kl": 0.41, ...}``, and one per evaluation to
+    another, ``{"name": "before", "step": 0, "pass@1": 0.5, ...}``; NaN and infinity as null.
 
     Args:
-        path: the file; its folder must exist.
-        warn: called once when the file cannot be written, and once more when it can again.
+        metrics, evaluations: the files; their folder must exist.
+        warn: called once when a file cannot be written, and once more when it can again.
     """
 
-    def __init__(self, path: Path, *, warn: Warn = _log.warning) -> None:
-        self._path = path
+    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn = _log.warning) -> None:
+        self._metrics = metrics
+        self._evaluations = evaluations
         self._warn = warn
         self._failing = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the line of one step. A full disk loses the line, not the run."""
+        """See ``Sink.log``. A full disk loses the line, not the run."""
         record = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        try:
-            _append_whole(self._path, line)
-        except OSError as error:
-            if not self._failing:
-                self._warn(f"metrics are not being written to {self._path}: {error.strerror}")
-            self._failing = True
-            return
-        if self._failing:
-            self._warn(f"metrics are written to {self._path} again; some steps are missing")
-            self._failing = False
+        self._append(self._metrics, json.dumps(record, allow_nan=False))
 
-    def truncate_after(self, step: int) -> int:
-        """Drop the lines of steps >= ``step``, and any line a crash left unfinished; give how many were dropped.
+    def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """See ``Sink.evaluated``."""
+        self._append(self._evaluations, to_json({"name": name, "step": step, **metrics}))
 
-        For resume: pass the first step that will run again. The file is replaced in one piece.
-        """
-        try:
-            lines = self._path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return 0
-        kept = [line for line in lines if _is_before(line, step)]
-        if len(kept) < len(lines):
-            aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-            with aside.open("wb") as file:
-                file.write(b"".join(kept))
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(self._path)
-        return len(lines) - len(kept)
+    def forget_from(self, step: int) -> None:
+        """See ``Sink.forget_from``. Lines that a crash left unfinished go too; a file is replaced in one piece."""
+        for path in (self._metrics, self._evaluations):
+            if path.exists():
+                lines = path.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if _is_before(line, step)]
+                if len(kept) < len(lines):
+                    replace_file(path, b"".join(kept))
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    def _append(self, path: Path, text: str) -> None:
+        try:
+            _append_whole(path, (text + "\n").encode())
+        except OSError as error:
+            if not self._failing:
+                self._warn(f"metrics are not being written to {path}: {error.strerror}")
+            self._failing = True
+            return
+        if self._failing:
+            self._warn(f"metrics are written to {path} again; some steps are missing")
+            self._failing = False
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The evaluations that ``JsonlSink`` wrote, oldest first; a line cut by a crash and what follows it are left out."""
+    rows: list[dict[str, Any]] = []
+    # Not splitlines(): a name may hold U+2028, which JSON leaves as it is.
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 class WandbSink:
@@ -118,6 +142,13 @@ class WandbSink:
             self._run.log(dict(metrics), step=step)
         except Exception as error:
             self._give_up("stopped accepting metrics", error)
+
+    def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """See ``Sink.evaluated``: ``eval/<name>/<metric>``."""
+        self.log(step, {f"eval/{name}/{key}": value for key, value in metrics.items()})
+
+    def forget_from(self, step: int) -> None:
+        """Nothing is taken back: W&B cannot rewind a run, and goes on where it is."""
 
     def close(self) -> None:
         """Finish the W&B run; its service process ends."""

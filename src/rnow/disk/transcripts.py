@@ -12,17 +12,14 @@ holds the generated tokens only, in order, of all turns; ``kl`` is the trainer's
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from rnow.algorithm.records import Evidence
+from rnow.algorithm.records import Evidence, StepData
 from rnow.disk.files import map_text, to_json
-from rnow.rollout.samples import sample_id
-from rnow.types import Rollout, ScoredGroup, ScoredRollout
+from rnow.types import Prompt, RewardResult, Rollout
 
 
 class TranscriptWriter:
@@ -42,19 +39,21 @@ class TranscriptWriter:
         self._texts: dict[int, str] = {}
         self._redact = redact
 
-    def write(
-        self,
-        step: int,
-        groups: Sequence[ScoredGroup],
-        evidence: Mapping[str, Evidence] | None,
-        logprobs: Mapping[str, Tensor],
-    ) -> None:
+    def write(self, step: int, data: StepData, streams: Mapping[str, Mapping[str, Tensor]]) -> None:
         """All rollouts of one step, replacing what an interrupted run left for it."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        evidence = {item.sample.id: item.evidence for item in data.training}
+        live = streams.get("logprobs", {})
         lines = [
-            self._line(step, group, item, evidence, logprobs)
-            for group in groups
-            for item in group.rollouts
+            self._line(
+                step,
+                group.prompt,
+                rollout,
+                data.rewards.get(rollout.id),
+                self._tokens(rollout, evidence.get(rollout.id), live.get(rollout.id)),
+            )
+            for group in data.groups
+            for rollout in group.rollouts
         ]
         path = self._folder / f"step-{step:06d}.jsonl"
         aside = path.with_suffix(".tmp")
@@ -73,55 +72,53 @@ class TranscriptWriter:
     def _line(
         self,
         step: int,
-        group: ScoredGroup,
-        item: ScoredRollout,
-        evidence: Mapping[str, Evidence] | None,
-        logprobs: Mapping[str, Tensor],
+        prompt: Prompt,
+        rollout: Rollout,
+        reward: RewardResult | None,
+        tokens: list[dict[str, object]],
     ) -> str:
-        rollout, reward = item.rollout, item.reward
-        key = sample_id(group.prompt, rollout)
-        tokens = self._tokens(rollout, (evidence or {}).get(key), logprobs.get(key))
-        kls = [token["kl"] for token in tokens if token["kl"] is not None]
-        row: dict[str, Any] = {
-            "step": step,
-            "id": key,
-            "prompt_id": group.prompt.id,
-            "messages": map_text(list(group.prompt.messages), self._redact),
-            "answer": map_text(list(rollout.messages), self._redact),
-            "status": rollout.status,
-            "end_reason": rollout.end_reason,
-            "error": map_text(rollout.error, self._redact),
-            "reward": None if reward is None else reward.total,
-            "rewards": {} if reward is None else dict(reward.breakdown),
-            "reward_errors": {} if reward is None else map_text(reward.errors, self._redact),
-            "teacher_kl": sum(kls) / len(kls) if kls else None,
-            "tokens": tokens,
-        }
-        return to_json(row)
+        kls = [kl for token in tokens if isinstance(kl := token["kl"], float)]
+        return to_json(
+            {
+                "step": step,
+                "id": rollout.id,
+                "prompt_id": prompt.id,
+                "messages": map_text(list(prompt.messages), self._redact),
+                "answer": map_text(list(rollout.messages), self._redact),
+                "status": rollout.status,
+                "end_reason": rollout.end_reason,
+                "error": map_text(rollout.error, self._redact),
+                "reward": None if reward is None else reward.total,
+                "rewards": {} if reward is None else dict(reward.breakdown),
+                "reward_errors": {} if reward is None else map_text(reward.errors, self._redact),
+                "teacher_kl": sum(kls) / len(kls) if kls else None,
+                "tokens": tokens,
+            }
+        )
 
     def _tokens(
         self, rollout: Rollout, evidence: Evidence | None, logprobs: Tensor | None
-    ) -> list[dict[str, Any]]:
-        positions = [index for index, on in enumerate(rollout.loss_mask) if on]
-        teacher = None if evidence is None else evidence.teacher_logprobs.tolist()
-        live = None if logprobs is None else logprobs.tolist()
-        turns = [n for n, turn in enumerate(rollout.turns) for _ in turn.completion.token_ids]
-        tokens = []
-        for count, position in enumerate(positions):
-            judged = None if teacher is None else teacher[position]
-            kl = None if judged is None or live is None else live[count] - judged
-            tokens.append(
-                {
-                    # A fault right after a completion leaves it without a turn.
-                    "turn": turns[count] if count < len(turns) else len(rollout.turns),
-                    "id": rollout.token_ids[position],
-                    "text": self._text(rollout.token_ids[position]),
-                    "sampler_logprob": rollout.sampler_logprobs[position],
-                    "teacher_logprob": judged,
-                    "kl": kl,
-                }
+    ) -> list[dict[str, object]]:
+        written = [
+            (number, token, logprob)
+            for number, turn in enumerate(rollout.turns)
+            for token, logprob in zip(
+                turn.completion.token_ids, turn.completion.logprobs, strict=True
             )
-        return tokens
+        ]
+        live = [None] * len(written) if logprobs is None else logprobs.tolist()
+        judged = [None] * len(written) if evidence is None else _judged(rollout, evidence)
+        return [
+            {
+                "turn": number,
+                "id": token,
+                "text": self._text(token),
+                "sampler_logprob": logprob,
+                "teacher_logprob": theirs,
+                "kl": None if theirs is None or ours is None else ours - theirs,
+            }
+            for (number, token, logprob), ours, theirs in zip(written, live, judged, strict=True)
+        ]
 
     def _text(self, token_id: int) -> str:
         if token_id not in self._texts:
@@ -129,8 +126,14 @@ class TranscriptWriter:
         return self._texts[token_id]
 
 
-def read_transcripts(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of one step, as dicts."""
-    path = folder / f"step-{step:06d}.jsonl"
-    # Not splitlines(): U+2028 and its like stand unescaped inside the texts.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def _judged(rollout: Rollout, evidence: Evidence) -> list[float]:
+    """The teacher's log-probability of each token that the student wrote."""
+    values = evidence.teacher_logprobs.tolist()
+    found: list[float] = []
+    position = 0
+    for turn in rollout.turns:
+        position += len(turn.observation_token_ids)
+        end = position + len(turn.completion.token_ids)
+        found += values[position:end]
+        position = end
+    return found

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rnow.algorithm.records import MicroBatch
+from rnow.algorithm.records import PaddedTokens
 from rnow.models.loading import CausalLM
 
 CPU_MICRO_BATCH_TOKENS = 4096
 GPU_MICRO_BATCH_TOKENS = 16384
 
 
-def hidden_rows(lm: CausalLM, micro: MicroBatch) -> Tensor:
+def hidden_rows(lm: CausalLM, tokens: PaddedTokens) -> Tensor:
     """``[R, H]``: the final hidden state that predicts each loss token. Prompt and tool rows never reach the head."""
-    output = lm.body(input_ids=micro.token_ids, use_cache=False)
+    output = lm.body(input_ids=tokens.token_ids, use_cache=False)
     hidden = output.last_hidden_state
-    rows = hidden.reshape(-1, hidden.shape[-1])[micro.rows.to(hidden.device)]
+    rows = hidden.reshape(-1, hidden.shape[-1])[tokens.rows.to(hidden.device)]
     return rows.to(lm.head.weight.device)
 
 

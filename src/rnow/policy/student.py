@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rnow.algorithm.batching import collate, plan_micro_batches
-from rnow.algorithm.head import selected_logprobs
-from rnow.algorithm.losses import LossName, token_losses
-from rnow.algorithm.records import Batch, MicroBatch, SkipReason, UpdateResult
-from rnow.algorithm.schedule import ScheduleName, learning_rate
-from rnow.algorithm.shaping import shape_advantages
+from rnow.algorithm.objective import Objective
+from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
 from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.policy.lora import attach_lora, trainable_parameters
-from rnow.policy.metrics import PassTrace
+from rnow.policy.streams import PassStreams
 from rnow.types import Adapter
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """What the update minimises; names and defaults as in the config's ``algorithm`` section."""
-
-    loss_fn: LossName = "ppo"
-    kl_penalty_coef: float = 0.1
-    reward_coef: float = 0.0
-    kl_clamp: float = 20.0
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    ratio_cap: float = 10.0
-    temperature: float = 1.0
+ScheduleName = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +35,19 @@ class OptimizerSettings:
     schedule: ScheduleName = "constant"
     total_updates: int = 1
     updates_per_batch: int = 1
+
+    def rate_of(self, update: int) -> float:
+        """Learning rate of the ``update``-th optimizer step (from 0): linear warm-up over ``warmup_steps``, then constant,
+        or falling to 0 at ``total_updates`` linearly or along a half cosine."""
+        base, warmup = self.learning_rate, self.warmup_steps
+        if update < warmup:
+            return base * (update + 1) / warmup
+        if self.schedule == "constant":
+            return base
+        progress = min(1.0, (update - warmup) / max(1, self.total_updates - warmup))
+        if self.schedule == "linear":
+            return base * (1.0 - progress)
+        return base * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class LoraPolicy:
@@ -80,9 +79,9 @@ class LoraPolicy:
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.lm = lm
-        self.objective = objective
-        self.settings = optimizer
-        self.updates = 0
+        self._objective = objective
+        self._settings = optimizer
+        self._updates = 0
         self.model = attach_lora(lm, rank=rank, alpha=alpha, seed=seed, base_name=base_name)
         self._poll = poll
         self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
@@ -111,24 +110,23 @@ class LoraPolicy:
         """
         self._offload.check_awake()
         if batch.num_loss_tokens == 0:
-            return UpdateResult(metrics={}, logprobs={}, skipped="no tokens")
-        first: PassTrace | None = None
+            return UpdateResult(metrics={}, streams={}, skipped="no tokens")
+        first: PassStreams | None = None
         metrics: dict[str, float] = {}
         skipped: SkipReason | None = None
-        for _ in range(self.settings.updates_per_batch):
+        datasets = {item.sample.id: item.sample.dataset for item in batch.samples}
+        for _ in range(self._settings.updates_per_batch):
             # A stop between two updates would leave a step half done: only the first can be interrupted.
-            trace = self._accumulate(batch, interruptible=first is None)
+            found = self._accumulate(batch, interruptible=first is None)
             norm = torch.nn.utils.clip_grad_norm_(
-                self._parameters.values(), self.settings.max_grad_norm
+                self._parameters.values(), self._settings.max_grad_norm
             ).item()
-            rate = self._next_learning_rate()
-            datasets = {item.sample.id: item.sample.dataset for item in batch.samples}
-            current = trace.metrics(datasets)
+            rate = self._settings.rate_of(self._updates)
+            current = found.metrics(self._objective.summaries, datasets)
             if first is None:
-                first, metrics = trace, current
-            # What the batch was like is told from before the first update; how far it was pushed, from the worst.
-            for name in ("ratio/max", "clip_fraction", "kl_clamp_fraction"):
-                if name in current:
+                first, metrics = found, current
+            for name, summary in self._objective.summaries.items():
+                if summary.over_updates == "largest" and name in current:
                     metrics[name] = max(metrics[name], current[name])
             metrics |= {"grad_norm": norm, "lr": rate}
             if not (torch.isfinite(torch.tensor([norm, current.get("loss", 0.0)])).all()):
@@ -139,19 +137,16 @@ class LoraPolicy:
                 group["lr"] = rate
             self._adamw.step()
             self._adamw.zero_grad(set_to_none=True)
-            self.updates += 1
-        return UpdateResult(
-            metrics=metrics,
-            logprobs=first.logprobs_by_sample() if first else {},
-            skipped=skipped,
-        )
+            self._updates += 1
+        streams = first.by_sample() if first else {}
+        return UpdateResult(metrics=metrics, streams=streams, skipped=skipped)
 
-    def _accumulate(self, batch: Batch, *, interruptible: bool = True) -> PassTrace:
+    def _accumulate(self, batch: Batch, *, interruptible: bool = True) -> PassStreams:
         """Gradients of the whole batch, left in ``.grad``. Out of memory: the same batch again, half at a time."""
         lengths = [len(item.sample.token_ids) for item in batch.samples]
         while True:
             plan = plan_micro_batches(lengths, self._micro_batch_tokens)
-            trace = PassTrace()
+            found = PassStreams()
             self._adamw.zero_grad(set_to_none=True)
             self.model.train(self._checkpointing)
             try:
@@ -159,40 +154,19 @@ class LoraPolicy:
                     if interruptible:
                         self._poll()
                     micro = collate([batch.samples[index] for index in indices], self.lm.device)
-                    self._backward(micro, batch.num_loss_tokens, trace)
-                return trace
+                    self._backward(micro, batch.num_loss_tokens, found)
+                return found
             except torch.OutOfMemoryError as error:
                 self._halve_micro_batch(plan, lengths, error)
             finally:
                 self.model.eval()
 
-    def _backward(self, micro: MicroBatch, num_loss_tokens: int, trace: PassTrace) -> None:
-        if micro.targets.numel() == 0:
+    def _backward(self, micro: MicroBatch, num_loss_tokens: int, found: PassStreams) -> None:
+        if micro.tokens.targets.numel() == 0:
             return
-        objective = self.objective
-        hidden = hidden_rows(self.lm, micro)
-        selected = selected_logprobs(
-            hidden, self.lm.head, micro.targets, temperature=objective.temperature
-        )
-        shaped = shape_advantages(
-            micro.reward_advantages,
-            selected.logprobs,
-            micro.teacher_logprobs,
-            kl_penalty_coef=objective.kl_penalty_coef,
-            reward_coef=objective.reward_coef,
-            kl_clamp=objective.kl_clamp,
-        )
-        losses = token_losses(
-            selected.logprobs,
-            micro.sampler_logprobs,
-            shaped.advantages,
-            loss_fn=objective.loss_fn,
-            clip_ratio_low=objective.clip_ratio_low,
-            clip_ratio_high=objective.clip_ratio_high,
-            ratio_cap=objective.ratio_cap,
-        )
-        (losses.losses.sum() / num_loss_tokens).backward()
-        trace.add(micro, selected.logprobs, selected.entropy, shaped, losses)
+        terms = self._objective.terms(hidden_rows(self.lm, micro.tokens), self.lm.head, micro)
+        (terms.losses.sum() / num_loss_tokens).backward()
+        found.add(micro.tokens, terms.streams)
 
     def _halve_micro_batch(
         self, plan: list[list[int]], lengths: list[int], error: torch.OutOfMemoryError
@@ -204,16 +178,6 @@ class LoraPolicy:
         self._micro_batch_tokens = max(1, min(self._micro_batch_tokens, largest) // 2)
         torch.cuda.empty_cache()
 
-    def _next_learning_rate(self) -> float:
-        settings = self.settings
-        return learning_rate(
-            self.updates,
-            base=settings.learning_rate,
-            warmup=settings.warmup_steps,
-            total=settings.total_updates,
-            schedule=settings.schedule,
-        )
-
     # ---- weights and state ------------------------------------------------------------------------------------
 
     def adapter(self) -> Adapter:
@@ -224,7 +188,7 @@ class LoraPolicy:
 
     @torch.no_grad()
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite the adapter's weights.
+        """See ``Policy.load_adapter``.
 
         Raises:
             ValueError: names or shapes do not match this adapter.
@@ -239,27 +203,32 @@ class LoraPolicy:
                 )
             parameter.copy_(tensors[name])
 
-    def state_dict(self) -> dict[str, Any]:
-        """``{"updates": int, "moments": {name: tensor}}``; names are ``<parameter>.<exp_avg | exp_avg_sq>``."""
+    @property
+    def updates(self) -> int:
+        """See ``Policy.updates``."""
+        return self._updates
+
+    def state_dict(self) -> PolicyState:
+        """See ``Policy.state_dict``. Moments are named ``<parameter>.<exp_avg | exp_avg_sq>``."""
         moments = {}
         for name, parameter in self._parameters.items():
             state = self._adamw.state.get(parameter, {})
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state:
                     moments[f"{_saved_name(name)}.{key}"] = state[key].detach()
-        return {"updates": self.updates, "moments": moments}
+        return {"updates": self._updates, "moments": moments}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: PolicyState) -> None:
         """Continue from ``state_dict()``. Not while asleep."""
         self._offload.check_awake()
-        self.updates = int(state["updates"])
+        self._updates = state["updates"]
         self._adamw.state.clear()
         moments = state["moments"]
         for name, parameter in self._parameters.items():
             saved = _saved_name(name)
             if f"{saved}.exp_avg" in moments:
                 self._adamw.state[parameter] = {
-                    "step": torch.tensor(float(self.updates), device=parameter.device),
+                    "step": torch.tensor(float(self._updates), device=parameter.device),
                     "exp_avg": moments[f"{saved}.exp_avg"].to(parameter.device).clone(),
                     "exp_avg_sq": moments[f"{saved}.exp_avg_sq"].to(parameter.device).clone(),
                 }

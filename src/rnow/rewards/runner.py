@@ -11,7 +11,6 @@ from typing import Any
 
 from rnow.core.messages import message_text, strip_thinking
 from rnow.errors import DataError
-from rnow.rollout.samples import rollout_id
 from rnow.types import Message, Prompt, RewardResult, Rollout
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CallOutcome, CodeHost
@@ -83,7 +82,7 @@ class RewardRunner:
             "metadata": dict(prompt.metadata),
             "variables": dict(prompt.variables),
         }
-        place = _Place(f"rewards of {rollout_id(prompt.id, rollout.index)}", prompt)
+        place = _Place(f"rewards of {rollout.id}", prompt)
         try:
             if len(infos) == 1:
                 outcomes = [await self._run(infos[0], payload, place)]

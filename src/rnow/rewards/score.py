@@ -1,12 +1,12 @@
-"""Rewards for the groups of a step."""
+"""Rewards for the rollouts of a step."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rnow.protocols import Rewarder
-from rnow.types import Prompt, Rollout, RolloutGroup, ScoredGroup, ScoredRollout
+from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 
 MAX_CONCURRENT = 256
 POLL_SECONDS = 0.2
@@ -18,8 +18,8 @@ async def score_rewards(
     *,
     max_concurrent: int = MAX_CONCURRENT,
     poll: Callable[[], None] = lambda: None,
-) -> list[ScoredGroup]:
-    """Every rollout with its reward, in the order of ``groups``; at most ``max_concurrent`` are being scored at once.
+) -> dict[str, RewardResult]:
+    """The reward of every rollout whose prompt names one, by rollout id; at most ``max_concurrent`` are being scored at once.
 
     Args:
         poll: asked a few times per second while rewards run; may raise to stop.
@@ -28,30 +28,29 @@ async def score_rewards(
     """
     slots = asyncio.Semaphore(max_concurrent)
 
-    async def score(prompt: Prompt, rollout: Rollout) -> ScoredRollout:
+    async def score(prompt: Prompt, rollout: Rollout) -> RewardResult | None:
         async with slots:
-            return ScoredRollout(rollout=rollout, reward=await rewarder.score(prompt, rollout))
+            return await rewarder.score(prompt, rollout)
 
-    tasks = [
-        [asyncio.ensure_future(score(group.prompt, rollout)) for rollout in group.rollouts]
+    tasks = {
+        rollout.id: asyncio.ensure_future(score(group.prompt, rollout))
         for group in groups
-    ]
-    flat = [task for group_tasks in tasks for task in group_tasks]
+        for rollout in group.rollouts
+    }
     try:
-        await _all_of(flat, poll)
+        await _all_of(tasks.values(), poll)
     except BaseException:
-        for task in flat:
+        for task in tasks.values():
             task.cancel()
-        await asyncio.gather(*flat, return_exceptions=True)
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
         raise
-    return [
-        ScoredGroup(prompt=group.prompt, rollouts=tuple(task.result() for task in group_tasks))
-        for group, group_tasks in zip(groups, tasks, strict=True)
-    ]
+    return {key: reward for key, task in tasks.items() if (reward := task.result()) is not None}
 
 
-async def _all_of(tasks: Sequence[asyncio.Future[ScoredRollout]], poll: Callable[[], None]) -> None:
-    waiting: set[asyncio.Future[ScoredRollout]] = set(tasks)
+async def _all_of(
+    tasks: Iterable[asyncio.Future[RewardResult | None]], poll: Callable[[], None]
+) -> None:
+    waiting: set[asyncio.Future[RewardResult | None]] = set(tasks)
     while waiting:
         done, waiting = await asyncio.wait(
             waiting, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION

@@ -166,7 +166,7 @@ async def _run_rollout(
 
 
 class _Episode:
-    """One rollout in the making: the flat token sequence and its per-token streams, kept aligned."""
+    """One rollout in the making."""
 
     def __init__(
         self, prompt: Prompt, index: int, sampler: Sampler, settings: RolloutSettings, step: int
@@ -176,9 +176,7 @@ class _Episode:
         self._sampler = sampler
         self._settings = settings
         self._step = step
-        self._token_ids: list[int] = []
-        self._loss_mask: list[bool] = []
-        self._logprobs: list[float] = []
+        self._context: list[int] = []
         self._turns: list[Turn] = []
         self._messages: list[Message] = []
 
@@ -212,19 +210,17 @@ class _Episode:
     async def _play(self, environment: Environment) -> Rollout:
         observation = await environment.start()
         while True:
-            self._append(observation, False, (0.0,) * len(observation))
-            if len(self._token_ids) >= self._settings.window:
-                return self._rollout("truncated", "window")
+            self._context += observation
+            if len(self._context) >= self._settings.window:
+                return self._rollout("truncated", "window", unanswered=observation)
             completion = await self._complete()
-            self._append(completion.token_ids, True, completion.logprobs)
+            self._context += completion.token_ids
+            # Before the environment is asked: a fault there must not lose what the student wrote.
+            self._turns.append(Turn(observation_token_ids=observation, completion=completion))
             step = await environment.step(completion)
             self._messages.extend(step.messages)
-            text = str(step.messages[0].get("content", "")) if step.messages else ""
-            self._turns.append(
-                Turn(observation_token_ids=observation, completion=completion, text=text)
-            )
             if completion.finish_reason == "length":
-                full = len(self._token_ids) >= self._settings.window
+                full = len(self._context) >= self._settings.window
                 return self._rollout("truncated", "window" if full else "length")
             if step.done:
                 return self._rollout("completed", step.end_reason or "answer")
@@ -240,31 +236,28 @@ class _Episode:
             len(self._turns),
         )
         try:
-            params = self._settings.params(len(self._token_ids))
-            return await self._sampler.complete(self._token_ids, params, seed)
+            params = self._settings.params(len(self._context))
+            return await self._sampler.complete(self._context, params, seed)
         except RnowError:
             raise
         except Exception as error:
             raise _SamplerFailed from error
 
-    def _append(self, token_ids: Sequence[int], sampled: bool, logprobs: Sequence[float]) -> None:
-        self._token_ids.extend(token_ids)
-        self._loss_mask.extend([sampled] * len(token_ids))
-        self._logprobs.extend(logprobs)
-
     def _rollout(
-        self, status: RolloutStatus, end_reason: EndReason, error: str | None = None
+        self,
+        status: RolloutStatus,
+        end_reason: EndReason,
+        error: str | None = None,
+        unanswered: tuple[int, ...] = (),
     ) -> Rollout:
         return Rollout(
             prompt_id=self._prompt.id,
             index=self._index,
-            token_ids=tuple(self._token_ids),
-            loss_mask=tuple(self._loss_mask),
-            sampler_logprobs=tuple(self._logprobs),
             turns=tuple(self._turns),
             messages=tuple(self._messages),
             status=status,
             end_reason=end_reason,
+            unanswered_token_ids=unanswered,
             error=error,
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.disk.folder import RunFolder
 from rnow.errors import ConfigError, ModelError
 from rnow.models.loading import CausalLM, choose_device, take_apart
@@ -24,7 +25,7 @@ from rnow.plan.choices import (
 )
 from rnow.plan.plan import taking_turns
 from rnow.plan.prepare import Prepared
-from rnow.policy.student import LoraPolicy, Objective, OptimizerSettings
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.protocols import Sampler, Teacher
 from rnow.sampling.transformers import TransformersSampler
 from rnow.setup.models import load_student, load_teacher_model
@@ -331,7 +332,7 @@ def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]
         seed=config.seed,
         # An adapter outlives the folder it was trained from: a local base is named by its full path.
         base_name=str(prepared.student.local_dir.resolve()) if local else model.path,
-        objective=Objective(
+        objective=PolicyGradient(
             loss_fn=algorithm.loss_fn,
             kl_penalty_coef=algorithm.kl_penalty_coef,
             reward_coef=algorithm.reward_coef,

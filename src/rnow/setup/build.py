@@ -12,12 +12,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rnow.algorithm.advantages import rollout_advantages
 from rnow.config import Config, config_hash, to_yaml
 from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.disk.files import replace_file, replace_json, to_json
 from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
-from rnow.disk.sinks import JsonlMetrics, Sink, WandbSink
+from rnow.disk.sinks import JsonlSink, Sink, WandbSink
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display, QuietDisplay
 from rnow.errors import InputError, StopRequested, TemporaryError
@@ -26,7 +27,6 @@ from rnow.plan import changes
 from rnow.plan.choices import sampler_backend, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare, unread_settings
-from rnow.rewards.advantages import rollout_advantages
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.facts import build_facts, closing_lines, header_lines, redacted_config
 from rnow.setup.parts import (
@@ -40,7 +40,7 @@ from rnow.setup.parts import (
 from rnow.setup.schedule import build_evaluations
 from rnow.setup.summary import RunSummary, build_values, device_name
 from rnow.tasks import run_anywhere
-from rnow.training.loop import Parts, train
+from rnow.training.loop import OnPolicy, Parts, train
 from rnow.training.recorder import Recorder
 from rnow.training.saver import Saver
 from rnow.training.selfcheck import run_selfcheck
@@ -300,7 +300,8 @@ class _Run:
 
     def _build_recorder(self) -> Recorder:
         tokenizer = self._prepared.preflight.tokenizer
-        sinks: list[Sink] = []
+        folder = self._folder
+        sinks: list[Sink] = [JsonlSink(folder.metrics, folder.evaluations, warn=self._display.note)]
         if self._config.wandb_project is not None:
             sinks.append(
                 WandbSink(
@@ -320,7 +321,6 @@ class _Run:
                 token_text=lambda token_id: tokenizer.decode([token_id]),
                 redact=redactor(self._prepared),
             ),
-            metrics=JsonlMetrics(self._folder.metrics, warn=self._display.note),
             sinks=sinks,
             num_steps=self._prepared.num_steps,
             agentic=self._prepared.project.agentic,
@@ -354,21 +354,27 @@ class _Run:
         config, dataset = self._config, self._prepared.project.dataset
         estimator = config.algorithm.adv_estimator
         assert estimator != "gae", "refused by refuse_reserved"
-        return Parts(
-            num_steps=self._prepared.num_steps,
+        source = OnPolicy(
             prompts_of=lambda step: dataset.batch(step - 1, config.data.batch_size, config.seed),
             environments=environment_maker(self._prepared, code),
             settings=replace(
                 rollout_settings(self._prepared, "train", group_size=config.data.group_size),
                 poll=self._stop.poll,
             ),
+            journal=saver.journal,
             sampler=backends.sampler,
             rewarder=code.rewarder,
             advantages=partial(
                 rollout_advantages, estimator=estimator, scale=config.algorithm.scale_rewards
             ),
             teacher=backends.teacher,
+            gpu=backends.gpu,
+        )
+        return Parts(
+            num_steps=self._prepared.num_steps,
+            source=source,
             policy=backends.policy,
+            sampler=backends.sampler,
             gpu=backends.gpu,
             evaluations=build_evaluations(self._prepared, backends, recorder, code),
             recorder=recorder,

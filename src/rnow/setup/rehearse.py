@@ -34,13 +34,15 @@ from rnow.setup.parts import (
 from rnow.tasks import run_anywhere
 from rnow.training.metrics import reward_metrics, rollout_metrics
 from rnow.training.signals import StopFlag
-from rnow.types import EndReason, Message, Prompt, ScoredGroup, ScoredRollout
+from rnow.types import EndReason, Message, Prompt, RewardResult, Rollout, RolloutGroup
 
 FOLDER = "rollouts"
 _ROLLOUT = re.compile(r"rollout_[0-9]+")
 _SAMPLE = re.compile(r"sample_[0-9]+\.json")
 
 Redact = Callable[[str], str]
+Rewards = Mapping[str, RewardResult]
+Scored = tuple[Sequence[RolloutGroup], Rewards]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,15 +104,15 @@ def rehearse(
             student, mode=None, batch_bytes=batch_bytes(prepared), poll=stop.poll
         )
 
-    async def sample() -> list[ScoredGroup]:
+    async def sample() -> Scored:
         async with open_user_code(prepared) as code:
             return await sample_with(code)
 
-    async def sample_with(code: UserCode) -> list[ScoredGroup]:
+    async def sample_with(code: UserCode) -> Scored:
         groups = await collect_rollouts(
             prompts, sampler, environment_maker(prepared, code), settings, step=0
         )
-        return await score_rewards(groups, code.rewarder, poll=stop.poll)
+        return groups, await score_rewards(groups, code.rewarder, poll=stop.poll)
 
     redact = redactor(prepared)
     try:
@@ -118,30 +120,30 @@ def rehearse(
             stop.watch(lambda: console.print("stopping ...")),
             console.status(f"sampling {len(prompts)} x {settings.group_size} rollouts ..."),
         ):
-            scored = run_anywhere(sample())
-            _write(target, scored, config.evaluation.success_reward, redact)
+            groups, rewards = run_anywhere(sample())
+            _write(target, groups, rewards, config.evaluation.success_reward, redact)
     except StopRequested as stopped:
         stopped.why = stopped.why or "no rollout of this call was written"
         raise
-    for line in _conversations(scored, redact) if verbose else ():
+    for line in _conversations(groups, rewards, redact) if verbose else ():
         console.print(line)
-    console.print(_table(scored, redact))
-    metrics = reward_metrics(scored) | rollout_metrics(scored, agentic=prepared.project.agentic)
+    console.print(_table(groups, rewards, redact))
+    metrics = reward_metrics(groups, rewards)
+    metrics |= rollout_metrics(groups, agentic=prepared.project.agentic)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
     return Rehearsal(folder=target, metrics=metrics)
 
 
 def rollout_record(
-    group: ScoredGroup, item: ScoredRollout, success_reward: float
+    prompt: Prompt, rollout: Rollout, reward: RewardResult | None, success_reward: float
 ) -> dict[str, Any]:
     """One rollout in the file format of the hosted client."""
-    rollout, reward = item.rollout, item.reward
     total = None if reward is None else reward.total
     errors = [rollout.error] if rollout.error else []
     if reward is not None:
         errors += [f"{name}: {text}" for name, text in reward.errors.items() if name != "rollout"]
     return {
-        "id": f"{group.prompt.id}#{rollout.index}",
+        "id": rollout.id,
         "completed": rollout.status == "completed",
         "success": total is not None and total >= success_reward,
         "total_reward": total,
@@ -149,11 +151,11 @@ def rollout_record(
         "errors": errors,
         "turns": len(rollout.turns),
         "truncated": rollout.status == "truncated",
-        "totalTokens": len(rollout.token_ids),
-        "promptTokens": len(rollout.token_ids) - rollout.completion_tokens,
-        "completion": rollout.turns[-1].text if rollout.turns else "",
-        "metadata": dict(group.prompt.metadata),
-        "conversation": [*map(dict, group.prompt.messages), *map(dict, rollout.messages)],
+        "totalTokens": rollout.total_tokens,
+        "promptTokens": rollout.total_tokens - rollout.completion_tokens,
+        "completion": rollout.answer,
+        "metadata": dict(prompt.metadata),
+        "conversation": [*map(dict, prompt.messages), *map(dict, rollout.messages)],
     }
 
 
@@ -200,19 +202,25 @@ def _in_the_way(path: Path) -> InputError:
 
 
 def _write(
-    target: Path, scored: Sequence[ScoredGroup], success_reward: float, redact: Redact
+    target: Path,
+    groups: Sequence[RolloutGroup],
+    rewards: Rewards,
+    success_reward: float,
+    redact: Redact,
 ) -> None:
     for old in _earlier(target):
         old.unlink()
     for folder in target.glob("rollout_*"):
         if _ROLLOUT.fullmatch(folder.name):
             folder.rmdir()
-    for number, group in enumerate(scored):
+    for number, group in enumerate(groups):
         folder = target / f"rollout_{number}"
         folder.mkdir(parents=True)
-        for count, item in enumerate(group.rollouts):
+        for count, rollout in enumerate(group.rollouts):
             # Redacted before it becomes JSON, which writes a quote or a newline in a secret differently.
-            record = map_text(rollout_record(group, item, success_reward), redact)
+            reward = rewards.get(rollout.id)
+            record = rollout_record(group.prompt, rollout, reward, success_reward)
+            record = map_text(record, redact)
             # A lone surrogate, which UTF-8 cannot hold, becomes its own escape in JSON.
             (folder / f"sample_{count}.json").write_text(
                 to_json(record, indent=2) + "\n", encoding="utf-8", errors="backslashreplace"
@@ -224,26 +232,28 @@ def _shown(value: Any, redact: Redact) -> str:
     return escape(escape_control(str(map_text(value, redact))))
 
 
-def _conversations(scored: Sequence[ScoredGroup], redact: Redact) -> Iterator[str]:
-    for group in scored:
+def _conversations(
+    groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redact
+) -> Iterator[str]:
+    for group in groups:
         yield f"[bold]{_shown(group.prompt.id, redact)}[/]"
         for message in group.prompt.messages:
             yield f"  [cyan]{message['role']}[/]: {_shown(message.get('content'), redact)}"
-        for item in group.rollouts:
-            index = item.rollout.index
-            for message in item.rollout.messages:
+        for rollout in group.rollouts:
+            index, reward = rollout.index, rewards.get(rollout.id)
+            for message in rollout.messages:
                 yield from _message_lines(message, index, redact)
-            total = "" if item.reward is None else f", reward {item.reward.total:g}"
-            parts = item.reward.breakdown if item.reward else {}
+            total = "" if reward is None else f", reward {reward.total:g}"
+            parts = reward.breakdown if reward else {}
             if len(parts) > 1:
                 each = ", ".join(f"{_shown(k, redact)} {value:g}" for k, value in parts.items())
                 total += f" ({each})"
-            turns = len(item.rollout.turns)
-            ending = _ENDINGS[item.rollout.end_reason]
+            turns = len(rollout.turns)
+            ending = _ENDINGS[rollout.end_reason]
             yield f"  [dim]#{index}: {turns} turn{'s' if turns != 1 else ''}, {ending}{total}[/]"
-            if item.rollout.error:
-                yield f"  [red]failed #{index}[/]: {_shown(item.rollout.error, redact)}"
-            for name, error in item.reward.errors.items() if item.reward else ():
+            if rollout.error:
+                yield f"  [red]failed #{index}[/]: {_shown(rollout.error, redact)}"
+            for name, error in reward.errors.items() if reward else ():
                 yield f"  [red]reward {_shown(name, redact)}[/]: {_shown(error, redact)}"
 
 
@@ -275,21 +285,21 @@ def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str
         yield f"  [green]{message['role']} #{index}[/] calls {name}({_shown(arguments, redact)})"
 
 
-def _table(scored: Sequence[ScoredGroup], redact: Redact) -> Table:
+def _table(groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redact) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True, ratio=2)
     table.add_column("first answer", overflow="ellipsis", no_wrap=True, ratio=2)
     table.add_column("reward", justify="right")
     table.add_column("tokens", justify="right")
-    for group in scored:
-        rewards = [item.reward.total for item in group.rollouts if item.reward is not None]
-        tokens = [item.rollout.completion_tokens for item in group.rollouts]
-        rollout = group.rollouts[0].rollout
-        answer = rollout.turns[-1].text if rollout.turns else f"failed: {rollout.error}"
+    for group in groups:
+        totals = [rewards[r.id].total for r in group.rollouts if r.id in rewards]
+        tokens = [rollout.completion_tokens for rollout in group.rollouts]
+        rollout = group.rollouts[0]
+        answer = rollout.answer if rollout.turns else f"failed: {rollout.error}"
         table.add_row(
             _shown(group.prompt.messages[-1].get("content"), redact),
             _shown(answer, redact),
-            f"{sum(rewards) / len(rewards):.2f}" if rewards else "-",
+            f"{sum(totals) / len(totals):.2f}" if totals else "-",
             f"{sum(tokens) / max(1, len(tokens)):.0f}",
         )
     return table

@@ -8,8 +8,7 @@ from rnow.config import EvalEntry
 from rnow.plan.prepare import Prepared
 from rnow.setup.backends import Backends
 from rnow.setup.parts import UserCode, environment_maker, rollout_settings
-from rnow.training.evaluate import PASS_AT, Evaluator
-from rnow.training.evaluations import Evaluations, Scheduled
+from rnow.training.evaluations import PASS_AT, Evaluations, Evaluator, Scheduled
 from rnow.training.recorder import Recorder
 
 

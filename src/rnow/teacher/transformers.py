@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rnow.algorithm.batching import collate, plan_micro_batches
+from rnow.algorithm.batching import pad, plan_micro_batches
 from rnow.algorithm.head import selected_logprobs
 from rnow.algorithm.records import (
     Evidence,
-    MicroBatch,
+    PaddedTokens,
     SampledEvidence,
     TopKEvidence,
-    TrainingSample,
 )
 from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory
@@ -118,33 +117,30 @@ class TransformersTeacher:
         return [None, *scored[1:].tolist()]
 
     def _score_micro_batch(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
-        micro = collate(
-            [TrainingSample(sample=s, reward_advantage=0.0, evidence=None) for s in samples],
-            self.lm.device,
-        )
-        targets = micro.targets.to(self.lm.head.weight.device)
+        tokens = pad(samples, self.lm.device)
+        targets = tokens.targets.to(self.lm.head.weight.device)
         if self._top_k:
-            return self._top_evidence(samples, micro, targets)
+            return self._top_evidence(samples, tokens, targets)
         scored = selected_logprobs(
-            hidden_rows(self.lm, micro), self.lm.head, targets, temperature=self._temperature
+            hidden_rows(self.lm, tokens), self.lm.head, targets, temperature=self._temperature
         )
-        values = scored.logprobs.float().cpu().split(list(micro.counts))
+        values = scored.logprobs.float().cpu().split(list(tokens.counts))
         return {
             sample.id: SampledEvidence(teacher_logprobs=_aligned(sample, part))
             for sample, part in zip(samples, values, strict=True)
         }
 
     def _top_evidence(
-        self, samples: Sequence[Sample], micro: MicroBatch, targets: Tensor
+        self, samples: Sequence[Sample], tokens: PaddedTokens, targets: Tensor
     ) -> dict[str, Evidence]:
         found = top_logprobs(
-            hidden_rows(self.lm, micro),
+            hidden_rows(self.lm, tokens),
             self.lm.head,
             targets,
             self._top_k,
             temperature=self._temperature,
         )
-        counts = list(micro.counts)
+        counts = list(tokens.counts)
         parts = zip(
             samples,
             found.selected.float().cpu().split(counts),

@@ -11,13 +11,12 @@ from typing import Any
 from rnow.config import Config
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
-from rnow.rollout.samples import rollout_id
 from rnow.tasks import run_anywhere
 from rnow.tools.host_tools import HostTool, HostTools
 from rnow.tools.limits import TokenLimit
 from rnow.tools.mcp import mcp_servers
 from rnow.tools.toolbox import Toolbox, ToolSource
-from rnow.types import Prompt, ToolContext
+from rnow.types import Prompt, ToolContext, rollout_id
 from rnow.usercode.environment import plainly_secret
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost

@@ -1,16 +1,110 @@
-"""When to evaluate: before training, every so many steps, and after."""
+"""Held-out prompts: how often an answer is right, how far the student is from its teacher there, and when to look."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rnow.protocols import Sampler, Teacher
-from rnow.training.evaluate import Evaluator
+from rnow.algorithm.batching import at_loss_tokens, build_samples
+from rnow.protocols import Environment, Rewarder, Sampler, Teacher
+from rnow.rewards.score import score_rewards
+from rnow.rollout.collect import RolloutSettings, collect_rollouts
+from rnow.training.metrics import reward_metrics, rollout_metrics, tool_trouble
 from rnow.training.recorder import Recorder
 from rnow.training.residency import Part, Residency
+from rnow.types import Prompt, RewardResult, RolloutGroup
 
+PASS_AT = (1, 4, 8)
 BEFORE, AFTER, TEACHER = "before", "after", "teacher"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluator:
+    """Evaluates a sampler on fixed prompts with fixed seeds, so that two evaluations differ by the weights only.
+
+    Attributes:
+        prompts: held out from training.
+        settings: purpose ``eval``; its ``group_size`` is the number of samples per prompt.
+        success_reward: a rollout whose reward is at least this much counts as passed.
+        judged: whether ``teacher_kl`` can be given: sampler and teacher must see the same temperature.
+        pass_at: the k of pass@k to report, where there are enough samples.
+        agentic: the student has tools; what it did with them is reported too.
+        tell: told when most tool calls failed.
+    """
+
+    prompts: Sequence[Prompt]
+    environments: Callable[[Prompt, int], Environment]
+    settings: RolloutSettings
+    rewarder: Rewarder
+    success_reward: float
+    judged: bool = True
+    pass_at: tuple[int, ...] = PASS_AT
+    agentic: bool = False
+    tell: Callable[[str], None] = lambda text: None
+
+    async def evaluate(
+        self,
+        sampler: Sampler,
+        teacher: Teacher | None,
+        gpu: Residency,
+        *,
+        answering: Part = "sampler",
+    ) -> dict[str, float]:
+        """Metrics of one evaluation: ``pass@k``, rewards, lengths, and ``teacher_kl`` when a teacher is given.
+
+        ``teacher_kl`` is the mean over sampled tokens of sampler logprob minus teacher logprob.
+
+        Args:
+            answering: whose weights ``sampler`` draws with.
+        """
+        async with gpu.only(answering):
+            groups = await collect_rollouts(
+                self.prompts, sampler, self.environments, self.settings, step=0
+            )
+        rewards = await score_rewards(groups, self.rewarder, poll=self.settings.poll)
+        metrics = self._pass_at(groups, rewards) | reward_metrics(groups, rewards)
+        metrics |= rollout_metrics(groups, agentic=self.agentic)
+        if trouble := tool_trouble(groups):
+            self.tell(f"warning: in this evaluation {trouble}")
+        if teacher is not None and self.judged:
+            async with gpu.only("teacher"):
+                metrics["teacher_kl"] = await self._teacher_kl(groups, teacher)
+        return metrics
+
+    def _pass_at(
+        self, groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult]
+    ) -> dict[str, float]:
+        counts = [
+            (len(results), sum(result.total >= self.success_reward for result in results))
+            for group in groups
+            if (results := [rewards[r.id] for r in group.rollouts if r.id in rewards])
+        ]
+        return {
+            f"pass@{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+            for k in self.pass_at
+            if counts and all(n >= k for n, _ in counts)
+        }
+
+    async def _teacher_kl(self, groups: Sequence[RolloutGroup], teacher: Teacher) -> float:
+        samples = build_samples(groups)
+        evidence = await teacher.score(samples)
+        gaps = [
+            ours - theirs
+            for sample in samples
+            for ours, theirs in zip(
+                at_loss_tokens(sample, sample.sampler_logprobs),
+                at_loss_tokens(sample, evidence[sample.id].teacher_logprobs.tolist()),
+                strict=True,
+            )
+        ]
+        return math.fsum(gaps) / len(gaps) if gaps else math.nan
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that at least one of k samples is right, from c right ones among n: 1 - C(n-c, k) / C(n, k)
+    (Chen et al. 2021, eq. 1)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,28 +142,29 @@ class Evaluations:
             return
         if self.main is None:
             return
-        known = {row["name"] for row in self.recorder.evaluations()}
-        if BEFORE not in known:
+        if not self._known(BEFORE, 0):
             await self._run(BEFORE, self.main, 0, self.sampler, self.teacher)
-        if self.teacher_sampler is not None and TEACHER not in known:
+        if self.teacher_sampler is not None and not self._known(TEACHER, 0):
             await self._run(TEACHER, self.main, 0, self.teacher_sampler, None, answering="teacher")
 
     async def after_step(self, step: int) -> None:
         """The scheduled ones that are due."""
-        known = {(row["name"], row["step"]) for row in self.recorder.evaluations()}
         for scheduled in self.scheduled:
-            if step % scheduled.every == 0 and (scheduled.name, step) not in known:
-                self.recorder.stage(f"evaluating {scheduled.name}")
-                metrics: dict[str, float] = {}
-                for evaluator in scheduled.evaluators:
-                    metrics |= await evaluator.evaluate(self.sampler, self.teacher, self.gpu)
-                self.recorder.evaluated(scheduled.name, step, metrics)
+            if step % scheduled.every or self._known(scheduled.name, step):
+                continue
+            self.recorder.stage(f"evaluating {scheduled.name}")
+            metrics: dict[str, float] = {}
+            for evaluator in scheduled.evaluators:
+                metrics |= await evaluator.evaluate(self.sampler, self.teacher, self.gpu)
+            self.recorder.evaluated(scheduled.name, step, metrics)
 
     async def after(self, step: int) -> None:
         """The student after the last step, unless an earlier attempt got that far."""
-        known = {(row["name"], row["step"]) for row in self.recorder.evaluations()}
-        if self.main is not None and (AFTER, step) not in known:
+        if self.main is not None and not self._known(AFTER, step):
             await self._run(AFTER, self.main, step, self.sampler, self.teacher)
+
+    def _known(self, name: str, step: int) -> bool:
+        return any((name, step) == (r["name"], r["step"]) for r in self.recorder.evaluations())
 
     async def _run(
         self,

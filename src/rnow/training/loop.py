@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from rnow.algorithm.batching import build_batch, build_training_samples
+from rnow.algorithm.batching import build_batch, build_samples, build_training_samples
+from rnow.algorithm.records import StepData
 from rnow.errors import RnowError
 from rnow.protocols import Environment, Policy, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
-from rnow.rollout.collect import RolloutSettings, collect_rollouts
-from rnow.rollout.samples import build_samples
-from rnow.teacher.score import score_with_teacher
+from rnow.rollout.collect import RolloutSettings, RolloutStore, collect_rollouts
 from rnow.training.evaluations import Evaluations
 from rnow.training.recorder import Recorder
-from rnow.training.residency import Residency
+from rnow.training.residency import Residency, StageClock
 from rnow.training.saver import Saver
-from rnow.types import Prompt, ScoredGroup
+from rnow.types import Prompt, RewardResult, RolloutGroup
+
+
+class Source(Protocol):
+    """Where the samples of a step come from."""
+
+    async def batch(self, step: int, clock: StageClock) -> StepData:
+        """What step ``step`` (from 1) trains on, each stage timed by ``clock``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,14 +32,9 @@ class Parts:
     """Everything a run is made of. Steps count from 1; the policy after step n has version n."""
 
     num_steps: int
-    prompts_of: Callable[[int], list[Prompt]]
-    environments: Callable[[Prompt, int], Environment]
-    settings: RolloutSettings
-    sampler: Sampler
-    rewarder: Rewarder
-    advantages: Callable[[Sequence[ScoredGroup]], Mapping[str, float]]
-    teacher: Teacher | None
+    source: Source
     policy: Policy
+    sampler: Sampler
     gpu: Residency
     evaluations: Evaluations
     recorder: Recorder
@@ -58,28 +61,49 @@ async def train(parts: Parts, done: int) -> None:
 
 
 async def train_step(parts: Parts, step: int) -> None:
-    """One batch of prompts, from sampling to the new adapter."""
-    gpu, clock = parts.gpu, parts.recorder.clock()
-    async with gpu.only("sampler", clock):
-        with clock.stage("rollout"):
-            groups = await collect_rollouts(
-                parts.prompts_of(step),
-                parts.sampler,
-                parts.environments,
-                parts.settings,
-                step=step,
-                store=parts.saver.journal(step),
-            )
-    with clock.stage("reward"):
-        scored = await score_rewards(groups, parts.rewarder, poll=parts.settings.poll)
-        samples = build_samples(scored)
-    async with gpu.only("teacher", clock):
-        with clock.stage("teacher"):
-            evidence = await score_with_teacher(samples, parts.teacher)
-    async with gpu.only("trainer", clock):
+    """One batch, from its source to the new adapter."""
+    clock = parts.recorder.clock()
+    data = await parts.source.batch(step, clock)
+    async with parts.gpu.only("trainer", clock):
         with clock.stage("update"):
-            training = build_training_samples(samples, parts.advantages(scored), evidence)
-            update = parts.policy.update(build_batch(training))
+            update = parts.policy.update(build_batch(data.training))
         with clock.stage("sync"):
             parts.sampler.load_policy(parts.policy.adapter(), version=step)
-    parts.recorder.record(step, scored, evidence, update, clock)
+    parts.recorder.record(step, data, update, clock)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnPolicy:
+    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens."""
+
+    prompts_of: Callable[[int], Sequence[Prompt]]
+    environments: Callable[[Prompt, int], Environment]
+    settings: RolloutSettings
+    journal: Callable[[int], RolloutStore]
+    sampler: Sampler
+    rewarder: Rewarder
+    advantages: Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], Mapping[str, float]]
+    teacher: Teacher | None
+    gpu: Residency
+
+    async def batch(self, step: int, clock: StageClock) -> StepData:
+        """See ``Source.batch``."""
+        async with self.gpu.only("sampler", clock):
+            with clock.stage("rollout"):
+                groups = await collect_rollouts(
+                    self.prompts_of(step),
+                    self.sampler,
+                    self.environments,
+                    self.settings,
+                    step=step,
+                    store=self.journal(step),
+                )
+        with clock.stage("reward"):
+            rewards = await score_rewards(groups, self.rewarder, poll=self.settings.poll)
+            samples = build_samples(groups)
+        async with self.gpu.only("teacher", clock):
+            with clock.stage("teacher"):
+                evidence = await self.teacher.score(samples) if self.teacher else None
+                advantages = self.advantages(groups, rewards)
+                training = build_training_samples(samples, advantages, evidence)
+        return StepData(training=training, groups=groups, rewards=rewards)

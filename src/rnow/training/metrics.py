@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rnow.types import Rollout, RolloutGroup, ScoredGroup
+from rnow.types import RewardResult, Rollout, RolloutGroup
 
 TROUBLE = 8
 
 
-def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+def reward_metrics(
+    groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult]
+) -> dict[str, float]:
     """``reward/mean``, ``reward/<name>`` and ``reward/failure_fraction``; empty when no prompt names a reward.
     Failed rollouts are counted in ``rollouts/failed_fraction``, not here."""
     results = [
-        item.reward
-        for group in scored
-        for item in group.rollouts
-        if item.reward is not None and item.rollout.status != "failed"
+        rewards[rollout.id]
+        for group in groups
+        for rollout in group.rollouts
+        if rollout.id in rewards and rollout.status != "failed"
     ]
     if not results:
         return {}
@@ -29,14 +31,12 @@ def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
     return metrics
 
 
-def rollout_metrics(
-    groups: Sequence[RolloutGroup] | Sequence[ScoredGroup], *, agentic: bool = False
-) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[RolloutGroup], *, agentic: bool = False) -> dict[str, float]:
     """``completions/*`` and ``tokens/*`` of a step; with ``agentic``, ``tools/*`` and how the rollouts ended."""
-    rollouts = [_rollout(item) for group in groups for item in group.rollouts]
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
     usable = [rollout for rollout in rollouts if rollout.status != "failed"]
     completion = sum(rollout.completion_tokens for rollout in usable)
-    total = sum(len(rollout.token_ids) for rollout in usable)
+    total = sum(rollout.total_tokens for rollout in usable)
     count = max(1, len(usable))
     metrics = _agent_metrics(usable) if agentic else {}
     return metrics | {
@@ -67,14 +67,14 @@ def _agent_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-def tool_trouble(groups: Sequence[RolloutGroup] | Sequence[ScoredGroup]) -> str | None:
+def tool_trouble(groups: Sequence[RolloutGroup]) -> str | None:
     """A sentence for the user when more than half of at least ``TROUBLE`` tool calls failed: such a step or evaluation says
     more of the tools than of the student."""
     answers = [
         message
         for group in groups
-        for item in group.rollouts
-        for message in _rollout(item).messages
+        for rollout in group.rollouts
+        for message in rollout.messages
         if message["role"] == "tool"
     ]
     failed = [str(message.get("content", "")) for message in answers if message.get("failed")]
@@ -102,10 +102,6 @@ def memory_metrics() -> dict[str, float]:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"memory/peak_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
-
-
-def _rollout(item: object) -> Rollout:
-    return item if isinstance(item, Rollout) else item.rollout  # type: ignore[attr-defined]
 
 
 def _ended(rollouts: Sequence[Rollout]) -> int:

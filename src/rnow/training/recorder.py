@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rnow.algorithm.records import Evidence, SkipReason, UpdateResult
-from rnow.disk.files import replace_file, to_json
+from rnow.algorithm.records import SkipReason, StepData, UpdateResult
 from rnow.disk.folder import RunFolder
-from rnow.disk.sinks import JsonlMetrics, Sink
+from rnow.disk.sinks import Sink, read_evaluations
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display
 from rnow.errors import RnowError
-from rnow.training.clock import StageClock
 from rnow.training.metrics import (
     memory_metrics,
     reward_metrics,
@@ -21,7 +18,8 @@ from rnow.training.metrics import (
     throughput_metrics,
     tool_trouble,
 )
-from rnow.types import ScoredGroup
+from rnow.training.residency import StageClock
+from rnow.types import RolloutGroup
 
 MAX_SKIPPED = 3
 
@@ -30,7 +28,7 @@ class Recorder:
     """Records each step and each evaluation.
 
     Args:
-        sinks: further receivers of the metrics, such as W&B.
+        sinks: receivers of the metrics.
         num_steps: of the whole run, for the display.
         agentic: the student has tools.
     """
@@ -41,7 +39,6 @@ class Recorder:
         *,
         display: Display,
         transcripts: TranscriptWriter,
-        metrics: JsonlMetrics,
         sinks: Sequence[Sink],
         num_steps: int,
         agentic: bool = False,
@@ -49,7 +46,6 @@ class Recorder:
         self._folder = folder
         self._display = display
         self._transcripts = transcripts
-        self._metrics = metrics
         self._sinks = list(sinks)
         self._num_steps = num_steps
         self._agentic = agentic
@@ -63,53 +59,42 @@ class Recorder:
 
     def forget_after(self, step: int) -> None:
         """Drop what an interrupted run recorded beyond the checkpoint it continues from, and show what is left."""
-        self._metrics.truncate_after(step + 1)
-        self._transcripts.forget_from(step + 1)
-        kept = [row for row in self.evaluations() if row["step"] <= step]
-        if self._folder.evaluations.exists():
-            text = "".join(to_json(row) + "\n" for row in kept)
-            replace_file(self._folder.evaluations, text.encode())
-        for row in kept:
+        for keeper in (*self._sinks, self._transcripts):
+            keeper.forget_from(step + 1)
+        for row in self.evaluations():
             numbers = {key: row[key] for key in row if key not in ("name", "step")}
             self._display.evaluation(row["name"], numbers)
 
-    def record(
-        self,
-        step: int,
-        scored: Sequence[ScoredGroup],
-        evidence: Mapping[str, Evidence] | None,
-        update: UpdateResult,
-        clock: StageClock,
-    ) -> None:
+    def record(self, step: int, data: StepData, update: UpdateResult, clock: StageClock) -> None:
         """Write one step down.
 
         Raises:
             RnowError: the third step in a row brought no finite update.
         """
-        metrics = dict(update.metrics) | reward_metrics(scored)
-        metrics |= rollout_metrics(scored, agentic=self._agentic)
+        metrics = dict(update.metrics) | reward_metrics(data.groups, data.rewards)
+        metrics |= rollout_metrics(data.groups, agentic=self._agentic)
         self._skipped = self._skipped + 1 if update.skipped else 0
         if update.skipped:
             metrics["skipped_updates"] = float(self._skipped)
         metrics |= clock.metrics()
         metrics |= throughput_metrics(metrics) | memory_metrics()
         self.completion_tokens += int(metrics["tokens/completion"])
-        self._transcripts.write(step, scored, evidence, update.logprobs)
-        for sink in (self._metrics, *self._sinks):
+        self._transcripts.write(step, data, update.streams)
+        for sink in self._sinks:
             sink.log(step, metrics)
         self._display.step(step, self._num_steps, metrics)
-        self._tell_trouble(step, scored)
+        self._tell_trouble(step, data.groups)
         if update.skipped:
-            self._tell_skipped(step, update.skipped, scored)
+            self._tell_skipped(step, update.skipped, data.groups)
 
-    def _tell_trouble(self, step: int, scored: Sequence[ScoredGroup]) -> None:
+    def _tell_trouble(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Once, and again after a step without trouble."""
-        trouble = tool_trouble(scored)
+        trouble = tool_trouble(groups)
         if trouble and not self._in_trouble:
             self._display.note(f"warning: in step {step} {trouble}")
         self._in_trouble = trouble is not None
 
-    def _tell_skipped(self, step: int, why: SkipReason, scored: Sequence[ScoredGroup]) -> None:
+    def _tell_skipped(self, step: int, why: SkipReason, groups: Sequence[RolloutGroup]) -> None:
         what = {
             "non-finite": "brought no finite update",
             "no tokens": "had no rollout to learn from",
@@ -121,7 +106,7 @@ class Recorder:
         good = f"the last good checkpoint is {saved[-1].name}" if saved else "nothing was saved yet"
         message = f"{MAX_SKIPPED} steps in a row were skipped, the last because it {what}; {good}"
         if why == "no tokens":
-            errors = [item.rollout.error for group in scored for item in group.rollouts]
+            errors = [rollout.error for group in groups for rollout in group.rollouts]
             raise RnowError(
                 message,
                 title="No rollout succeeds",
@@ -138,25 +123,13 @@ class Recorder:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations of the run so far, oldest first."""
-        if not self._folder.evaluations.exists():
-            return []
-        rows = []
-        # Not splitlines(): a name may hold U+2028, which JSON leaves as it is.
-        for line in self._folder.evaluations.read_text(encoding="utf-8").split("\n"):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # a line cut by a crash
-                break
-        return rows
+        return read_evaluations(self._folder.evaluations)
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write one evaluation down."""
-        line = to_json({"name": name, "step": step, **metrics}) + "\n"
-        with self._folder.evaluations.open("a", encoding="utf-8") as file:
-            file.write(line)
-        self._display.evaluation(name, metrics)
         for sink in self._sinks:
-            sink.log(step, {f"eval/{name}/{key}": value for key, value in metrics.items()})
+            sink.evaluated(name, step, metrics)
+        self._display.evaluation(name, metrics)
 
     def stage(self, name: str) -> None:
         """Tell the display what is happening."""
@@ -168,5 +141,5 @@ class Recorder:
 
     def close(self) -> None:
         """Close the sinks."""
-        for sink in (self._metrics, *self._sinks):
+        for sink in self._sinks:
             sink.close()

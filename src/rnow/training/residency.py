@@ -1,17 +1,45 @@
-"""Who has the card: one part at a time where it is shared in turns, everybody where it is not."""
+"""Who has the card: one part at a time where it is shared in turns, everybody where it is not; and how long each stage takes."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Literal, Protocol
 
 from rnow.errors import TemporaryError
 from rnow.processes.process import StartFailed
 from rnow.serving.client import ServerDown
-from rnow.training.clock import StageClock
 
 Part = Literal["sampler", "teacher", "trainer"]
+
+
+class StageClock:
+    """Adds up seconds under the name of each stage.
+
+    Args:
+        announce: told the name of each stage as it begins.
+    """
+
+    def __init__(self, announce: Callable[[str], None] = lambda name: None) -> None:
+        self._announce = announce
+        self._started = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block as ``time/<name>``."""
+        self._announce(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def metrics(self) -> dict[str, float]:
+        """``time/<stage>`` for each stage and ``time/step`` since the clock was made, in seconds."""
+        stages = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        return stages | {"time/step": time.perf_counter() - self._started}
 
 
 class Sleeper(Protocol):

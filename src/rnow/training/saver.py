@@ -15,7 +15,7 @@ from rnow.disk.checkpoints import (
 )
 from rnow.disk.journal import Journal, JournalFolder
 from rnow.errors import InputError, TemporaryError
-from rnow.policy.student import LoraPolicy
+from rnow.protocols import Policy
 
 
 class Saver:
@@ -32,7 +32,7 @@ class Saver:
         self,
         store: CheckpointStore,
         journals: JournalFolder,
-        policy: LoraPolicy,
+        policy: Policy,
         *,
         every_steps: int,
         every_minutes: float,

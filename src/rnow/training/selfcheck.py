@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rnow.algorithm.batching import at_loss_tokens, build_samples
 from rnow.algorithm.records import Evidence
 from rnow.errors import ModelError
 from rnow.protocols import Environment, Sampler, Teacher
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
-from rnow.rollout.samples import build_samples
 from rnow.training.residency import Residency
-from rnow.types import Prompt, Sample, ScoredGroup, ScoredRollout
+from rnow.types import Prompt, Sample
 
 PROMPTS = 4
 REPEAT_TOLERANCE = 5e-2
@@ -60,23 +60,10 @@ async def run_selfcheck(
     """
     async with gpu.only("sampler"):
         groups = await collect_rollouts(prompts[:PROMPTS], sampler, environments, settings, step=0)
-    samples = build_samples(
-        [
-            ScoredGroup(
-                prompt=group.prompt,
-                rollouts=tuple(ScoredRollout(rollout=r, reward=None) for r in group.rollouts),
-            )
-            for group in groups
-        ]
-    )
+    samples = build_samples(groups)
     async with gpu.only("trainer"):
         own = _loss_values(samples, await trainer_as_teacher.score(samples))
-    drawn = [
-        value
-        for sample in samples
-        for value, on in zip(sample.sampler_logprobs, sample.loss_mask, strict=True)
-        if on
-    ]
+    drawn = [v for sample in samples for v in at_loss_tokens(sample, sample.sampler_logprobs)]
     gaps = [abs(a - b) for a, b in zip(drawn, own, strict=True)]
     mean_gap = sum(gaps) / len(gaps) if gaps else 0.0
     notes = []
@@ -99,16 +86,11 @@ async def run_selfcheck(
     )
 
 
-def _loss_values(samples: Sequence[Sample], evidence: dict[str, Evidence] | object) -> list[float]:
+def _loss_values(samples: Sequence[Sample], evidence: Mapping[str, Evidence]) -> list[float]:
     return [
         value
         for sample in samples
-        for value, on in zip(
-            evidence[sample.id].teacher_logprobs.tolist(),  # type: ignore[index]
-            sample.loss_mask,
-            strict=True,
-        )
-        if on
+        for value in at_loss_tokens(sample, evidence[sample.id].teacher_logprobs.tolist())
     ]
 
 

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnow.algorithm.schedule import ScheduleName, learning_rate
+from rnow.policy.student import OptimizerSettings, ScheduleName
+
+
+def learning_rate(
+    update: int, *, base: float, warmup: int, total: int, schedule: ScheduleName
+) -> float:
+    settings = OptimizerSettings(
+        learning_rate=base, warmup_steps=warmup, total_updates=total, schedule=schedule
+    )
+    return settings.rate_of(update)
+
 
 SCHEDULES: list[ScheduleName] = ["constant", "linear", "cosine"]
 
