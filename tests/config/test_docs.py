@@ -8,7 +8,7 @@ import pytest
 
 from rnow.config import load_config
 from rnow.config.docs import COMMAND, MINIMAL, main, render
-from rnow.config.schema import SECTIONS, Config, DatasetSource, EvalEntry
+from rnow.config.schema import LISTS, SECTION_NAMES, SECTIONS, Schema
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -25,12 +25,12 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_sentence() -> None:
-    for model in (DatasetSource, EvalEntry, *SECTIONS.values()):
+    for model in (*LISTS.values(), *SECTIONS.values()):
         for key, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{key}"
             assert field.description.endswith("."), f"{model.__name__}.{key}"
-    for key, field in Config.model_fields.items():
-        assert field.description or key in (*SECTIONS, "evals"), key
+    for key, field in Schema.model_fields.items():
+        assert field.description or key in SECTION_NAMES, key
 
 
 def test_the_minimal_config_is_valid(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from rnow.config import SHORTHANDS, Config, LoadedConfig, load_config
 from rnow.config.output import dump_yaml
-from rnow.config.overrides import field_at, parse_override
+from rnow.config.overrides import parse_override
 from rnow.config.reserved import RESERVED, refuse_reserved
+from rnow.config.schema import field_at
 from rnow.config.strict_yaml import NULL
 from rnow.errors import ConfigError, NotYetSupported
 
@@ -283,6 +284,7 @@ def test_top_k_off_is_silent(load: Load, top_k: int) -> None:
 EXAMPLES = {
     "dataset_type": ["sft", "midtrain"],
     "data.train_file": ["[{path: a, teacher: b}]"],
+    "model.path": ["[a, b]"],
     "algorithm.adv_estimator": ["gae"],
     "algorithm.kl_estimator": ["exact", "topk"],
     "algorithm.kl_baseline": ["expected"],
@@ -303,7 +305,7 @@ def pairs(table: dict[str, list[str]]) -> list[tuple[str, str]]:
     return [(key, value) for key, values in table.items() for value in values]
 
 
-@pytest.mark.parametrize("key", [entry.key for entry in RESERVED])
+@pytest.mark.parametrize("key", RESERVED)
 def test_every_reserved_key_is_tried(key: str) -> None:
     assert key in EXAMPLES
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rnow.config.overrides import field_at
-from rnow.config.suggest import ALIASES, known_keys, suggest
+from rnow.config.schema import field_at
+from rnow.config.suggest import ALIASES, KNOWN, suggest
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -50,7 +50,7 @@ def test_several_homes() -> None:
 
 def test_without_an_idea_the_known_keys_are_listed() -> None:
     hint = suggest(("sampler", "zzz"))
-    assert hint == f"known here: {', '.join(known_keys()['sampler'])}"
+    assert hint == f"known here: {', '.join(KNOWN['sampler'])}"
 
 
 def test_inside_an_unknown_section_nothing_is_invented() -> None:

@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 
 from rnow.config import Config, to_dict
+from rnow.config.keys import Change, Reader
+from rnow.config.schema import KEYS
 from rnow.errors import EXIT_BAD_INPUT, ConfigError
 from rnow.plan.changes import Changes, compare, refuse
+from rnow.plan.unread import find_readers
 
-FACTS = {"student_revision": "abc", "tokenizer_hash": "1", "dataset_hash": "2", "teacher": "x"}
+FACTS = {
+    "rewards_hash": "a",
+    "student_revision": "abc",
+    "tokenizer_hash": "1",
+    "dataset_hash": "2",
+    "teacher": "x",
+}
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -28,8 +37,30 @@ def config(**changes: Any) -> dict[str, Any]:
     return to_dict(Config(**values))
 
 
+READERS = find_readers(
+    Config(
+        dataset_type="distill",
+        model={"path": "student", "device": "cpu"},
+        teacher={"path": "teacher"},
+    ),
+    agentic=False,
+)
+ALL_READERS = frozenset(said.reader for said in KEYS.values())
+
+
+def compared(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    *,
+    facts: dict[str, Any] | None = None,
+    readers: frozenset[Reader] = READERS,
+) -> Changes:
+    """Two starts whose facts differ by the config, and by ``facts``."""
+    return compare({**FACTS, "config": old}, {**FACTS, **(facts or {}), "config": new}, readers)
+
+
 def changed(**changes: Any) -> Changes:
-    return compare(config(), config(**changes), FACTS, FACTS)
+    return compared(config(), config(**changes))
 
 
 def test_nothing_changed() -> None:
@@ -103,9 +134,9 @@ def test_refused(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("fact", ["student_revision", "tokenizer_hash", "dataset_hash"])
 def test_facts_that_the_config_does_not_show(fact: str) -> None:
-    found = compare(config(), config(), FACTS, FACTS | {fact: "new"})
+    found = compared(config(), config(), facts={fact: "new"})
     assert len(found.refused) == 1
-    assert compare(config(), config(), FACTS, FACTS | {"teacher": "y"}) == Changes()
+    assert compared(config(), config(), facts={"teacher": "y"}) == Changes()
 
 
 def test_a_diff_shows_old_and_new() -> None:
@@ -116,14 +147,14 @@ def test_a_diff_shows_old_and_new() -> None:
 def test_a_key_that_appears_is_a_change() -> None:
     old = config()
     del old["trainer"]["learning_rate"]
-    found = compare(old, config(), FACTS, FACTS)
+    found = compared(old, config())
     assert found.warned == ("trainer.learning_rate: None -> 0.0001",)
 
 
 @pytest.mark.parametrize("key", ["trainer__num_epochs", "trainer__max_steps"])
 def test_another_length_is_free_only_under_a_constant_rate(key: str) -> None:
     falling = {"trainer__lr_schedule": "linear"}
-    found = compare(config(**falling), config(**falling, **{key: 7}), FACTS, FACTS)
+    found = compared(config(**falling), config(**falling, **{key: 7}))
     assert len(found.warned) == 1
     assert found.free == ()
 
@@ -133,7 +164,163 @@ def test_other_evaluation_settings_are_told() -> None:
 
 
 def test_other_rewards_are_told() -> None:
-    found = compare(
-        config(), config(), {**FACTS, "rewards_hash": "a"}, {**FACTS, "rewards_hash": "b"}
-    )
+    found = compared(config(), config(), facts={"rewards_hash": "b"})
     assert found.warned == ("rewards.py changed",)
+
+
+# ---- what holds of an earlier start -----------------------------------------------------------------------------------
+
+TABLE: dict[Change, str] = {
+    "free": """
+        project_id project_name description organization_id output_dir residency wandb_project wandb_name evals
+        model.name model.description teacher.url rollout.reward_timeout
+        trainer.save_step trainer.save_minutes trainer.keep_checkpoints trainer.micro_batch_tokens
+        trainer.gradient_checkpointing trainer.max_billing
+        teacher.device|local teacher
+        teacher.device_map|local teacher
+        teacher.tensor_parallel_size|local vllm teacher
+        teacher.gpu_memory_utilization|local vllm teacher
+        teacher.max_num_batched_tokens|local vllm teacher
+        sampler.gpu_memory_utilization|vllm sampler
+        sampler.max_num_seqs|vllm sampler
+        sampler.tensor_parallel_size|vllm sampler
+        sampler.enforce_eager|vllm sampler
+        sampler.enable_prefix_caching|vllm sampler
+        sampler.batch_memory_gb|embedded sampler
+    """,
+    "length": "trainer.num_epochs trainer.max_steps",
+    "warn": """
+        algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
+        algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.kl_clamp
+        algorithm.clip_ratio_low algorithm.clip_ratio_high algorithm.ratio_cap
+        trainer.learning_rate trainer.updates_per_batch trainer.weight_decay trainer.adam_beta1 trainer.adam_beta2
+        trainer.max_grad_norm trainer.warmup_steps trainer.lr_schedule
+    """,
+    "evaluates": """
+        teacher.path teacher.revision teacher.trust_remote_code teacher.backend rollout.include_thinking
+        evaluation.num_samples evaluation.max_prompts evaluation.temperature evaluation.teacher
+        evaluation.success_reward
+        teacher.quantization|local teacher
+        teacher.dtype|local teacher
+        teacher.attn_implementation|local teacher
+        teacher.served_model|vllm teacher
+    """,
+    "shapes": """
+        teacher.agentic rollout.max_tokens rollout.termination_policy rollout.mcp_url rollout.rollout_timeout
+        rollout.temperature rollout.top_p rollout.top_k sampler.backend sampler.url
+        rollout.max_turns|several turns
+        rollout.tool_timeout|tools
+        rollout.max_tool_response|tools
+        sampler.mode|vllm sampler
+        sampler.served_model|vllm sampler
+        sampler.dtype|vllm sampler
+        sampler.quantization|vllm sampler
+    """,
+    "refuse": """
+        dataset_type seed data.train_file data.batch_size data.group_size data.val_split data.shuffle
+        model.path model.qlora_rank model.qlora_alpha model.quantization model.dtype model.revision model.device
+        model.attn_implementation model.trust_remote_code algorithm.adv_estimator rollout.reasoning_mode
+        rollout.max_context_window
+    """,
+}
+"""Class -> its keys, each with its reader where not every run reads it: whoever adds a key decides here too."""
+
+
+def rows(text: str) -> dict[str, str]:
+    """Key -> reader."""
+    found = {}
+    for line in text.strip().splitlines():
+        if "|" in line:
+            key, reader = line.strip().split("|")
+            found[key] = reader
+        else:
+            found |= dict.fromkeys(line.split(), "every run")
+    return found
+
+
+def test_every_key_has_a_class_and_a_reader() -> None:
+    declared = {key: (said.change, said.reader) for key, said in KEYS.items()}
+    table = {
+        key: (change, reader)
+        for change, text in TABLE.items()
+        for key, reader in rows(text).items()
+    }
+    assert declared == table
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if not key.startswith("trainer.lr_")])
+@pytest.mark.parametrize("readers", [ALL_READERS, frozenset({"every run"})])
+def test_a_change_means_what_the_key_says(key: str, readers: frozenset[Reader]) -> None:
+    old, new = config(), config()
+    section, _, name = key.rpartition(".")
+    (new[section] if section else new)[name] = "another"
+    found = compared(old, new, readers=readers)
+    said = KEYS[key]
+    change = said.change if said.reader in readers else "free"
+    assert len(found.free) == (change in ("free", "length"))
+    assert len(found.warned) == (change in ("warn", "evaluates", "shapes"))
+    assert len(found.refused) == (change == "refuse")
+    assert found.rollouts_hold == (change not in ("shapes", "refuse"))
+    assert found.evaluations_hold == (change in ("free", "length", "warn"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher__url": "http://other:1"},
+        {"evaluation__max_prompts": 7},
+        {"rollout__tool_timeout": 5.0},
+        {"sampler__max_num_seqs": 7},
+        {"trainer__learning_rate": 2e-5},
+        {"teacher__path": "other"},
+    ],
+)
+def test_rollouts_hold(change: dict[str, Any]) -> None:
+    assert changed(**change).rollouts_hold
+
+
+def test_rollouts_do_not_hold_at_another_temperature() -> None:
+    assert not changed(rollout__temperature=0.5).rollouts_hold
+
+
+def test_with_tools_their_deadline_shapes_rollouts() -> None:
+    found = compared(config(), config(rollout__tool_timeout=5.0), readers=READERS | {"tools"})
+    assert not found.rollouts_hold
+
+
+@pytest.mark.parametrize(
+    ("fact", "rollouts", "evaluations"),
+    [
+        ("rewards_hash", True, False),
+        ("teacher_revision", True, False),
+        ("tools_hash", False, False),
+        ("tools", False, False),
+        ("versions", False, False),
+        ("tokenizer_hash", False, False),
+        ("student_weights", False, False),
+        ("dataset_hash", False, False),
+    ],
+)
+def test_what_holds_when_a_fact_changed(fact: str, rollouts: bool, evaluations: bool) -> None:
+    found = compared(config(), config(), facts={fact: "new"})
+    assert (found.rollouts_hold, found.evaluations_hold) == (rollouts, evaluations)
+
+
+@pytest.mark.parametrize("fact", ["teacher_revision", "versions"])
+def test_facts_that_are_not_told(fact: str) -> None:
+    found = compared(config(), config(), facts={fact: "new"})
+    assert (found.free, found.warned, found.refused) == ((), (), ())
+
+
+def test_of_an_unknown_start_nothing_holds() -> None:
+    found = compare({}, {**FACTS, "config": config()}, READERS)
+    assert not found.rollouts_hold
+    assert not found.evaluations_hold
+
+
+def test_a_key_of_another_version_of_the_format_shapes_rollouts() -> None:
+    old = config()
+    old["sampler"]["spin"] = 1
+    found = compared(old, config())
+    assert found.warned == ("sampler.spin: 1 -> None",)
+    assert not found.rollouts_hold

@@ -1,4 +1,4 @@
-"""Settings that exclude each other, and settings that nothing reads."""
+"""Settings that exclude each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from rnow.config import Config
 from rnow.errors import ConfigError
-from rnow.plan.prepare import prepare, unread_settings
+from rnow.plan.prepare import prepare
 
 
 def config(**sections: Any) -> Config:
@@ -20,33 +20,6 @@ def config(**sections: Any) -> Config:
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
     return Config(**values)
-
-
-def test_nothing_to_warn_of() -> None:
-    assert unread_settings(config(), agentic=False) == []
-
-
-@pytest.mark.parametrize(
-    ("sections", "words"),
-    [
-        ({"sampler": {"max_num_seqs": 7}}, "sampler.max_num_seqs has no effect"),
-        ({"sampler": {"backend": "vllm", "batch_memory_gb": 1.0}}, "sampler.batch_memory_gb"),
-        ({"teacher": {"tensor_parallel_size": 2}}, "teacher.tensor_parallel_size"),
-        ({"teacher": {"url": "http://h:1", "quantization": "nf4"}}, "teacher.quantization"),
-    ],
-)
-def test_settings_that_the_backend_does_not_read(sections: dict[str, Any], words: str) -> None:
-    (warning,) = unread_settings(config(**sections), agentic=False)
-    assert words in warning
-
-
-def test_settings_that_need_tools() -> None:
-    tools = {"tool_timeout": 3.0, "max_tool_response": 100, "max_turns": 3}
-    (warning,) = unread_settings(config(rollout=tools), agentic=False)
-    for name in tools:
-        assert f"rollout.{name}" in warning
-    assert warning.endswith("without tools")
-    assert unread_settings(config(rollout=tools), agentic=True) == []
 
 
 @pytest.mark.parametrize("section", ["sampler", "teacher"])

@@ -376,6 +376,19 @@ def test_another_temperature_does_not_reuse_rollouts(stopped: Project) -> None:
     assert abs(stopped.numbers[2]["ratio/mean"] - 1) < 1e-4
 
 
+def test_rollouts_of_a_start_in_between_are_not_reused_either(stopped: Project) -> None:
+    """Back at the checkpoint's temperature, but the journal was written at another in the meantime."""
+    with pytest.raises(Killed):
+        run(
+            stopped.config(**SIX_STEPS, rollout={"temperature": 0.5}),
+            folder=stopped.folder,
+            display=Watcher().at("update", 1, die),
+        )
+    assert (stopped.run_dir / "journal" / "step-000003.jsonl").stat().st_size > 0
+    run(stopped.config(**SIX_STEPS), folder=stopped.folder)
+    assert abs(stopped.numbers[2]["ratio/mean"] - 1) < 1e-4
+
+
 # ---- two at once ---------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +467,29 @@ def test_other_prompts_before_the_first_checkpoint_start_clean(
     assert read_transcripts(unsaved.run_dir / "transcripts", 1) == read_transcripts(
         fresh.run_dir / "transcripts", 1
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "rollouts", "evaluations"),
+    [
+        ({"evaluation": {"max_prompts": 1}}, True, False),
+        ({"rollout": {"tool_timeout": 5.0}}, True, True),
+        ({"sampler": {"max_num_seqs": 7}}, True, True),
+        ({"trainer": {"learning_rate": 1e-3}}, True, True),
+        ({"rollout": {"temperature": 0.5}}, False, False),
+    ],
+)
+def test_what_holds_of_a_start_that_saved_nothing(
+    unsaved: Project, change: dict[str, Any], rollouts: bool, evaluations: bool
+) -> None:
+    (name, section), *_ = change.items()
+    sections = {**UNSAVED, name: {**UNSAVED.get(name, {}), **section}}
+    journal = unsaved.run_dir / "journal" / "step-000001.jsonl"
+    watcher = Watcher().at("rollout", 1, die)
+    with pytest.raises(Killed):
+        run(unsaved.config(**sections), folder=unsaved.folder, display=watcher)
+    assert journal.exists() == rollouts
+    assert ("evaluating: before" in watcher.stages) == (not evaluations)
 
 
 def test_a_fault_between_update_and_sync_does_not_train_a_step_twice(

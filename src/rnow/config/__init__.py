@@ -1,12 +1,11 @@
 """config.yml -> Config: strict types, overrides, suggestions, each fault at its line. No torch."""
 
-from rnow.config.load import LoadedConfig, find_config_file, load_config
+from rnow.config.load import Config, LoadedConfig, find_config_file, load_config
 from rnow.config.output import config_hash, to_dict, to_yaml
 from rnow.config.overrides import SHORTHANDS
 from rnow.config.reserved import refuse_reserved
 from rnow.config.schema import (
     AlgorithmSection,
-    Config,
     DataSection,
     DatasetSource,
     EvalEntry,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rnow.config.problems import Problem
 
 if TYPE_CHECKING:
-    from rnow.config.schema import Config
+    from rnow.config.load import Config
 
 RESERVED_DATASETS = frozenset({"k3"})
 RESERVED_EVALS = frozenset({"before", "after", "teacher"})

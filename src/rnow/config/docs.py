@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rnow.config.legacy import RENAMED
 from rnow.config.overrides import SHORTHANDS, show
 from rnow.config.problems import dotted
-from rnow.config.reserved import RESERVED, SEVERAL_STUDENTS
-from rnow.config.schema import SECTIONS, Config, DatasetSource, EvalEntry
+from rnow.config.reserved import RESERVED
+from rnow.config.schema import LISTS, SECTION_NAMES, SECTIONS, Schema, key_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -68,12 +68,11 @@ NOTES = {"algorithm": OBJECTIVE_NOTE}
 
 def render() -> str:
     """The whole page."""
-    parts = [INTRODUCTION, _shorthands(), _section("Top level", Config, "")]
+    parts = [INTRODUCTION, _shorthands(), _section("Top level", Schema, "")]
     for name, model in SECTIONS.items():
         parts.append(_section(name, model, name))
-        if name == "data":
-            parts.append(_section("data.train_file[]", DatasetSource, "data.train_file[]"))
-    parts.append(_section("evals[]", EvalEntry, "evals[]"))
+        parts += [_list(entry) for entry in LISTS if entry.startswith(f"{name}.")]
+    parts += [_list(entry) for entry in LISTS if "." not in entry]
     parts += [_reserved(), _legacy()]
     return "\n".join(parts)
 
@@ -89,21 +88,25 @@ def _shorthands() -> str:
     return _table(("flag", "key"), rows)
 
 
+def _list(name: str) -> str:
+    return _section(f"{name}[]", LISTS[name], f"{name}[]")
+
+
 def _section(title: str, model: type[BaseModel], name: str) -> str:
     schema = model.model_json_schema()
     rows = []
     for key, field in model.model_fields.items():
-        if not name and (key in SECTIONS or key == "evals"):
+        if not name and key in SECTION_NAMES:
             continue
-        full = f"{name}.{key}" if name else key
+        said = key_of(field)
         note = field.description or ""
-        reserved = [entry.values for entry in RESERVED if entry.key == full]
-        reserved += [values for reserved_key, values in [SEVERAL_STUDENTS] if reserved_key == full]
-        if reserved:
-            note += f" Reserved: {'; '.join(reserved)}."
-        kind = _type(schema["properties"][key], schema)
+        if said and said.reserved:
+            note += f" Reserved: {said.reserved.values}."
+        kind = (
+            said.type_text if said and said.type_text else _type(schema["properties"][key], schema)
+        )
         rows.append((f"`{key}`", kind, _default(field), note))
-    text = "" if model is Config else f"{(model.__doc__ or '').strip()}\n\n"
+    text = "" if model is Schema else f"{(model.__doc__ or '').strip()}\n\n"
     text += _table(("key", "type", "default", "meaning"), rows)
     if name in NOTES:
         text += f"\n{NOTES[name]}"
@@ -114,17 +117,15 @@ def _section(title: str, model: type[BaseModel], name: str) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    extra = field.json_schema_extra
-    if isinstance(extra, dict) and "default_text" in extra:
-        return str(extra["default_text"])
+    said = key_of(field)
+    if said is not None and said.default_text is not None:
+        return said.default_text
     default = field.get_default(call_default_factory=True, validated_data={})
     return "none" if default is None else f"`{show(default)}`"
 
 
 def _type(schema: dict[str, Any], root: dict[str, Any]) -> str:
     """A JSON schema as a few words: ``int >= 1``, ``auto / nf4 / none``."""
-    if "type_text" in schema:
-        return str(schema["type_text"])
     if "anyOf" in schema:
         return " or ".join(_type(s, root) for s in schema["anyOf"] if s.get("type") != "null")
     if "$ref" in schema:
@@ -150,8 +151,7 @@ def _type(schema: dict[str, Any], root: dict[str, Any]) -> str:
 
 
 def _reserved() -> str:
-    rows = [(f"`{entry.key}`", entry.values, _sentence(entry.fix)) for entry in RESERVED]
-    rows.append((f"`{SEVERAL_STUDENTS[0]}`", SEVERAL_STUDENTS[1], "Start one run for each."))
+    rows = [(f"`{key}`", entry.values, _sentence(entry.instead)) for key, entry in RESERVED.items()]
     return (
         "## Reserved\n\n"
         "These values are part of the format and do nothing yet. They are refused (exit code 2), never ignored.\n\n"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rnow.config.problems import KeyPath, Problem
+from rnow.config.suggest import suggest
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -43,8 +44,6 @@ LIMITS = {
 
 def explain(error: ValidationError) -> list[Problem]:
     """One Problem per fault, in the order of the schema; unknown keys come with a suggestion."""
-    from rnow.config.suggest import suggest
-
     problems = []
     items = error.errors(include_url=False, include_context=True)
     for item in items:

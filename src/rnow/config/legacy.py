@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rnow.config.overrides import lookup
 from rnow.config.problems import KeyPath, dotted
@@ -18,7 +17,7 @@ OLD_THINKING_MODES = {"easy": "low", "hard": "high"}
 class Migration:
     """The config with only today's keys, the warnings, and new key -> old key for the places of errors."""
 
-    data: dict[str, Any]
+    data: dict[str, object]
     warnings: list[str]
     moved: dict[KeyPath, KeyPath]
 
@@ -68,9 +67,9 @@ RENAMED: tuple[tuple[KeyPath, KeyPath, Callable[[object], object], str], ...] = 
 )
 
 
-def migrate(data: Mapping[str, Any]) -> Migration:
+def migrate(data: Mapping[str, object]) -> Migration:
     """Move every legacy key. A new key that is also set wins over the old one."""
-    result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
+    result: dict[str, object] = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
     warnings: list[str] = []
     moved: dict[KeyPath, KeyPath] = {}
     for old, new, convert, note in RENAMED:
@@ -93,14 +92,17 @@ def migrate(data: Mapping[str, Any]) -> Migration:
         moved[new] = old
         if new == ("evals",):
             moved["evals", 0, "step"] = old
-    known, step = lookup(result, ("trainer", "save_step"))
-    if known and step == 0 and type(step) is int:
-        result["trainer"]["save_step"] = -1
+    trainer = result.get("trainer")
+    if isinstance(trainer, dict) and (step := trainer.get("save_step")) == 0 and type(step) is int:
+        trainer["save_step"] = -1
         warnings.append("trainer.save_step: 0 is an old value: write -1 to save at the end")
     return Migration(data=result, warnings=warnings, moved=moved)
 
 
-def _remove(data: dict[str, Any], path: KeyPath) -> None:
-    for part in path[:-1]:
-        data = data[str(part)]
-    del data[str(path[-1])]
+def _remove(data: dict[str, object], path: KeyPath) -> None:
+    *outer, last = map(str, path)
+    for part in outer:
+        inner = data[part]
+        assert isinstance(inner, dict), "lookup found the key in it"
+        data = inner
+    del data[last]

@@ -1,70 +1,68 @@
-"""From a file and the command line to a Config, with every fault named at its place."""
+"""From keywords, or from a file and the command line, to a Config, with every fault named at its place."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+
+from rnow.config.checks import find_contradictions
+from rnow.config.explain import explain
 from rnow.config.json_text import parse_json_document
 from rnow.config.legacy import migrate
 from rnow.config.notices import find_notices
-from rnow.config.overrides import (
-    COMMAND_LINE,
-    apply_overrides,
-    describe_changes,
-    parse_override,
-)
-from rnow.config.problems import MAX_SHOWN, InvalidValues, KeyPath, Problem, dotted
+from rnow.config.overrides import apply_overrides, describe_changes, parse_override
+from rnow.config.places import Places, parse_key, place
+from rnow.config.problems import InvalidValues
 from rnow.config.reserved import refuse_dataset_type, refuse_reserved
-from rnow.config.schema import Config
-from rnow.config.strict_yaml import Document, Position, decode, excerpt, parse_document
+from rnow.config.schema import SECTION_NAMES, Schema
+from rnow.config.strict_yaml import Document, decode, parse_document
 from rnow.errors import ConfigError, NotYetSupported
 
 FILE_NAMES = ("config.yml", "config.yaml", "config.json")
+RL_DEFAULTS = {"kl_penalty_coef": 0.01, "reward_coef": 1.0}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Where each key was set: a line of the file or the command line."""
+class Config(Schema):
+    """A validated config.yml. Build it from keywords (nested dicts) or with ``Config.from_file``.
 
-    name: str
-    document: Document
-    overridden: frozenset[KeyPath] = frozenset()
-    moved: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
+    Raises:
+        InvalidValues: (a ConfigError) naming every key that does not fit.
+        NotYetSupported: for a list of several students.
+    """
 
-    def find(self, path: KeyPath, *, column: bool = False) -> str:
-        """``config.yml:12 (teacher.path)``, or ``command line (teacher.path)``.
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**fill_defaults(values))
+        except ValidationError as error:
+            raise InvalidValues(explain(error)) from None
+        problems = find_contradictions(self)
+        if problems:
+            raise InvalidValues(problems)
 
-        A key that is not in the file is placed at the nearest enclosing section that is.
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+        """Read config.yml or config.json (or the folder that holds one), with ``key=value`` overrides.
+
+        Raises ConfigError or NotYetSupported. Warnings are available from ``rnow.config.load_config``.
         """
-        label = f" ({dotted(path)})" if path else ""
-        path = self.original(path)
-        if self.from_command_line(path):
-            return f"{COMMAND_LINE}{label}"
-        position = self.position(path)
-        if position is None:
-            return f"{self.name}{label}"
-        tail = f":{position.column}" if column else ""
-        return f"{self.name}:{position.line}{tail}{label}"
+        return load_config(path, overrides).config
 
-    def original(self, path: KeyPath) -> KeyPath:
-        """The key as it was written, when a legacy key was moved."""
-        return self.moved.get(path, path)
 
-    def from_command_line(self, path: KeyPath) -> bool:
-        """Whether the key, or something around it, was set by an override."""
-        return any(path[:n] in self.overridden for n in range(1, len(path) + 1))
-
-    def position(self, path: KeyPath, *, exact: bool = False) -> Position | None:
-        """The place of the key itself, or (unless ``exact``) of the nearest section around it."""
-        while path:
-            found = self.document.keys.get(path) or self.document.values.get(path)
-            if found or exact:
-                return found
-            path = path[:-1]
-        return None
+def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop empty sections (a header whose keys are all commented out) and fill defaults that depend on dataset_type."""
+    filled = {k: v for k, v in values.items() if not (k in SECTION_NAMES and v is None)}
+    algorithm = filled.get("algorithm", {})
+    if isinstance(algorithm, Mapping):
+        algorithm = {k: v for k, v in algorithm.items() if not (k in RL_DEFAULTS and v is None)}
+        if filled.get("dataset_type") == "rl":
+            algorithm = {**RL_DEFAULTS, **algorithm}
+        filled["algorithm"] = algorithm
+    return filled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +81,6 @@ class LoadedConfig:
     def where(self, key: str) -> str:
         """The place of a dotted key: ``config.yml:12 (teacher.path)``."""
         return self.places.find(parse_key(key))
-
-
-def parse_key(key: str) -> KeyPath:
-    """``evals[0].step`` -> ``("evals", 0, "step")``."""
-    parts = key.replace("]", "").replace("[", ".").split(".")
-    return tuple(int(part) if part.isdigit() else part for part in parts)
 
 
 def find_config_file(path: Path) -> Path:
@@ -170,51 +162,3 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         changes=describe_changes(document.data, settings),
         places=places,
     )
-
-
-def place(problems: Sequence[Problem], places: Places) -> ConfigError:
-    """One ConfigError for all problems, each with its place and line."""
-    if len(problems) == 1:
-        only = problems[0]
-        return ConfigError(
-            name_key(only),
-            where=places.find(only.path, column=True),
-            fix=only.hint,
-            details=line_of(only, places),
-        )
-    details: list[str] = []
-    ordered = sorted(problems, key=lambda p: line_number(p, places))
-    for problem in ordered[:MAX_SHOWN]:
-        details.append(f"{places.find(problem.path, column=True)}: {problem.describe()}")
-        details += [f"    {line}" for line in line_of(problem, places)[:1]]
-    if len(ordered) > MAX_SHOWN:
-        details.append(f"... and {len(ordered) - MAX_SHOWN} more")
-    return ConfigError(f"{len(problems)} problems", details=details)
-
-
-def name_key(problem: Problem) -> str:
-    """The message, with the key in front unless the message has it."""
-    if problem.unknown:
-        return f'unknown key "{problem.path[-1]}"'
-    key = str(problem.path[-1]) if problem.path else ""
-    return (
-        problem.message
-        if not key or key in problem.message
-        else f"{problem.key}: {problem.message}"
-    )
-
-
-def line_number(problem: Problem, places: Places) -> int:
-    """For reading order: the line of the key, with the command line first."""
-    path = places.original(problem.path)
-    position = None if places.from_command_line(path) else places.position(path)
-    return position.line if position else 0
-
-
-def line_of(problem: Problem, places: Places) -> tuple[str, ...]:
-    """The offending line, when the key stands in the file."""
-    path = places.original(problem.path)
-    if places.from_command_line(path):
-        return ()
-    position = places.position(path, exact=True)
-    return excerpt(places.document.lines, position) if position else ()

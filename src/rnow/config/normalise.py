@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic_core import PydanticCustomError
 
 from rnow.errors import NotYetSupported
 
-SECTION_NAMES = (
-    "data",
-    "model",
-    "teacher",
-    "algorithm",
-    "rollout",
-    "sampler",
-    "trainer",
-    "evaluation",
-    "evals",
-)
-
-RL_DEFAULTS = {"kl_penalty_coef": 0.01, "reward_coef": 1.0}
-
 
 def plain_path(value: object) -> object:
     """A pathlib path as text; anything else as it is."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop empty sections (a header whose keys are all commented out) and fill defaults that depend on dataset_type."""
-    filled = {k: v for k, v in values.items() if not (k in SECTION_NAMES and v is None)}
-    algorithm = filled.get("algorithm", {})
-    if isinstance(algorithm, Mapping):
-        algorithm = {k: v for k, v in algorithm.items() if not (k in RL_DEFAULTS and v is None)}
-        if filled.get("dataset_type") == "rl":
-            algorithm = {**RL_DEFAULTS, **algorithm}
-        filled["algorithm"] = algorithm
-    return filled
 
 
 def text_or_list(value: object) -> object:

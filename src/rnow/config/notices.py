@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rnow.config.schema import Config
+    from rnow.config.load import Config
 
 
 def find_notices(config: Config) -> list[str]:

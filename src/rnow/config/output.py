@@ -11,7 +11,7 @@ import yaml
 from rnow.config.strict_yaml import FLOAT, INT
 
 if TYPE_CHECKING:
-    from rnow.config.schema import Config
+    from rnow.config.load import Config
 
 
 class _Dumper(yaml.SafeDumper):

@@ -7,14 +7,12 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from rnow.config.normalise import SECTION_NAMES
+from rnow.config.places import COMMAND_LINE
 from rnow.config.problems import KeyPath, dotted
+from rnow.config.schema import SECTION_NAMES, field_at, key_of
 from rnow.config.strict_yaml import NULL, parse_value
 from rnow.errors import ConfigError
-
-COMMAND_LINE = "command line"
 
 SHORTHANDS = {
     "model": "model.path",
@@ -31,7 +29,7 @@ class Override:
     """One setting: the path of its key and the typed value."""
 
     path: KeyPath
-    value: Any
+    value: object
 
 
 def parse_override(text: str) -> Override:
@@ -42,9 +40,8 @@ def parse_override(text: str) -> Override:
     """
     key, equals, value = text.partition("=")
     key = key.strip()
-    if any(
-        "\ud800" <= c <= "\udfff" for c in text
-    ):  # how Python passes on bytes of another encoding
+    # Lone surrogates are how Python passes on bytes of another encoding.
+    if any("\ud800" <= c <= "\udfff" for c in text):
         raise ConfigError(
             "an override is not UTF-8", where=COMMAND_LINE, fix="use a UTF-8 terminal"
         )
@@ -75,7 +72,7 @@ def parse_override(text: str) -> Override:
         ) from None
 
 
-def apply_overrides(data: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+def apply_overrides(data: dict[str, object], overrides: Sequence[Override]) -> dict[str, object]:
     """A copy of ``data`` with the overrides in place; absent sections are created."""
     result = dict(data)
     for override in overrides:
@@ -83,7 +80,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[Override]) -> dict
     return result
 
 
-def _set(data: dict[str, Any], override: Override) -> None:
+def _set(data: dict[str, object], override: Override) -> None:
     *outer, last = override.path
     for depth, part in enumerate(outer):
         inner = data.get(str(part))
@@ -96,7 +93,7 @@ def _set(data: dict[str, Any], override: Override) -> None:
     data[str(last)] = override.value
 
 
-def lookup(data: Any, path: KeyPath) -> tuple[bool, Any]:
+def lookup(data: object, path: KeyPath) -> tuple[bool, object]:
     """Whether the path is set, and its value."""
     for part in path:
         if not isinstance(data, dict) or part not in data:
@@ -105,7 +102,7 @@ def lookup(data: Any, path: KeyPath) -> tuple[bool, Any]:
     return True, data
 
 
-def describe_changes(before: dict[str, Any], overrides: Sequence[Override]) -> list[str]:
+def describe_changes(before: dict[str, object], overrides: Sequence[Override]) -> list[str]:
     """``trainer.learning_rate: 0.0001 (default) -> 2e-5`` for every key whose value the command line changed."""
     last = {override.path: override.value for override in overrides}
     lines = []
@@ -137,22 +134,11 @@ def show_default(path: KeyPath) -> str:
     field = field_at(path)
     if field is None or field.is_required():
         return "not set"
-    extra = field.json_schema_extra
-    if isinstance(extra, dict) and "default_text" in extra:
-        return f"{str(extra['default_text']).replace('`', '')} (default)"
+    said = key_of(field)
+    if said is not None and said.default_text is not None:
+        return f"{said.default_text.replace('`', '')} (default)"
     default = field.get_default(call_default_factory=True, validated_data={})
     return "not set" if default is None else f"{show(default)} (default)"
-
-
-def field_at(path: KeyPath) -> Any:
-    """The pydantic field of a top-level key or of a key in a section; None for anything else."""
-    from rnow.config.schema import SECTIONS, Config
-
-    if len(path) == 1:
-        return Config.model_fields.get(str(path[0]))
-    if len(path) == 2 and path[0] in SECTIONS:
-        return SECTIONS[str(path[0])].model_fields.get(str(path[1]))
-    return None
 
 
 def wants_text(path: KeyPath) -> bool:
@@ -161,7 +147,7 @@ def wants_text(path: KeyPath) -> bool:
     return field is not None and _is_text(field.annotation)
 
 
-def _is_text(annotation: Any) -> bool:
+def _is_text(annotation: object) -> bool:
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return _is_text(typing.get_args(annotation)[0])

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from collections.abc import Mapping
 
 from rnow.config.problems import KeyPath
-
-ENTRIES = ("evals", "data.train_file")
-"""Lists of sections: their keys are named alone, and suggested only inside them."""
+from rnow.config.schema import LISTS, SECTIONS, Schema
 
 ALIASES = {
     "eval_step": "evals",
@@ -97,16 +95,11 @@ ALIASES = {
 }
 
 
-@cache
-def known_keys() -> dict[str, tuple[str, ...]]:
-    """Section -> its keys; the section "" is the top level."""
-    from rnow.config.schema import SECTIONS, Config, DatasetSource, EvalEntry
-
-    keys = {name: tuple(model.model_fields) for name, model in SECTIONS.items()}
-    keys["evals"] = tuple(EvalEntry.model_fields)
-    keys["data.train_file"] = tuple(DatasetSource.model_fields)
-    keys[""] = tuple(Config.model_fields)
-    return keys
+KNOWN: Mapping[str, tuple[str, ...]] = {
+    section: tuple(model.model_fields)
+    for section, model in {**SECTIONS, **LISTS, "": Schema}.items()
+}
+"""Section -> its keys; the section "" is the top level. Keys of a list are named alone, and suggested only inside it."""
 
 
 def snake(word: str) -> str:
@@ -123,12 +116,12 @@ def suggest(path: KeyPath) -> str | None:
     if not section and "." in written:
         *outer, written = written.split(".")
         section = ".".join(outer)
-        if written in known_keys().get(section, ()):
+        if written in KNOWN.get(section, ()):
             return f"write {written} inside the section {section}"
     found = closest(section, snake(written))
     if found:
         return f"did you mean {' or '.join(found)}?"
-    here = known_keys().get(section)
+    here = KNOWN.get(section)
     return f"known here: {', '.join(here)}" if here else None
 
 
@@ -136,8 +129,7 @@ def closest(section: str, word: str) -> list[str]:
     """Dotted keys that ``word`` in ``section`` may have meant, the best first."""
     from difflib import get_close_matches
 
-    keys = known_keys()
-    here = keys.get(section, ())
+    here = KNOWN.get(section, ())
     if word in here:
         return [_join(section, word)]
     if word in ALIASES:
@@ -145,14 +137,14 @@ def closest(section: str, word: str) -> list[str]:
     near = get_close_matches(word, here, n=1, cutoff=0.75)
     if near:
         return [_join(section, near[0])]
-    elsewhere = [s for s in keys if s not in (*ENTRIES, section)]
-    same = [_join(s, word) for s in elsewhere if word in keys[s]]
+    elsewhere = [s for s in KNOWN if s not in (*LISTS, section)]
+    same = [_join(s, word) for s in elsewhere if word in KNOWN[s]]
     if same:
         return same[:3]
-    leaves = {leaf: _join(s, leaf) for s in elsewhere for leaf in keys[s]}
+    leaves = {leaf: _join(s, leaf) for s in elsewhere for leaf in KNOWN[s]}
     near = get_close_matches(word, [*leaves, *ALIASES], n=1, cutoff=0.8)
     return [leaves.get(near[0]) or ALIASES[near[0]]] if near else []
 
 
 def _join(section: str, key: str) -> str:
-    return f"{section}.{key}" if section and section not in ENTRIES else key
+    return f"{section}.{key}" if section and section not in LISTS else key

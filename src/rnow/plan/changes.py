@@ -1,71 +1,97 @@
-"""What a resumed run may change: shown as a diff, and allowed, warned of, or refused."""
+"""What may differ between two starts of a run: shown as a diff, and allowed, warned of, or refused.
+
+What a change of a key means is said where the key is declared (``rnow.config.schema``); what a change of a fact that no key
+shows means, here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from rnow.config.keys import Change, Reader
+from rnow.config.schema import KEYS
 from rnow.errors import ConfigError
 
-# Keys whose change leaves the trained numbers alone.
-FREE = (
-    "wandb_project", "wandb_name", "project_id", "project_name", "description", "organization_id", "output_dir",
-    "residency",
-    "model.name", "model.description", "evals", "trainer.save_step", "trainer.save_minutes",
-    "trainer.keep_checkpoints", "trainer.num_epochs", "trainer.max_steps", "trainer.max_billing",
-    "trainer.micro_batch_tokens", "trainer.gradient_checkpointing", "rollout.reward_timeout",
-)  # fmt: skip
-# Keys whose change would make the checkpoint meaningless.
-REFUSED = (
-    "dataset_type", "seed", "model", "data", "algorithm.adv_estimator", "rollout.reasoning_mode",
-    "rollout.max_context_window",
-)  # fmt: skip
-# Free under a constant learning rate only: a falling one ends where the run does.
-LENGTH = ("trainer.num_epochs", "trainer.max_steps")
-FACTS = {
-    "student_revision": "the student's revision",
-    "student_weights": "the student's weights",
-    "tokenizer_hash": "the tokenizer",
-    "dataset_hash": "the training data",
+Facts = Mapping[str, object]
+"""What a run states about itself (``setup.facts.build_facts``), as it is or read back from JSON."""
+
+FACTS: Mapping[str, tuple[str, Change]] = {
+    "student_revision": ("the student's revision", "refuse"),
+    "student_weights": ("the student's weights", "refuse"),
+    "tokenizer_hash": ("the tokenizer", "refuse"),
+    "dataset_hash": ("the training data", "refuse"),
+    "rewards_hash": ("rewards.py", "evaluates"),  # rewards of rollouts are computed anew each time
+    "tools_hash": ("tools.py", "shapes"),
+    "tools": ("what the student can call", "shapes"),
 }
-WARNED_FACTS = {
-    "rewards_hash": "rewards.py",
-    "tools_hash": "tools.py",
-    "tools": "what the student can call",
-}
+# Nothing to warn of when a run continues, but what an earlier start sampled or measured may have other numbers.
+SILENT: Mapping[str, Change] = {"teacher_revision": "evaluates", "versions": "shapes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """Lines ``key: old -> new`` by what they mean for the run."""
+    """Everything that differs, with what it means, as a line ``key: old -> new``.
 
-    free: tuple[str, ...] = ()
-    warned: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
+    Attributes:
+        silent: what differs without being worth a line.
+    """
+
+    lines: tuple[tuple[Change, str], ...] = ()
+    silent: tuple[Change, ...] = ()
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """What no trained number depends on."""
+        return self._of("free")
+
+    @property
+    def warned(self) -> tuple[str, ...]:
+        """What shapes the numbers from here on."""
+        return self._of("warn", "evaluates", "shapes")
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """What a checkpoint does not survive."""
+        return self._of("refuse")
+
+    @property
+    def rollouts_hold(self) -> bool:
+        """Whether rollouts that an earlier start sampled are those that this one would sample."""
+        return not self._kinds & {"shapes", "refuse"}
+
+    @property
+    def evaluations_hold(self) -> bool:
+        """Whether evaluations that an earlier start made are those that this one would make."""
+        return not self._kinds & {"evaluates", "shapes", "refuse"}
+
+    @property
+    def _kinds(self) -> set[str]:
+        return {kind for kind, _ in self.lines} | set(self.silent)
+
+    def _of(self, *kinds: Change) -> tuple[str, ...]:
+        return tuple(line for kind, line in self.lines if kind in kinds)
 
 
-def compare(
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    old_facts: Mapping[str, Any],
-    new_facts: Mapping[str, Any],
-) -> Changes:
-    """Compare resolved configs, and facts that a config does not show (hashes of data, tokenizer and weights)."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
+    """Compare the facts of two starts: their resolved configs, and what a config does not show (hashes of data and weights).
+
+    Args:
+        old: of the earlier start; empty when nothing is known of it, and then nothing holds.
+        readers: who reads settings in this run. A key that only others read is free.
+    """
+    before, after = dict(_flat(old.get("config"))), dict(_flat(new.get("config")))
     falling = after.get("trainer.lr_schedule", "constant") != "constant"
-    found: dict[str, list[str]] = {"free": [], "warned": [], "refused": []}
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            kind = "warned" if key in LENGTH and falling else _class_of(key)
-            found[kind].append(f"{key}: {before.get(key)} -> {after.get(key)}")
-    for kind, facts in (("refused", FACTS), ("warned", WARNED_FACTS)):
-        found[kind] += [
-            f"{what} changed"
-            for name, what in facts.items()
-            if old_facts.get(name) != new_facts.get(name)
-        ]
-    return Changes(**{name: tuple(lines) for name, lines in found.items()})
+    lines: list[tuple[Change, str]] = [
+        (_kind(key, readers, falling=falling), f"{key}: {before.get(key)} -> {after.get(key)}")
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    for name, (what, kind) in FACTS.items():
+        if old.get(name) != new.get(name):
+            lines.append((kind, f"{what} changed"))
+    silent: list[Change] = [kind for name, kind in SILENT.items() if old.get(name) != new.get(name)]
+    return Changes(lines=tuple(lines), silent=tuple(silent))
 
 
 def refuse(changes: Changes, where: str) -> None:
@@ -80,17 +106,21 @@ def refuse(changes: Changes, where: str) -> None:
         )
 
 
-def _class_of(key: str) -> str:
-    # FREE first: model.name is free though model is refused.
-    for name, keys in (("free", FREE), ("refused", REFUSED)):
-        if any(key == prefix or key.startswith(prefix + ".") for prefix in keys):
-            return name
-    return "warned"
+def _kind(key: str, readers: frozenset[Reader], *, falling: bool) -> Change:
+    said = KEYS.get(key)
+    if said is None or said.change is None:
+        return "shapes"  # a key of another version of the format
+    if said.reader not in readers:
+        return "free"
+    if said.change == "length":
+        return "warn" if falling else "free"
+    return said.change
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
+def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(item, Mapping):
+                yield from _flat(item, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", item

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -169,60 +169,6 @@ def _check_nf4(config: Config) -> None:
     if teacher.quantization == "nf4" and find_spec("vllm"):
         dtype = dtype_name(teacher.dtype, choose_device(teacher.device))
         require_nf4("teacher.quantization", dtype=dtype)
-
-
-# Settings that only one of two backends reads.
-_VLLM_SAMPLER = (
-    "mode", "served_model", "dtype", "quantization", "gpu_memory_utilization", "max_num_seqs",
-    "tensor_parallel_size", "enforce_eager", "enable_prefix_caching",
-)  # fmt: skip
-_VLLM_TEACHER = (
-    "served_model", "tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens",
-)  # fmt: skip
-_LOCAL_TEACHER = ("quantization", "dtype", "device", "device_map", "attn_implementation")
-
-
-_TOOLS = ("tool_timeout", "max_tool_response")
-
-
-def unread_settings(config: Config, *, agentic: bool) -> list[str]:
-    """One warning for each section with settings that nothing reads: the chosen backend does not, or there are no tools."""
-    unread = {}
-    if not agentic:
-        names = _changed(config.rollout, _TOOLS)
-        if (config.rollout.max_turns or 1) > 1 and config.rollout.termination_policy == "last_tool":
-            names.append("max_turns")
-        unread["rollout"] = names, "without tools"
-    if sampler_backend(config) == "transformers":
-        unread["sampler"] = (
-            _changed(config.sampler, _VLLM_SAMPLER),
-            "with sampler.backend transformers",
-        )
-    else:
-        unread["sampler"] = (
-            _changed(config.sampler, ("batch_memory_gb",)),
-            "with sampler.backend vllm",
-        )
-    if config.teacher is not None:
-        if teacher_backend(config.teacher) == "transformers":
-            unread["teacher"] = (
-                _changed(config.teacher, _VLLM_TEACHER),
-                "with teacher.backend transformers",
-            )
-        elif config.teacher.url is not None:
-            names = (*_LOCAL_TEACHER, *_VLLM_TEACHER[1:])
-            unread["teacher"] = _changed(config.teacher, names), "with a teacher at teacher.url"
-    return [
-        f"{', '.join(f'{section}.{name}' for name in names)} has no effect {what}"
-        for section, (names, what) in unread.items()
-        if names
-    ]
-
-
-def _changed(section: Any, names: Sequence[str]) -> list[str]:
-    """Those settings of a section that are not at their default."""
-    fields = type(section).model_fields
-    return [name for name in names if getattr(section, name) != fields[name].default]
 
 
 def _check_evals(config: Config, *, held_out: int) -> None:

@@ -26,7 +26,8 @@ from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
 from rnow.plan.choices import sampler_backend, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns
-from rnow.plan.prepare import Prepared, prepare, unread_settings
+from rnow.plan.prepare import Prepared, prepare
+from rnow.plan.unread import find_readers, unread_settings
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.facts import build_facts, closing_lines, header_lines, redacted_config
 from rnow.setup.parts import (
@@ -250,18 +251,18 @@ class _Run:
         checkpoint = None
         if self._folder.checkpoints.is_dir():
             checkpoint = self._build_store().latest()
+        readers = find_readers(self._config, agentic=self._prepared.project.agentic)
+        facts = json.loads(to_json(self._facts))  # as the earlier ones were read
+        started = changes.compare(self._facts_of_last_start(), facts, readers)
+        self._reuse_rollouts = started.rollouts_hold
         if checkpoint is None:
-            # Nothing was learned yet. What an earlier attempt sampled and measured holds only if nothing changed.
-            self._reuse_rollouts = self._reuse_evaluations = self._started_alike()
+            # With a checkpoint they are its history, and could not be made again.
+            self._reuse_evaluations = started.evaluations_hold
             return None
-        found = changes.compare(
-            checkpoint.state["config"], self._facts["config"], checkpoint.state, self._facts
-        )
+        found = changes.compare(checkpoint.state, facts, readers)
         changes.refuse(found, where=str(self._folder.path))
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
-        # Rollouts drawn under other settings are not this run's.
-        self._reuse_rollouts = not found.warned
         for line in found.warned:
             self._display.note(
                 f"warning: changed since the checkpoint, and it shapes the result: {line}"
@@ -269,13 +270,13 @@ class _Run:
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
 
-    def _started_alike(self) -> bool:
+    def _facts_of_last_start(self) -> dict[str, object]:
+        """Those under which the journal and the evaluations were written; empty when there are none."""
         try:
-            return json.loads(self._folder.facts.read_text(encoding="utf-8")) == json.loads(
-                to_json(self._facts)
-            )
+            facts = json.loads(self._folder.facts.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return False
+            return {}
+        return facts if isinstance(facts, dict) else {}
 
     async def _selfcheck(self, backends: Backends) -> None:
         async with backends.gpu.only("trainer"):

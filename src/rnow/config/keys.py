@@ -1,0 +1,89 @@
+"""What a key of config.yml says about itself, next to its type and its default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+Change = Literal["free", "length", "warn", "evaluates", "shapes", "refuse"]
+"""What another value means for a run that was started before.
+
+free: no trained number depends on it (names, saving, placement, deadlines of rewards).
+length: free under a constant learning rate; under another one, which ends where the run does, as warn.
+warn: training goes on differently; what was sampled and evaluated already holds.
+evaluates: as warn, and what was evaluated already does not hold.
+shapes: as evaluates, and what was sampled already does not hold either.
+refuse: the checkpoint would be meaningless.
+"""
+
+Reader = Literal[
+    "every run", "tools", "several turns", "vllm sampler", "embedded sampler",
+    "local teacher", "vllm teacher", "local vllm teacher",
+]  # fmt: skip
+"""Who reads a key. ``plan.unread`` tells which of them a run has; to the others a key makes no difference.
+
+several turns: rollouts that can have more than one. local: loaded by this run, not behind a given url.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Values that are part of the format and that nothing implements yet: in words, as a test, and what to do instead."""
+
+    values: str
+    refuses: Callable[[Any], bool]
+    instead: str
+
+
+def reserved(*values: str, instead: str) -> Reserved:
+    """Reserve some of a key's choices."""
+    return Reserved(", ".join(values), lambda value: value in values, instead)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What a key says about itself; see ``key``."""
+
+    default_text: str | None
+    type_text: str | None
+    change: Change | None
+    reader: Reader
+    reserved: Reserved | None
+
+
+def key(
+    default: object,
+    description: str,
+    default_text: str | None = None,
+    type_text: str | None = None,
+    *,
+    change: Change | None = None,
+    reader: Reader = "every run",
+    reserved: Reserved | None = None,
+    **limits: Any,
+) -> Any:
+    """A pydantic field with a ``Key`` in its metadata.
+
+    Args:
+        default: ``...`` for a key that is required.
+        description: a sentence for the documentation.
+        default_text, type_text: how the documentation words default and type, where they do not speak for themselves.
+        change: what another value means for a run that was started before; None is what the section says.
+        reader: who reads the key. To a run without that reader it makes no difference.
+        reserved: values that nothing implements yet.
+        limits: pydantic's own (``ge``, ``lt``, ``min_length``, ...).
+    """
+    field = Field(default, description=description, **limits)
+    field.metadata.append(
+        Key(
+            default_text=default_text,
+            type_text=type_text,
+            change=change,
+            reader=reader,
+            reserved=reserved,
+        )
+    )
+    return field

@@ -1,0 +1,108 @@
+"""Where each key of a config was set, and reports that name the places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rnow.config.problems import MAX_SHOWN, KeyPath, Problem, dotted
+from rnow.config.strict_yaml import Document, Position, excerpt
+from rnow.errors import ConfigError
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where each key was set: a line of the file or the command line."""
+
+    name: str
+    document: Document
+    overridden: frozenset[KeyPath] = frozenset()
+    moved: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
+
+    def find(self, path: KeyPath, *, column: bool = False) -> str:
+        """``config.yml:12 (teacher.path)``, or ``command line (teacher.path)``.
+
+        A key that is not in the file is placed at the nearest enclosing section that is.
+        """
+        label = f" ({dotted(path)})" if path else ""
+        path = self.original(path)
+        if self.from_command_line(path):
+            return f"{COMMAND_LINE}{label}"
+        position = self.position(path)
+        if position is None:
+            return f"{self.name}{label}"
+        tail = f":{position.column}" if column else ""
+        return f"{self.name}:{position.line}{tail}{label}"
+
+    def original(self, path: KeyPath) -> KeyPath:
+        """The key as it was written, when a legacy key was moved."""
+        return self.moved.get(path, path)
+
+    def from_command_line(self, path: KeyPath) -> bool:
+        """Whether the key, or something around it, was set by an override."""
+        return any(path[:n] in self.overridden for n in range(1, len(path) + 1))
+
+    def position(self, path: KeyPath, *, exact: bool = False) -> Position | None:
+        """The place of the key itself, or (unless ``exact``) of the nearest section around it."""
+        while path:
+            found = self.document.keys.get(path) or self.document.values.get(path)
+            if found or exact:
+                return found
+            path = path[:-1]
+        return None
+
+
+def parse_key(key: str) -> KeyPath:
+    """``evals[0].step`` -> ``("evals", 0, "step")``."""
+    parts = key.replace("]", "").replace("[", ".").split(".")
+    return tuple(int(part) if part.isdigit() else part for part in parts)
+
+
+def place(problems: Sequence[Problem], places: Places) -> ConfigError:
+    """One ConfigError for all problems, each with its place and line."""
+    if len(problems) == 1:
+        only = problems[0]
+        return ConfigError(
+            name_key(only),
+            where=places.find(only.path, column=True),
+            fix=only.hint,
+            details=line_of(only, places),
+        )
+    details: list[str] = []
+    ordered = sorted(problems, key=lambda p: line_number(p, places))
+    for problem in ordered[:MAX_SHOWN]:
+        details.append(f"{places.find(problem.path, column=True)}: {problem.describe()}")
+        details += [f"    {line}" for line in line_of(problem, places)[:1]]
+    if len(ordered) > MAX_SHOWN:
+        details.append(f"... and {len(ordered) - MAX_SHOWN} more")
+    return ConfigError(f"{len(problems)} problems", details=details)
+
+
+def name_key(problem: Problem) -> str:
+    """The message, with the key in front unless the message has it."""
+    if problem.unknown:
+        return f'unknown key "{problem.path[-1]}"'
+    key = str(problem.path[-1]) if problem.path else ""
+    return (
+        problem.message
+        if not key or key in problem.message
+        else f"{problem.key}: {problem.message}"
+    )
+
+
+def line_number(problem: Problem, places: Places) -> int:
+    """For reading order: the line of the key, with the command line first."""
+    path = places.original(problem.path)
+    position = None if places.from_command_line(path) else places.position(path)
+    return position.line if position else 0
+
+
+def line_of(problem: Problem, places: Places) -> tuple[str, ...]:
+    """The offending line, when the key stands in the file."""
+    path = places.original(problem.path)
+    if places.from_command_line(path):
+        return ()
+    position = places.position(path, exact=True)
+    return excerpt(places.document.lines, position) if position else ()

@@ -1,0 +1,83 @@
+"""Settings that nothing reads in this run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rnow.config import Config
+from rnow.plan.unread import find_readers, unread_settings
+
+
+def config(**sections: Any) -> Config:
+    values: dict[str, Any] = {
+        "dataset_type": "distill",
+        "model": {"path": "student", "device": "cpu"},
+        "teacher": {"path": "teacher", "device": "cpu"},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return Config(**values)
+
+
+def test_nothing_to_warn_of() -> None:
+    assert unread_settings(config(), agentic=False) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"sampler": {"max_num_seqs": 7}}, "sampler.max_num_seqs has no effect"),
+        ({"sampler": {"backend": "vllm", "batch_memory_gb": 1.0}}, "sampler.batch_memory_gb"),
+        ({"teacher": {"tensor_parallel_size": 2}}, "teacher.tensor_parallel_size"),
+        ({"teacher": {"url": "http://h:1", "quantization": "nf4"}}, "teacher.quantization"),
+    ],
+)
+def test_settings_that_the_backend_does_not_read(sections: dict[str, Any], words: str) -> None:
+    (warning,) = unread_settings(config(**sections), agentic=False)
+    assert words in warning
+
+
+def test_settings_that_need_tools() -> None:
+    tools = {"tool_timeout": 3.0, "max_tool_response": 100, "max_turns": 3}
+    (warning,) = unread_settings(config(rollout=tools), agentic=False)
+    for name in tools:
+        assert f"rollout.{name}" in warning
+    assert warning.endswith("without tools")
+    assert unread_settings(config(rollout=tools), agentic=True) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"rollout": {"max_turns": 1}}, []),
+        ({"rollout": {"max_turns": 3, "termination_policy": "max_turns"}}, []),
+        ({"teacher": {"backend": "vllm", "quantization": "nf4", "max_num_batched_tokens": 7}}, []),
+        ({"teacher": {"url": "http://h:1", "served_model": "x", "device": "auto"}}, []),
+        (
+            {"teacher": {"served_model": "x", "tensor_parallel_size": 2}},
+            [
+                "teacher.served_model, teacher.tensor_parallel_size has no effect "
+                "with teacher.backend transformers"
+            ],
+        ),
+        (
+            {"teacher": {"url": "http://h:1", "dtype": "float16", "tensor_parallel_size": 2}},
+            [
+                "teacher.dtype, teacher.device, teacher.tensor_parallel_size has no effect "
+                "with a teacher at teacher.url"
+            ],
+        ),
+    ],
+)
+def test_one_warning_for_each_section(sections: dict[str, Any], words: list[str]) -> None:
+    assert unread_settings(config(**sections), agentic=False) == words
+
+
+def test_readers_of_a_run_without_a_teacher() -> None:
+    alone = Config(dataset_type="rl", model={"path": "s", "device": "cpu"})
+    assert find_readers(alone, agentic=False) == {"every run", "embedded sampler"}
+    assert find_readers(alone, agentic=True) == {
+        "every run", "embedded sampler", "tools", "several turns",
+    }  # fmt: skip
