@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict
 
+from rnow.core.tool_schema import Schema
 from rnow.usercode import frames
 
 Fault = Mapping[str, object]
@@ -16,7 +17,7 @@ Fault = Mapping[str, object]
 
 class Settings(TypedDict):
     """What a host is started with, as JSON. ``memory`` is in bytes, the rest as in ``HostLimits`` and ``CodeHost``; ``names``
-    and ``injected`` are known once the file has been imported."""
+    and ``injected`` are empty until the file has been imported."""
 
     file: str
     kind: str
@@ -32,8 +33,8 @@ class Settings(TypedDict):
     result_bytes: int
     log: bool
     warm: bool
-    names: NotRequired[list[str]]
-    injected: NotRequired[dict[str, bool]]
+    names: list[str]
+    injected: dict[str, bool]
 
 
 class FunctionReport(TypedDict):
@@ -45,7 +46,7 @@ class FunctionReport(TypedDict):
     is_async: bool
     timeout: float | None
     sandbox: bool
-    parameters: NotRequired[dict[str, object]]
+    parameters: NotRequired[Schema]
     injected: NotRequired[bool]
     precondition: NotRequired[bool]
 

@@ -177,7 +177,7 @@ class Supervisor:
             self._settings["injected"] = {
                 function["name"]: function.get("injected", False) for function in functions
             }
-            self._forks = report["forks"]
+            self._forks = report.get("forks", False)
             self._uplink.send(frames.pack(frames.READY, body=body))
         zygote.ready = True
         if self._settings["warm"] and not self._workers:
