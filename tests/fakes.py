@@ -324,6 +324,7 @@ class FakeTool:
             fail; an exception is raised out of ``call``, which a real tool does only for a cancellation or a fault of rnow.
         seconds: that every call takes, or a function of its arguments.
         timeout: seconds after which the call fails; None: no limit.
+        starting: seconds that the toolbox allows besides.
     """
 
     def __init__(
@@ -337,11 +338,13 @@ class FakeTool:
         description: str = "A tool of the tests.",
         seconds: float | Callable[[Mapping[str, Any]], float] = 0.0,
         timeout: float | None = None,
+        starting: float = 0.0,
     ) -> None:
         self.name = name
         self.description = description
         self.parameters: Mapping[str, Any] = parameters or {"type": "object"}
         self.timeout = timeout
+        self.starting = starting
         self._replies = replies
         self._seconds = seconds
         self.calls: list[tuple[Mapping[str, Any], ToolContext]] = []

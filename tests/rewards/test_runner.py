@@ -178,7 +178,7 @@ class Rewards:
         self.host = CodeHost(folder / "rewards.py", "rewards", secrets=SECRETS)
 
     def runner(self, **options: Any) -> RewardRunner:
-        return RewardRunner(self.functions, host=self.host, **options)
+        return RewardRunner(self.functions, self.host, **options)
 
     def run(
         self,
@@ -219,14 +219,19 @@ def rollout(
     )
 
 
-def test_it_is_a_rewarder() -> None:
-    assert isinstance(RewardRunner({}), Rewarder)
+def no_rewards(folder: Path) -> tuple[RewardRunner, CodeHost]:
+    host = CodeHost(folder / "rewards.py", "rewards")
+    return RewardRunner({}, host), host
 
 
-def test_a_prompt_without_rewards_has_none_and_starts_nothing() -> None:
-    runner = RewardRunner({})
+def test_it_is_a_rewarder(tmp_path: Path) -> None:
+    assert isinstance(no_rewards(tmp_path)[0], Rewarder)
+
+
+def test_a_prompt_without_rewards_has_none_and_starts_nothing(tmp_path: Path) -> None:
+    runner, host = no_rewards(tmp_path)
     assert asyncio.run(runner.score(prompt(), rollout())) is None
-    assert runner.pids() == set()
+    assert host.pids() == set()
     runner.close()
 
 
@@ -395,9 +400,9 @@ def test_a_failed_rollout_is_shown_to_nobody(rewards: Rewards) -> None:
     )
 
 
-def test_an_unknown_reward_is_the_users_error() -> None:
+def test_an_unknown_reward_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing"):
-        asyncio.run(RewardRunner({}).score(prompt("missing"), rollout()))
+        asyncio.run(no_rewards(tmp_path)[0].score(prompt("missing"), rollout()))
 
 
 def test_cancelling_the_score_cancels_the_reward(rewards: Rewards, tmp_path: Path) -> None:
@@ -419,15 +424,15 @@ def test_cancelling_the_score_cancels_the_reward(rewards: Rewards, tmp_path: Pat
 
 
 def test_one_runner_serves_several_event_loops_and_closes(rewards: Rewards, tmp_path: Path) -> None:
-    log = tmp_path / "rewards.log"
-    runner = RewardRunner(rewards.functions, log=log)
+    host = CodeHost(rewards.host.file, "rewards", log=tmp_path / "rewards.log")
+    runner = RewardRunner(rewards.functions, host)
     for _ in range(2):
         result = asyncio.run(runner.score(prompt("one"), rollout()))
         assert result is not None
         assert result.total == 1.0
-    assert runner.pids()
+    assert host.pids()
     runner.close()
-    assert runner.pids() == set()
+    assert host.pids() == set()
 
 
 def test_the_judge_works_there(tmp_path: Path) -> None:
@@ -457,7 +462,8 @@ def test_the_judge_works_there(tmp_path: Path) -> None:
         "OPENAI_API_KEY": "sk-judge-key",
         "NO_PROXY": "127.0.0.1",
     }
-    runner = RewardRunner(load_rewards(tmp_path), secrets=secrets)
+    host = CodeHost(tmp_path / "rewards.py", "rewards", secrets=secrets)
+    runner = RewardRunner(load_rewards(tmp_path), host)
     try:
         result = asyncio.run(runner.score(prompt("judged"), rollout()))
         assert result == RewardResult(total=0.75, breakdown={"judged": 0.75})

@@ -180,6 +180,8 @@ class Lookup:
     name = "look_up"
     description = "Look something up."
     parameters: Any = {"type": "object", "properties": {}}  # noqa: RUF012 - as a Tool has it
+    timeout = None
+    starting = 0.0
 
     async def call(self, arguments: Any, context: Any) -> Any:
         raise AssertionError("rendering calls nothing")

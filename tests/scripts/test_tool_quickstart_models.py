@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rnow.core import RewardArgs
 from rnow.rollout.environment import load_dialogue
 from rnow.rollout.rendering import render_text
-from rnow.usercode.functions import load_functions
+from rnow.usercode.host import load_functions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "templates" / "tool-quickstart"

@@ -33,6 +33,7 @@ def test_a_request_is_not_late_because_the_loop_was_blocked(
     """As when a model samples on the CPU between a server's answer and our reading it."""
     connection = Connection(None, on_change=lambda: None)  # type: ignore[arg-type]
     monkeypatch.setattr(Connection, "alive", True)
+    connection._client = object()  # type: ignore[assignment]
 
     async def answer(client: object) -> str:
         for _ in range(10):  # from the socket through the client's streams

@@ -207,7 +207,7 @@ def test_a_blocked_event_loop_is_not_a_slow_tool() -> None:
 def test_a_tool_may_say_that_it_has_to_come_up_first() -> None:
     tool = FakeTool("slow", replies=["up"], seconds=lambda _: 0.3)
     assert "given up" in run_one(tool, call("slow"), timeout=0.02, grace=0.02).content
-    tool.starting = 5.0  # type: ignore[attr-defined]
+    tool.starting = 5.0
     assert run_one(tool, call("slow"), timeout=0.02, grace=0.02).content == "up"
 
 

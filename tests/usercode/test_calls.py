@@ -190,7 +190,6 @@ def test_async_calls_share_one_process(host: CodeHost) -> None:
 
 def test_short_calls_behind_a_slow_one_are_not_held_up(host: CodeHost) -> None:
     async def mixed() -> float:
-        # The pace of `nap` is learnt as fast, so that several are given to one worker at once.
         await asyncio.gather(*(one(0) for _ in range(100)))
         started = time.monotonic()
         slow = asyncio.create_task(one(3))
@@ -212,7 +211,7 @@ def test_hundreds_of_short_calls_are_cheap(host: CodeHost) -> None:
         assert {outcome.value for outcome in outcomes} == {"3"}
         return time.monotonic() - started
 
-    assert min(one_round() for _ in range(8)) < 0.1  # 5 to 8 ms when the machine is idle
+    assert min(one_round() for _ in range(8)) < 0.1
 
 
 def test_no_more_workers_than_allowed(tmp_path: Path) -> None:

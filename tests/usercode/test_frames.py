@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from rnow.usercode import frames
 from rnow.usercode.environment import plainly_secret
+from rnow.usercode.host import CallOutcome, read_outcome
 from rnow.usercode.inbox import make_inbox, put, take
-from rnow.usercode.outcome import CallOutcome, read_outcome
 from rnow.usercode.processes import Entry, family
 
 MESSAGES = st.lists(

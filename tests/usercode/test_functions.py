@@ -13,8 +13,8 @@ from tests.usercode.projects import HEAD, make_host, wait_until, write
 
 from rnow.errors import InputError
 from rnow.processes.process import StartFailed
-from rnow.usercode.functions import FunctionInfo, load_functions
-from rnow.usercode.host import CodeHost, HostLimits
+from rnow.usercode.functions import FunctionInfo
+from rnow.usercode.host import CodeHost, HostLimits, load_functions
 
 
 def refused(folder: Path, code: str, **options: object) -> InputError:

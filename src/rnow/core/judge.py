@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ class JudgeError(RuntimeError):
 class _Request:
     url: str
     api_key: str | None
-    payload: Mapping[str, Any]
+    payload: Mapping[str, object]
     timeout: float
 
 
@@ -71,7 +71,7 @@ async def llm_judge(
             "llm_judge has no key: put OPENAI_API_KEY in .env (or OPENAI_BASE_URL of your own server)"
         )
     instruction = f'You are a judge. Answer with JSON only: {{"score": number from {minimum:g} to {maximum:g}}}.'
-    payload: dict[str, Any] = {
+    payload: dict[str, object] = {
         "model": model or _setting("OPENAI_MODEL") or DEFAULT_MODEL,
         "messages": [
             {"role": "system", "content": f"{instruction}\n{system}" if system else instruction},
@@ -103,7 +103,7 @@ def _executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MAX_JUDGES, thread_name_prefix="judge")
 
 
-def _score_schema(minimum: float, maximum: float) -> dict[str, Any]:
+def _score_schema(minimum: float, maximum: float) -> dict[str, object]:
     score = {"type": "number", "description": f"from {minimum:g} to {maximum:g}"}
     schema = {
         "type": "object",
@@ -149,7 +149,7 @@ def _ask(request: _Request) -> str:
         time.sleep(pause)
 
 
-def _post(request: _Request, payload: Mapping[str, Any], *, timeout: float) -> str:
+def _post(request: _Request, payload: Mapping[str, object], *, timeout: float) -> str:
     import urllib.request
 
     if not request.url.startswith(("http://", "https://")):

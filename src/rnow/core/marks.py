@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 
 class Spec(Protocol):
     """Options of a decorated function."""
 
     @property
-    def function(self) -> Callable[..., Any]: ...
+    def function(self) -> Callable[..., object]: ...
 
 
 S = TypeVar("S", bound=Spec)
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class Marks(Generic[S]):

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _BLOCK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
-def message_text(content: Any) -> str:
+def message_text(content: object) -> str:
     """The text of a message's ``content``: a string, a list of parts (their texts joined), or None."""
-    if content is None:
-        return ""
     if isinstance(content, str):
         return content
-    texts = []
-    for part in content:
-        text = part if isinstance(part, str) else part.get("text")
-        if isinstance(text, str):
-            texts.append(text)
-    return "".join(texts)
+    parts = content if isinstance(content, Sequence) else ()
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def strip_thinking(text: str) -> str:
@@ -36,7 +30,7 @@ def strip_thinking(text: str) -> str:
     return text.rpartition(_CLOSE)[2].strip()
 
 
-def get_response(messages: Sequence[Mapping[str, Any]]) -> str:
+def get_response(messages: Sequence[Mapping[str, object]]) -> str:
     """The text of the last assistant message, without thinking and surrounding blanks; "" when there is none."""
     for message in reversed(messages):
         if message.get("role") == "assistant":

@@ -12,7 +12,7 @@ from rnow.core.messages import get_response
 
 __all__ = ["RewardArgs", "RewardSpec", "get_response", "reward"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class RewardSpec:
     """A decorated function and its options. ``timeout`` is in seconds; None = ``rollout.reward_timeout``."""
 
     name: str
-    function: Callable[..., Any]
+    function: Callable[..., object]
     precondition: bool = False
     sandbox: bool = False
     timeout: float | None = None

@@ -11,7 +11,7 @@ from rnow.core.marks import Marks
 
 __all__ = ["ToolArgs", "ToolSpec", "tool"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class ToolSpec:
     """A decorated function and its options. ``timeout`` is in seconds; None = ``rollout.tool_timeout``."""
 
     name: str
-    function: Callable[..., Any]
+    function: Callable[..., object]
     sandbox: bool = False
     timeout: float | None = None
 

@@ -13,6 +13,9 @@ from typing import Any, ForwardRef, Literal, Union
 from rnow.core.docstrings import read_docstring
 from rnow.core.tool import ToolArgs
 
+Schema = Mapping[str, object]
+"""A JSON schema."""
+
 INJECTED = "args"
 """The parameter that receives ToolArgs instead of a value from the model."""
 
@@ -33,7 +36,7 @@ class ToolSignature:
     """What a model is told of a tool. ``injected``: the function wants ToolArgs as ``args``."""
 
     description: str
-    parameters: Mapping[str, Any]
+    parameters: Schema
     injected: bool
     mistakes: tuple[Mistake, ...] = ()
 
@@ -42,7 +45,15 @@ class _Unusable(Exception):
     """A type hint that JSON cannot carry."""
 
 
-def describe(function: Callable[..., Any]) -> ToolSignature:
+class _Wrong(Exception):
+    """A parameter that a tool cannot have."""
+
+    def __init__(self, mistake: Mistake) -> None:
+        super().__init__(mistake.message)
+        self.mistake = mistake
+
+
+def describe(function: Callable[..., object]) -> ToolSignature:
     """The description and the schema of ``function``, with everything that is wrong with it; never raises."""
     name = getattr(function, "__name__", "tool")
     inner = inspect.unwrap(function)
@@ -59,40 +70,22 @@ def describe(function: Callable[..., Any]) -> ToolSignature:
         mistakes.append(
             Mistake(message=f'the tool "{name}" yields', fix="return one value instead")
         )
-    properties: dict[str, Any] = {}
+    properties: dict[str, Schema] = {}
     required: list[str] = []
     injected = False
     for parameter in inspect.signature(function).parameters.values():
-        problem = _check_kind(parameter, name)
-        if problem is not None:
-            mistakes.append(problem)
-            continue
         try:
-            hint = _resolve(parameter.annotation, inner)
-            hint, note = _split_annotated(hint)
-            if hint is ToolArgs:
-                if parameter.name != INJECTED:
-                    raise _Unusable(f"a ToolArgs parameter must be named {INJECTED}")
-                injected = True
-                continue
-            schema = _schema(hint, inner)
-        except _Unusable as problem:
-            mistakes.append(
-                Mistake(
-                    message=f'the parameter "{parameter.name}" of the tool "{name}": {problem}',
-                    fix=_UNSUPPORTED,
-                )
-            )
+            schema = _parameter(parameter, inner, name, documented.parameters)
+        except _Wrong as wrong:
+            mistakes.append(wrong.mistake)
             continue
-        text = note or documented.parameters.get(parameter.name)
-        if text:
-            schema = schema | {"description": text}
+        if schema is None:
+            injected = True
+            continue
+        properties[parameter.name] = schema
         if parameter.default is inspect.Parameter.empty:
             required.append(parameter.name)
-        elif parameter.default is not None and _is_json(parameter.default):
-            schema = schema | {"default": parameter.default}
-        properties[parameter.name] = schema
-    parameters: dict[str, Any] = {"type": "object", "properties": properties}
+    parameters: dict[str, object] = {"type": "object", "properties": properties}
     if required:
         parameters["required"] = required
     return ToolSignature(
@@ -101,6 +94,37 @@ def describe(function: Callable[..., Any]) -> ToolSignature:
         injected=injected,
         mistakes=tuple(mistakes),
     )
+
+
+def _parameter(
+    parameter: inspect.Parameter,
+    function: Callable[..., object],
+    tool: str,
+    documented: Mapping[str, str],
+) -> Schema | None:
+    """The schema of one parameter; None for the one that receives ToolArgs.
+
+    Raises _Wrong.
+    """
+    problem = _check_kind(parameter, tool)
+    if problem is not None:
+        raise _Wrong(problem)
+    try:
+        hint, note = _split_annotated(_resolve(parameter.annotation, function))
+        if hint is ToolArgs:
+            if parameter.name != INJECTED:
+                raise _Unusable(f"a ToolArgs parameter must be named {INJECTED}")
+            return None
+        schema = dict(_schema(hint, function))
+    except _Unusable as unusable:
+        message = f'the parameter "{parameter.name}" of the tool "{tool}": {unusable}'
+        raise _Wrong(Mistake(message=message, fix=_UNSUPPORTED)) from None
+    if text := note or documented.get(parameter.name):
+        schema["description"] = text
+    default = parameter.default
+    if default is not parameter.empty and default is not None and _is_json(default):
+        schema["default"] = default
+    return schema
 
 
 def _check_kind(parameter: inspect.Parameter, tool: str) -> Mistake | None:
@@ -121,7 +145,7 @@ def _check_kind(parameter: inspect.Parameter, tool: str) -> Mistake | None:
     return None
 
 
-def _resolve(annotation: Any, function: Callable[..., Any]) -> Any:
+def _resolve(annotation: object, function: Callable[..., object]) -> object:
     """The type behind an annotation that may be text (``from __future__ import annotations``)."""
     if isinstance(annotation, ForwardRef):
         annotation = annotation.__forward_arg__
@@ -136,7 +160,7 @@ def _resolve(annotation: Any, function: Callable[..., Any]) -> Any:
         ) from None
 
 
-def _names(function: Callable[..., Any]) -> dict[str, Any]:
+def _names(function: Callable[..., object]) -> dict[str, object]:
     """What the text of a hint may name: the function's module, and the variables it closes over."""
     names = dict(getattr(function, "__globals__", {}))
     code = getattr(function, "__code__", None)
@@ -149,7 +173,7 @@ def _names(function: Callable[..., Any]) -> dict[str, Any]:
     return names
 
 
-def _split_annotated(hint: Any) -> tuple[Any, str | None]:
+def _split_annotated(hint: object) -> tuple[object, str | None]:
     """``Annotated[T, "words"]`` -> T and the words; a ``Field(description=...)`` counts as words."""
     if typing.get_origin(hint) is not typing.Annotated:
         return hint, None
@@ -161,13 +185,13 @@ def _split_annotated(hint: Any) -> tuple[Any, str | None]:
     return inner, None
 
 
-def _schema(hint: Any, function: Callable[..., Any]) -> dict[str, Any]:
+def _schema(hint: object, function: Callable[..., object]) -> Schema:
     hint, note = _split_annotated(_resolve(hint, function))
     schema = _bare_schema(hint, function)
-    return schema | {"description": note} if note else schema
+    return {**schema, "description": note} if note else schema
 
 
-def _bare_schema(hint: Any, function: Callable[..., Any]) -> dict[str, Any]:
+def _bare_schema(hint: object, function: Callable[..., object]) -> Schema:
     if hint is None:
         hint = type(None)
     try:
@@ -198,7 +222,7 @@ def _bare_schema(hint: Any, function: Callable[..., Any]) -> dict[str, Any]:
     raise _Unusable(f"{_shown(hint)} cannot be written as JSON")
 
 
-def _literal(values: tuple[Any, ...]) -> dict[str, Any]:
+def _literal(values: tuple[object, ...]) -> Schema:
     for value in values:
         if type(value) not in _PLAIN:
             raise _Unusable(f"Literal[{value!r}] cannot be written as JSON")
@@ -206,17 +230,18 @@ def _literal(values: tuple[Any, ...]) -> dict[str, Any]:
     return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": list(values)}
 
 
-def _union(members: list[dict[str, Any]]) -> dict[str, Any]:
+def _union(members: list[Schema]) -> Schema:
     """Short where JSON schema allows: ``{"type": ["integer", "null"]}``, and a Literal that may be null."""
     if not all(members):
         return {}  # a union with Any
-    if all(set(member) == {"type"} and isinstance(member["type"], str) for member in members):
-        kinds = list(dict.fromkeys(member["type"] for member in members))
+    plain = [member["type"] for member in members if set(member) == {"type"}]
+    if len(plain) == len(members) and all(isinstance(kind, str) for kind in plain):
+        kinds = list(dict.fromkeys(plain))
         return {"type": kinds[0] if len(kinds) == 1 else kinds}
     return {"anyOf": members}
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     """Whether a default can be shown as it is: JSON has no NaN, tuples or other objects."""
     try:
         text = json.dumps(value, allow_nan=False)
@@ -225,5 +250,5 @@ def _is_json(value: Any) -> bool:
     return json.loads(text) == value
 
 
-def _shown(hint: Any) -> str:
+def _shown(hint: object) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rnow.errors import InputError
-from rnow.usercode.functions import FunctionInfo, load_functions
+from rnow.usercode.functions import FunctionInfo
+from rnow.usercode.host import load_functions
 
 METRIC_NAMES = frozenset({"mean", "failure_fraction"})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rnow.rewards.runner import RewardRunner
-from rnow.rewards.score import score_rewards
+from rnow.rewards.score import RewardRunner, score_rewards
 
 __all__ = ["RewardRunner", "score_rewards"]

@@ -1,13 +1,26 @@
-"""Rewards for the rollouts of a step."""
+"""The rewards of a step: the user's reward functions on its rollouts. One that fails is reported by name and counts 0."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
+from rnow.core.messages import message_text, strip_thinking
+from rnow.errors import DataError
 from rnow.protocols import Rewarder
-from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
+from rnow.types import (
+    Message,
+    Prompt,
+    RewardResult,
+    Rollout,
+    RolloutGroup,
+)
+from rnow.usercode.functions import FunctionInfo
+from rnow.usercode.host import CodeHost
+from rnow.usercode.sandbox import SandboxedHosts
 
+DEFAULT_TIMEOUT = 60.0
 MAX_CONCURRENT = 256
 POLL_SECONDS = 0.2
 
@@ -58,3 +71,132 @@ async def _all_of(
         for task in done:
             task.result()
         poll()
+
+
+class RewardRunner:
+    """Runs the rewards that a prompt names. Implements ``Rewarder``.
+
+    Args:
+        functions: name -> reward, as ``rnow.project`` loads them.
+        host: runs them: async ones together on one event loop, sync ones one at a time in each of up to 32 workers. It is
+            started when the first of them is called. A time limit ends the function.
+        timeout: seconds for one call of a reward without its own.
+        include_thinking: whether rewards see ``<think>`` blocks.
+        sandboxed: runs those with ``sandbox=True``, which cannot be run without it.
+        release: told when the rewards of a rollout are done, for what ``sandboxed`` started for them.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, FunctionInfo],
+        host: CodeHost,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        include_thinking: bool = False,
+        sandboxed: SandboxedHosts | None = None,
+        release: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._functions = functions
+        self._host = host
+        self._timeout = timeout
+        self._include_thinking = include_thinking
+        self._sandboxed = sandboxed
+        self._release = release
+
+    async def score(self, prompt: Prompt, rollout: Rollout) -> RewardResult | None:
+        """The rollout's reward: 0 when a precondition gives 0 (or fails), else the sum of all; None when the prompt
+        names no reward. A failed rollout is not shown to any function: it gets 0 and its error under ``rollout``.
+
+        Raises DataError for a reward that does not exist (the project's loader refuses such rows before).
+        """
+        if not prompt.rewards:
+            return None
+        if rollout.status == "failed":
+            return RewardResult(total=0.0, errors={"rollout": rollout.error or "failed"})
+        infos = [self._find(name, prompt) for name in prompt.rewards]
+        payload = {
+            "messages": conversation(prompt, rollout, include_thinking=self._include_thinking),
+            "metadata": dict(prompt.metadata),
+            "variables": dict(prompt.variables),
+        }
+        key = f"rewards of {rollout.id}"
+        try:
+            outcomes = await asyncio.gather(
+                *(self._run(info, payload, prompt, key) for info in infos)
+            )
+        finally:
+            if self._release is not None:
+                await self._release(key)
+        breakdown: dict[str, float] = {}
+        errors: dict[str, str] = {}
+        passed = True
+        for info, (value, problem) in zip(infos, outcomes, strict=True):
+            breakdown[info.name] = value
+            if problem is not None:
+                errors[info.name] = problem
+            if info.precondition and value == 0.0:
+                passed = False
+        total = math.fsum(breakdown.values()) if passed else 0.0
+        return RewardResult(total=total, breakdown=breakdown, errors=errors)
+
+    def close(self) -> None:
+        """End the processes. A later ``score`` starts them again."""
+        self._host.close()
+
+    def _find(self, name: str, prompt: Prompt) -> FunctionInfo:
+        try:
+            return self._functions[name]
+        except KeyError:
+            raise DataError(f'unknown reward "{name}"', where=prompt.source or prompt.id) from None
+
+    async def _run(
+        self, info: FunctionInfo, payload: Mapping[str, object], prompt: Prompt, key: str
+    ) -> tuple[float, str | None]:
+        """(value, None), or (0, what went wrong: one line, with the line of the file where it was raised)."""
+        timeout = self._timeout if info.timeout is None else info.timeout
+        if not info.sandbox:
+            outcome = await self._host.call(info.name, payload, timeout=timeout)
+        elif self._sandboxed is None:
+            raise RuntimeError(f"{info.name} has sandbox=True and there is no sandbox")
+        else:
+            outcome = await self._sandboxed.call(
+                info.name,
+                payload,
+                timeout=timeout,
+                rollout_id=key,
+                docker=prompt.docker,
+                docker_env=prompt.docker_env,
+            )
+        if outcome.status == "ok" and outcome.value is not None:
+            return float(outcome.value), None
+        error = outcome.error or outcome.status
+        return 0.0, f"{error} ({outcome.place})" if outcome.place else error
+
+
+def conversation(
+    prompt: Prompt, rollout: Rollout, *, include_thinking: bool
+) -> list[dict[str, object]]:
+    """The prompt's messages and then the rollout's.
+
+    Without thinking, assistant messages lose their ``<think>`` blocks and their ``reasoning_content``.
+    """
+    messages = [dict(message) for message in prompt.messages]
+    for message in rollout.messages:
+        messages.append(dict(message) if include_thinking else _without_thinking(message))
+    return messages
+
+
+def _without_thinking(message: Message) -> dict[str, object]:
+    plain = dict(message)
+    if plain.get("role") != "assistant":
+        return plain
+    plain.pop("reasoning_content", None)
+    content = plain.get("content")
+    if isinstance(content, list):
+        text = message_text(content)
+        stripped = strip_thinking(text)
+        if stripped != text:
+            plain["content"] = stripped
+    elif isinstance(content, str):
+        plain["content"] = strip_thinking(content)
+    return plain

@@ -15,13 +15,14 @@ from rnow.plan.rendered import tool_names
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
 from rnow.protocols import Environment
-from rnow.rewards.runner import RewardRunner
+from rnow.rewards.score import RewardRunner
 from rnow.rollout.collect import RolloutSettings
 from rnow.rollout.environment import SingleTurn, ToolEnvironment
 from rnow.rollout.rendering import decode
 from rnow.tools.build import build_toolbox, context_of
 from rnow.tools.toolbox import Toolbox
 from rnow.types import Prompt, Purpose
+from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import MAX_CONTAINERS, SandboxedHosts, Sandboxes
 
 
@@ -122,16 +123,15 @@ def _build_rewarder(
 ) -> RewardRunner:
     rollout, secrets = prepared.config.rollout, prepared.project.secrets
     log = _log_of("rewards", log_dir)
+    file = prepared.project.folder / "rewards.py"
     sandboxed = None
     if sandboxes is not None:
-        file = prepared.project.folder / "rewards.py"
         sandboxed = SandboxedHosts(file, "rewards", sandboxes, secrets=secrets, log=log)
     return RewardRunner(
         prepared.project.rewards,
-        secrets=secrets,
+        CodeHost(file, "rewards", secrets=secrets, log=log),
         timeout=rollout.reward_timeout,
         include_thinking=rollout.include_thinking,
-        log=log,
         sandboxed=sandboxed,
         release=None if sandboxes is None else sandboxes.release,
     )

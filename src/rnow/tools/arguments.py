@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
@@ -21,12 +21,20 @@ from jsonschema.exceptions import SchemaError, ValidationError
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from rnow.core.tool_schema import Schema
+
 MAX_NODES = 5_000
 """Schemas and list entries in one tool's schema."""
 MAX_DEPTH = 40
 """Levels of nesting of a schema, and of arguments."""
 MAX_STEPS = 20_000
 """Keywords evaluated for one call. Beyond it the arguments pass as they are."""
+
+Part = dict[str, Any]
+"""A JSON object: arguments, or a schema, whose kinds of values the check against the meta-schema has made sure of."""
+
+_Check = Callable[[object, object, object, object], Iterable[ValidationError] | None]
+"""Of one keyword, as jsonschema has them: validator, value of the keyword, instance, schema."""
 
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _SIZES = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
@@ -68,7 +76,7 @@ class ArgumentChecker:
         SchemaProblem: the schema is not usable; says why.
     """
 
-    def __init__(self, schema: Mapping[str, Any]) -> None:
+    def __init__(self, schema: Schema) -> None:
         try:
             self._schema = _Subset(schema).document
             Draft202012Validator.check_schema(self._schema)
@@ -83,7 +91,7 @@ class ArgumentChecker:
             {word: self._counted(check) for word, check in Draft202012Validator.VALIDATORS.items()},
         )(self._schema, registry=Registry())
 
-    def check(self, arguments: Any) -> dict[str, Any] | str:
+    def check(self, arguments: object) -> dict[str, object] | str:
         """The arguments to call with, or what is wrong with them in a few lines for the model.
 
         Coerced, where the schema does not take the value as it is and nothing is lost: ``"5"`` to 5, ``3.0`` to 3,
@@ -105,10 +113,14 @@ class ArgumentChecker:
             errors = list(islice(self._validator.iter_errors(coerced), _MAX_PROBLEMS))
         except (_OutOfSteps, RecursionError, Unresolvable):
             return given  # the schema is at fault, not the model: let the tool decide
-        return self._refusal([_problem(error) for error in errors]) if errors else coerced
+        if errors:
+            return self._refusal([_problem(error) for error in errors])
+        return coerced if isinstance(coerced, dict) else given
 
-    def _counted(self, check: Any) -> Any:
-        def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    def _counted(self, check: _Check) -> _Check:
+        def counted(
+            validator: object, value: object, instance: object, schema: object
+        ) -> Iterator[ValidationError]:
             self._step()
             yield from check(validator, value, instance, schema) or ()
 
@@ -119,7 +131,7 @@ class ArgumentChecker:
         if self._steps > MAX_STEPS:
             raise _OutOfSteps
 
-    def _names(self, given: dict[str, Any]) -> list[str]:
+    def _names(self, given: Part) -> list[str]:
         """Missing and unknown parameters; nulls that stand for an absent one are taken out of ``given``."""
         schema = self._schema
         properties = schema.get("properties")
@@ -156,7 +168,7 @@ class ArgumentChecker:
         ]
         return f"{text}. Parameters: {', '.join(known) if known else 'none'}"
 
-    def _accepts(self, value: Any, schema: Any) -> bool:
+    def _accepts(self, value: object, schema: object) -> bool:
         if schema is None:
             return True
         try:
@@ -164,7 +176,7 @@ class ArgumentChecker:
         except (_OutOfSteps, RecursionError, Unresolvable):
             return True
 
-    def _coerce(self, value: Any, schema: Any) -> Any:
+    def _coerce(self, value: object, schema: object) -> object:
         self._step()
         schema = self._resolved(schema)
         if not isinstance(schema, dict):
@@ -190,14 +202,14 @@ class ArgumentChecker:
             ]
         return value
 
-    def _coerce_object(self, value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    def _coerce_object(self, value: Part, schema: Part) -> Part:
         properties = schema.get("properties", {})
         others = schema.get("additionalProperties", True)
         return {
             name: self._coerce(item, properties.get(name, others)) for name, item in value.items()
         }
 
-    def _coerce_here(self, value: Any, schema: dict[str, Any]) -> Any:
+    def _coerce_here(self, value: object, schema: Part) -> object:
         if "type" in schema:
             types = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
         elif "enum" in schema and not any(_same(value, item) for item in schema["enum"]):
@@ -206,15 +218,16 @@ class ArgumentChecker:
             return value
         if any(self._validator.is_type(value, kind) for kind in types):
             # A float that is a whole number is an integer to JSON Schema, and not to Python.
-            whole = isinstance(value, float) and "integer" in types and "number" not in types
-            return int(value) if whole and abs(value) <= _MAX_EXACT else value
+            if isinstance(value, float) and "integer" in types and "number" not in types:
+                return int(value) if abs(value) <= _MAX_EXACT else value
+            return value
         for kind in types:
             converted = _as(kind, value)
             if converted is not _NO:
                 return converted
         return value
 
-    def _resolved(self, schema: Any) -> Any:
+    def _resolved(self, schema: object) -> object:
         # Ends: a chain of references without end was refused when the schema was read.
         while isinstance(schema, dict) and "$ref" in schema:
             target = _at(self._schema, schema["$ref"])
@@ -229,11 +242,11 @@ class ArgumentChecker:
 class _Subset:
     """Copies the part of a schema that is looked at, and makes sure that it ends."""
 
-    def __init__(self, schema: Any) -> None:
+    def __init__(self, schema: object) -> None:
         if not isinstance(schema, Mapping):
             raise SchemaProblem("it is not an object")
         self._nodes = 0
-        self._references: list[dict[str, Any]] = []
+        self._references: list[Part] = []
         document = self._copy(schema, 0)
         assert isinstance(document, dict)
         if document.get("type", "object") != "object":
@@ -245,7 +258,7 @@ class _Subset:
                 del node["$ref"]  # it names nothing, or something that is no schema
         _refuse_endless(document)
 
-    def _copy(self, schema: Any, depth: int) -> dict[str, Any] | bool:
+    def _copy(self, schema: object, depth: int) -> Part | bool:
         self._count(1)
         if depth > MAX_DEPTH:
             raise SchemaProblem(f"it is nested more than {MAX_DEPTH} levels deep")
@@ -253,7 +266,7 @@ class _Subset:
             return schema
         if not isinstance(schema, Mapping):
             raise SchemaProblem(f"a part of it is {_kind(schema)}, not an object")
-        copy: dict[str, Any] = {}
+        copy: Part = {}
         for key, value in schema.items():
             if key == "items" and isinstance(value, list):
                 copy["prefixItems"] = [self._copy(item, depth + 1) for item in value]  # draft 7
@@ -286,20 +299,20 @@ class _Subset:
             raise SchemaProblem(f"it has more than {MAX_NODES:,} parts")
 
 
-def _refuse_endless(document: dict[str, Any]) -> None:
+def _refuse_endless(document: Part) -> None:
     """Raise for a schema that leads back to itself without going into the value: checking it would never end."""
     done: set[int] = set()
-    stack: list[tuple[Any, Iterator[Any]]] = []
+    stack: list[tuple[object, Iterator[object]]] = []
     active: set[int] = set()
 
-    def enter(node: Any) -> None:
+    def enter(node: object) -> None:
         if isinstance(node, dict) and id(node) not in done:
             if id(node) in active:
                 raise SchemaProblem("a part of it refers to itself without end")
             active.add(id(node))
             stack.append((node, iter(list(_same_value(node)))))
 
-    def _same_value(node: dict[str, Any]) -> Iterator[Any]:
+    def _same_value(node: Part) -> Iterator[object]:
         if "$ref" in node:
             yield _at(document, node["$ref"])
         for key in _IN_PLACE:
@@ -320,7 +333,7 @@ def _refuse_endless(document: dict[str, Any]) -> None:
                 done.add(id(node))
 
 
-def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
+def _nodes(schema: object) -> Iterator[Part]:
     if not isinstance(schema, dict):
         return
     yield schema
@@ -335,7 +348,7 @@ def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
                 yield from _nodes(item)
 
 
-def _at(document: Any, reference: str) -> dict[str, Any] | None:
+def _at(document: object, reference: str) -> Part | None:
     """What a reference inside the document names when that is an object, else None."""
     pointer = reference[1:]
     node = document
@@ -355,7 +368,7 @@ def _at(document: Any, reference: str) -> dict[str, Any] | None:
 _NO = object()
 
 
-def _as(kind: str, value: Any) -> Any:
+def _as(kind: str, value: object) -> object:
     """``value`` as the JSON type ``kind`` when nothing is lost, else ``_NO``."""
     match kind, value:
         case "integer", str() if _INTEGER.fullmatch(value.strip()):
@@ -392,11 +405,11 @@ def _number(text: str) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def _parsed(text: str, kind: type) -> Any:
+def _parsed(text: str, kind: type) -> object:
     if text.lstrip()[:1] not in ("{", "["):
         return _NO
 
-    def refuse(constant: str) -> Any:
+    def refuse(constant: str) -> object:
         raise ValueError(constant)
 
     try:
@@ -406,7 +419,7 @@ def _parsed(text: str, kind: type) -> Any:
     return value if isinstance(value, kind) and _shallow(value, MAX_DEPTH) else _NO
 
 
-def _shallow(value: Any, levels: int) -> bool:
+def _shallow(value: object, levels: int) -> bool:
     if isinstance(value, Mapping):
         return levels > 0 and all(_shallow(item, levels - 1) for item in value.values())
     if isinstance(value, list):
@@ -414,11 +427,11 @@ def _shallow(value: Any, levels: int) -> bool:
     return True
 
 
-def _same(left: Any, right: Any) -> bool:
+def _same(left: object, right: object) -> bool:
     return left == right and isinstance(left, bool) == isinstance(right, bool)
 
 
-def _type(value: Any) -> str:
+def _type(value: object) -> str:
     match value:
         case None:
             return "null"
@@ -435,11 +448,11 @@ def _type(value: Any) -> str:
     return "object"
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return _KINDS[_type(value)]
 
 
-def _wanted(schema: Any) -> str:
+def _wanted(schema: object) -> str:
     """A schema in a word or two."""
     if not isinstance(schema, dict):
         return "any"

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rnow.config import Config
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
+from rnow.protocols import Tokenizer
 from rnow.tasks import run_anywhere
 from rnow.tools.host_tools import HostTool, HostTools
 from rnow.tools.limits import TokenLimit
@@ -27,7 +27,7 @@ from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
 class ListedTools:
     """What the student can call: name -> description as chat templates take it, and the functions of tools.py."""
 
-    schemas: Mapping[str, Mapping[str, Any]]
+    schemas: Mapping[str, Mapping[str, object]]
     functions: Sequence[FunctionInfo]
 
 
@@ -37,7 +37,7 @@ def build_toolbox(
     secrets: Mapping[str, str],
     *,
     sandboxes: Sandboxes | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     log_dir: Path | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Toolbox:
@@ -91,7 +91,7 @@ def list_tools(config: Config, folder: Path, secrets: Mapping[str, str]) -> List
     async def listed() -> ListedTools:
         async with build_toolbox(config, folder, secrets) as toolbox:
             return ListedTools(
-                schemas={schema["function"]["name"]: schema for schema in toolbox.schemas()},
+                schemas=dict(zip(toolbox.names, toolbox.schemas(), strict=True)),
                 functions=[tool.info for tool in toolbox.tools if isinstance(tool, HostTool)],
             )
 

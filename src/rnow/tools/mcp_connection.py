@@ -10,12 +10,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rnow import __version__
 from rnow.errors import InputError
 from rnow.tools.patience import done_within
+
+if TYPE_CHECKING:
+    from mcp import Client
+    from mcp.client import Transport
 
 _T = TypeVar("_T")
 _CLOSE_LIMIT = 8.0
@@ -51,16 +54,14 @@ class Connection:
         on_change: called when the server says that its list of tools changed.
     """
 
-    def __init__(
-        self, transport: AbstractAsyncContextManager[Any], *, on_change: Callable[[], None]
-    ) -> None:
+    def __init__(self, transport: Transport, *, on_change: Callable[[], None]) -> None:
         self._transport = transport
         self._on_change = on_change
         self._ready = asyncio.Event()
         self._leave = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._calls: set[asyncio.Task[Any]] = set()
-        self._client: Any = None
+        self._calls: set[asyncio.Task[object]] = set()
+        self._client: Client | None = None
 
     @property
     def alive(self) -> bool:
@@ -99,7 +100,7 @@ class Connection:
         error = None if self._task.cancelled() else self._task.exception()
         raise first_error(error) if error else ConnectionError("the connection was closed")
 
-    async def request(self, make: Callable[[Any], Awaitable[_T]], timeout: float) -> _T:
+    async def request(self, make: Callable[[Client], Awaitable[_T]], timeout: float) -> _T:
         """``make(client)``, within ``timeout`` seconds of a free event loop, whatever the client does.
 
         Raises:
@@ -107,11 +108,12 @@ class Connection:
             ConnectionError: the connection is gone.
             Exception: what the client raised.
         """
-        if not self.alive:
+        client = self._client
+        if client is None or not self.alive:
             raise ConnectionError("the connection is gone")
 
         async def run() -> _T:
-            return await make(self._client)
+            return await make(client)
 
         task = asyncio.create_task(run())
         self._calls.add(task)
@@ -129,7 +131,7 @@ class Connection:
         return task.result()
 
     async def stop(self) -> None:
-        """Leave: requests end first, then the client, a command's processes included. Again: nothing."""
+        """Leave: requests end first, then the client, a command's processes included; idempotent."""
         for call in list(self._calls):
             call.cancel()
         if self._calls:
@@ -146,7 +148,7 @@ class Connection:
                 return
             task.cancel()
 
-    def _done(self, call: asyncio.Task[Any]) -> None:
+    def _done(self, call: asyncio.Task[object]) -> None:
         self._calls.discard(call)
         if not call.cancelled():
             call.exception()  # looked at, also where the deadline left it behind
@@ -156,7 +158,7 @@ class Connection:
         from mcp_types import Implementation
 
         client = Client(
-            self._transport,  # type: ignore[arg-type]
+            self._transport,
             cache=None,
             client_info=Implementation(name="rnow", version=__version__),
             message_handler=self._notice,
@@ -180,7 +182,7 @@ class Connection:
         finally:
             self._client = None
 
-    async def _listen(self, client: Any) -> None:
+    async def _listen(self, client: Client) -> None:
         """Changes of the list as servers of the 2026 protocol tell them; older ones tell ``_notice``, or nobody."""
         with contextlib.suppress(Exception):
             async with client.listen(tools_list_changed=True) as changes:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rnow.types import ToolResult
+
+if TYPE_CHECKING:
+    from mcp_types import CallToolResult
 
 _NAME_CHARACTERS = 200
 
 
-def read_result(result: Any) -> ToolResult:
+def read_result(result: CallToolResult) -> ToolResult:
     """A ``CallToolResult`` as text: text parts joined by newlines, others named with their kind and size.
 
     Structured content stands in when there is no text. ``isError`` makes the result ``failed``.
@@ -28,23 +31,31 @@ def read_result(result: Any) -> ToolResult:
     return ToolResult(content=said, failed=True)
 
 
-def _part(block: Any) -> tuple[str, bool]:
+def _part(block: object) -> tuple[str, bool]:
     """A content block as text, and whether that is text of its own rather than a description."""
-    kind = getattr(block, "type", "")
-    if kind == "text":
-        return block.text, True
-    if kind in ("image", "audio"):
-        return f"[{_name(block.mime_type)}, {_size(_decoded(block.data))}]", False
-    if kind == "resource":
-        resource = block.resource
-        text = getattr(resource, "text", None)
-        if isinstance(text, str):
-            return text, True
-        mime = _name(getattr(resource, "mime_type", None) or "file")
-        return f"[{mime}, {_size(_decoded(resource.blob))}: {_name(resource.uri)}]", False
-    if kind == "resource_link":
-        return f"[resource {_name(block.name)}: {_name(block.uri)}]", False
-    return f"[{_name(kind or 'unknown content')}]", False
+    from mcp_types import (
+        AudioContent,
+        EmbeddedResource,
+        ImageContent,
+        ResourceLink,
+        TextContent,
+        TextResourceContents,
+    )
+
+    match block:
+        case TextContent():
+            return block.text, True
+        case ImageContent() | AudioContent():
+            return f"[{_name(block.mime_type)}, {_size(_decoded(block.data))}]", False
+        case EmbeddedResource(resource=TextResourceContents() as resource):
+            return resource.text, True
+        case EmbeddedResource(resource=resource):
+            assert not isinstance(resource, TextResourceContents)
+            mime = _name(resource.mime_type or "file")
+            return f"[{mime}, {_size(_decoded(resource.blob))}: {_name(resource.uri)}]", False
+        case ResourceLink():
+            return f"[resource {_name(block.name)}: {_name(block.uri)}]", False
+    return "[unknown content]", False
 
 
 def _name(value: object) -> str:

@@ -9,11 +9,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from operator import methodcaller
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rnow.errors import InputError
 from rnow.protocols import Tool
@@ -24,6 +23,12 @@ from rnow.tools.mcp_connection import Connection, first_error, require_client
 from rnow.tools.mcp_content import read_result
 from rnow.tools.mcp_transport import CommandEnded, open_command, open_http
 from rnow.types import ToolContext, ToolResult
+
+if TYPE_CHECKING:
+    from mcp import Client
+    from mcp.client import Transport
+    from mcp_types import ListToolsResult
+    from mcp_types import Tool as ServerTool
 
 MAX_TOOLS = 256
 MAX_PAGES = 200
@@ -40,37 +45,18 @@ _log = logging.getLogger("rnow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListedTool:
-    """A tool as its server described it. ``parameters`` is plain JSON of our own."""
+class McpTool:
+    """A tool of an MCP server, as it was when the run began. ``parameters`` is plain JSON of our own."""
 
-    server: str
+    server: McpServer = field(repr=False)
     name: str
     description: str
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, object]
+    timeout: float
+    starting: float = 0.0
 
-
-class McpTool:
-    """A tool of an MCP server, as it was when the run began."""
-
-    def __init__(self, listed: ListedTool, server: McpServer) -> None:
-        self._listed = listed
-        self._server = server
-        self.timeout = server.timeout
-
-    @property
-    def name(self) -> str:
-        return self._listed.name
-
-    @property
-    def description(self) -> str:
-        return self._listed.description
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        return self._listed.parameters
-
-    async def call(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
-        return await self._server.call(self.name, arguments)
+    async def call(self, arguments: Mapping[str, object], context: ToolContext) -> ToolResult:
+        return await self.server.call(self.name, arguments)
 
 
 class McpServer:
@@ -108,7 +94,7 @@ class McpServer:
         self._number = number
         self._warn = warn or _log.warning
         self._warned: set[str] = set()
-        self._pinned: dict[str, ListedTool] = {}
+        self._pinned: dict[str, McpTool] = {}
         self._forget_connection()
 
     @property
@@ -137,7 +123,7 @@ class McpServer:
                 else "run the command by itself and see what it says",
             ) from None
         self._connection = connection
-        tools: dict[str, ListedTool] = {}
+        tools: dict[str, McpTool] = {}
         for raw in listed:
             if raw.name not in tools and (tool := self._admit(raw)):
                 tools[raw.name] = tool
@@ -151,10 +137,10 @@ class McpServer:
                 fix="remove it from mcp_url, or look at the warnings above",
             )
         self._looked_at = self._answered_at = time.monotonic()
-        return [McpTool(tool, self) for tool in self._pinned.values()]
+        return list(self._pinned.values())
 
     async def close(self) -> None:
-        """Disconnect; a command ends with all its processes. Again: nothing."""
+        """Disconnect; a command ends with all its processes; idempotent."""
         connection = self._connection
         tasks = {task for task in (self._connecting, self._looking) if task is not None}
         self._forget_connection()
@@ -166,7 +152,7 @@ class McpServer:
         if connection is not None:
             await connection.stop()
 
-    async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
+    async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult:
         """Call a pinned tool. Whatever the server does, there is an answer within ``timeout`` and a moment."""
         deadline = time.monotonic() + self.timeout
         try:
@@ -283,7 +269,7 @@ class McpServer:
         self._compare(listed)
         return connection
 
-    async def _connect(self, timeout: float) -> tuple[Connection, list[Any]]:
+    async def _connect(self, timeout: float) -> tuple[Connection, list[ServerTool]]:
         """Connect and list, at the first address that answers."""
         tried: list[str] = []
         deadline = time.monotonic() + timeout
@@ -308,20 +294,19 @@ class McpServer:
                 raise
         raise _Unreachable(tried)
 
-    def _transport(
-        self, url: str | None, on_status: Callable[[int], None]
-    ) -> AbstractAsyncContextManager[Any]:
+    def _transport(self, url: str | None, on_status: Callable[[int], None]) -> Transport:
         if url is not None:
             return open_http(url, read_timeout=self.timeout + _READ_SLACK, on_status=on_status)
         return open_command(self.address, log_dir=self._log_dir, number=self._number)
 
-    async def _list(self, connection: Connection, timeout: float) -> list[Any]:
+    async def _list(self, connection: Connection, timeout: float) -> list[ServerTool]:
         deadline = time.monotonic() + timeout
-        tools: list[Any] = []
+        tools: list[ServerTool] = []
         cursor: str | None = None
         for _ in range(MAX_PAGES):
-            fetch = methodcaller("list_tools", cursor=cursor)
-            page = await connection.request(fetch, deadline - time.monotonic())
+            page = await connection.request(
+                partial(_page, cursor=cursor), deadline - time.monotonic()
+            )
             tools += page.tools
             cursor = page.next_cursor
             if len(tools) > MAX_TOOLS:
@@ -330,7 +315,7 @@ class McpServer:
                 return tools
         raise ValueError(f"its list of tools has more than {MAX_PAGES} pages")
 
-    def _admit(self, raw: Any) -> ListedTool | None:
+    def _admit(self, raw: ServerTool) -> McpTool | None:
         """A listed tool, or None and a warning for one that cannot be shown to a student."""
         if not _NAME.fullmatch(raw.name):
             self._warn_once(
@@ -347,21 +332,22 @@ class McpServer:
             )
             return None
 
-    def _plain(self, raw: Any) -> ListedTool:
+    def _plain(self, raw: ServerTool) -> McpTool:
         text = json.dumps(raw.input_schema, ensure_ascii=False, allow_nan=False)
         if len(text) > MAX_SCHEMA_CHARACTERS:
             raise SchemaProblem(f"it is longer than {MAX_SCHEMA_CHARACTERS:,} characters")
         parameters = json.loads(storable(text))
         ArgumentChecker(parameters)
         description = storable(raw.description or raw.title or "")
-        return ListedTool(
-            server=self.address.label,
+        return McpTool(
+            server=self,
+            timeout=self.timeout,
             name=raw.name,
             description=description[:MAX_DESCRIPTION_CHARACTERS],
             parameters={"type": "object", "properties": {}} | parameters,
         )
 
-    def _compare(self, listed: Sequence[Any]) -> None:
+    def _compare(self, listed: Sequence[ServerTool]) -> None:
         """What the list says now against what was pinned. Descriptions may change: the student keeps the first."""
         now = {raw.name: raw for raw in reversed(listed)}  # the first of a name, as at the start
         self._gone = {name for name in self._pinned if name not in now}
@@ -412,7 +398,11 @@ class _Unreachable(Exception):
         self.tried = list(tried) or ["no time was left to try"]
 
 
-def _look_at(task: asyncio.Task[Any]) -> None:
+async def _page(client: Client, *, cursor: str | None) -> ListToolsResult:
+    return await client.list_tools(cursor=cursor)
+
+
+def _look_at(task: asyncio.Task[Connection]) -> None:
     if not task.cancelled():
         task.exception()  # looked at, also when nobody waits for it any more
 

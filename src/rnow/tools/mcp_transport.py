@@ -11,13 +11,21 @@ import os
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rnow.processes.process import ManagedProcess
 from rnow.tools.mcp_address import McpAddress, is_here
 from rnow.tools.mcp_stderr import Stderr
+
+if TYPE_CHECKING:
+    import httpx2
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+    from mcp.client._transport import TransportStreams
+    from mcp.shared.message import SessionMessage
+
+    Incoming = MemoryObjectSendStream[SessionMessage | Exception]
+    Outgoing = MemoryObjectReceiveStream[SessionMessage]
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """One message of a server. A longer one ends the connection (a command) or fails the call (HTTP)."""
@@ -47,17 +55,6 @@ _CHUNK = 256 * 1024
 _MAX_CONNECTIONS = 256
 
 
-def open_command(
-    address: McpAddress, *, log_dir: Path | None, number: int
-) -> AbstractAsyncContextManager[Any]:
-    """Start the command of ``address`` and speak with it through its stdin and stdout.
-
-    It ends with this process, ``kill -9`` included. Its stderr goes to ``log_dir/mcp-<number>.log`` (None: nowhere), without
-    secrets and 1 MB at most; its end is in the ``CommandEnded`` that is raised when the command ends before the context does.
-    """
-    return _command_streams(address, log_dir, number)
-
-
 class CommandEnded(Exception):
     """A server's command ended. ``log`` holds the last lines of its stderr."""
 
@@ -67,10 +64,16 @@ class CommandEnded(Exception):
 
 
 @contextlib.asynccontextmanager
-async def _command_streams(
-    address: McpAddress, log_dir: Path | None, number: int
-) -> AsyncGenerator[Any, None]:
+async def open_command(
+    address: McpAddress, *, log_dir: Path | None, number: int
+) -> AsyncGenerator[TransportStreams, None]:
+    """Start the command of ``address`` and speak with it through its stdin and stdout.
+
+    It ends with this process, ``kill -9`` included. Its stderr goes to ``log_dir/mcp-<number>.log`` (None: nowhere), without
+    secrets and 1 MB at most; its end is in the ``CommandEnded`` that is raised when the command ends before the context does.
+    """
     import anyio
+    from mcp.shared.message import SessionMessage
 
     with contextlib.ExitStack() as stack:
         log = None if log_dir is None else log_dir / f"mcp-{number}.log"
@@ -95,8 +98,8 @@ async def _command_streams(
         writer: asyncio.StreamWriter | None = None
         try:
             reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_CHUNK)
-            received, incoming = anyio.create_memory_object_stream[Any](0)
-            outgoing, to_send = anyio.create_memory_object_stream[Any](0)
+            received, incoming = anyio.create_memory_object_stream[SessionMessage | Exception](0)
+            outgoing, to_send = anyio.create_memory_object_stream[SessionMessage](0)
             async with anyio.create_task_group() as tasks, received, incoming, outgoing, to_send:
                 tasks.start_soon(_receive, reader, received)
                 tasks.start_soon(_send, to_send, writer, received)
@@ -120,7 +123,7 @@ async def _command_streams(
                 await asyncio.sleep(0)  # its socket is closed by the loop
 
 
-async def _receive(reader: asyncio.StreamReader, received: Any) -> None:
+async def _receive(reader: asyncio.StreamReader, received: Incoming) -> None:
     import anyio
     from mcp.shared.message import SessionMessage
     from mcp_types import jsonrpc_message_adapter
@@ -137,7 +140,7 @@ async def _receive(reader: asyncio.StreamReader, received: Any) -> None:
                 return
 
 
-async def _send(to_send: Any, writer: asyncio.StreamWriter, received: Any) -> None:
+async def _send(to_send: Outgoing, writer: asyncio.StreamWriter, received: Incoming) -> None:
     async with to_send:
         try:
             async for item in to_send:
@@ -180,22 +183,16 @@ async def _stop(process: ManagedProcess) -> None:
     await asyncio.to_thread(process.stop, _KILL_GRACE)
 
 
-def open_http(
+@contextlib.asynccontextmanager
+async def open_http(
     url: str, *, read_timeout: float, on_status: Callable[[int], None]
-) -> AbstractAsyncContextManager[Any]:
+) -> AsyncGenerator[TransportStreams, None]:
     """Speak streamable HTTP with a server.
 
     Args:
         read_timeout: seconds without a byte after which a request is given up; longer than any call may take.
         on_status: called with the status of every answer of 400 and above, which the client's errors do not name.
     """
-    return _http_streams(url, read_timeout, on_status)
-
-
-@contextlib.asynccontextmanager
-async def _http_streams(
-    url: str, read_timeout: float, on_status: Callable[[int], None]
-) -> AsyncGenerator[Any, None]:
     import httpx2
     from mcp.client.streamable_http import streamable_http_client
 
@@ -205,9 +202,10 @@ async def _http_streams(
         # We ask for plain bodies; one that is packed all the same may unpack to anything, and stays packed.
         response.headers.pop("content-encoding", None)
         if response.headers.get("content-type", "").lower().startswith("application/json"):
-            response.stream = _bounded(response.stream)
+            assert isinstance(response.stream, httpx2.AsyncByteStream)
+            response.stream = bounded(response.stream)
 
-    def _bounded(stream: Any) -> Any:
+    def bounded(stream: httpx2.AsyncByteStream) -> httpx2.AsyncByteStream:
         class Bounded(httpx2.AsyncByteStream):
             async def __aiter__(self) -> AsyncIterator[bytes]:
                 size = 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TypeVar
 
+T = TypeVar("T")
 _PART = 0.25
 
 
-async def done_within(task: asyncio.Future[Any], seconds: float) -> bool:
+async def done_within(task: asyncio.Future[T], seconds: float) -> bool:
     """Whether ``task`` ends within ``seconds`` of an event loop that is free to listen.
 
     While a model samples in the loop's own thread (on a CPU), nothing that a tool answers can be read, and a call may not even

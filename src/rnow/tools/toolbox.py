@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rnow.errors import InputError, RnowError
 from rnow.protocols import Tool
@@ -35,7 +35,7 @@ class ToolSource(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of it. Again: nothing."""
+        """Let go of it; idempotent."""
         ...
 
 
@@ -108,7 +108,7 @@ class Toolbox:
             raise
 
     async def close(self) -> None:
-        """Let go of every source. Again: nothing."""
+        """Let go of every source; idempotent."""
         self._tools, self._checkers = {}, {}
         await asyncio.gather(*(source.close() for source in self._sources), return_exceptions=True)
 
@@ -134,7 +134,7 @@ class Toolbox:
         """The names of all tools, in that order."""
         return tuple(self._tools)
 
-    def schemas(self, allowed: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def schemas(self, allowed: Sequence[str] | None = None) -> list[Mapping[str, object]]:
         """The tools as chat templates take them, always in the same order, whatever the order of ``allowed``.
 
         Raises:
@@ -183,10 +183,10 @@ class Toolbox:
             return await self._call(tool, arguments, context)
 
     async def _call(
-        self, tool: Tool, arguments: Mapping[str, Any], context: ToolContext
+        self, tool: Tool, arguments: Mapping[str, object], context: ToolContext
     ) -> ToolResult:
-        limit = getattr(tool, "timeout", None) or self._timeout
-        patience = 3 * limit + self._grace + getattr(tool, "starting", 0.0)
+        limit = tool.timeout or self._timeout
+        patience = 3 * limit + self._grace + tool.starting
 
         async def called() -> ToolResult:
             return await tool.call(arguments, context)
@@ -257,7 +257,7 @@ def _failed(message: str, detail: str | None = None) -> ToolResult:
     return ToolResult(content=f"Error: {line}", failed=True, detail=detail)
 
 
-def _forget(task: asyncio.Task[Any]) -> None:
+def _forget(task: asyncio.Task[ToolResult]) -> None:
     if not task.cancelled():
         task.exception()  # looked at: nobody else will
 

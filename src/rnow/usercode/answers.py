@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import traceback
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import SupportsFloat
 
 from rnow.usercode.user_file import relative, safe_text
 
@@ -14,14 +15,14 @@ _MAX_TRACEBACK = 16_000
 _OURS = "/rnow/usercode/"
 
 
-def tool_answer(value: Any, limit: int) -> dict[str, Any]:
+def tool_answer(value: object, limit: int) -> dict[str, object]:
     """``value`` (the text) and ``omitted`` (bytes cut off so that at most ``limit`` remain)."""
     raw = _tool_text(value).encode("utf-8", "replace")  # what UTF-8 cannot carry becomes "?"
     kept = raw[:limit].decode("utf-8", "ignore")
     return {"value": kept, "omitted": len(raw) - len(kept.encode())}
 
 
-def _tool_text(value: Any) -> str:
+def _tool_text(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
@@ -36,13 +37,13 @@ def _tool_text(value: Any) -> str:
     return str(value)
 
 
-def reward_answer(value: Any) -> dict[str, Any]:
+def reward_answer(value: object) -> dict[str, object]:
     """``value``, a finite float, or ``bad`` with what is wrong with it.
 
     True and False are 1 and 0; numpy and torch scalars count; text, None and NaN do not.
     """
     if type(value) is not float:
-        if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
             return {"bad": f"returned {_shown(value)}, not a number"}
         try:
             value = float(value)
@@ -53,7 +54,7 @@ def reward_answer(value: Any) -> dict[str, Any]:
     return {"value": value}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "None"
     if isinstance(value, str | bytes):
@@ -61,7 +62,7 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def error_answer(error: BaseException, file: str, folder: Any) -> dict[str, Any]:
+def error_answer(error: BaseException, file: str, folder: Path) -> dict[str, object]:
     """``error`` with type, message, the place in the function's own file, and the traceback without our frames."""
     trace = error.__traceback__
     while trace is not None and _OURS in trace.tb_frame.f_code.co_filename:

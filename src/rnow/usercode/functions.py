@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from rnow.core.tool_schema import Schema
 from rnow.errors import InputError
+from rnow.usercode.records import Fault, MistakeReport, Report
 from rnow.usercode.text import did_you_mean, escape
 
 Kind = Literal["tools", "rewards"]
@@ -26,59 +28,53 @@ class FunctionInfo:
     file: Path
     place: str
     description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Schema = field(default_factory=dict)
     is_async: bool = False
     timeout: float | None = None
     sandbox: bool = False
     precondition: bool = False
 
 
-def load_functions(
-    file: Path, kind: Kind, *, import_timeout: float = IMPORT_TIMEOUT, **options: Any
-) -> list[FunctionInfo]:
-    """The functions of ``file`` and of the helper modules it imports, in the order in which they are decorated.
-
-    The file is imported in a child process, which ends before this returns. ``options`` are CodeHost's.
-
-    Raises:
-        InputError: the file cannot be imported in time, or a function is wrong; with the file and line.
-    """
-    from rnow.usercode.host import CodeHost
-
-    with CodeHost(file, kind, import_timeout=import_timeout, warm=False, **options) as host:
-        return host.functions
+class CannotImport(InputError):
+    """A user's file cannot be imported, or a function in it is wrong."""
 
 
-def read_functions(report: Mapping[str, Any], file: Path, kind: Kind) -> list[FunctionInfo]:
+def read_functions(report: Report, file: Path, kind: Kind) -> list[FunctionInfo]:
     """A child's report as records.
 
-    Raises InputError for the mistakes in it.
+    Raises CannotImport for the mistakes in it.
     """
     mistakes = report["mistakes"]
     if mistakes:
         raise _mistaken(mistakes, file, kind)
-    known = set(FunctionInfo.__dataclass_fields__)
     return [
         FunctionInfo(
             kind=kind,
+            name=function["name"],
             file=file,
-            **{name: value for name, value in function.items() if name in known},
+            place=function["place"],
+            description=function["description"],
+            parameters=function.get("parameters", {}),
+            is_async=function["is_async"],
+            timeout=function["timeout"],
+            sandbox=function["sandbox"],
+            precondition=function.get("precondition", False),
         )
         for function in report["functions"]
     ]
 
 
-def _mistaken(mistakes: list[dict[str, Any]], file: Path, kind: Kind) -> InputError:
+def _mistaken(mistakes: Sequence[MistakeReport], file: Path, kind: Kind) -> CannotImport:
     first = mistakes[0]
     if len(mistakes) == 1:
-        return InputError(
+        return CannotImport(
             escape(first["message"]),
             title=f"Invalid {kind}",
             where=escape(first["place"]),
-            why=escape(first["why"]) if first.get("why") else None,
+            why=escape(first.get("why", "")) or None,
             fix=first["fix"],
         )
-    return InputError(
+    return CannotImport(
         f"{file.name} has {len(mistakes)} mistakes",
         title=f"Invalid {kind}",
         where=escape(first["place"]),
@@ -87,44 +83,44 @@ def _mistaken(mistakes: list[dict[str, Any]], file: Path, kind: Kind) -> InputEr
     )
 
 
-def import_error(report: Mapping[str, Any], file: Path, *, timeout: float) -> InputError:
+def import_error(report: Fault, file: Path, *, timeout: float) -> CannotImport:
     """Why a file could not be imported, from a child's report."""
     title, name = f"Invalid {file.stem}", file.name
     kind = report.get("kind")
     if kind == "timeout":
-        return InputError(
+        return CannotImport(
             f"{name} was not imported within {timeout:g} s",
             title=title,
             where=name,
             fix="move work that takes long, or waits for something, out of the top level of the file",
         )
     if kind == "processes":
-        return InputError(
+        return CannotImport(
             f"{name} started more than {report['limit']} processes while it was imported",
             title=title,
             where=name,
             fix="remove what starts them from the top level of the file",
         )
     if kind == "ended":
-        return InputError(
+        return CannotImport(
             f"{name} ends the program while it is imported",
             title=title,
             where=name,
             why=how_it_ended(report.get("status")),
             fix=f"`python {name}` shows more",
         )
-    line, shown = report.get("line"), escape(report.get("file") or name)
+    line, shown = report.get("line"), escape(str(report.get("file") or name))
     where = f"{shown}:{line}" if line else shown
-    reason = f"{report['type']}: {escape(report['message'])}".rstrip(": ")[:500]
-    if report.get("module"):
-        what, fix = _missing_module(report["module"], file)
+    reason = f"{report['type']}: {escape(str(report['message']))}".rstrip(": ")[:500]
+    if module := report.get("module"):
+        what, fix = _missing_module(str(module), file)
     elif kind == "syntax":
         what, fix = f"{shown} is not valid Python", "correct this line"
     elif kind == "exit":
         what, fix = f"{name} ends the program while it is imported", "remove the exit() call"
     else:
         what, fix = f"{name} cannot be imported", f"correct it; `python {name}` shows more"
-    return InputError(what, title=title, where=where, why=reason, fix=fix)
+    return CannotImport(what, title=title, where=where, why=reason, fix=fix)
 
 
 def _missing_module(module: str, file: Path) -> tuple[str, str]:
@@ -137,8 +133,8 @@ def _missing_module(module: str, file: Path) -> tuple[str, str]:
     return f'{file.name} imports "{module}", which is not installed', fix
 
 
-def how_it_ended(status: int | None) -> str:
+def how_it_ended(status: object) -> str:
     """``exit code 3`` or ``signal 9``: how a process ended, in waitpid's words."""
-    if status is None:
+    if not isinstance(status, int):
         return "it stopped answering"
     return f"signal {-status}" if status < 0 else f"exit code {status}"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Literal, Self
 
 from rnow.errors import InputError
 from rnow.processes.process import ManagedProcess, StartFailed
@@ -32,14 +32,13 @@ from rnow.usercode.functions import (
     IMPORT_TIMEOUT,
     FunctionInfo,
     Kind,
+    how_it_ended,
     import_error,
     read_functions,
 )
 from rnow.usercode.log import OutputLog
-from rnow.usercode.outcome import CallOutcome, read_outcome
+from rnow.usercode.records import Fault, Settings
 from rnow.usercode.text import escape, redact
-
-__all__ = ["CallOutcome", "CodeHost", "HostLimits", "Wrap"]
 
 Wrap = Callable[[list[str]], list[str]]
 
@@ -52,6 +51,7 @@ _PATIENCE = (
 )
 _CHUNK = 256 * 1024
 _CLOSE_SECONDS = 4.0
+_MAX_ERROR = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,28 @@ class HostLimits:
     async_calls: int = 256
     open_files: int = 4096
     result_bytes: int = 256 * 1024
+
+
+Status = Literal["ok", "raised", "invalid", "timeout", "died"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallOutcome:
+    """How a call ended. Secrets are taken out of every text.
+
+    ``value`` is a tool's text or a reward's number, None unless ``status`` is ``ok``. ``error`` is one line for the model:
+    ``raised`` an exception, ``invalid`` result of a reward, ``timeout``, or ``died`` with its process. ``place`` is the
+    line of the function's file that raised, ``detail`` the traceback. ``omitted`` counts the bytes cut off the end of
+    ``value``; ``seconds`` is the time the function took (0 when it did not end).
+    """
+
+    status: Status
+    value: str | float | None = None
+    error: str | None = None
+    place: str | None = None
+    detail: str | None = None
+    omitted: int = 0
+    seconds: float = 0.0
 
 
 class _Broken(Exception):
@@ -127,7 +149,7 @@ class CodeHost:
         self._process: ManagedProcess | None = None
         self._socket: socket.socket | None = None
         self._errors = -1
-        self._end: weakref.finalize[..., Any] | None = None
+        self._end: weakref.finalize[..., object] | None = None
         self._incoming = frames.FrameReader(frames.max_answer(self._limits.result_bytes))
         self._outgoing = bytearray()
         self._lock = threading.Lock()
@@ -154,7 +176,7 @@ class CodeHost:
     # -- start and end
 
     def start(self) -> None:
-        """Start it and wait until the file is imported. Running already: nothing.
+        """Start it and wait until the file is imported; idempotent.
 
         Raises:
             InputError: the file cannot be imported, or a function in it is wrong.
@@ -203,7 +225,7 @@ class CodeHost:
         ours.setblocking(False)
         self._socket = ours  # from now on it is running, for those who look
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Settings:
         limits = self._limits
         memory = limits.memory_gb
         return {
@@ -221,6 +243,8 @@ class CodeHost:
             "result_bytes": limits.result_bytes,
             "log": self._log is not None,
             "warm": self._warm,
+            "names": [],
+            "injected": {},
         }
 
     def _first_word(self, ours: socket.socket, deadline: float) -> tuple[int, bytes]:
@@ -252,7 +276,7 @@ class CodeHost:
         )
 
     def close(self) -> None:
-        """End it and everything it started. Again: nothing. A later call starts it anew."""
+        """End it and everything it started; idempotent. A later call starts it anew."""
         with self._lock:
             self._detach()
             ours = self._socket
@@ -298,7 +322,9 @@ class CodeHost:
 
     # -- calls
 
-    async def call(self, name: str, payload: Mapping[str, Any], *, timeout: float) -> CallOutcome:
+    async def call(
+        self, name: str, payload: Mapping[str, object], *, timeout: float
+    ) -> CallOutcome:
         """Run a function. What it does wrong is an outcome; cancelling this ends the function too.
 
         Args:
@@ -480,6 +506,34 @@ class CodeHost:
                 future.set_result((0.0, body))
 
 
+def load_functions(
+    file: Path,
+    kind: Kind,
+    *,
+    secrets: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    limits: HostLimits | None = None,
+    import_timeout: float = IMPORT_TIMEOUT,
+) -> list[FunctionInfo]:
+    """The functions of ``file`` and of the helper modules it imports, in the order in which they are decorated.
+
+    The file is imported in a child process, which ends before this returns. The rest is as for CodeHost.
+
+    Raises:
+        CannotImport: the file cannot be imported in time, or a function is wrong; with the file and line.
+    """
+    with CodeHost(
+        file,
+        kind,
+        secrets=secrets,
+        log=log,
+        limits=limits,
+        import_timeout=import_timeout,
+        warm=False,
+    ) as host:
+        return host.functions
+
+
 def _redacted(error: InputError, hidden: Mapping[str, str]) -> InputError:
     error.message = redact(error.message, hidden)
     error.args = (error.message,)
@@ -493,3 +547,66 @@ def _end_process(process: ManagedProcess, ours: socket.socket, errors: int) -> N
     process.stop(grace=0.5)
     ours.close()
     os.close(errors)
+
+
+def read_outcome(
+    body: bytes,
+    *,
+    seconds: float,
+    timeout: float,
+    limit: int,
+    file: str,
+    hidden: Mapping[str, str],
+    hidden_in_value: Mapping[str, str],
+) -> CallOutcome:
+    """The body of a RESULT.
+
+    Args:
+        limit: bytes of a tool's text. The worker has cut it; a worker is not trusted.
+        file: the name of the user's file.
+        hidden: secrets by name, which are taken out of errors.
+        hidden_in_value: those that are taken out of what the model reads.
+    """
+    answer = json.loads(body)
+    if "value" in answer:
+        value, omitted = answer["value"], answer.get("omitted", 0)
+        if isinstance(value, str):
+            raw = value.encode("utf-8", "replace")
+            if len(raw) > limit:
+                value, omitted = raw[:limit].decode("utf-8", "ignore"), omitted + len(raw) - limit
+            value = redact(value, hidden_in_value)
+        return CallOutcome(status="ok", value=value, omitted=omitted, seconds=seconds)
+    if "bad" in answer:
+        return CallOutcome(status="invalid", error=redact(answer["bad"], hidden), seconds=seconds)
+    if "error" in answer:
+        return _raised(answer["error"], seconds, hidden)
+    if answer.get("fault") == "timeout":
+        return CallOutcome(status="timeout", error=f"took longer than {timeout:g} s")
+    return CallOutcome(status="died", error=redact(_ending(answer, file), hidden))
+
+
+def _raised(error: Mapping[str, str], seconds: float, hidden: Mapping[str, str]) -> CallOutcome:
+    """One line: kind and message."""
+    text = redact(escape(" ".join(error["message"].split())), hidden)[:_MAX_ERROR]
+    return CallOutcome(
+        status="raised",
+        error=f"{error['type']}: {text}" if text else error["type"],
+        place=error.get("place"),
+        detail=redact(error.get("traceback") or "", hidden) or None,
+        seconds=seconds,
+    )
+
+
+def _ending(answer: Fault, file: str) -> str:
+    fault, why = answer.get("fault"), escape(str(answer.get("why")))
+    if fault == "died":
+        return f"its process ended ({how_it_ended(answer.get('status'))})"
+    if fault == "processes":
+        return f"started more than {answer['limit']} processes"
+    if fault == "blocked":
+        return "was ended with its process, which another call had blocked"
+    if fault == "worn":
+        return "was ended with its process, in which too many timed-out calls went on"
+    if fault == "start":
+        return f"a process of {file} could not be started: {why}"[:_MAX_ERROR]
+    return f"the process of {file} failed: {why}"

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rnow.errors import InputError, TemporaryError
 from rnow.processes.process import StartFailed
@@ -24,7 +23,7 @@ from rnow.usercode.engines import (
     find_bubblewrap,
     find_containers,
 )
-from rnow.usercode.functions import IMPORT_TIMEOUT, FunctionInfo, Kind
+from rnow.usercode.functions import IMPORT_TIMEOUT, CannotImport, FunctionInfo, Kind
 from rnow.usercode.host import CallOutcome, CodeHost, HostLimits
 from rnow.usercode.images import LOCAL, Images
 from rnow.usercode.visible import check_project
@@ -427,17 +426,15 @@ class SandboxedHosts:
             except asyncio.CancelledError:
                 self._sandboxes.stop_images()
                 raise
-            except InputError as error:
-                if error.title.startswith("Invalid "):
-                    raise InputError(
-                        f'{error.message}, in the image "{image}"',
-                        title=error.title,
-                        where=error.where,
-                        why=error.why,
-                        details=error.details,
-                        fix=f"install what {self._file.name} imports in the image, or import it in the functions that use it",
-                    ) from None
-                raise
+            except CannotImport as error:
+                raise CannotImport(
+                    f'{error.message}, in the image "{image}"',
+                    title=error.title,
+                    where=error.where,
+                    why=error.why,
+                    details=error.details,
+                    fix=f"install what {self._file.name} imports in the image, or import it in the functions that use it",
+                ) from None
             finally:
                 await self._sandboxes.release(trial)
 
@@ -466,7 +463,7 @@ class SandboxedHosts:
     async def call(
         self,
         name: str,
-        payload: Mapping[str, Any],
+        payload: Mapping[str, object],
         *,
         timeout: float,
         rollout_id: str,

@@ -3,8 +3,9 @@
 It is run by its path, speaks ``frames`` on stdin and stdout, and imports nothing of the user's. Everything below it ends
 with it. Below it are a zygote, which imports the user's file once, and the workers, which are copies of the zygote.
 
-A worker's inbox is a socket of whole messages whose receiving end the supervisor holds too. What it takes back from there
-was not begun, for sure, and may go to another worker: that is how calls queued behind one that hangs are rescued.
+A call waits here until a worker is free: a sync worker has one at a time, the worker of the async functions many. A worker's
+inbox is a socket of whole messages whose receiving end the supervisor holds too: what it takes back from there when a worker
+ends was not begun, for sure, and goes to another one.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import heapq
 import json
+import math
 import os
 import selectors
 import signal
@@ -21,7 +22,6 @@ import socket
 import sys
 import time
 from collections import deque
-from typing import Any
 
 if __name__ == "__main__":
     # By path and isolated, so that neither PYTHONPATH nor the folder we stand in gets in the way.
@@ -31,29 +31,26 @@ from rnow.processes.leash import descendants, end_all
 from rnow.usercode import frames
 from rnow.usercode.inbox import make_inbox, put, take
 from rnow.usercode.processes import end_family, family, processes
-from rnow.usercode.records import Call, Worker, Zygote
+from rnow.usercode.records import Call, Fault, Report, Settings, Worker, Zygote
 from rnow.usercode.uplink import Uplink
 from rnow.usercode.zygote import ASYNC, SYNC, run_importing_worker, run_zygote
 
 _PR_SET_CHILD_SUBREAPER = 36
-_TICK = 0.01
-_STEAL_AFTER = 0.02  # seconds that one call may hold up those behind it
 _WATCH = 0.25  # seconds between two looks at /proc while calls run
 _ACK_WITHIN = 0.5  # seconds for an event loop to answer that it ended a call
 _ACK_OF_CANCEL = 5.0  # the same where nobody waits for the call: a busy loop must not cost the other calls their lives
 _FORK_WITHIN = 20.0
 _GRACE = 2.0
-_MAX_DEPTH = 16
-_DEPTH_SECONDS = 0.002  # a worker is given about this much work at once
 _CHUNK = 256 * 1024
 
 
 class Supervisor:
     """The event loop. One per host."""
 
+    _settings: Settings
+
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._settings: dict[str, Any] = {}
         self._uplink = Uplink(self._selector)
         self._output = -1
         self._incoming = frames.FrameReader()
@@ -63,15 +60,9 @@ class Supervisor:
         self._names: list[str] | None = None
         self._async_functions: set[int] = set()
         self._calls: dict[int, Call] = {}
-        self._queue: deque[Call] = deque()
-        self._async_queue: deque[Call] = deque()
-        self._sync: list[Worker] = []
-        self._shared: Worker | None = None
-        self._seconds: dict[int, float] = {}
-        self._timers: list[tuple[float, int, str, Any]] = []
-        self._timer = 0
-        self._next_tick: float | None = None
-        self._next_watch: float | None = None
+        self._queues: dict[bool, deque[Call]] = {False: deque(), True: deque()}  # by is_async
+        self._workers: list[Worker] = []
+        self._next_watch = math.inf
         self._status: dict[int, int] = {}
 
     def run(self) -> None:
@@ -89,7 +80,7 @@ class Supervisor:
             for key, _ in self._selector.select(self._patience()):
                 key.data()
             self._on_time()
-            self._uplink.release(more=any(worker.calls for worker in self._sync))
+            self._uplink.flush()
         self._close()
 
     # -- rnow's side
@@ -105,54 +96,39 @@ class Supervisor:
             self._closing = True
             return
         for message in self._incoming.feed(data):
-            kind, call, _, _, body = frames.unpack(message)
+            kind, number, _, _, body = frames.unpack(message)
             if kind == frames.CALL:
-                self._accept(Call(message))
+                call = self._calls[number] = Call(message)
+                call.is_async = call.function in self._async_functions
+                self._queues[call.is_async].append(call)
             elif kind == frames.CANCEL:
-                self._cancel(call)
+                self._cancel(number)
             elif kind == frames.PING:
                 self._uplink.send(frames.pack(frames.PONG))
             elif kind == frames.START:
-                self._start(json.loads(body))
+                self._settings = json.loads(body)
+                self._output = self._uplink.open_output(self._settings["log"])
+                self._start_zygote()
         self._hand_out()
 
-    def _start(self, settings: dict[str, Any]) -> None:
-        self._settings = settings
-        self._output = self._uplink.open_output(settings["log"])
-        self._start_zygote()
-
-    def _fail(self, call: Call, fault: dict[str, Any]) -> None:
+    def _fail(self, call: Call, fault: Fault) -> None:
         self._calls.pop(call.id, None)
         if not call.dropped:
             body = json.dumps(fault).encode()
-            self._uplink.hold(frames.pack(frames.RESULT, call=call.id, body=body))
+            self._uplink.send(frames.pack(frames.RESULT, call=call.id, body=body))
 
     def _cancel(self, number: int) -> None:
         call = self._calls.get(number)
         if call is None:
             return
-        worker = call.worker
-        if worker is not None and not worker.is_async:
-            self._take_back(worker)
-            worker = call.worker
-        if worker is None:
+        call.dropped = True
+        if call.worker is None:
             del self._calls[number]
-            for queue in (self._queue, self._async_queue):
-                with contextlib.suppress(ValueError):
-                    queue.remove(call)
-            return
-        if worker.is_async:
-            call.dropped = True
-            self._tell_to_end(call, {})
-        elif self._still_runs(call, worker):
-            call.dropped = True
-            self._kill(worker, {"fault": "cancelled"})
-
-    def _still_runs(self, call: Call, worker: Worker) -> bool:
-        """Whether a sync worker is at this call. It may have answered it, and be at the next one, without our having heard:
-        killing it would then end a call that nobody wants to end."""
-        self._on_worker(worker)
-        return self._calls.get(call.id) is call and call.worker is worker
+            self._queues[call.is_async].remove(call)
+        elif call.is_async:
+            self._tell_to_end(call, call.worker, _ACK_OF_CANCEL)
+        else:
+            self._kill(call.worker, {"fault": "cancelled"})
 
     # -- the zygote
 
@@ -166,11 +142,11 @@ class Supervisor:
             finally:
                 os._exit(1)
         far.close()
-        zygote = self._zygote = Zygote(pid, control)
+        due = time.monotonic() + self._settings["import_timeout"]
+        zygote = self._zygote = Zygote(pid, control, due)
         self._selector.register(
             control, selectors.EVENT_READ, lambda: self._on_zygote(zygote, control)
         )
-        self._at(time.monotonic() + self._settings["import_timeout"], "import", zygote)
         self._watch_soon()
 
     def _on_zygote(self, zygote: Zygote, control: socket.socket) -> None:
@@ -183,14 +159,14 @@ class Supervisor:
             return
         for message in zygote.reader.feed(data):
             kind, _, _, _, body = frames.unpack(message)
-            zygote.said = True
+            zygote.due = math.inf
             report = json.loads(body)
             if kind == frames.READY:
                 self._imported(zygote, report, body)
             else:
                 self._import_failed(report)
 
-    def _imported(self, zygote: Zygote, report: dict[str, Any], body: bytes) -> None:
+    def _imported(self, zygote: Zygote, report: Report, body: bytes) -> None:
         functions = report["functions"]
         if self._names is None:
             self._names = [function["name"] for function in functions]
@@ -199,70 +175,71 @@ class Supervisor:
             }
             self._settings["names"] = self._names
             self._settings["injected"] = {
-                function["name"]: bool(function.get("injected")) for function in functions
+                function["name"]: function.get("injected", False) for function in functions
             }
-            self._forks = report["forks"]
+            self._forks = report.get("forks", False)
             self._uplink.send(frames.pack(frames.READY, body=body))
         zygote.ready = True
-        if self._settings["warm"] and not self._sync and self._shared is None:
+        if self._settings["warm"] and not self._workers:
             if len(self._async_functions) < len(self._names):
                 self._spawn(is_async=False)
             if self._async_functions:
                 self._spawn(is_async=True)
         self._hand_out()
 
-    def _import_failed(self, report: dict[str, Any]) -> None:
+    def _import_failed(self, report: Fault) -> None:
         if self._names is None:
             self._uplink.send(frames.pack(frames.FAULT, body=json.dumps(report).encode()))
         words = f"{report.get('type', 'it')}: {report.get('message', report.get('kind'))}"
-        self._fail_queued({"fault": "start", "why": words}, of_async=None)
+        for is_async in self._queues:
+            self._fail_queued({"fault": "start", "why": words}, is_async=is_async)
 
-    def _zygote_gone(self, zygote: Zygote, report: dict[str, Any]) -> None:
+    def _zygote_gone(self, zygote: Zygote, report: Fault) -> None:
         self._selector.unregister(zygote.control)
         zygote.control.close()
         self._zygote = None
-        if not zygote.said:
+        if zygote.due < math.inf:
             self._import_failed(report)
 
     # -- workers
 
     def _spawn(self, *, is_async: bool) -> None:
+        if self._forks and self._zygote is None:
+            self._start_zygote()
+        if self._forks and (self._zygote is None or not self._zygote.ready):
+            return  # asked again when it has reported
         inbox, back = make_inbox()
         outbox, far = socket.socketpair()
-        largest = frames.max_answer(self._settings["result_bytes"])
-        worker = Worker(is_async, inbox, back, outbox, largest)
-        if self._forks:
-            if self._zygote is None or not self._zygote.ready:
-                for end in (inbox, back, outbox, far):
-                    end.close()
-                if self._zygote is None:
-                    self._start_zygote()
-                return  # asked again when it has reported
+        worker = Worker(
+            is_async=is_async,
+            most_calls=self._settings["async_calls"] if is_async else 1,
+            inbox=inbox,
+            back=back,
+            outbox=outbox,
+            reader=frames.FrameReader(frames.max_answer(self._settings["result_bytes"])),
+        )
+        if self._forks and self._zygote is not None:
             with contextlib.suppress(OSError):  # it died: the sockets close, which says so
                 ask = ASYNC if is_async else SYNC
                 socket.send_fds(self._zygote.control, [ask], [back.fileno(), far.fileno()])
             patience = _FORK_WITHIN
         else:
-            pid = os.fork()
-            if pid == 0:
+            worker.pid = os.fork()
+            if worker.pid == 0:
                 try:
                     run_importing_worker(back, far, self._settings, self._output, is_async=is_async)
                 finally:
                     os._exit(1)
-            worker.pid = pid
             patience = self._settings["import_timeout"]
         far.close()
         outbox.setblocking(False)
         self._selector.register(outbox, selectors.EVENT_READ, lambda: self._on_worker(worker))
-        if is_async:
-            self._shared = worker
-        else:
-            self._sync.append(worker)
-        self._at(time.monotonic() + patience, "start", worker)
+        self._workers.append(worker)
+        worker.due = time.monotonic() + patience
 
     def _on_worker(self, worker: Worker) -> None:
-        """What it says; its end, when it says nothing more."""
-        while True:
+        """What it says; its end, when it says nothing more. It may have been given up since it was heard."""
+        while worker.outbox.fileno() >= 0:
             try:
                 data = worker.outbox.recv(_CHUNK)
             except BlockingIOError:
@@ -277,46 +254,31 @@ class Supervisor:
                     self._heard(worker, message)
             except frames.BadFrame:
                 self._kill(worker, {"fault": "died", "status": None})
-                return
-            if worker.outbox.fileno() < 0:
-                return
 
     def _heard(self, worker: Worker, message: bytes) -> None:
-        kind, number, _, seconds, body = frames.unpack(message)
+        kind, number, _, _, body = frames.unpack(message)
         if kind == frames.HELLO:
             worker.pid = number
             if body:
                 self._kill(worker, {"fault": "start", "why": body.decode()})
                 return
-            worker.ready = True
-            self._hand_out()
+            worker.ready, worker.due = True, math.inf
         elif kind == frames.RESULT:
             call = worker.calls.pop(number, None)
-            if call is None:
-                return
-            self._calls.pop(number, None)
-            call.message = b""
-            before = self._seconds.get(call.function, seconds)
-            self._seconds[call.function] = 0.8 * before + 0.2 * seconds
-            if not call.dropped:
-                self._uplink.hold(message)
-            if not worker.is_async and worker.calls:
-                self._begin(worker, next(iter(worker.calls.values())))
-            self._hand_out()
+            if call is not None:
+                self._calls.pop(number, None)
+                if not call.dropped:
+                    self._uplink.send(message)
         elif kind == frames.ACK:
             call = worker.calls.pop(number, None)
             if call is not None:
                 self._fail(call, call.fault or {"fault": "cancelled"})
-                self._hand_out()
         elif kind == frames.WORN:
             self._kill(worker, {"fault": "worn"})
+            return
+        self._hand_out()
 
-    def _begin(self, worker: Worker, call: Call) -> None:
-        worker.started = time.monotonic()
-        call.deadline = worker.started + call.timeout
-        self._at(call.deadline, "call", call)
-
-    def _kill(self, worker: Worker, fault: dict[str, Any]) -> None:
+    def _kill(self, worker: Worker, fault: Fault) -> None:
         if worker.pid:
             end_family(worker.pid)
         self._lost(worker, fault)
@@ -330,223 +292,128 @@ class Supervisor:
                 os.kill(pid, signal.SIGKILL)
         self._lost(worker, {"fault": "died", "status": status})
 
-    def _lost(self, worker: Worker, fault: dict[str, Any]) -> None:
+    def _lost(self, worker: Worker, fault: Fault) -> None:
         """It is gone. What it had begun fails; what it had not goes to another."""
         self._take_back(worker)
         self._selector.unregister(worker.outbox)
         for end in (worker.inbox, worker.back, worker.outbox):
             end.close()
-        if worker is self._shared:
-            self._shared = None
-        else:
-            self._sync.remove(worker)
-        for call in list(worker.calls.values()):
+        self._workers.remove(worker)
+        for call in worker.calls.values():
             self._fail(call, call.fault or fault)
-        if not worker.ready and not any(other.ready for other in self._sync if not worker.is_async):
+        if not worker.ready and not any(other.ready for other in self._like(worker.is_async)):
             # Another try would end as this one: nobody is there to take the calls.
             if fault["fault"] != "start":
                 fault = {"fault": "start", "why": "it ended before it was ready"}
-            self._fail_queued(fault, of_async=worker.is_async)
+            self._fail_queued(fault, is_async=worker.is_async)
         self._hand_out()
 
     def _take_back(self, worker: Worker) -> None:
         """What the worker has not begun returns to the head of the queue."""
         returned = []
-        while True:
-            try:
-                message = take(worker.back, wait=False)
-            except OSError:
-                break
-            if not message:
-                break
-            _, kind, number, _, _ = frames.HEADER.unpack_from(message)
-            call = worker.calls.pop(number, None) if kind == frames.CALL else None
-            if call is not None:
-                call.worker = None
-                call.deadline = 0.0
-                if call.dropped or call.fault:
-                    self._fail(call, call.fault or {"fault": "cancelled"})
-                else:
+        with contextlib.suppress(OSError):
+            while message := take(worker.back, wait=False):
+                _, kind, number, _, _ = frames.HEADER.unpack_from(message)
+                call = worker.calls.get(number) if kind == frames.CALL else None
+                if call is not None and not (call.dropped or call.fault):
+                    del worker.calls[number]
+                    call.worker, call.due = None, math.inf
                     returned.append(call)
-        queue = self._async_queue if worker.is_async else self._queue
-        queue.extendleft(reversed(returned))
+        self._queues[worker.is_async].extendleft(reversed(returned))
 
-    def _fail_queued(self, fault: dict[str, Any], *, of_async: bool | None) -> None:
-        for queue, is_async in ((self._queue, False), (self._async_queue, True)):
-            if of_async is None or of_async == is_async:
-                while queue:
-                    self._fail(queue.popleft(), fault)
+    def _fail_queued(self, fault: Fault, *, is_async: bool) -> None:
+        queue = self._queues[is_async]
+        while queue:
+            self._fail(queue.popleft(), fault)
 
     # -- handing out
 
-    def _accept(self, call: Call) -> None:
-        self._calls[call.id] = call
-        queue = self._async_queue if call.function in self._async_functions else self._queue
-        queue.append(call)
+    def _like(self, is_async: bool) -> list[Worker]:
+        return [worker for worker in self._workers if worker.is_async == is_async]
 
     def _hand_out(self) -> None:
+        """Give the calls that wait to workers that are free. Where some still wait, add workers, twice as many each time."""
         if self._names is None or self._closing:
             return
-        self._hand_out_async()
-        for worker in self._sync:
-            if not self._queue:
-                break
-            self._fill(worker)
-        if self._queue and not self._sync:
-            self._spawn(is_async=False)
+        for is_async, queue in self._queues.items():
+            if not queue:
+                continue
+            workers = self._like(is_async)
+            for worker in workers:
+                while queue and worker.is_free() and self._give(worker, queue[0]):
+                    queue.popleft()
+            if queue and all(worker.ready for worker in workers):
+                most = 1 if is_async else self._settings["workers"]
+                for _ in range(min(len(queue), most - len(workers), max(1, len(workers)))):
+                    self._spawn(is_async=is_async)
         if self._calls:
             self._watch_soon()
-        if self._next_tick is None and self._needs_tick():
-            self._next_tick = time.monotonic() + _TICK
-
-    def _needs_tick(self) -> bool:
-        return (
-            bool(self._async_queue)
-            or (bool(self._queue) and len(self._sync) < self._settings["workers"])
-            or any(len(worker.calls) > 1 for worker in self._sync)
-        )
-
-    def _fill(self, worker: Worker) -> None:
-        """Give a sync worker about two milliseconds of work."""
-        if not worker.ready:
-            return
-        if worker.calls and time.monotonic() - worker.started > _STEAL_AFTER:
-            return
-        while self._queue:
-            usual = self._seconds.get(self._queue[0].function)
-            depth = 1 if usual is None else _DEPTH_SECONDS / max(usual, 1e-6)
-            if len(worker.calls) >= min(max(depth, 1), _MAX_DEPTH):
-                return
-            call = self._queue[0]
-            if not self._give(worker, call):
-                return
-            self._queue.popleft()
-            if len(worker.calls) == 1:
-                self._begin(worker, call)
-
-    def _hand_out_async(self) -> None:
-        if not self._async_queue:
-            return
-        worker = self._shared
-        if worker is None:
-            self._spawn(is_async=True)
-            return
-        while (
-            self._async_queue
-            and worker.ready
-            and len(worker.calls) < self._settings["async_calls"]
-            and self._give(worker, self._async_queue[0])
-        ):
-            self._begin(worker, self._async_queue.popleft())
 
     def _give(self, worker: Worker, call: Call) -> bool:
-        """False when its inbox is full."""
+        """False when its inbox is full: an event loop is busy, and will answer or be ended."""
         try:
             put(worker.inbox, call.message)
         except OSError as error:
-            # A worker that has just died is found out by its outbox; its calls come back then.
             if error.errno in (errno.EAGAIN, errno.ENOBUFS):
                 return False
         worker.calls[call.id] = call
         call.worker = worker
+        call.due = time.monotonic() + call.timeout
         return True
 
     # -- time
 
-    def _at(self, when: float, what: str, subject: Any) -> None:
-        self._timer += 1
-        heapq.heappush(self._timers, (when, self._timer, what, subject))
-        if self._timer % 256 == 0:  # most calls end long before their time
-            self._timers = [entry for entry in self._timers if self._still_due(*entry)]
-            heapq.heapify(self._timers)
-
-    def _still_due(self, when: float, _: int, what: str, subject: Any) -> bool:
-        if what == "call":
-            return self._calls.get(subject.id) is subject and subject.deadline == when
-        if what == "ack":
-            return self._calls.get(subject.id) is subject and subject.worker is not None
-        if what == "start":
-            return not subject.ready and subject.outbox.fileno() >= 0
-        return not subject.said and self._zygote is subject
-
     def _patience(self) -> float | None:
         """Seconds until something is due."""
-        moments = (self._next_tick, self._next_watch, self._uplink.due())
-        due = [moment for moment in moments if moment is not None]
-        if self._timers:
-            due.append(self._timers[0][0])
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        due = self._next_watch
+        if self._zygote is not None:
+            due = min(due, self._zygote.due)
+        for worker in self._workers:
+            due = min(due, worker.due, *(call.due for call in worker.calls.values()))
+        return max(0.0, due - time.monotonic()) if due < math.inf else None
 
     def _on_time(self) -> None:
         now = time.monotonic()
-        while self._timers and self._timers[0][0] <= now:
-            entry = heapq.heappop(self._timers)
-            if not self._still_due(*entry):
-                continue
-            _, _, what, subject = entry
-            if what == "call":
-                self._too_late(subject)
-            elif what == "ack":
-                self._kill(subject.worker, {"fault": "blocked"})
-            elif what == "start":
-                self._kill(subject, {"fault": "start", "why": "it was not ready in time"})
-            else:
-                end_family(subject.pid)
-                self._zygote_gone(subject, {"kind": "timeout"})
-        if self._next_tick is not None and self._next_tick <= now:
-            self._next_tick = None
-            self._tick(now)
-        if self._next_watch is not None and self._next_watch <= now:
+        zygote = self._zygote
+        if zygote is not None and zygote.due <= now:
+            end_family(zygote.pid)
+            self._zygote_gone(zygote, {"kind": "timeout"})
+        for worker in list(self._workers):
+            if worker.due <= now:
+                self._kill(worker, {"fault": "start", "why": "it was not ready in time"})
+            for call in [call for call in worker.calls.values() if call.due <= now]:
+                if call.worker is worker and worker in self._workers:
+                    self._too_late(call, worker)
+        if self._next_watch <= now:
             self._watch(now)
 
-    def _too_late(self, call: Call) -> None:
-        worker = call.worker
-        if worker is None:
+    def _too_late(self, call: Call, worker: Worker) -> None:
+        if call.told:
+            self._kill(worker, {"fault": "blocked"})
             return
-        fault = {"fault": "timeout"}
+        call.fault = {"fault": "timeout"}
         if worker.is_async:
-            self._tell_to_end(call, fault)
-        elif self._still_runs(call, worker):
-            call.fault = fault
-            self._kill(worker, fault)
+            self._tell_to_end(call, worker, _ACK_WITHIN)
+        else:
+            self._kill(worker, call.fault)
 
-    def _tell_to_end(self, call: Call, fault: dict[str, Any]) -> None:
-        """Ask the event loop to end a call. When it does not answer at once, it is blocked."""
-        worker = call.worker
-        if worker is None:
-            return
-        call.fault = call.fault or fault or None
-        call.deadline = 0.0
+    def _tell_to_end(self, call: Call, worker: Worker, patience: float) -> None:
+        """Ask the event loop to end a call. When it does not answer within ``patience`` seconds, it is blocked."""
         with contextlib.suppress(OSError):  # full or dead: no answer will come
             put(worker.inbox, frames.pack(frames.CANCEL, call=call.id))
-        patience = _ACK_WITHIN if fault else _ACK_OF_CANCEL
-        self._at(time.monotonic() + patience, "ack", call)
-
-    def _tick(self, now: float) -> None:
-        """Calls are waiting: rescue those behind a slow one, and add workers, twice as many each time."""
-        for worker in list(self._sync):
-            if len(worker.calls) > 1 and now - worker.started > _STEAL_AFTER:
-                self._take_back(worker)
-        self._hand_out()
-        waiting = len(self._queue)
-        if waiting and all(worker.ready for worker in self._sync):
-            room = self._settings["workers"] - len(self._sync)
-            for _ in range(min(waiting, room, max(1, len(self._sync)))):
-                self._spawn(is_async=False)
-        if self._next_tick is None and self._needs_tick():
-            self._next_tick = now + _TICK
+        call.told = True
+        call.due = time.monotonic() + patience
 
     def _watch_soon(self) -> None:
-        if self._next_watch is None:
-            self._next_watch = time.monotonic() + _WATCH
+        self._next_watch = min(self._next_watch, time.monotonic() + _WATCH)
 
     def _watch(self, now: float) -> None:
         """Count what user code has started. A limit of the kernel's would not bind root, nor tell tools apart."""
         limit = self._settings["processes"]
         table = processes()
         rest = descendants(os.getpid())
-        busy = bool(self._calls) or (self._zygote is not None and not self._zygote.said)
-        for worker in self._workers():
+        busy = bool(self._calls) or (self._zygote is not None and self._zygote.due < math.inf)
+        for worker in list(self._workers):
             if worker.pid:
                 members = family(table, worker.pid)
                 rest -= members | {worker.pid}
@@ -565,7 +432,7 @@ class Supervisor:
             for pid in rest:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-        self._next_watch = now + _WATCH if busy or rest else None
+        self._next_watch = now + _WATCH if busy or rest else math.inf
 
     # -- ends
 
@@ -573,18 +440,14 @@ class Supervisor:
         with contextlib.suppress(BlockingIOError):
             os.read(wake, 4096)
         self._reap()
-        while dead := [worker for worker in self._workers() if worker.pid in self._status]:
+        while dead := [worker for worker in self._workers if worker.pid in self._status]:
             for worker in dead:
-                if worker.outbox.fileno() >= 0:
-                    self._on_worker(worker)
+                self._on_worker(worker)
                 if worker.outbox.fileno() >= 0:  # a child of its own still holds the other end
                     self._ended(worker)
         # What is left are orphans; the zygote's end is asked for when its socket closes.
         zygote = self._zygote.pid if self._zygote is not None else 0
         self._status = {pid: status for pid, status in self._status.items() if pid == zygote}
-
-    def _workers(self) -> list[Worker]:
-        return [*self._sync, *([self._shared] if self._shared is not None else [])]
 
     def _reap(self) -> None:
         while True:

@@ -6,12 +6,8 @@ import contextlib
 import os
 import selectors
 import signal
-import time
 
 from rnow.usercode import frames
-
-HOLD = 0.002
-"""Seconds that results wait for each other: rnow is woken once for many."""
 
 _CHUNK = 256 * 1024
 _LOG_AHEAD = 256 * 1024  # bytes that may wait for rnow before output of the user's code is dropped
@@ -25,33 +21,13 @@ class Uplink:
         self._selector = selector
         self._waiting = bytearray()
         self._registered = False
-        self._held: list[bytes] = []
-        self._held_since = 0.0
         self._output = -1
         self.broken = False
         os.set_blocking(1, False)
 
     def send(self, message: bytes) -> None:
-        """Send at once."""
+        """Send with the next ``flush``."""
         self._waiting += message
-        self._write()
-
-    def hold(self, message: bytes) -> None:
-        """Send with the next ``release``."""
-        if not self._held:
-            self._held_since = time.monotonic()
-        self._held.append(message)
-
-    def due(self) -> float | None:
-        """When what is held must go."""
-        return self._held_since + HOLD if self._held else None
-
-    def release(self, *, more: bool) -> None:
-        """Send what is held, unless ``more`` is about to follow and it has not waited long."""
-        if self._held and (not more or time.monotonic() - self._held_since >= HOLD):
-            self._waiting += b"".join(self._held)
-            self._held.clear()
-            self._write()
 
     def open_output(self, wanted: bool) -> int:
         """What becomes stdout and stderr of the user's code: a pipe whose content goes to rnow, or nothing."""
@@ -66,7 +42,6 @@ class Uplink:
         """Send the last of it. The user's code has ended."""
         for _ in range(16 if self._output >= 0 else 0):
             self._on_output()
-        self.release(more=False)
         os.set_blocking(1, True)
         signal.alarm(_LAST_WORDS)  # rnow may not be reading any more
         with contextlib.suppress(OSError):
@@ -81,7 +56,8 @@ class Uplink:
         if data and len(self._waiting) < _LOG_AHEAD:
             self.send(frames.pack(frames.LOG, body=data))
 
-    def _write(self) -> None:
+    def flush(self) -> None:
+        """Send as much of it as rnow takes now."""
         while self._waiting:
             try:
                 sent = os.write(1, self._waiting[:_CHUNK])
@@ -93,7 +69,7 @@ class Uplink:
             del self._waiting[:sent]
         wanted = bool(self._waiting)
         if wanted and not self._registered:
-            self._selector.register(1, selectors.EVENT_WRITE, self._write)
+            self._selector.register(1, selectors.EVENT_WRITE, self.flush)
         elif not wanted and self._registered:
             self._selector.unregister(1)
         self._registered = wanted

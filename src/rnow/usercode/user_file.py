@@ -8,11 +8,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rnow.core.reward import RewardSpec, collect_rewards, reward_spec
 from rnow.core.tool import ToolSpec, collect_tools, tool_spec
 from rnow.core.tool_schema import describe
+from rnow.usercode.records import Fault, FunctionReport, MistakeReport, Report
 
 Spec = RewardSpec | ToolSpec
 
@@ -22,7 +22,7 @@ _MAX_TEXT = 2000
 class ImportFault(Exception):
     """The file cannot be imported. ``report`` says why, as plain data."""
 
-    def __init__(self, report: dict[str, Any]) -> None:
+    def __init__(self, report: Fault) -> None:
         super().__init__(report)
         self.report = report
 
@@ -44,9 +44,10 @@ class UserFile:
         by_name = {spec.name: spec for spec in self.specs}
         return [by_name[name] for name in names]
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """``functions`` (as FunctionInfo has them) and ``mistakes`` (message, place, why, fix), JSON-ready."""
-        functions, mistakes = [], []
+        functions: list[FunctionReport] = []
+        mistakes: list[MistakeReport] = []
         places: dict[str, str] = {}
         for spec in self.specs:
             place = self._place(spec.function)
@@ -60,67 +61,56 @@ class UserFile:
                 )
                 continue
             places[spec.name] = place
-            described = (
-                self._tool(spec, place, mistakes)
-                if isinstance(spec, ToolSpec)
-                else self._reward(spec, place, mistakes)
-            )
-            functions.append(
-                described
-                | {
-                    "name": spec.name,
-                    "is_async": spec.is_async,
-                    "timeout": spec.timeout,
-                    "sandbox": spec.sandbox,
-                    "place": place,
-                }
-            )
+            report: FunctionReport = {
+                "name": spec.name,
+                "place": place,
+                "description": "",
+                "is_async": spec.is_async,
+                "timeout": spec.timeout,
+                "sandbox": spec.sandbox,
+            }
+            if isinstance(spec, ToolSpec):
+                mistakes += _describe_tool(spec, report)
+            else:
+                mistakes += _describe_reward(spec, report)
+            functions.append(report)
         return {"functions": functions, "mistakes": mistakes}
 
-    def _tool(self, spec: ToolSpec, place: str, mistakes: list[dict[str, Any]]) -> dict[str, Any]:
-        signature = describe(spec.function)
-        mistakes += [
-            {"message": mistake.message, "place": place, "fix": mistake.fix}
-            for mistake in signature.mistakes
-        ]
-        return {
-            "description": signature.description,
-            "parameters": signature.parameters,
-            "injected": signature.injected,
-        }
-
-    def _reward(
-        self, spec: RewardSpec, place: str, mistakes: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        inner = inspect.unwrap(spec.function)
-        if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
-            mistakes.append(
-                {
-                    "message": f'the reward "{spec.name}" yields',
-                    "place": place,
-                    "fix": "return one number instead",
-                }
-            )
-        else:
-            try:
-                inspect.signature(spec.function).bind(None, None)
-            except TypeError as error:
-                mistakes.append(
-                    {
-                        "message": f'the reward "{spec.name}" cannot be called with (args, messages)',
-                        "place": place,
-                        "why": str(error),
-                        "fix": f"write it as def {spec.name}(args: RewardArgs, messages: list) -> float",
-                    }
-                )
-        return {
-            "description": inspect.getdoc(spec.function) or "",
-            "precondition": spec.precondition,
-        }
-
-    def _place(self, function: Callable[..., Any]) -> str:
+    def _place(self, function: Callable[..., object]) -> str:
         code = inspect.unwrap(function).__code__
         return f"{relative(code.co_filename, self.folder)}:{code.co_firstlineno}"
+
+
+def _describe_tool(spec: ToolSpec, report: FunctionReport) -> list[MistakeReport]:
+    signature = describe(spec.function)
+    report["description"] = signature.description
+    report["parameters"] = signature.parameters
+    report["injected"] = signature.injected
+    return [
+        {"message": mistake.message, "place": report["place"], "fix": mistake.fix}
+        for mistake in signature.mistakes
+    ]
+
+
+def _describe_reward(spec: RewardSpec, report: FunctionReport) -> list[MistakeReport]:
+    report["description"] = inspect.getdoc(spec.function) or ""
+    report["precondition"] = spec.precondition
+    inner = inspect.unwrap(spec.function)
+    mistake: MistakeReport = {
+        "message": f'the reward "{spec.name}" yields',
+        "place": report["place"],
+        "fix": "return one number instead",
+    }
+    if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
+        return [mistake]
+    try:
+        inspect.signature(spec.function).bind(None, None)
+    except TypeError as error:
+        mistake["message"] = f'the reward "{spec.name}" cannot be called with (args, messages)'
+        mistake["why"] = str(error)
+        mistake["fix"] = f"write it as def {spec.name}(args: RewardArgs, messages: list) -> float"
+        return [mistake]
+    return []
 
 
 def import_user_file(file: str, kind: str) -> UserFile:
@@ -147,7 +137,7 @@ def import_user_file(file: str, kind: str) -> UserFile:
             raise ImportFault(_fault(path, error)) from None
     found: dict[int, Spec] = {}
     read: Callable[[object], Spec | None] = reward_spec if kind == "rewards" else tool_spec
-    collected: list[Any] = list(rewards if kind == "rewards" else tools)
+    collected: list[RewardSpec] | list[ToolSpec] = rewards if kind == "rewards" else tools
     for candidate in collected:
         found[id(candidate.function)] = candidate
     for value in list(vars(module).values()):
@@ -157,7 +147,7 @@ def import_user_file(file: str, kind: str) -> UserFile:
     return UserFile(file, kind, list(found.values()))
 
 
-def _fault(path: Path, error: BaseException) -> dict[str, Any]:
+def _fault(path: Path, error: BaseException) -> Fault:
     line, shown = _fault_line(path, error)
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     return {

@@ -9,14 +9,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rnow.core.reward import RewardArgs
 from rnow.core.tool import ToolArgs
 from rnow.usercode import frames
 from rnow.usercode.answers import error_answer, reward_answer, tool_answer
 from rnow.usercode.inbox import take
+from rnow.usercode.records import Settings
 from rnow.usercode.user_file import Spec, UserFile
 
 _MAX_STUBBORN = 16
@@ -27,7 +26,7 @@ def serve(
     outbox: socket.socket,
     code: UserFile,
     names: list[str],
-    settings: Mapping[str, Any],
+    settings: Settings,
     *,
     is_async: bool,
 ) -> None:
@@ -59,15 +58,13 @@ class _Worker:
         outbox: socket.socket,
         code: UserFile,
         specs: list[Spec],
-        settings: Mapping[str, Any],
+        settings: Settings,
     ) -> None:
         self.inbox = inbox
         self._outbox = outbox
         self._code = code
         self._specs = specs
-        self._injected: Mapping[str, bool] = settings["injected"]
-        self._secrets: Mapping[str, str] = settings["secrets"]
-        self._limit: int = settings["result_bytes"]
+        self._settings = settings
         self._folder = str(code.folder)
 
     def run(self) -> None:
@@ -93,24 +90,26 @@ class _Worker:
             os._exit(0)
         return frames.unpack(message)
 
-    def invoke(self, function: int, body: bytes) -> Any:
+    def invoke(self, function: int, body: bytes) -> object:
         """What the function returns for this payload: a value, or something to await."""
         spec = self._specs[function]
         payload = json.loads(body)
         metadata, variables = payload.get("metadata") or {}, payload.get("variables") or {}
         if self._code.kind == "rewards":
-            args = RewardArgs(metadata=metadata, variables=variables, secrets=dict(self._secrets))
+            args = RewardArgs(
+                metadata=metadata, variables=variables, secrets=dict(self._settings["secrets"])
+            )
             return spec.function(args, payload["messages"])
         arguments = dict(payload["arguments"])
-        if self._injected.get(spec.name):
+        if self._settings["injected"].get(spec.name):
             arguments["args"] = ToolArgs(metadata=metadata, variables=variables)
         return spec.function(**arguments)
 
-    def answer(self, value: Any) -> bytes:
+    def answer(self, value: object) -> bytes:
         """A result as the body of a message."""
         if self._code.kind == "rewards":
             return _json(reward_answer(value))
-        return _json(tool_answer(value, self._limit))
+        return _json(tool_answer(value, self._settings["result_bytes"]))
 
     def failure(self, error: BaseException, function: int) -> bytes:
         """An exception as the body of a message."""
@@ -195,20 +194,20 @@ class _AsyncWorker:
             self._worker.reply(call, answer, time.monotonic() - started)
 
 
-async def _awaited(value: Any) -> Any:
+async def _awaited(value: object) -> object:
     """What it comes to in the end: older projects `return llm_judge(...)` without await."""
     while inspect.isawaitable(value):
         value = await value
     return value
 
 
-def _run_awaitable(value: Any) -> Any:
+def _run_awaitable(value: object) -> object:
     import asyncio
 
     return asyncio.run(_awaited(value))
 
 
-def _json(value: Any) -> bytes:
+def _json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 

@@ -15,16 +15,17 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 from rnow.usercode import frames, worker
+from rnow.usercode.records import Settings
 from rnow.usercode.user_file import ImportFault, UserFile, import_user_file
 
 SYNC, ASYNC = b"s", b"a"
 """What the supervisor asks for, with the two sockets of the new worker."""
 
 
-def run_zygote(control: socket.socket, settings: dict[str, Any], output: int) -> NoReturn:
+def run_zygote(control: socket.socket, settings: Settings, output: int) -> NoReturn:
     """Import, report READY or FAULT on ``control``, then make workers until it closes."""
     prepare(settings, keep=(control.fileno(),), output=output)
     before = _sockets()
@@ -36,14 +37,15 @@ def run_zygote(control: socket.socket, settings: dict[str, Any], output: int) ->
         leave(1)
     worker.flush_output()  # or every copy would write it again
     forks = len(os.listdir("/proc/self/task")) == 1 and _sockets() <= before  # noqa: PTH208
-    _send(control, frames.READY, report | {"forks": forks})
+    report["forks"] = forks
+    _send(control, frames.READY, report)
     if not forks:
         leave(0)
-    functions = report["functions"]
-    settings = {
-        "names": [function["name"] for function in functions],
-        "injected": {function["name"]: bool(function.get("injected")) for function in functions},
-    } | settings  # an earlier zygote's names win: calls are numbered by them
+    if not settings["names"]:  # calls are numbered by the names that the first zygote found
+        settings["names"] = [function["name"] for function in report["functions"]]
+        settings["injected"] = {
+            function["name"]: function.get("injected", False) for function in report["functions"]
+        }
     gc.collect()
     gc.freeze()  # a collection in a worker would otherwise touch, and so copy, every page
     while True:
@@ -56,7 +58,7 @@ def run_zygote(control: socket.socket, settings: dict[str, Any], output: int) ->
 def _fork_worker(
     control: socket.socket,
     code: UserFile,
-    settings: Mapping[str, Any],
+    settings: Settings,
     is_async: bool,
     files: list[int],
 ) -> None:
@@ -81,7 +83,7 @@ def _fork_worker(
 def run_importing_worker(
     inbox: socket.socket,
     outbox: socket.socket,
-    settings: Mapping[str, Any],
+    settings: Settings,
     output: int,
     *,
     is_async: bool,
@@ -97,7 +99,7 @@ def run_importing_worker(
 
 
 def _become_worker(
-    code: UserFile, settings: Mapping[str, Any], is_async: bool, files: list[int]
+    code: UserFile, settings: Settings, is_async: bool, files: list[int]
 ) -> NoReturn:
     try:
         with contextlib.suppress(PermissionError):  # it leads a session already
@@ -122,7 +124,7 @@ def _refuse(outbox: int, problem: str) -> NoReturn:
     leave(1)
 
 
-def prepare(settings: Mapping[str, Any], *, keep: Iterable[int], output: int) -> None:
+def prepare(settings: Settings, *, keep: Iterable[int], output: int) -> None:
     """Turn a fresh copy of the supervisor into a process for user code: its own session, nothing of ours open but
     ``keep``, stdin empty, stdout and stderr on ``output``, limits, environment, folder and path of the project."""
     os.setsid()
@@ -157,7 +159,7 @@ def _close_all_but(keep: set[int]) -> None:
                 os.close(int(entry))
 
 
-def _limit(settings: Mapping[str, Any]) -> None:
+def _limit(settings: Settings) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_NOFILE, settings["open_files"])
     if settings["memory"]:
@@ -183,7 +185,7 @@ def _sockets() -> set[str]:
     return {name for name in found if name.startswith("socket:")}
 
 
-def _send(control: socket.socket, kind: int, report: Mapping[str, Any]) -> None:
+def _send(control: socket.socket, kind: int, report: Mapping[str, object]) -> None:
     with contextlib.suppress(OSError):
         body = json.dumps(report).encode()
         control.sendall(frames.pack(kind, body=body))

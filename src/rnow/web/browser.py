@@ -24,7 +24,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 from urllib.parse import urlsplit
 
 from rnow.web.addresses import Guard, Refused, Resolver, parse_allowed, parse_url, resolve
@@ -32,6 +32,19 @@ from rnow.web.chromium import chromium_arguments, find_chromium, require_package
 from rnow.web.converter import ConversionError, Converter
 from rnow.web.page_text import render_page
 from rnow.web.proxy import Limits, PinningProxy
+
+if TYPE_CHECKING:
+    from playwright.async_api import (  # pyright: ignore[reportMissingImports]
+        Browser as ChromiumBrowser,
+    )
+    from playwright.async_api import (  # pyright: ignore[reportMissingImports]
+        BrowserContext,
+        Frame,
+        Page,
+        Playwright,
+        Request,
+        Response,
+    )
 
 T = TypeVar("T")
 
@@ -96,6 +109,16 @@ class _Gone(Exception):
     """Chromium died or stopped answering."""
 
 
+class _Found(TypedDict):
+    """What ``_READ_PAGE`` answers."""
+
+    url: str
+    base: str
+    title: str
+    html: str
+    cut: bool
+
+
 @dataclass(frozen=True, slots=True)
 class _Visit:
     url: str
@@ -108,8 +131,8 @@ class _Visit:
 
 @dataclass(slots=True)
 class _Chromium:
-    driver: Any
-    browser: Any
+    driver: Playwright
+    browser: ChromiumBrowser
     pid: int
 
 
@@ -196,7 +219,7 @@ class _Worker:
         # After a fork the thread exists only in the parent.
         return self._thread.is_alive()
 
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+    def submit(self, work: Coroutine[object, object, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def stop(self) -> None:
@@ -225,7 +248,7 @@ class _Visits:
         self._slots = asyncio.Semaphore(max_pages)
         self._starting = asyncio.Lock()
         self._chromium: _Chromium | None = None
-        self._background: set[asyncio.Task[Any]] = set()
+        self._background: set[asyncio.Task[object]] = set()
         self._home: str | None = None
         self._home_lock = -1
         self._closed = False
@@ -302,7 +325,7 @@ class _Visits:
             # Not waited for: a page that does not want to go must not keep its visitor.
             self._keep(self._close_context(chromium, context))
 
-    async def _close_context(self, chromium: _Chromium, context: Any) -> None:
+    async def _close_context(self, chromium: _Chromium, context: BrowserContext | None) -> None:
         try:
             if context is not None and chromium.browser.is_connected():
                 async with asyncio.timeout(_CLOSE_SECONDS):
@@ -315,7 +338,7 @@ class _Visits:
         finally:
             self._slots.release()
 
-    async def _read(self, page: Any, url: str, deadline: float) -> _Visit:
+    async def _read(self, page: Page, url: str, deadline: float) -> _Visit:
         clock = asyncio.get_running_loop().time
         begun = clock()
         trail = _Trail(page, url)
@@ -353,7 +376,7 @@ class _Visits:
             notes=tuple(notes),
         )
 
-    async def _contents(self, page: Any, deadline: float) -> dict[str, Any]:
+    async def _contents(self, page: Page, deadline: float) -> _Found:
         """What ``_READ_PAGE`` says. A page that moves on while it is read is read again."""
         clock = asyncio.get_running_loop().time
         end = min(deadline - _ANSWER_SECONDS, clock() + _READ_SECONDS)
@@ -425,7 +448,7 @@ class _Visits:
             self._chromium = await self._start_chromium(self._home)
             return self._chromium
 
-    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _keep(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         """Run in the background; whoever awaits it gets its error, and nobody else hears of it."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
@@ -468,7 +491,7 @@ class _Visits:
         pid = next(entry["id"] for entry in found["processInfo"] if entry["type"] == "browser")
         return _Chromium(driver=driver, browser=browser, pid=pid)
 
-    async def _launch(self, driver: Any, home: str) -> Any:
+    async def _launch(self, driver: Playwright, home: str) -> ChromiumBrowser:
         """Chromium with its own sandbox where it can have one: not as root, and not where the kernel or a container
         forbids user namespaces."""
         options = {
@@ -511,7 +534,7 @@ class _Visits:
 class _Trail:
     """Where the main frame of a page went."""
 
-    def __init__(self, page: Any, url: str) -> None:
+    def __init__(self, page: Page, url: str) -> None:
         self.first = url
         self.last = url
         self.status: int | None = None
@@ -524,25 +547,25 @@ class _Trail:
         page.on("download", self._downloads)
         page.on("popup", self._popup)
 
-    def _mine(self, request: Any) -> bool:
+    def _mine(self, request: Request) -> bool:
         return request.is_navigation_request() and request.frame == self._page.main_frame
 
-    def _request(self, request: Any) -> None:
+    def _request(self, request: Request) -> None:
         if self._mine(request):
             self.last = request.url
 
-    def _response(self, response: Any) -> None:
+    def _response(self, response: Response) -> None:
         if self._mine(response.request):
             self.status = response.status
 
-    def _navigated(self, frame: Any) -> None:
+    def _navigated(self, frame: Frame) -> None:
         if frame == self._page.main_frame:
             self.committed = True
 
-    def _downloads(self, _: Any) -> None:
+    def _downloads(self, _: object) -> None:
         self.download = True
 
-    async def _popup(self, popup: Any) -> None:
+    async def _popup(self, popup: Page) -> None:
         with contextlib.suppress(Exception):
             await popup.close()
 
@@ -571,7 +594,7 @@ def _remove_orphans() -> None:
                 os.close(descriptor)
 
 
-async def _disconnected(browser: Any) -> bool:
+async def _disconnected(browser: ChromiumBrowser) -> bool:
     """Whether Chromium is gone. A moment's patience: its pages are reported closed before it is."""
     for _ in range(10):
         if not browser.is_connected():

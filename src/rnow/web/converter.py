@@ -8,7 +8,6 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 _SCRIPT = Path(__file__).with_name("to_markdown.py")
 _START_SECONDS = 60.0
@@ -95,7 +94,7 @@ class Converter:
             await process.wait()
 
 
-async def _ask(process: asyncio.subprocess.Process, request: dict[str, Any]) -> dict[str, Any]:
+async def _ask(process: asyncio.subprocess.Process, request: dict[str, str]) -> dict[str, str]:
     assert process.stdin is not None
     data = json.dumps(request).encode("ascii")
     process.stdin.write(len(data).to_bytes(4, "big") + data)
@@ -103,7 +102,7 @@ async def _ask(process: asyncio.subprocess.Process, request: dict[str, Any]) -> 
     return await _receive(process)
 
 
-async def _receive(process: asyncio.subprocess.Process) -> dict[str, Any]:
+async def _receive(process: asyncio.subprocess.Process) -> dict[str, str]:
     assert process.stdout is not None
     size = int.from_bytes(await process.stdout.readexactly(4), "big")
     if size > _MAX_ANSWER:

@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 _PR_SET_PDEATHSIG = 1
 _MEMORY = 4 << 30  # address space, in bytes
@@ -43,14 +43,14 @@ def _load() -> Callable[[str, str], str]:
     return convert
 
 
-def _read(stream: BinaryIO) -> dict[str, Any] | None:
+def _read(stream: BinaryIO) -> dict[str, str] | None:
     size = stream.read(4)
     if len(size) < 4:
         return None
     return json.loads(stream.read(int.from_bytes(size, "big")))
 
 
-def _write(stream: BinaryIO, answer: dict[str, Any]) -> None:
+def _write(stream: BinaryIO, answer: dict[str, str]) -> None:
     data = json.dumps(answer).encode("ascii")
     stream.write(len(data).to_bytes(4, "big") + data)
     stream.flush()
