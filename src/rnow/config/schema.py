@@ -306,15 +306,11 @@ class SamplerSection(Section):
             "The engine that samples; `auto` is vllm on a GPU where it is installed, else transformers."
         ),
     )
-    mode: Literal["engine", "server"] = Field(
-        default="engine",
-        **described("vllm: an engine in a process of its own, or its HTTP server on loopback."),
-    )
     url: Text | None = Field(
         default=None,
         **described(
-            "vllm: address of a server that is there already and sees the run folder under the same path.",
-            "we start our own",
+            "vllm: address of a server that runs already and sees the run folder under the same path.",
+            "an engine is started",
         ),
     )
     served_model: Text | None = Field(

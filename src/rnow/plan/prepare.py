@@ -173,8 +173,8 @@ def _check_nf4(config: Config) -> None:
 
 # Settings that only one of two backends reads.
 _VLLM_SAMPLER = (
-    "mode", "served_model", "dtype", "quantization", "gpu_memory_utilization", "max_num_seqs",
-    "tensor_parallel_size", "enforce_eager", "enable_prefix_caching",
+    "served_model", "dtype", "quantization", "gpu_memory_utilization", "max_num_seqs", "tensor_parallel_size",
+    "enforce_eager", "enable_prefix_caching",
 )  # fmt: skip
 _VLLM_TEACHER = (
     "served_model", "tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens",

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rnow.errors import ModelError
 from rnow.processes.process import ManagedProcess
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
 from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
-from rnow.sampling.vllm_link import WorkerLink
+from rnow.sampling.vllm_link import Message, WorkerLink
 from rnow.sampling.vllm_padding import EXTENSION
 from rnow.sampling.vllm_probe import tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.serving.server import START_TIMEOUT
+from rnow.serving.server import START_TIMEOUT, require_vllm
 from rnow.types import SamplingParams
 
 WORKER = ("-P", "-m", "rnow.sampling.vllm_worker")
@@ -48,7 +47,7 @@ class VllmEngineSampler(VllmSampler):
         )
 
 
-def worker_settings(settings: VllmSettings) -> dict[str, Any]:
+def worker_settings(settings: VllmSettings) -> dict[str, object]:
     """What the worker is told, JSON-ready."""
     ours = {"work_dir", "log", "probe", "start_timeout", "request_timeout"}
     told = {
@@ -76,7 +75,7 @@ class EngineBackend:
 
     def __init__(
         self,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         *,
         log: Path,
         start_timeout: float,
@@ -105,11 +104,7 @@ class EngineBackend:
         """
         command = self._command
         if command is None:
-            if importlib.util.find_spec("vllm") is None:
-                raise ModelError(
-                    "sampler.backend is vllm, and vLLM is not installed in this environment",
-                    fix="install vllm 0.26 or newer, or set sampler.backend: transformers",
-                )
+            require_vllm("sampler.backend")
             command = (sys.executable, *WORKER)
         ours, theirs = socket.socketpair()
         with theirs:
@@ -203,17 +198,17 @@ class EngineBackend:
         )
         return answer["logprobs"]
 
-    def _call(self, op: str, **fields: Any) -> Any:
+    def _call(self, op: str, **fields: object) -> Future[Message]:
         if self._link is None:
             raise EngineGone("it was never started")
         return self._link.call(op, **fields)
 
 
 def environment() -> dict[str, str]:
-    """Variables for a vLLM process of ours: this rnow importable, nothing fetched, nothing reported."""
+    """Variables for a vLLM process that rnow starts: this rnow importable, nothing fetched, nothing reported."""
     source = str(Path(__file__).parents[2])
     paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    variables = {
+    return {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         # The user's folder holds files named as they like; none of them may shadow a package.
         "PYTHONSAFEPATH": "1",
@@ -223,4 +218,3 @@ def environment() -> dict[str, str]:
         # Read by the CPU build alone, in GiB; without it, vLLM wants its share of all the memory to be free.
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
     }
-    return variables

@@ -8,6 +8,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from itertools import count
 from typing import Any
@@ -18,10 +19,11 @@ _CHUNK = 1 << 20
 _POLL = 1.0
 
 Message = dict[str, Any]
+"""One line of JSON; its fields are those of the engine's methods (``vllm_worker.Engine``)."""
 
 
 class WorkerLink:
-    """Our end of the socket. Safe to use from any thread; a worker that stops reading blocks nobody.
+    """The trainer's end of the socket. Safe to use from any thread; a worker that stops reading blocks nobody.
 
     The worker sends ``{"id": ..., "ok": {...}}`` or ``{"id": ..., "refused": text}`` or ``{"id": ..., "gone": text}`` for each
     request, and ``{"progress": n}`` every second, where n grows as long as the engine draws tokens.
@@ -43,7 +45,7 @@ class WorkerLink:
         for work in (self._read, self._write):
             threading.Thread(target=work, name="vllm-link", daemon=True).start()
 
-    def call(self, op: str, **fields: Any) -> Future[Message]:
+    def call(self, op: str, **fields: object) -> Future[Message]:
         """Send a request. The future holds the ``ok`` part of the answer, or raises EngineGone or RequestRefused;
         cancelling it tells the worker to abort."""
         future: Future[Message] = Future()
@@ -63,9 +65,9 @@ class WorkerLink:
         """Change how long the worker may be silent."""
         self._silence = seconds
 
-    def close(self, why: str = "it was stopped") -> None:
+    def close(self) -> None:
         """Hang up. Requests still owed raise EngineGone."""
-        self._fail(why)
+        self._fail("it was stopped")
 
     def _settled(self, number: int, future: Future[Message]) -> None:
         with self._lock:
@@ -73,7 +75,7 @@ class WorkerLink:
         if owed is not None and future.cancelled():
             self._send({"op": "abort", "id": number})
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Mapping[str, object]) -> None:
         self._outbox.put(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def _write(self) -> None:
