@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def shared(
         )
     )
     gpu = Residency()
-    with sampler:
+    with closing(sampler):
         sampler.start().result()
         gpu.add("sampler", sampler)
 

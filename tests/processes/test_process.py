@@ -1,4 +1,4 @@
-"""Processes of ours: ready or explained, stopped or gone with us."""
+"""Managed processes: ready or explained, stopped or gone with their owner."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ async def at_once() -> bool:
 
 def test_start_watch_stop(tmp_path: Path) -> None:
     process = make(tmp_path, "sh", "-c", "echo hello $WORD; sleep 600", env={"WORD": "you"})
-    assert process.pid is None
     assert not process.alive()
     with process:
         asyncio.run(process.wait_until(at_once, timeout=5))
@@ -107,8 +106,8 @@ def test_stop_finds_what_a_killed_leash_left(tmp_path: Path) -> None:
     process = make(tmp_path, sys.executable, "-S", "-c", TREE, str(note))
     process.start()
     wait_for(lambda: len(living(note)) == SIZE)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+    assert process._popen is not None
+    os.kill(process._popen.pid, signal.SIGKILL)
     wait_for(lambda: not process.alive())
     process.stop(grace=0)
     assert living(note) == []

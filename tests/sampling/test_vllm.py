@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def setup(
         )
     )
     sampler.watch(probe_reference(lm))
-    with sampler:
+    with closing(sampler):
         yield Setup(policy, embedded, sampler, folder / "vllm.log")
     assert not (folder / "adapters").exists()
 
@@ -332,7 +333,7 @@ def test_a_server_given_by_url(setup: Setup, tmp_path: Path) -> None:
     setup.only(OnServer)
     setup.load(25)
     before = served(setup)
-    with given(setup, tmp_path) as sampler:
+    with closing(given(setup, tmp_path)) as sampler:
         sampler.load_policy(setup.policy.adapter(), version=25)
         assert len(served(setup)) == len(before) + 1
         assert complete(sampler, drawn()) == complete(setup.vllm, drawn())
@@ -352,7 +353,7 @@ def test_a_given_server_that_cannot_load_the_adapter(setup: Setup, tmp_path: Pat
         config={**adapter.config, "r": 32},
     )
     with (
-        given(setup, tmp_path, max_lora_rank=32) as sampler,
+        closing(given(setup, tmp_path, max_lora_rank=32)) as sampler,
         pytest.raises(ModelError) as failure,
     ):
         sampler.load_policy(wide, version=1)
@@ -362,10 +363,10 @@ def test_a_given_server_that_cannot_load_the_adapter(setup: Setup, tmp_path: Pat
 
 def test_a_given_server_needs_the_right_key_and_model(setup: Setup, tmp_path: Path) -> None:
     setup.only(OnServer)
-    with given(setup, tmp_path, api_key="wrong") as sampler, pytest.raises(RnowError):
+    with closing(given(setup, tmp_path, api_key="wrong")) as sampler, pytest.raises(RnowError):
         sampler.start().result()
     with (
-        given(setup, tmp_path, served_model="other") as sampler,
+        closing(given(setup, tmp_path, served_model="other")) as sampler,
         pytest.raises(ModelError, match="does not serve other"),
     ):
         sampler.start().result()

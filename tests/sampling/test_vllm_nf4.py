@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_the_students_base_and_adapter(folder: Path, tmp_path: Path) -> None:
             probe=tuple(IDS[:24]),
         )
     )
-    with sampler:
+    with closing(sampler):
         sampler.watch(probe_reference(student), tolerance=trainer_tolerance(student))
         sampler.start().result()
         base = asyncio.run(sampler._backend.probe(IDS, None))

@@ -21,11 +21,11 @@ from rnow.errors import (
     TemporaryError,
 )
 from rnow.protocols import Sampler
-from rnow.sampling.adapter_files import AdapterFiles
 from rnow.sampling.vllm_backend import LORA_RANKS, allowed_lora_rank
 from rnow.sampling.vllm_engine import EngineBackend
 from rnow.sampling.vllm_probe import EXACT, QUANTISED, ROUNDED, gap_between, tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.vllm_worker import Refused, engine_arguments
 from rnow.types import Adapter, Completion, SamplingParams
 
@@ -40,22 +40,19 @@ Make = Callable[..., VllmSampler]
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[VllmSampler] = []
 
-    def build(
-        *, silence: float = 30.0, probe: tuple[int, ...] = (), **settings: Any
-    ) -> VllmSampler:
-        backend = EngineBackend(
-            settings,
+    def build(*flags: str, silence: float = 30.0, probe: tuple[int, ...] = ()) -> VllmSampler:
+        settings = VllmSettings(
+            local_dir=tmp_path / "student",
+            vocabulary=10,
+            work_dir=tmp_path / "adapters",
             log=tmp_path / "log",
-            start_timeout=30.0,
+            dtype="float32",
+            max_lora_rank=8,
+            probe=probe,
             request_timeout=silence,
-            command=(sys.executable, str(STAND_IN), str(tmp_path)),
         )
-        files = AdapterFiles(tmp_path / "adapters")
-        made.append(
-            VllmSampler(
-                backend, vocabulary=10, max_lora_rank=8, files=files, probe=probe, tolerance=EXACT
-            )
-        )
+        command = (sys.executable, str(STAND_IN), str(tmp_path), *flags)
+        made.append(VllmSampler(EngineBackend(settings, command=command), settings))
         return made[-1]
 
     yield build
@@ -278,7 +275,7 @@ def test_probes_run_alone(make: Make, tmp_path: Path) -> None:
 
 
 def test_sleep_and_wake_bring_the_adapter_back(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
     sampler.load_policy(adapter(), version=4)
 
     async def nap() -> Completion:
@@ -308,7 +305,7 @@ def test_no_sleep_where_the_engine_has_none(make: Make) -> None:
 
 
 def test_sleeping_twice_and_waking_twice_is_once(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
 
     async def twice() -> None:
         await sampler.wake()
@@ -321,7 +318,7 @@ def test_sleeping_twice_and_waking_twice_is_once(make: Make, tmp_path: Path) -> 
 
 
 def test_an_adapter_loaded_asleep_is_there_after_waking(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True, probe=PROBE)
+    sampler = make("sleeps", probe=PROBE)
     sampler.watch(lambda ids, masked: ADAPTED)
     sampler.load_policy(adapter(), version=1)
     (tmp_path / "events").write_text("")
@@ -342,7 +339,7 @@ def test_an_adapter_loaded_asleep_is_there_after_waking(make: Make, tmp_path: Pa
 
 
 def test_what_was_loaded_before_a_sleep_has_another_name_after_it(make: Make) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
     sampler.load_policy(adapter(), version=1)
     before = sampler._current
 
@@ -363,7 +360,7 @@ def test_what_was_loaded_before_a_sleep_has_another_name_after_it(make: Make) ->
 def test_a_death_on_the_way_to_or_from_sleep_is_one_restart(
     make: Make, tmp_path: Path, when: str
 ) -> None:
-    sampler = make(sleeps=True, probe=PROBE)
+    sampler = make("sleeps", probe=PROBE)
     sampler.watch(lambda ids, masked: ADAPTED)
     sampler.load_policy(adapter(), version=1)
     (tmp_path / f"dies at {when}").touch()
@@ -384,7 +381,7 @@ def test_a_death_on_the_way_to_or_from_sleep_is_one_restart(
 
 
 def test_an_engine_killed_in_its_sleep_is_one_restart(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
     sampler.load_policy(adapter(), version=1)
 
     async def nap() -> Completion:
@@ -399,7 +396,7 @@ def test_an_engine_killed_in_its_sleep_is_one_restart(make: Make, tmp_path: Path
 
 
 def test_an_engine_that_dies_at_every_wake_ends_the_run(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
 
     async def nap() -> None:
         await sampler.sleep()
@@ -417,7 +414,7 @@ def test_an_engine_that_dies_at_every_wake_ends_the_run(make: Make, tmp_path: Pa
 
 def test_a_cancelled_sleep_is_slept_all_the_same(make: Make, tmp_path: Path) -> None:
     """The engine cannot be called back half way; what matters is that both sides know."""
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
 
     async def cancelled(work: Any) -> None:
         task = asyncio.create_task(work)
@@ -443,7 +440,7 @@ def test_a_cancelled_sleep_is_slept_all_the_same(make: Make, tmp_path: Path) -> 
 
 
 def test_no_sleep_beside_completions(make: Make) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
 
     async def both() -> Completion:
         task = asyncio.create_task(sampler.complete(SLOW, PARAMS, 9))
@@ -521,7 +518,7 @@ def test_an_adapter_that_stays_wrong_ends_the_run(make: Make, tmp_path: Path) ->
 
 
 def test_a_base_that_wakes_up_as_another_is_started_again(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True, probe=PROBE)
+    sampler = make("sleeps", probe=PROBE)
 
     async def nap() -> None:
         await sampler.sleep()
@@ -534,7 +531,7 @@ def test_a_base_that_wakes_up_as_another_is_started_again(make: Make, tmp_path: 
 
 
 def test_a_base_that_stays_another_ends_the_run(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True, probe=PROBE)
+    sampler = make("sleeps", probe=PROBE)
 
     async def nap() -> None:
         await sampler.sleep()
@@ -596,7 +593,7 @@ def test_gaps_that_are_none(other: list[float]) -> None:
 
 
 def test_an_engine_that_does_not_start_shows_its_log(make: Make) -> None:
-    sampler = make(fails=True)
+    sampler = make("fails")
     with pytest.raises(ModelError) as failure:
         sampler.load_policy(adapter(), version=0)
     assert "no room for the KV cache" in "\n".join(failure.value.details)
@@ -604,7 +601,7 @@ def test_an_engine_that_does_not_start_shows_its_log(make: Make) -> None:
 
 def test_an_engine_that_cannot_serve_the_model_says_why(make: Make) -> None:
     with pytest.raises(ModelError) as failure:
-        make(refuses=True).start().result()
+        make("refuses").start().result()
     assert failure.value.why == "too old"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.serving.scripted import ROWS, VOCABULARY, ScriptedServer, changed, lo
 
 from rnow.errors import InputError, ModelError
 from rnow.processes.process import free_port
+from rnow.sampling import vllm_server
 from rnow.sampling.adapter_files import AdapterFiles
 from rnow.sampling.vllm_backend import EngineGone, RequestRefused
 from rnow.sampling.vllm_server import ServerBackend, VllmServerSampler, padded_ids
@@ -71,7 +73,8 @@ def test_padded_ids_are_those_the_head_has_and_the_tokenizer_has_not(tmp_path: P
 def test_each_adapter_replaces_the_one_before_and_goes_at_the_end(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
-    with VllmServerSampler(settings_of(tmp_path), url=server.url, api_key=KEY) as sampler:
+    made = VllmServerSampler(settings_of(tmp_path), url=server.url, api_key=KEY)
+    with closing(made) as sampler:
         for version in (1, 2):
             sampler.load_policy(ADAPTER, version=version)
             (name,) = set(server.models) - {"base"}
@@ -142,10 +145,10 @@ def test_a_server_that_forgot_the_adapter_was_restarted(
         asyncio.run(backend.draw((5, ROWS), PARAMS, 1, None))
 
 
-def test_a_given_server_that_is_not_there(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, start_timeout=0.6)
-    sampler = VllmServerSampler(settings, url=f"http://127.0.0.1:{free_port()}")
-    with sampler, pytest.raises(ModelError, match=r"127\.0\.0\.1"):
+def test_a_given_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "START_TIMEOUT", 0.6)
+    sampler = VllmServerSampler(settings_of(tmp_path), url=f"http://127.0.0.1:{free_port()}")
+    with closing(sampler), pytest.raises(ModelError, match=r"127\.0\.0\.1"):
         sampler.start().result()
 
 

@@ -115,11 +115,6 @@ class ManagedProcess:
         self._pipe, self._owner = write_end, os.getpid()
         _running.add(self)
 
-    @property
-    def pid(self) -> int | None:
-        """The id of the leash, which ends as the command ends; None before the start."""
-        return self._popen.pid if self._popen else None
-
     def pids(self) -> set[int]:
         """Ids of the command and of every process it started that lives."""
         return leash.descendants(self._popen.pid) if self._popen and self.alive() else set()

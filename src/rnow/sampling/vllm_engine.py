@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import fields
@@ -14,11 +14,10 @@ from pathlib import Path
 
 from rnow.errors import ModelError
 from rnow.processes.process import ManagedProcess
-from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
+from rnow.sampling.adapter_files import StoredAdapter
 from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
 from rnow.sampling.vllm_link import Message, WorkerLink
 from rnow.sampling.vllm_padding import EXTENSION
-from rnow.sampling.vllm_probe import tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.serving.server import START_TIMEOUT, require_vllm
@@ -31,62 +30,22 @@ class VllmEngineSampler(VllmSampler):
     """A Sampler over a vLLM engine that this process starts and that ends with it."""
 
     def __init__(self, settings: VllmSettings) -> None:
-        backend = EngineBackend(
-            worker_settings(settings),
-            log=settings.log,
-            start_timeout=settings.start_timeout or START_TIMEOUT,
-            request_timeout=settings.request_timeout,
-        )
-        super().__init__(
-            backend,
-            vocabulary=settings.vocabulary,
-            max_lora_rank=settings.allowed_rank,
-            files=AdapterFiles(settings.work_dir),
-            probe=settings.probe,
-            tolerance=tolerance_of(settings.dtype, settings.quantization),
-        )
-
-
-def worker_settings(settings: VllmSettings) -> dict[str, object]:
-    """What the worker is told, JSON-ready."""
-    ours = {"work_dir", "log", "probe", "start_timeout", "request_timeout"}
-    told = {
-        field.name: getattr(settings, field.name)
-        for field in fields(settings)
-        if field.name not in ours
-    }
-    return told | {
-        "local_dir": str(Path(settings.local_dir).resolve()),
-        "max_lora_rank": settings.allowed_rank,
-        "worker_extension": EXTENSION,
-    }
+        super().__init__(EngineBackend(settings), settings)
 
 
 class EngineBackend:
     """The worker process and the line to it.
 
     Args:
-        settings: sent to the worker as they are.
-        command: what to start, given the descriptor of its end of the line as one more argument.
+        command: what to start instead of the worker, given the descriptor of its end of the line as one more argument.
     """
 
     name = "vLLM's engine"
     masks_probes = True
 
-    def __init__(
-        self,
-        settings: Mapping[str, object],
-        *,
-        log: Path,
-        start_timeout: float,
-        request_timeout: float,
-        command: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, settings: VllmSettings, *, command: Sequence[str] | None = None) -> None:
         self.supports_sleep = False
-        self._settings = dict(settings)
-        self._log = log
-        self._start_timeout = start_timeout
-        self._request_timeout = request_timeout
+        self._settings = settings
         self._command = command
         self._process: ManagedProcess | None = None
         self._link: WorkerLink | None = None
@@ -111,31 +70,34 @@ class EngineBackend:
             self._process = ManagedProcess(
                 [*command, str(theirs.fileno())],
                 env=environment(),
-                log=self._log,
+                log=self._settings.log,
                 name=self.name,
                 pass_fds=(theirs.fileno(),),
             )
             self._process.start()
-        self._link = WorkerLink(ours, silence=self._start_timeout)
-        answer = self._link.call("start", settings=self._settings)
+        self._link = WorkerLink(ours, silence=START_TIMEOUT)
+        answer = self._link.call("start", settings=worker_settings(self._settings))
         try:
-            ready = answer.result(self._start_timeout)
+            ready = answer.result(START_TIMEOUT)
         except (EngineGone, FutureTimeout) as error:
             self.stop()
-            why = str(error) or f"no answer after {self._start_timeout:g} s"
+            why = str(error) or f"no answer after {START_TIMEOUT:g} s"
             tail = self._process.log_tail()
             raise EngineGone(
-                f"the engine did not start: {why}", [*tail, f"the whole log is {self._log}"]
+                f"the engine did not start: {why}",
+                [*tail, f"the whole log is {self._settings.log}"],
             ) from error
         except RequestRefused as error:
             self.stop()
             raise ModelError(
-                "vLLM cannot serve this model", why=str(error), details=[f"log: {self._log}"]
+                "vLLM cannot serve this model",
+                why=str(error),
+                details=[f"log: {self._settings.log}"],
             ) from error
         except BaseException:
             self.stop()
             raise
-        self._link.set_silence(self._request_timeout)
+        self._link.silence = self._settings.request_timeout
         self.supports_sleep = ready["supports_sleep"]
 
     def stop(self) -> None:
@@ -202,6 +164,18 @@ class EngineBackend:
         if self._link is None:
             raise EngineGone("it was never started")
         return self._link.call(op, **fields)
+
+
+def worker_settings(settings: VllmSettings) -> dict[str, object]:
+    """What the worker is told, JSON-ready."""
+    told = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for ours in ("work_dir", "log", "probe", "request_timeout"):
+        del told[ours]
+    return told | {
+        "local_dir": str(Path(settings.local_dir).resolve()),
+        "max_lora_rank": settings.allowed_rank,
+        "worker_extension": EXTENSION,
+    }
 
 
 def environment() -> dict[str, str]:

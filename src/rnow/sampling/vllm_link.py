@@ -29,12 +29,13 @@ class WorkerLink:
     request, and ``{"progress": n}`` every second, where n grows as long as the engine draws tokens.
 
     Args:
-        silence: seconds that requests may be owed without an answer or any progress before the worker counts as gone.
+        silence: seconds that requests may be owed without an answer or any progress before the worker counts as gone; may be
+            changed.
     """
 
     def __init__(self, connection: socket.socket, *, silence: float) -> None:
         self._socket = connection
-        self._silence = silence
+        self.silence = silence
         self._owed: dict[int, Future[Message]] = {}
         self._lock = threading.Lock()
         self._ids = count(1)
@@ -60,10 +61,6 @@ class WorkerLink:
         future.add_done_callback(lambda done: self._settled(number, done))
         self._send({"id": number, "op": op, **fields})
         return future
-
-    def set_silence(self, seconds: float) -> None:
-        """Change how long the worker may be silent."""
-        self._silence = seconds
 
     def close(self) -> None:
         """Hang up. Requests still owed raise EngineGone."""
@@ -128,7 +125,7 @@ class WorkerLink:
     def _check_silence(self) -> None:
         with self._lock:
             silent = time.monotonic() - self._heard if self._owed else 0.0
-        if silent > self._silence:
+        if silent > self.silence:
             self._fail(f"it has not answered for {silent:.0f} s")
 
     def _fail(self, why: str) -> None:

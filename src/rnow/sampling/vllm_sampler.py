@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from rnow.errors import InputError, ModelError, NotYetSupported, RnowError, TemporaryError
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
@@ -19,7 +19,8 @@ from rnow.sampling.vllm_backend import (
     EngineGone,
     RequestRefused,
 )
-from rnow.sampling.vllm_probe import ROUNDED, Gap, Reference, Tolerance, gap_between
+from rnow.sampling.vllm_probe import Gap, Reference, gap_between, tolerance_of
+from rnow.sampling.vllm_settings import VllmSettings
 from rnow.tasks import ask_again
 from rnow.types import Adapter, Completion, FinishReason, SamplingParams
 
@@ -37,34 +38,23 @@ class VllmSampler:
     it said. With ``watch``, each adapter that was loaded is scored too: it must say what the trainer says.
 
     Args:
-        vocabulary: the tokenizer's length; ids at or above it are never drawn.
-        max_lora_rank: the highest rank that the backend was told of.
-        probe: ids of a short text; at least two, or none.
-        tolerance: how far a probe may be off.
+        settings: those of ``backend``. ``probe`` holds at least two ids, or none.
+        private: only this user may read the adapters; a server may run as another.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        *,
-        vocabulary: int,
-        max_lora_rank: int,
-        files: AdapterFiles,
-        probe: Sequence[int] = (),
-        tolerance: Tolerance = ROUNDED,
-    ) -> None:
-        if len(probe) == 1:
+    def __init__(self, backend: Backend, settings: VllmSettings, *, private: bool = True) -> None:
+        if len(settings.probe) == 1:
             raise ValueError("a probe needs at least two token ids")
-        self._probe_ids = tuple(probe)
-        self._tolerance = tolerance
+        self._probe_ids = settings.probe
+        self._tolerance = tolerance_of(settings.dtype, settings.quantization)
         self._reference: Reference | None = None
         self._base_logprobs: list[float] | None = None
         self._expected: Sequence[float] | None = None
         self._proven = False
         self._backend = backend
-        self._vocabulary = vocabulary
-        self._max_lora_rank = max_lora_rank
-        self._files = files
+        self._vocabulary = settings.vocabulary
+        self._max_lora_rank = settings.allowed_rank
+        self._files = AdapterFiles(settings.work_dir, private=private)
         # Everything that blocks happens on this one thread, one thing after the other: start, restart, load, sleep.
         self._control = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._starts = 0
@@ -189,12 +179,6 @@ class VllmSampler:
             self._control.shutdown(wait=True, cancel_futures=True)
             self._backend.stop()
             self._files.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     async def _ready(self) -> None:
         if self._failure:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from rnow.errors import ModelError
 from rnow.models.tokenizer import read_config
-from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
+from rnow.sampling.adapter_files import StoredAdapter
 from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
-from rnow.sampling.vllm_probe import tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.serving.client import Refused, ServerDown, VllmClient
@@ -48,14 +47,8 @@ class VllmServerSampler(VllmSampler):
         api_key: str | None = None,
         served_model: str | None = None,
     ) -> None:
-        super().__init__(
-            ServerBackend(settings, url, api_key=api_key, served_model=served_model),
-            vocabulary=settings.vocabulary,
-            max_lora_rank=settings.allowed_rank,
-            files=AdapterFiles(settings.work_dir, private=False),
-            probe=settings.probe,
-            tolerance=tolerance_of(settings.dtype, settings.quantization),
-        )
+        backend = ServerBackend(settings, url, api_key=api_key, served_model=served_model)
+        super().__init__(backend, settings, private=False)
 
 
 class ServerBackend:
@@ -89,9 +82,7 @@ class ServerBackend:
             ModelError: it serves no such model, or gives other log-probabilities than those it draws from.
         """
         with _translated():
-            models = run_anywhere(
-                self._client(self._settings.start_timeout or START_TIMEOUT).models()
-            )
+            models = run_anywhere(self._client(START_TIMEOUT).models())
         bases = [model.id for model in models if model.parent is None]
         wanted = self._base or (bases[0] if bases else None)
         if wanted is None or wanted not in bases:
