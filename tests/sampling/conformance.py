@@ -130,10 +130,11 @@ class OnServer(VllmServerSampler):
             *("--dtype", settings.dtype),
             *("--gpu-memory-utilization", str(settings.gpu_memory_utilization)),
             *("--max-num-seqs", str(settings.max_num_seqs)),
-            *("--max-model-len", str(settings.max_model_len or 4096)),
             *("--logprobs-mode", "processed_logprobs"),
             *("--enable-lora", "--max-lora-rank", str(settings.allowed_rank), "--enforce-eager"),
         ]
+        if settings.max_model_len is not None:
+            arguments += ["--max-model-len", str(settings.max_model_len)]
         if not torch.cuda.is_available():
             # A seeded request whose prompt is prefilled in two parts kills vLLM's CPU engine.
             arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
