@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from rnow.models.loading import load_causal_lm
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
-from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.setup.backends import probe_reference
 from rnow.setup.build import run
@@ -168,20 +168,13 @@ class Shared:
         asyncio.run(load())
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(VllmEngineSampler, id="engine", marks=needs_vllm),
-        pytest.param(VllmServerSampler, id="server", marks=needs_vllm),
-    ],
-)
+@pytest.fixture(scope="module", params=[pytest.param(None, id="engine", marks=needs_vllm)])
 def shared(
-    request: pytest.FixtureRequest,
     tiny_model_dir: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Shared]:
     folder, work = tiny_model_dir(**SHAPE), tmp_path_factory.mktemp("one card")
-    sampler: VllmSampler = request.param(
+    sampler = VllmEngineSampler(
         VllmSettings(
             local_dir=folder,
             vocabulary=VOCABULARY,
@@ -198,7 +191,7 @@ def shared(
         )
     )
     gpu = Residency()
-    with sampler:
+    with closing(sampler):
         sampler.start().result()
         gpu.add("sampler", sampler)
 
@@ -213,7 +206,7 @@ def shared(
 
 
 def test_it_can_sleep(shared: Shared) -> None:
-    assert shared.sampler.supports_sleep
+    assert shared.sampler._backend.supports_sleep
 
 
 def test_asleep_it_leaves_the_card_to_others(shared: Shared) -> None:
@@ -235,9 +228,7 @@ def test_after_waking_it_draws_what_it_drew(shared: Shared) -> None:
         after = shared.draw()
         assert after.token_ids == before.token_ids
         assert after.logprobs == pytest.approx(before.logprobs, abs=2e-2)
-        gap = shared.sampler.probe_gaps["base"]
-        assert gap.mean < 2e-2, str(gap)
-    assert shared.sampler.restarts == 0
+    assert shared.sampler._starts == 1, "each wake found the base that it was"
 
 
 def test_an_adapter_that_came_while_it_slept_is_the_trainers(shared: Shared) -> None:
@@ -249,9 +240,8 @@ def test_an_adapter_that_came_while_it_slept_is_the_trainers(shared: Shared) -> 
     after = shared.draw()
     assert after.policy_version == 4
     assert after != before
-    gap = shared.sampler.probe_gaps["adapter"]
-    assert gap.mean < 0.15, str(gap)
-    assert shared.sampler.restarts == 0
+    assert shared.sampler._proven, "the adapter was held against the trainer"
+    assert shared.sampler._starts == 1
 
 
 def test_killed_in_its_sleep_it_is_started_once(shared: Shared) -> None:
@@ -264,7 +254,7 @@ def test_killed_in_its_sleep_it_is_started_once(shared: Shared) -> None:
     backend: Any = shared.sampler._backend
     os.kill(max(backend.pids()), signal.SIGKILL)
     after = shared.draw()
-    assert shared.sampler.restarts == 1
+    assert shared.sampler._starts == 2
     assert after.token_ids == before.token_ids
 
 
@@ -283,8 +273,7 @@ def test_an_adapter_that_is_not_the_trainers_is_found(shared: Shared) -> None:
 
 CASES = [
     pytest.param({"backend": "transformers"}, {}, id="embedded"),
-    pytest.param({"backend": "vllm", "mode": "engine"}, {}, id="engine", marks=needs_vllm),
-    pytest.param({"backend": "vllm", "mode": "server"}, {}, id="server", marks=needs_vllm),
+    pytest.param({"backend": "vllm"}, {}, id="engine", marks=needs_vllm),
     pytest.param({"backend": "vllm"}, {"backend": "vllm"}, id="served teacher", marks=needs_vllm),
 ]
 

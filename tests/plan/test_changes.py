@@ -211,7 +211,6 @@ TABLE: dict[Change, str] = {
         rollout.max_turns|several turns
         rollout.tool_timeout|tools
         rollout.max_tool_response|tools
-        sampler.mode|vllm sampler
         sampler.served_model|vllm sampler
         sampler.dtype|vllm sampler
         sampler.quantization|vllm sampler

@@ -23,11 +23,12 @@ from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.protocols import Sampler
 from rnow.sampling.transformers import TransformersSampler
-from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_engine import VllmEngineSampler, environment
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.weights import SamplingMode
+from rnow.serving.server import VllmServer
 from rnow.setup.backends import probe_reference
 from rnow.types import Completion, SamplingParams
 
@@ -122,6 +123,37 @@ def embedded(mode: SamplingMode) -> Callable[[Callable[..., Path]], Candidate]:
     return build
 
 
+class OnServer(VllmServerSampler):
+    """A sampler on a vLLM server that was started for it."""
+
+    def __init__(self, settings: VllmSettings) -> None:
+        arguments = [
+            *("--dtype", settings.dtype),
+            *("--gpu-memory-utilization", str(settings.gpu_memory_utilization)),
+            *("--max-num-seqs", str(settings.max_num_seqs)),
+            *("--logprobs-mode", "processed_logprobs"),
+            *("--enable-lora", "--max-lora-rank", str(settings.allowed_rank), "--enforce-eager"),
+        ]
+        if settings.max_model_len is not None:
+            arguments += ["--max-model-len", str(settings.max_model_len)]
+        if not torch.cuda.is_available():
+            # A seeded request whose prompt is prefilled in two parts kills vLLM's CPU engine.
+            arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
+        self.server = VllmServer(
+            settings.local_dir.resolve(),
+            name="student",
+            log=settings.log,
+            arguments=arguments,
+            env=environment() | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
+        )
+        asyncio.run(self.server.start())
+        super().__init__(settings, url=self.server.url, api_key=self.server._key)
+
+    def close(self) -> None:
+        super().close()
+        self.server.stop()
+
+
 def vllm(
     kind: Callable[..., VllmSampler], samplers: int
 ) -> Callable[[Callable[..., Path]], Candidate]:
@@ -184,6 +216,8 @@ def vllm(
 def vllm_teacher(tiny_model_dir: Callable[..., Path]) -> Candidate:
     """A teacher's server that answers itself: the plain model, no adapter, padding left out by a bias."""
     from rnow.teacher.vllm import VllmTeacher
+    from rnow.teacher.vllm_sampler import VllmTeacherSampler
+    from rnow.teacher.vllm_server import TeacherServerSettings
 
     source = tiny_model_dir(vocab_size=HEAD_ROWS)
     lm = load_student(source)
@@ -191,17 +225,25 @@ def vllm_teacher(tiny_model_dir: Callable[..., Path]) -> Candidate:
     if not folder.exists():
         shutil.copytree(source, folder)
         lm.model.save_pretrained(folder)
-    teacher = VllmTeacher.managed(
-        folder,
+    settings = TeacherServerSettings(
+        local_dir=folder,
         log=folder.with_suffix(".log"),
         dtype="float32",
         max_model_len=512,
         samples=True,
-        env={"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
+    teacher = VllmTeacher.managed(settings)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
 
     def make() -> Sampler:
-        return teacher.sampler(vocabulary=VOCABULARY, padding=range(VOCABULARY, HEAD_ROWS))
+        return VllmTeacherSampler(
+            teacher, vocabulary=VOCABULARY, padding=range(VOCABULARY, HEAD_ROWS)
+        )
+
+    def close() -> None:
+        teacher.close()
+        patch.undo()
 
     @torch.no_grad()
     def logits(ids: Sequence[int]) -> Tensor:
@@ -214,7 +256,7 @@ def vllm_teacher(tiny_model_dir: Callable[..., Path]) -> Candidate:
         exact=False,
         max_temperature=2.0,
         version=0,
-        close=teacher.close,
+        close=close,
     )
 
 
@@ -222,7 +264,7 @@ CANDIDATES = [
     pytest.param(embedded("merged"), id="transformers-merged"),
     pytest.param(embedded("shared"), id="transformers-shared"),
     pytest.param(vllm(VllmEngineSampler, 2), id="vllm-engine", marks=pytest.mark.vllm),
-    pytest.param(vllm(VllmServerSampler, 1), id="vllm-server", marks=pytest.mark.vllm),
+    pytest.param(vllm(OnServer, 1), id="vllm-server", marks=pytest.mark.vllm),
     pytest.param(vllm_teacher, id="vllm-teacher", marks=pytest.mark.vllm),
 ]
 

@@ -10,12 +10,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.sampling.conformance import OnServer
 
 import rnow
 from rnow.algorithm.batching import build_batch, build_training_samples
@@ -26,6 +28,7 @@ from rnow.models.tokenizer import load_tokenizer, vocabulary_size
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.transformers import TransformersSampler
 from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_probe import gap_between
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.vllm_settings import VllmSettings
@@ -63,12 +66,19 @@ class Setup:
         drawn = torch.tensor(ids[1:])[:, None]
         return torch.log_softmax(logits, dim=-1).gather(1, drawn).squeeze(1).tolist()
 
+    async def probe(self, ids: tuple[int, ...], *, adapter: bool) -> list[float]:
+        return await self.vllm._backend.probe(ids, self.vllm._current if adapter else None)
+
+    def only(self, kind: type[VllmSampler]) -> None:
+        if not isinstance(self.vllm, kind):
+            pytest.skip(f"this is about {kind.__name__}")
+
 
 @pytest.fixture(
     scope="module",
     params=[
         pytest.param(VllmEngineSampler, id="engine"),
-        pytest.param(VllmServerSampler, id="server"),
+        pytest.param(OnServer, id="server"),
     ],
 )
 def setup(
@@ -106,7 +116,7 @@ def setup(
         )
     )
     sampler.watch(probe_reference(lm))
-    with sampler:
+    with closing(sampler):
         yield Setup(policy, embedded, sampler, folder / "vllm.log")
     assert not (folder / "adapters").exists()
 
@@ -229,17 +239,18 @@ def test_probes_of_base_and_adapter(setup: Setup) -> None:
     # The quickstart's head is not padded, so the server's distribution is the trainer's too.
     ids = PROMPTS[3]
     for adapter in (False, True):
-        got = asyncio.run(setup.vllm.probe(ids, adapter=adapter))
+        got = asyncio.run(setup.probe(ids, adapter=adapter))
         assert got == pytest.approx(setup.logprobs(ids, adapter=adapter), abs=TOLERANCE)
     assert setup.logprobs(ids) != pytest.approx(setup.logprobs(ids, adapter=False), abs=TOLERANCE)
 
 
 def test_every_load_is_held_against_the_trainer(setup: Setup) -> None:
+    setup.vllm._proven = False
     setup.load(22)
-    gaps = setup.vllm.probe_gaps
-    assert gaps["base"].mean == 0.0
-    assert 0 <= gaps["adapter"].largest < TOLERANCE
-    assert gaps["adapter"].tokens == len(PROMPTS[3]) - 1
+    assert setup.vllm._proven
+    gap = gap_between(asyncio.run(setup.probe(PROMPTS[3], adapter=True)), setup.vllm._expected)
+    assert 0 <= gap.largest < TOLERANCE
+    assert gap.tokens == len(PROMPTS[3]) - 1
 
 
 def test_an_adapter_that_is_not_the_trainers_is_found(setup: Setup) -> None:
@@ -262,15 +273,17 @@ def test_an_adapter_that_is_not_the_trainers_is_found(setup: Setup) -> None:
 
 
 def test_probes_beside_completions_and_each_other_are_safe(setup: Setup) -> None:
+    setup.only(VllmEngineSampler)
+
     async def everything() -> tuple[Any, ...]:
         return await asyncio.gather(
             *[setup.vllm.complete(PROMPTS[i % 5], drawn(60), i) for i in range(24)],
-            *[setup.vllm.probe(PROMPTS[3], adapter=True) for _ in range(8)],
+            *[setup.probe(PROMPTS[3], adapter=True) for _ in range(8)],
         )
 
     *_, probe = asyncio.run(everything())
     assert probe == pytest.approx(setup.logprobs(PROMPTS[3]), abs=TOLERANCE)
-    assert setup.vllm.restarts == 0
+    assert setup.vllm._starts == 1
 
 
 def test_more_prompt_tokens_at_once_than_one_batch_holds(setup: Setup) -> None:
@@ -283,7 +296,7 @@ def test_more_prompt_tokens_at_once_than_one_batch_holds(setup: Setup) -> None:
         )
 
     done = asyncio.run(everything())
-    assert setup.vllm.restarts == 0
+    assert setup.vllm._starts == 1
     for ids, completion in list(zip(prompts, done, strict=True))[::16]:
         expected = setup.logprobs(ids + completion.token_ids)[len(ids) - 1 :]
         assert completion.logprobs == pytest.approx(expected, abs=TOLERANCE)
@@ -292,7 +305,7 @@ def test_more_prompt_tokens_at_once_than_one_batch_holds(setup: Setup) -> None:
 def test_no_sleep_on_a_cpu(setup: Setup) -> None:
     if torch.cuda.is_available():
         pytest.skip("this is about machines without CUDA")
-    assert not setup.vllm.supports_sleep
+    assert not setup.vllm._backend.supports_sleep
     with pytest.raises(NotYetSupported, match="no sleep mode"):
         asyncio.run(setup.vllm.sleep())
 
@@ -300,8 +313,8 @@ def test_no_sleep_on_a_cpu(setup: Setup) -> None:
 def given(
     setup: Setup, tmp_path: Path, *, max_lora_rank: int = RANK, **changes: Any
 ) -> VllmServerSampler:
-    """A second sampler on the server of the first, as somebody else's server."""
-    server = setup.vllm._backend._server
+    """A second sampler on the server of the first."""
+    server = setup.vllm.server
     settings = VllmSettings(
         local_dir=STUDENT,
         vocabulary=setup.vllm._vocabulary,
@@ -318,11 +331,10 @@ def served(setup: Setup) -> set[str]:
 
 
 def test_a_server_given_by_url(setup: Setup, tmp_path: Path) -> None:
-    if not isinstance(setup.vllm, VllmServerSampler):
-        pytest.skip("this is about the server")
+    setup.only(OnServer)
     setup.load(25)
     before = served(setup)
-    with given(setup, tmp_path) as sampler:
+    with closing(given(setup, tmp_path)) as sampler:
         sampler.load_policy(setup.policy.adapter(), version=25)
         assert len(served(setup)) == len(before) + 1
         assert complete(sampler, drawn()) == complete(setup.vllm, drawn())
@@ -330,8 +342,7 @@ def test_a_server_given_by_url(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_a_given_server_that_cannot_load_the_adapter(setup: Setup, tmp_path: Path) -> None:
-    if not isinstance(setup.vllm, VllmServerSampler):
-        pytest.skip("this is about the server")
+    setup.only(OnServer)
     adapter = setup.policy.adapter()
     wide = Adapter(
         tensors={
@@ -343,7 +354,7 @@ def test_a_given_server_that_cannot_load_the_adapter(setup: Setup, tmp_path: Pat
         config={**adapter.config, "r": 32},
     )
     with (
-        given(setup, tmp_path, max_lora_rank=32) as sampler,
+        closing(given(setup, tmp_path, max_lora_rank=32)) as sampler,
         pytest.raises(ModelError) as failure,
     ):
         sampler.load_policy(wide, version=1)
@@ -352,12 +363,11 @@ def test_a_given_server_that_cannot_load_the_adapter(setup: Setup, tmp_path: Pat
 
 
 def test_a_given_server_needs_the_right_key_and_model(setup: Setup, tmp_path: Path) -> None:
-    if not isinstance(setup.vllm, VllmServerSampler):
-        pytest.skip("this is about the server")
-    with given(setup, tmp_path, api_key="wrong") as sampler, pytest.raises(RnowError):
+    setup.only(OnServer)
+    with closing(given(setup, tmp_path, api_key="wrong")) as sampler, pytest.raises(RnowError):
         sampler.start().result()
     with (
-        given(setup, tmp_path, served_model="other") as sampler,
+        closing(given(setup, tmp_path, served_model="other")) as sampler,
         pytest.raises(ModelError, match="does not serve other"),
     ):
         sampler.start().result()
@@ -393,20 +403,22 @@ def assert_same(got: list[Completion], expected: list[Completion]) -> None:
 
 def test_a_stopped_engine_is_replaced(setup: Setup) -> None:
     """SIGSTOP: it does not die, it only never answers again."""
+    setup.only(VllmEngineSampler)
     setup.load(30)
     expected = complete(setup.vllm, drawn(100), 48)
-    before = setup.vllm.restarts
+    before = setup.vllm._starts
     got = interrupted(setup, lambda pid: os.kill(pid, signal.SIGSTOP))
-    assert setup.vllm.restarts == before + 1
+    assert setup.vllm._starts == before + 1
     assert_same(got, expected)
 
 
 def test_a_killed_engine_is_replaced_once_per_version(setup: Setup) -> None:
+    setup.only(VllmEngineSampler)
     setup.load(31)
     expected = complete(setup.vllm, drawn(100), 48)
-    before = setup.vllm.restarts
+    before = setup.vllm._starts
     got = interrupted(setup, kill)
-    assert setup.vllm.restarts == before + 1
+    assert setup.vllm._starts == before + 1
     assert_same(got, expected)
     check_against_embedded(setup, 31)
 
@@ -419,19 +431,17 @@ def test_a_killed_engine_is_replaced_once_per_version(setup: Setup) -> None:
     assert not setup.vllm._backend.pids()
 
 
-@pytest.mark.parametrize("kind", ["vllm_engine.VllmEngineSampler", "vllm_server.VllmServerSampler"])
-def test_nothing_is_left_after_kill_9_of_the_parent(tmp_path: Path, kind: str) -> None:
+def test_nothing_is_left_after_kill_9_of_the_parent(tmp_path: Path) -> None:
     """A script without a ``__main__`` guard, killed while vLLM draws."""
-    module, name = kind.split(".")
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
         import asyncio, pathlib
-        from rnow.sampling.{module} import {name}
+        from rnow.sampling.vllm_engine import VllmEngineSampler
         from rnow.sampling.vllm_settings import VllmSettings
         from rnow.types import SamplingParams
         here = pathlib.Path({str(tmp_path)!r})
-        sampler = {name}(VllmSettings(
+        sampler = VllmEngineSampler(VllmSettings(
             local_dir=pathlib.Path({str(STUDENT)!r}), vocabulary=200, work_dir=here / "w",
             log=here / "log", dtype="float32", enforce_eager=True, max_num_seqs=8, max_model_len=256))
         sampler.start().result()
@@ -456,7 +466,7 @@ def test_nothing_is_left_after_kill_9_of_the_parent(tmp_path: Path, kind: str) -
             assert time.monotonic() < deadline
             time.sleep(0.1)
         pids = {int(text) for text in (tmp_path / "pids").read_text().split()}
-        assert len(pids) >= 2, "a worker or server, and an engine"
+        assert len(pids) >= 2, "a worker and an engine"
     finally:
         process.kill()
         process.wait()

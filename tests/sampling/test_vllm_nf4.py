@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rnow.serving.nf4 import ARGUMENT, PLUGIN
 from rnow.setup.backends import probe_reference, trainer_tolerance
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import VllmTeacher
+from rnow.teacher.vllm_server import TeacherServerSettings
 
 pytestmark = [
     pytest.mark.vllm,
@@ -87,28 +89,30 @@ def test_the_students_base_and_adapter(folder: Path, tmp_path: Path) -> None:
             probe=tuple(IDS[:24]),
         )
     )
-    with sampler:
+    with closing(sampler):
         sampler.watch(probe_reference(student), tolerance=trainer_tolerance(student))
-        base = asyncio.run(sampler.probe(IDS, adapter=False))
+        sampler.start().result()
+        base = asyncio.run(sampler._backend.probe(IDS, None))
         assert mean_gap(base, student) < BFLOAT16_MEAN
         assert mean_gap(base, load(folder, "none")) > 5 * BFLOAT16_MEAN, "4 bits do show"
         policy = make_policy(student)
         sampler.load_policy(policy.adapter(), version=1)
-        adapted = asyncio.run(sampler.probe(IDS, adapter=True))
+        adapted = asyncio.run(sampler._backend.probe(IDS, sampler._current))
     assert mean_gap(adapted, student) < 2 * BFLOAT16_MEAN
     assert (torch.tensor(adapted) - torch.tensor(base)).abs().mean() > 5 * BFLOAT16_MEAN
 
 
-def test_a_managed_teacher(folder: Path, tmp_path: Path) -> None:
+def test_a_managed_teacher(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make_sample("a", 40)
-    teacher = VllmTeacher.managed(
-        folder,
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    settings = TeacherServerSettings(
+        local_dir=folder,
         log=tmp_path / "teacher.log",
         dtype="bfloat16",
         quantization="nf4",
         max_model_len=128,
-        env={"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
+    teacher = VllmTeacher.managed(settings)
     try:
         found = asyncio.run(teacher.score([sample]))["a"].teacher_logprobs
     finally:

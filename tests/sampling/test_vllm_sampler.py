@@ -21,11 +21,11 @@ from rnow.errors import (
     TemporaryError,
 )
 from rnow.protocols import Sampler
-from rnow.sampling.adapter_files import AdapterFiles
 from rnow.sampling.vllm_backend import LORA_RANKS, allowed_lora_rank
 from rnow.sampling.vllm_engine import EngineBackend
 from rnow.sampling.vllm_probe import EXACT, QUANTISED, ROUNDED, gap_between, tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.vllm_worker import Refused, engine_arguments
 from rnow.types import Adapter, Completion, SamplingParams
 
@@ -40,22 +40,19 @@ Make = Callable[..., VllmSampler]
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[VllmSampler] = []
 
-    def build(
-        *, silence: float = 30.0, probe: tuple[int, ...] = (), **settings: Any
-    ) -> VllmSampler:
-        backend = EngineBackend(
-            settings,
+    def build(*flags: str, silence: float = 30.0, probe: tuple[int, ...] = ()) -> VllmSampler:
+        settings = VllmSettings(
+            local_dir=tmp_path / "student",
+            vocabulary=10,
+            work_dir=tmp_path / "adapters",
             log=tmp_path / "log",
-            start_timeout=30.0,
+            dtype="float32",
+            max_lora_rank=8,
+            probe=probe,
             request_timeout=silence,
-            command=(sys.executable, str(STAND_IN), str(tmp_path)),
         )
-        files = AdapterFiles(tmp_path / "adapters")
-        made.append(
-            VllmSampler(
-                backend, vocabulary=10, max_lora_rank=8, files=files, probe=probe, tolerance=EXACT
-            )
-        )
+        command = (sys.executable, str(STAND_IN), str(tmp_path), *flags)
+        made.append(VllmSampler(EngineBackend(settings, command=command), settings))
         return made[-1]
 
     yield build
@@ -78,6 +75,10 @@ def complete(sampler: VllmSampler, *requests: tuple[tuple[int, ...], int]) -> li
 
 def events(folder: Path) -> list[str]:
     return (folder / "events").read_text().splitlines()
+
+
+def starts(folder: Path) -> int:
+    return events(folder).count("start")
 
 
 def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
@@ -116,7 +117,7 @@ def test_what_is_owed_is_drawn_again_after_a_death(make: Make, tmp_path: Path) -
     done = complete(sampler, (SLOW, 11), (DIE, 22), (SLOW, 33), (DRAW, 44))
     assert tokens(done) == [(1, 1), (2, 2), (3, 3), (4, 4)]
     assert {completion.policy_version for completion in done} == {3}
-    assert sampler.restarts == 1
+    assert starts(tmp_path) == 2
     lines = events(tmp_path)
     assert lines.count("start") == 2
     assert lines.count("load adapter-3 of 1") == 2
@@ -129,7 +130,7 @@ def test_the_second_death_under_one_version_ends_the_run(make: Make, tmp_path: P
     with pytest.raises(TemporaryError) as failure:
         complete(sampler, (DEAD, 1))
     assert failure.value.exit_code == EXIT_TEMPORARY
-    assert sampler.restarts == 1
+    assert starts(tmp_path) == 2
     with pytest.raises(TemporaryError):
         complete(sampler, (DRAW, 1))
     with pytest.raises(TemporaryError):
@@ -143,7 +144,7 @@ def test_a_new_version_may_restart_again(make: Make, tmp_path: Path) -> None:
     sampler.load_policy(adapter(), version=1)
     (tmp_path / "died").unlink()
     assert tokens(complete(sampler, (DIE, 12))) == [(1, 2)]
-    assert sampler.restarts == 2
+    assert starts(tmp_path) == 3
 
 
 def test_a_death_while_an_adapter_is_loaded(make: Make, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_a_death_while_an_adapter_is_loaded(make: Make, tmp_path: Path) -> None:
     backend: Any = sampler._backend
     backend._process.stop()
     sampler.load_policy(adapter(), version=2)
-    assert sampler.restarts == 1
+    assert starts(tmp_path) == 2
     assert complete(sampler, (DRAW, 1))[0].policy_version == 2
     assert events(tmp_path).count("load adapter-2 of 1") == 1
 
@@ -173,24 +174,24 @@ def test_silence_is_taken_for_death(make: Make, tmp_path: Path) -> None:
         return list(await asyncio.gather(*tasks))
 
     assert tokens(asyncio.run(hang())) == [(7, 7), (7, 7)]
-    assert sampler.restarts == 1
+    assert starts(tmp_path) == 1, "since the events were cleared"
 
 
-def test_silence_without_anything_owed_is_no_death(make: Make) -> None:
+def test_silence_without_anything_owed_is_no_death(make: Make, tmp_path: Path) -> None:
     sampler = make(silence=0.5)
     complete(sampler, (DRAW, 1))
     time.sleep(2.5)
     complete(sampler, (DRAW, 1))
-    assert sampler.restarts == 0
+    assert starts(tmp_path) == 1
 
 
-def test_a_refused_request_is_the_users_and_harms_nobody_else(make: Make) -> None:
+def test_a_refused_request_is_the_users_and_harms_nobody_else(make: Make, tmp_path: Path) -> None:
     sampler = make()
     with pytest.raises(InputError, match="refused") as refusal:
         complete(sampler, (REFUSED, 1))
     assert refusal.value.why == "too long"
     assert tokens(complete(sampler, (DRAW, 12))) == [(1, 2)]
-    assert sampler.restarts == 0
+    assert starts(tmp_path) == 1
 
 
 def test_the_weights_of_another_version_are_an_error(make: Make) -> None:
@@ -261,7 +262,7 @@ def test_probes_run_alone(make: Make, tmp_path: Path) -> None:
         while not sampler._drawing:
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.1)
-        probe = asyncio.create_task(sampler.probe([1, 2, 3], adapter=False))
+        probe = asyncio.create_task(sampler._backend.probe([1, 2, 3], None))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
         late = asyncio.create_task(sampler.complete(DRAW, PARAMS, 99))
         await asyncio.gather(*slow, late)
@@ -274,7 +275,7 @@ def test_probes_run_alone(make: Make, tmp_path: Path) -> None:
 
 
 def test_sleep_and_wake_bring_the_adapter_back(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
     sampler.load_policy(adapter(), version=4)
 
     async def nap() -> Completion:
@@ -293,7 +294,7 @@ def test_sleep_and_wake_bring_the_adapter_back(make: Make, tmp_path: Path) -> No
 def test_no_sleep_where_the_engine_has_none(make: Make) -> None:
     sampler = make()
     sampler.start().result()
-    assert not sampler.supports_sleep
+    assert not sampler._backend.supports_sleep
     with pytest.raises(NotYetSupported, match="no sleep mode") as refusal:
         asyncio.run(sampler.sleep())
     assert refusal.value.fix == "set residency: resident"
@@ -304,7 +305,7 @@ def test_no_sleep_where_the_engine_has_none(make: Make) -> None:
 
 
 def test_sleeping_twice_and_waking_twice_is_once(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
 
     async def twice() -> None:
         await sampler.wake()
@@ -317,7 +318,7 @@ def test_sleeping_twice_and_waking_twice_is_once(make: Make, tmp_path: Path) -> 
 
 
 def test_an_adapter_loaded_asleep_is_there_after_waking(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True, probe=PROBE)
+    sampler = make("sleeps", probe=PROBE)
     sampler.watch(lambda ids, masked: ADAPTED)
     sampler.load_policy(adapter(), version=1)
     (tmp_path / "events").write_text("")
@@ -338,7 +339,7 @@ def test_an_adapter_loaded_asleep_is_there_after_waking(make: Make, tmp_path: Pa
 
 
 def test_what_was_loaded_before_a_sleep_has_another_name_after_it(make: Make) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
     sampler.load_policy(adapter(), version=1)
     before = sampler._current
 
@@ -359,7 +360,7 @@ def test_what_was_loaded_before_a_sleep_has_another_name_after_it(make: Make) ->
 def test_a_death_on_the_way_to_or_from_sleep_is_one_restart(
     make: Make, tmp_path: Path, when: str
 ) -> None:
-    sampler = make(sleeps=True, probe=PROBE)
+    sampler = make("sleeps", probe=PROBE)
     sampler.watch(lambda ids, masked: ADAPTED)
     sampler.load_policy(adapter(), version=1)
     (tmp_path / f"dies at {when}").touch()
@@ -373,14 +374,14 @@ def test_a_death_on_the_way_to_or_from_sleep_is_one_restart(
         return await sampler.complete(DRAW, PARAMS, 12)
 
     assert asyncio.run(nap()).token_ids == (1, 2)
-    assert sampler.restarts == 1
+    assert starts(tmp_path) == 2
     assert events(tmp_path)[-6:] == [
         "start", "probe base", "load adapter-1 of 1", "probe adapter", "draw 12", "drew 12"
     ]  # fmt: skip
 
 
-def test_an_engine_killed_in_its_sleep_is_one_restart(make: Make) -> None:
-    sampler = make(sleeps=True)
+def test_an_engine_killed_in_its_sleep_is_one_restart(make: Make, tmp_path: Path) -> None:
+    sampler = make("sleeps")
     sampler.load_policy(adapter(), version=1)
 
     async def nap() -> Completion:
@@ -391,11 +392,11 @@ def test_an_engine_killed_in_its_sleep_is_one_restart(make: Make) -> None:
         return await sampler.complete(DRAW, PARAMS, 12)
 
     assert asyncio.run(nap()).policy_version == 1
-    assert sampler.restarts == 1
+    assert starts(tmp_path) == 2
 
 
 def test_an_engine_that_dies_at_every_wake_ends_the_run(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
 
     async def nap() -> None:
         await sampler.sleep()
@@ -413,7 +414,7 @@ def test_an_engine_that_dies_at_every_wake_ends_the_run(make: Make, tmp_path: Pa
 
 def test_a_cancelled_sleep_is_slept_all_the_same(make: Make, tmp_path: Path) -> None:
     """The engine cannot be called back half way; what matters is that both sides know."""
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
 
     async def cancelled(work: Any) -> None:
         task = asyncio.create_task(work)
@@ -439,7 +440,7 @@ def test_a_cancelled_sleep_is_slept_all_the_same(make: Make, tmp_path: Path) -> 
 
 
 def test_no_sleep_beside_completions(make: Make) -> None:
-    sampler = make(sleeps=True)
+    sampler = make("sleeps")
 
     async def both() -> Completion:
         task = asyncio.create_task(sampler.complete(SLOW, PARAMS, 9))
@@ -476,7 +477,6 @@ def test_the_base_is_probed_at_the_start_and_every_adapter_at_its_load(
         "probe adapter",
     ]  # fmt: skip
     assert asked == [(PROBE, True)] * 2
-    assert sampler.probe_gaps["base"].mean == sampler.probe_gaps["adapter"].mean == 0.0
 
 
 def test_an_adapter_that_is_wrong_from_the_start_is_the_users_affair(make: Make) -> None:
@@ -501,7 +501,7 @@ def test_an_adapter_that_goes_wrong_once_is_loaded_again(make: Make, tmp_path: P
     sampler.load_policy(adapter(), version=2)
     assert events(tmp_path)[-4:] == ["load adapter-2 of 1", "probe adapter"] * 2
     assert complete(sampler, (DRAW, 12))[0].policy_version == 2
-    assert sampler.restarts == 0
+    assert starts(tmp_path) == 1
 
 
 def test_an_adapter_that_stays_wrong_ends_the_run(make: Make, tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_an_adapter_that_stays_wrong_ends_the_run(make: Make, tmp_path: Path) ->
 
 
 def test_a_base_that_wakes_up_as_another_is_started_again(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True, probe=PROBE)
+    sampler = make("sleeps", probe=PROBE)
 
     async def nap() -> None:
         await sampler.sleep()
@@ -526,12 +526,12 @@ def test_a_base_that_wakes_up_as_another_is_started_again(make: Make, tmp_path: 
         await sampler.wake()
 
     asyncio.run(nap())
-    assert sampler.restarts == 1
+    assert starts(tmp_path) == 2
     assert events(tmp_path)[-2:] == ["start", "probe base"]
 
 
 def test_a_base_that_stays_another_ends_the_run(make: Make, tmp_path: Path) -> None:
-    sampler = make(sleeps=True, probe=PROBE)
+    sampler = make("sleeps", probe=PROBE)
 
     async def nap() -> None:
         await sampler.sleep()
@@ -542,7 +542,7 @@ def test_a_base_that_stays_another_ends_the_run(make: Make, tmp_path: Path) -> N
         asyncio.run(nap())
     assert "its base model is not what it was at the start" in failure.value.details[0]
     assert "0.5 nats" in failure.value.details[0]
-    assert sampler.restarts == 1
+    assert starts(tmp_path) == 2
 
 
 def test_a_restart_is_probed_before_anybody_draws_again(make: Make, tmp_path: Path) -> None:
@@ -593,7 +593,7 @@ def test_gaps_that_are_none(other: list[float]) -> None:
 
 
 def test_an_engine_that_does_not_start_shows_its_log(make: Make) -> None:
-    sampler = make(fails=True)
+    sampler = make("fails")
     with pytest.raises(ModelError) as failure:
         sampler.load_policy(adapter(), version=0)
     assert "no room for the KV cache" in "\n".join(failure.value.details)
@@ -601,7 +601,7 @@ def test_an_engine_that_does_not_start_shows_its_log(make: Make) -> None:
 
 def test_an_engine_that_cannot_serve_the_model_says_why(make: Make) -> None:
     with pytest.raises(ModelError) as failure:
-        make(refuses=True).start().result()
+        make("refuses").start().result()
     assert failure.value.why == "too old"
 
 

@@ -1,37 +1,64 @@
-"""What a vLLM server is started with, and how a lost or deaf one shows."""
+"""A student behind a given server, against a scripted one: adapters, refusals, and how a lost or deaf server shows."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.serving import scripted
+from tests.serving.scripted import ROWS, VOCABULARY, ScriptedServer, changed, logprob, status
 
 from rnow.errors import InputError, ModelError
 from rnow.processes.process import free_port
+from rnow.sampling import vllm_server
 from rnow.sampling.adapter_files import AdapterFiles
-from rnow.sampling.vllm_backend import EngineGone
-from rnow.sampling.vllm_sampler import VllmSampler
-from rnow.sampling.vllm_server import (
-    GivenServer,
-    ManagedServer,
-    VllmServerSampler,
-    padded_ids,
-    run_apart,
-    server_arguments,
-)
+from rnow.sampling.vllm_backend import EngineGone, RequestRefused
+from rnow.sampling.vllm_server import ServerBackend, VllmServerSampler, padded_ids
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.types import Adapter
+from rnow.types import Adapter, SamplingParams
+
+KEY = "k3y"
+PARAMS = SamplingParams(max_tokens=3, stop_token_ids=(80,))
+ADAPTER = Adapter(tensors={"a": torch.ones(2)}, config={"r": 4})
+COOLED = 0.5
 
 
 def student(folder: Path, config: dict[str, Any]) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def settings_of(folder: Path, **changes: Any) -> VllmSettings:
+    values = {
+        "local_dir": student(folder, {"vocab_size": ROWS}),
+        "vocabulary": VOCABULARY,
+        "work_dir": folder / "adapters",
+        "log": folder / "log",
+    }
+    return VllmSettings(**values | changes)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """Gives processed log-probabilities: those of completions differ from those of prompts."""
+
+    def cool(choice: dict[str, Any]) -> None:
+        if drawn := choice["logprobs"]:
+            drawn["token_logprobs"] = [value - COOLED for value in drawn["token_logprobs"]]
+
+    with ScriptedServer(key=KEY) as started:
+        started.always = changed(cool)
+        yield started
+
+
+@pytest.fixture
+def backend(server: ScriptedServer, tmp_path: Path) -> ServerBackend:
+    return ServerBackend(settings_of(tmp_path), server.url, api_key=KEY)
 
 
 def test_padded_ids_are_those_the_head_has_and_the_tokenizer_has_not(tmp_path: Path) -> None:
@@ -43,178 +70,88 @@ def test_padded_ids_are_those_the_head_has_and_the_tokenizer_has_not(tmp_path: P
         padded_ids(student(tmp_path, {}), 10)
 
 
-def settings_of(folder: Path, **changes: Any) -> VllmSettings:
-    values = {"local_dir": folder, "vocabulary": 10, "work_dir": folder / "adapters"}
-    return VllmSettings(**values | {"log": folder / "log"} | changes)
+def test_each_adapter_replaces_the_one_before_and_goes_at_the_end(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    made = VllmServerSampler(settings_of(tmp_path), url=server.url, api_key=KEY)
+    with closing(made) as sampler:
+        for version in (1, 2):
+            sampler.load_policy(ADAPTER, version=version)
+            (name,) = set(server.models) - {"base"}
+            folder = Path(server.models[name][0])
+            assert folder == tmp_path / "adapters" / f"adapter-{version}"
+            assert folder.stat().st_mode & 0o777 == 0o755, "its owner may be another user"
+            completion = asyncio.run(sampler.complete((5, 9, 77), PARAMS, 3))
+            assert completion.policy_version == version
+            assert completion.token_ids == (78, 79, 80)
+            assert completion.logprobs == pytest.approx(
+                [logprob(t, i) - COOLED for i, t in enumerate([78, 79, 80], 3)]
+            )
+            body = server.asked("/v1/completions")[-1]
+            assert (body["model"], body["seed"]) == (name, 3)
+            assert body["logit_bias"] == {str(i): -100.0 for i in range(VOCABULARY, ROWS)}
+    assert set(server.models) == {"base"}
 
 
-def arguments_of(*, cpu: bool = False, **changes: Any) -> list[str]:
-    return server_arguments(settings_of(Path("/models/a b"), **changes), cpu=cpu)
-
-
-def value(arguments: list[str], option: str) -> str:
-    return arguments[arguments.index(option) + 1]
-
-
-def test_the_command_line_says_what_training_needs() -> None:
-    arguments = arguments_of(max_lora_rank=12, tensor_parallel_size=2)
-    assert value(arguments, "--logprobs-mode") == "processed_logprobs"
-    assert value(arguments, "--max-lora-rank") == "16"
-    assert value(arguments, "--tensor-parallel-size") == "2"
-    assert {"--enable-lora", "--enable-prefix-caching"} <= set(arguments)
-    off = {"--quantization", "--max-model-len", "--enforce-eager", "--enable-sleep-mode"}
-    assert not off & set(arguments)
-
-
-def test_the_command_line_follows_the_settings() -> None:
-    arguments = arguments_of(
-        quantization="nf4",
-        max_model_len=512,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        trust_remote_code=True,
-    )
-    assert value(arguments, "--quantization") == "bitsandbytes"
-    assert value(arguments, "--max-model-len") == "512"
-    assert {"--enforce-eager", "--no-enable-prefix-caching", "--trust-remote-code"} <= set(
-        arguments
-    )
-
-
-@pytest.mark.parametrize(("window", "expected"), [(512, "4096"), (9000, "9000")])
-def test_on_a_cpu_prompts_are_not_cut(window: int, expected: str) -> None:
-    arguments = arguments_of(cpu=True, max_model_len=window)
-    assert "--no-enable-chunked-prefill" in arguments
-    assert value(arguments, "--max-num-batched-tokens") == expected
-    assert "--no-enable-chunked-prefill" not in arguments_of()
-
-
-def test_on_a_cpu_the_models_own_window_counts_when_none_is_set(tmp_path: Path) -> None:
-    folder = student(tmp_path, {"vocab_size": 9, "max_position_embeddings": 7000})
-    arguments = server_arguments(settings_of(folder), cpu=True)
-    assert value(arguments, "--max-num-batched-tokens") == "7000"
-
-
-SCRIPTED = (sys.executable, scripted.__file__)
-
-
-def managed(folder: Path, *, cpu: bool = False, **changes: Any) -> ManagedServer:
-    """A server of ours with a scripted program in vLLM's place, which takes arguments that it does not know."""
-    settings = settings_of(student(folder, {"vocab_size": 12}), start_timeout=20.0, **changes)
-    return ManagedServer(
-        settings, cpu=cpu, command=SCRIPTED, padding=[10, 11], request_timeout=5.0, max_concurrency=4
-    )  # fmt: skip
-
-
-def test_a_server_of_ours_serves_behind_a_key(tmp_path: Path) -> None:
-    backend = managed(tmp_path)
+def test_a_probe_is_scored_by_the_base_or_the_adapter(
+    server: ScriptedServer, backend: ServerBackend, tmp_path: Path
+) -> None:
+    stored = AdapterFiles(tmp_path / "adapters").write(ADAPTER, 1)
+    with pytest.raises(EngineGone, match="stopped"):
+        asyncio.run(backend.probe([5, 6, 7], None))
     backend.start()
-    try:
-        assert backend._bias == {10: -100.0, 11: -100.0}
-        (model,) = asyncio.run(backend._client(5.0).models())
-        assert model.id == "student"
-        assert model.root == str(tmp_path)
-        for pid in backend.pids():
-            assert backend._server._key not in Path(f"/proc/{pid}/cmdline").read_text()
-    finally:
-        backend.stop()
-    assert not backend.pids()
+    backend.load(stored, replacing=None)
+    for adapter, model in ((None, "base"), (stored, stored.name)):
+        found = asyncio.run(backend.probe([5, 6, 7], adapter))
+        assert found == pytest.approx([logprob(6, 1), logprob(7, 2)])
+        assert server.asked("/v1/completions")[-1]["model"] == model
 
 
-def test_a_server_of_ours_sleeps_where_there_is_a_card(tmp_path: Path) -> None:
-    backend = managed(tmp_path, enable_sleep=True)
-    assert backend.supports_sleep
-    backend.start()
-    try:
-        (pid, *_) = backend.pids()
-        environment = Path(f"/proc/{pid}/environ").read_text()
-        assert "VLLM_SERVER_DEV_MODE=1" in environment
-        assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in environment
-        assert "--enable-sleep-mode" in Path(f"/proc/{pid}/cmdline").read_text()
-        client = backend._client(5.0)
-        backend.sleep()
-        assert asyncio.run(client.is_sleeping())
-        backend.wake()
-        assert not asyncio.run(client.is_sleeping())
-    finally:
-        backend.stop()
-    with pytest.raises(EngineGone):
-        backend.sleep()
-
-
-@pytest.mark.parametrize(("cpu", "asked"), [(True, True), (False, False)])
-def test_a_server_that_cannot_sleep_is_not_told_to(tmp_path: Path, cpu: bool, asked: bool) -> None:
-    backend = managed(tmp_path, cpu=cpu, enable_sleep=asked)
-    assert not backend.supports_sleep
-    assert "--enable-sleep-mode" not in server_arguments(
-        settings_of(tmp_path, enable_sleep=asked), cpu=cpu
-    )
-
-
-def test_an_adapter_on_a_server_of_ours_is_exchanged_across_a_sleep(tmp_path: Path) -> None:
-    """Level 1 keeps the list of adapters: what is loaded after waking has another name, and the old one goes."""
-    backend = managed(tmp_path, enable_sleep=True)
-    sampler = VllmSampler(
-        backend,
-        vocabulary=10,
-        max_lora_rank=8,
-        files=AdapterFiles(tmp_path / "adapters"),
-        probe=(1, 2, 3),
-    )
-    adapter = Adapter(tensors={"a": torch.ones(2)}, config={"r": 4})
-
-    def served() -> list[str]:
-        models = asyncio.run(backend._client(5.0).models())
-        return [model.id for model in models if model.parent]
-
-    async def nap() -> None:
-        await sampler.sleep()
-        await sampler.wake()
-
-    with sampler:
-        sampler.load_policy(adapter, version=1)
-        (before,) = served()
-        asyncio.run(nap())
-        (after,) = served()
-        assert before != after
-        assert sampler.probe_gaps["base"].mean == 0.0
-
-
-def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
-    settings = settings_of(student(tmp_path, {"vocab_size": 12}), start_timeout=20.0)
-    backend = ManagedServer(
-        settings,
-        cpu=False,
-        command=(sys.executable, "-c", "import sys; sys.exit('no room for the KV cache')"),
-        padding=[],
-        request_timeout=5.0,
-        max_concurrency=1,
-    )
-    with pytest.raises(EngineGone, match="its server did not start") as failure:
+def test_raw_log_probabilities_are_refused(server: ScriptedServer, backend: ServerBackend) -> None:
+    server.always = None
+    with pytest.raises(ModelError, match="before temperature and masks") as caught:
         backend.start()
-    assert "no room for the KV cache" in failure.value.details
+    assert "--logprobs-mode processed_logprobs" in (caught.value.fix or "")
 
 
-def test_a_given_server_that_is_not_there(tmp_path: Path) -> None:
-    settings = settings_of(student(tmp_path, {"vocab_size": 12}), start_timeout=0.6)
-    sampler = VllmServerSampler(settings, url=f"http://127.0.0.1:{free_port()}")
-    assert isinstance(sampler._backend, GivenServer)
-    with sampler, pytest.raises(ModelError, match=r"127\.0\.0\.1"):
+def test_a_model_that_is_not_served(server: ScriptedServer, tmp_path: Path) -> None:
+    other = ServerBackend(settings_of(tmp_path), server.url, api_key=KEY, served_model="other")
+    with pytest.raises(ModelError, match="does not serve other") as caught:
+        other.start()
+    assert caught.value.where == "sampler.served_model"
+    assert caught.value.details == ("it serves base",)
+
+
+def test_a_server_that_cannot_load_adapters_is_told_what_it_needs(
+    server: ScriptedServer, backend: ServerBackend, tmp_path: Path
+) -> None:
+    stored = AdapterFiles(tmp_path / "adapters").write(ADAPTER, 1)
+    server.always = status(500, '{"error": {"message": "rank 64 is greater than 32"}}')
+    with pytest.raises(RequestRefused, match=r"rank 64 .* --max-lora-rank") as caught:
+        backend.load(stored, replacing=None)
+    assert str(stored.folder) in str(caught.value)
+
+
+def test_a_server_that_forgot_the_adapter_was_restarted(
+    server: ScriptedServer, backend: ServerBackend, tmp_path: Path
+) -> None:
+    stored = AdapterFiles(tmp_path / "adapters").write(ADAPTER, 1)
+    backend.start()
+    backend.load(stored, replacing=None)
+    del server.models[stored.name]
+    with pytest.raises(EngineGone, match="it lost the adapter"):
+        asyncio.run(backend.draw((5, 9, 77), PARAMS, 1, stored))
+    with pytest.raises(RequestRefused, match="out-of-vocab"):
+        asyncio.run(backend.draw((5, ROWS), PARAMS, 1, None))
+
+
+def test_a_given_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "START_TIMEOUT", 0.6)
+    sampler = VllmServerSampler(settings_of(tmp_path), url=f"http://127.0.0.1:{free_port()}")
+    with closing(sampler), pytest.raises(ModelError, match=r"127\.0\.0\.1"):
         sampler.start().result()
 
 
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="http"):
-        VllmServerSampler(settings_of(student(tmp_path, {"vocab_size": 12})), url="localhost:8000")
-
-
-def test_run_apart_works_inside_and_outside_a_loop() -> None:
-    async def seven() -> int:
-        await asyncio.sleep(0)
-        return 7
-
-    async def inside() -> int:
-        return run_apart(seven())
-
-    assert run_apart(seven()) == 7
-    assert asyncio.run(inside()) == 7
+        VllmServerSampler(settings_of(tmp_path), url="localhost:8000")

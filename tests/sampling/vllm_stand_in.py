@@ -1,6 +1,6 @@
 """A worker process as ``rnow.sampling.vllm_worker`` runs it, around an engine that only counts: no vLLM needed.
 
-``python vllm_stand_in.py FOLDER FD``. Every event becomes a line of FOLDER/events. A prompt's first id says what happens:
+``python vllm_stand_in.py FOLDER [fails|refuses|sleeps] FD``. Every event becomes a line of FOLDER/events. A prompt's first id says what happens:
 
     1  draw: the ids are the seed's digits          4  never answers, as long as FOLDER/healed does not exist
     2  the process ends, once (then as 1)           5  refused
@@ -110,24 +110,21 @@ class StandIn:
         return {}
 
 
-async def main(folder: Path, descriptor: int) -> None:
+async def main(folder: Path, flags: list[str], descriptor: int) -> None:
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
     first = json.loads(await reader.readline())
     engine = StandIn(folder)
     engine.note("start")
-    if first["settings"].get("fails"):
+    if "fails" in flags:
         sys.stderr.write("no room for the KV cache\n")
         sys.exit(3)
-    if first["settings"].get("refuses"):
+    if "refuses" in flags:
         send(writer, {"id": first["id"], "refused": "too old"})
         await writer.drain()
         return
-    send(
-        writer,
-        {"id": first["id"], "ok": {"supports_sleep": first["settings"].get("sleeps", False)}},
-    )
+    send(writer, {"id": first["id"], "ok": {"supports_sleep": "sleeps" in flags}})
     await Worker(engine, reader, writer).serve()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2:-1], int(sys.argv[-1])))

@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
             self._leave()
 
     def _leave(self) -> None:
-        """This request is not in flight any more. Again: nothing."""
+        """This request is not in flight any more. Idempotent."""
         with self.server.lock:
             self.server.in_flight -= self._counted
             self._counted = 0
@@ -172,9 +172,9 @@ class Handler(BaseHTTPRequestHandler):
             if server.models.pop(body["lora_name"], None) is None:
                 return 404, _error("The lora adapter cannot be found.")
             return 200, {}
-        if path in ("/sleep", "/wake_up", "/is_sleeping") and server.can_sleep:
-            server.asleep = path == "/sleep" or (path == "/is_sleeping" and server.asleep)
-            return 200, {"is_sleeping": server.asleep}
+        if path in ("/sleep", "/wake_up") and server.can_sleep:
+            server.asleep = path == "/sleep"
+            return 200, {}
         if path == "/v1/completions":
             return self._complete(body)
         return 404, {"detail": "Not Found"}

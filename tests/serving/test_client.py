@@ -25,7 +25,15 @@ from tests.serving.scripted import (
 from rnow.errors import InputError, ModelError, RnowError, TemporaryError
 from rnow.processes.process import free_port
 from rnow.serving import client as client_module
-from rnow.serving.client import BadAnswer, Refused, ServedModel, ServerDown, VllmClient
+from rnow.serving.client import (
+    BadAnswer,
+    Generated,
+    Refused,
+    ServedModel,
+    ServerDown,
+    VllmClient,
+)
+from rnow.types import SamplingParams
 
 IDS = [5, 9, 77, 3]
 KEY = "s3cret-k3y"
@@ -54,8 +62,16 @@ def judge(client: VllmClient) -> list[float | None]:
     return run(client.prompt_logprobs(IDS, model="base"))
 
 
-def draw(client: VllmClient, **changes: Any) -> Any:
-    return run(client.complete(IDS, **{"model": "base", "max_tokens": 5} | changes))
+def draw(
+    client: VllmClient,
+    *,
+    model: str = "base",
+    seed: int = 1,
+    logit_bias: dict[int, float] | None = None,
+    **changes: Any,
+) -> Generated:
+    params = SamplingParams(**{"max_tokens": 5, "stop_token_ids": ()} | changes)
+    return run(client.complete(IDS, params, seed, model=model, logit_bias=logit_bias))
 
 
 EXPECTED = [None, *(pytest.approx(logprob(token, i)) for i, token in enumerate(IDS) if i)]
@@ -80,7 +96,7 @@ def test_top_logprobs(server: ScriptedServer) -> None:
 
 
 def test_a_completion(server: ScriptedServer) -> None:
-    found = draw(connect(server), seed=2**63 - 1, stop_token_ids=[6, 99], top_k=3, top_p=0.9)
+    found = draw(connect(server), seed=2**63 - 1, stop_token_ids=(6, 99), top_k=3, top_p=0.9)
     assert found.token_ids == (4, 5, 6)
     assert found.finish_reason == "stop"
     assert found.logprobs == pytest.approx([logprob(4, 4), logprob(5, 5), logprob(6, 6)])
@@ -90,7 +106,7 @@ def test_a_completion(server: ScriptedServer) -> None:
 
 def test_nothing_is_left_to_the_servers_defaults(server: ScriptedServer) -> None:
     """A model's generation_config.json fills in whatever a request leaves out."""
-    draw(connect(server), logit_bias={101: -100.0}, allowed_token_ids=[4, 5, 6, 7, 8])
+    draw(connect(server), logit_bias={101: -100.0})
     (body,) = server.asked("/v1/completions")
     neutral = {
         "temperature": 1.0,
@@ -105,7 +121,6 @@ def test_nothing_is_left_to_the_servers_defaults(server: ScriptedServer) -> None
     }
     assert {name: body[name] for name in neutral} == neutral
     assert body["logit_bias"] == {"101": -100.0}
-    assert body["allowed_token_ids"] == [4, 5, 6, 7, 8]
 
 
 def test_a_cut_completion(server: ScriptedServer) -> None:
@@ -131,7 +146,7 @@ def test_about_the_server(server: ScriptedServer) -> None:
     assert run(client.models()) == [
         ServedModel(id="base", root="/models/base", parent=None, max_model_len=64)
     ]
-    assert run(client.tokenize("hi\n")) == tokenize("hi\n")
+    assert run(client.tokenize("hi\n", model="base")) == tokenize("hi\n")
 
 
 def test_health_never_raises(server: ScriptedServer) -> None:
@@ -175,9 +190,9 @@ def test_sleep(server: ScriptedServer) -> None:
     client = connect(server)
     run(client.sleep())
     assert server.requests[-1][0] == "/sleep?level=1"
-    assert run(client.is_sleeping())
+    assert server.asleep
     run(client.wake_up())
-    assert not run(client.is_sleeping())
+    assert not server.asleep
     server.can_sleep = False
     with pytest.raises(Refused, match="cannot sleep") as caught:
         run(client.sleep())
@@ -344,7 +359,7 @@ def _set(**values: Any) -> Fault:
 def test_wrong_completions(server: ScriptedServer, fault: Fault, message: str) -> None:
     server.faults.append(fault)
     with pytest.raises(BadAnswer, match=message):
-        draw(connect(server), stop_token_ids=[50])
+        draw(connect(server), stop_token_ids=(50,))
 
 
 def test_an_aborted_completion_is_an_outage(server: ScriptedServer) -> None:
@@ -376,8 +391,7 @@ def test_concurrency_is_bounded_and_waiting_is_free(server: ScriptedServer, most
 def test_a_second_bound_for_the_same_server(server: ScriptedServer) -> None:
     server.pause = 0.05
     client = connect(server, max_concurrency=1)
-    other = client.sharing(2)
-    assert client.sharing(2) is other
+    other = client.limited(2)
 
     async def everything() -> None:
         await asyncio.gather(*(other.prompt_logprobs([i, 1], model="base") for i in range(6)))

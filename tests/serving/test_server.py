@@ -1,4 +1,4 @@
-"""A server of our own, with a scripted program in vLLM's place."""
+"""A server that rnow starts, with a scripted program in vLLM's place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def server(tmp_path: Path) -> VllmServer:
 def test_it_serves_behind_a_key_until_stopped(server: VllmServer) -> None:
     asyncio.run(server.start())
     try:
-        client = server.client(timeout=5, max_concurrency=1)
+        client = server.client(timeout=5)
         (model,) = asyncio.run(client.models())
         assert model.id == "teacher"
         assert model.root == str(server.model)
@@ -65,7 +65,7 @@ def test_a_restart_is_another_server(server: VllmServer) -> None:
         asyncio.run(server.restart())
         assert server.alive()
         assert server._key != key
-        assert asyncio.run(server.client(timeout=5, max_concurrency=1).health())
+        assert asyncio.run(server.client(timeout=5).health())
     finally:
         server.stop()
 
@@ -80,7 +80,7 @@ def test_a_taken_port_is_replaced(server: VllmServer, monkeypatch: pytest.Monkey
         try:
             assert ports == []
             assert server.url != stranger.url
-            (model,) = asyncio.run(server.client(timeout=5, max_concurrency=1).models())
+            (model,) = asyncio.run(server.client(timeout=5).models())
             assert model.root == str(server.model)
         finally:
             server.stop()
@@ -136,4 +136,4 @@ def test_a_stop_is_noticed_while_it_starts(tmp_path: Path) -> None:
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="not installed"):
-        require_vllm()
+        require_vllm("sampler.backend")

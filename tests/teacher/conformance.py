@@ -87,11 +87,12 @@ def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
 
 
 def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], Candidate]:
-    """The vLLM teacher on a server of its own, or on one that somebody else started."""
+    """The vLLM teacher on a server of its own, or on one that was started before."""
 
     def build(tiny_model_dir: Callable[..., Path]) -> Candidate:
         from rnow.serving.server import VllmServer
-        from rnow.teacher.vllm import API_KEY_VARIABLE, SERVED_NAME, VllmTeacher
+        from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
+        from rnow.teacher.vllm_server import SERVED_NAME, Asking, TeacherServerSettings
 
         folder = tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=1)
         log = folder.parent / f"teacher-{how}.log"
@@ -106,17 +107,25 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
             return lm.model(input_ids=torch.tensor([list(ids)])).logits[0]
 
         if how == "managed":
-            one = VllmTeacher.managed(folder, log=log, dtype="float32", max_model_len=512)
+            settings = TeacherServerSettings(
+                local_dir=folder, log=log, dtype="float32", max_model_len=512
+            )
+            one = VllmTeacher.managed(settings)
 
             def managed(temperature: float, micro_batch_tokens: int | None) -> VllmTeacher:
                 if temperature == 1.0:
                     return one
-                return VllmTeacher.managed(folder, log=log, temperature=temperature)
+                return VllmTeacher.managed(settings, temperature=temperature)
 
             def managed_top(top_k: int) -> VllmTeacher:
                 asyncio.run(one.start())  # one engine is enough: k is said with each request
                 client = one._client
-                return VllmTeacher(client=client, model=SERVED_NAME, where="here", top_k=top_k)
+                return VllmTeacher(
+                    client=client,
+                    model=SERVED_NAME,
+                    where="here",
+                    asking=Asking(max_concurrency=1, top_k=top_k),
+                )
 
             def close() -> None:
                 one.close()
@@ -133,7 +142,7 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
 
         server = VllmServer(
             folder,
-            name="somebody-elses",
+            name="elsewhere",
             log=log,
             arguments=["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"],
         )
@@ -141,12 +150,11 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
         patch.setenv(API_KEY_VARIABLE, server._key)
 
         def served(temperature: float, micro_batch_tokens: int | None) -> VllmTeacher:
-            return VllmTeacher.served(
-                server.url, temperature=temperature, max_concurrency=min(micro_batch_tokens or 1, 4)
-            )
+            asking = Asking(max_concurrency=min(micro_batch_tokens or 1, 4))
+            return VllmTeacher.served(server.url, temperature=temperature, asking=asking)
 
         def served_top(top_k: int) -> VllmTeacher:
-            return VllmTeacher.served(server.url, max_concurrency=1, top_k=top_k)
+            return VllmTeacher.served(server.url, asking=Asking(max_concurrency=1, top_k=top_k))
 
         def stop() -> None:
             server.stop()

@@ -30,14 +30,23 @@ from tests.serving.scripted import (
 from tests.teacher.conformance import make_sample
 
 from rnow.algorithm.records import TopKEvidence
-from rnow.errors import ConfigError, ModelError, StopRequested, TemporaryError
+from rnow.errors import (
+    EXIT_TEMPORARY,
+    ConfigError,
+    ModelError,
+    StopRequested,
+    TemporaryError,
+)
+from rnow.processes.process import StartFailed
 from rnow.protocols import Sampler, Teacher
 from rnow.serving import client as client_module
 from rnow.serving import server as server_module
 from rnow.serving.client import BadAnswer, Refused, ServerDown
 from rnow.serving.server import VllmServer
-from rnow.teacher import vllm
+from rnow.teacher import vllm, vllm_server
 from rnow.teacher.vllm import VllmTeacher
+from rnow.teacher.vllm_sampler import VllmTeacherSampler
+from rnow.teacher.vllm_server import Asking, TeacherServerSettings
 from rnow.types import Adapter, Completion, Sample, SamplingParams
 
 SAMPLES = [make_sample(f"dataset_0/{i}#0", 6 + i, first=i) for i in range(12)]
@@ -60,8 +69,16 @@ def tokenizer() -> Any:
     return character_tokenizer()
 
 
-def served(server: ScriptedServer, **changes: Any) -> VllmTeacher:
-    return VllmTeacher.served(server.url, **{"model": "base", "timeout": 2.0} | changes)
+def served(
+    server: ScriptedServer, model: str | None = "base", api_key: str | None = None, **asking: Any
+) -> VllmTeacher:
+    return VllmTeacher.served(
+        server.url, model, api_key=api_key, asking=Asking(**{"timeout": 2.0} | asking)
+    )
+
+
+def settings_of(folder: Path, **changes: Any) -> TeacherServerSettings:
+    return TeacherServerSettings(local_dir=folder, log=folder / "log", **changes)
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -111,18 +128,6 @@ def test_concurrency_is_bounded(server: ScriptedServer, most: int) -> None:
     assert server.most_in_flight == most
 
 
-def test_logprobs_of_given_ids(server: ScriptedServer, tokenizer: Any) -> None:
-    teacher = served(server)
-    found = run(teacher.compute_logprobs_async([5, 6, 7]))
-    assert found == [None, pytest.approx(logprob(6, 1)), pytest.approx(logprob(7, 2))]
-    run(teacher.check(tokenizer, VOCABULARY))
-    with pytest.raises(ValueError, match="empty"):
-        run(teacher.compute_logprobs_async([]))
-    for bad in ([5, VOCABULARY], [-1, 5]):
-        with pytest.raises(ValueError, match="outside the vocabulary of 100"):
-            run(teacher.compute_logprobs_async(bad))
-
-
 def test_the_only_model_needs_no_name(server: ScriptedServer) -> None:
     assert_right(run(served(server, model=None).score(SAMPLES)), SAMPLES)
 
@@ -144,7 +149,7 @@ def test_a_temperature_is_refused(temperature: float, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="temperature"):
         VllmTeacher.served("http://127.0.0.1:1", temperature=temperature)
     with pytest.raises(ConfigError, match="temperature"):
-        VllmTeacher.managed(tmp_path, log=tmp_path / "log", temperature=temperature)
+        VllmTeacher.managed(settings_of(tmp_path), temperature=temperature)
 
 
 # ---- faults while training ------------------------------------------------------------------------------------------
@@ -186,7 +191,11 @@ def test_a_server_that_stays_unwell_stops_the_run_for_now(
 
 def test_nobody_there() -> None:
     with pytest.raises(ServerDown):
-        run(VllmTeacher.served("http://127.0.0.1:9", "base", timeout=0.3).score(SAMPLES))
+        run(
+            VllmTeacher.served("http://127.0.0.1:9", "base", asking=Asking(timeout=0.3)).score(
+                SAMPLES
+            )
+        )
 
 
 def test_a_stop_is_noticed_while_waiting(
@@ -211,7 +220,7 @@ def test_a_stop_is_noticed_while_waiting(
 
 
 def test_a_good_server_passes(server: ScriptedServer, tokenizer: Any) -> None:
-    found = run(served(server, model=None).check(tokenizer, VOCABULARY, texts=["hi"], longest=63))
+    found = run(served(server, model=None).check(tokenizer, VOCABULARY, longest=63))
     assert found.model == "base"
     assert found.root == "/models/base"
     assert found.max_model_len == 64
@@ -219,7 +228,6 @@ def test_a_good_server_passes(server: ScriptedServer, tokenizer: Any) -> None:
     assert found.warnings == ()
     assert found.padding_rows == 4
     assert found.padding_mass == pytest.approx(0.04), "four ids of one hundredth each"
-    assert {body["prompt"] for body in server.asked("/tokenize")} >= {"hi"}
 
 
 def test_no_padding(server: ScriptedServer, tokenizer: Any) -> None:
@@ -334,7 +342,7 @@ def test_a_bad_server_before_training_is_bad_input(
     assert caught.value.where == "teacher.url"  # type: ignore[attr-defined]
 
 
-# ---- a server of our own --------------------------------------------------------------------------------------------
+# ---- a server that rnow starts --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -354,7 +362,11 @@ def managed(tmp_path: Path) -> Iterator[Callable[..., VllmTeacher]]:
             command=(sys.executable, scripted.__file__),
             start_timeout=20,
         )
-        made.append(VllmTeacher(server=server, model="teacher", where="teacher.path", timeout=10))
+        made.append(
+            VllmTeacher(
+                server=server, model="teacher", where="teacher.path", asking=Asking(timeout=10)
+            )
+        )
         return made[-1]
 
     yield make
@@ -422,7 +434,7 @@ def test_a_hang_in_the_middle_is_survived_once(
     managed: Callable[..., VllmTeacher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = managed()
-    monkeypatch.setattr(teacher, "_timeout", 0.5)
+    monkeypatch.setattr(teacher, "_asking", Asking(timeout=0.5))
     run(teacher.start())
     for pid in teacher.pids():
         os.kill(pid, signal.SIGSTOP)
@@ -431,20 +443,21 @@ def test_a_hang_in_the_middle_is_survived_once(
 
 
 def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "require_vllm", lambda where: None)
+    monkeypatch.setattr(vllm_server, "require_vllm", lambda where: None)
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(vllm, "require_nf4", lambda where, dtype: asked.append((where, dtype)))
-    teacher = VllmTeacher.managed(
+    monkeypatch.setattr(
+        vllm_server, "require_nf4", lambda where, dtype: asked.append((where, dtype))
+    )
+    settings = settings_of(
         tmp_path,
-        log=tmp_path / "log",
         dtype="bfloat16",
         quantization="nf4",
         tensor_parallel_size=2,
         gpu_memory_utilization=0.5,
         max_model_len=1000,
-        enable_sleep_mode=True,
-        top_k=50,
+        enable_sleep=True,
     )
+    teacher = VllmTeacher.managed(settings, top_k=50)
     assert asked == [("teacher.quantization", "bfloat16")]
     assert teacher._server is not None
     line = " ".join(teacher._server._arguments)
@@ -464,19 +477,17 @@ def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert teacher._server._env["VLLM_SERVER_DEV_MODE"] == "1"
     assert "chunked-prefill" not in line
     with pytest.raises(ConfigError, match="int8"):
-        VllmTeacher.managed(tmp_path, log=tmp_path / "log", quantization="int8")
+        VllmTeacher.managed(settings_of(tmp_path, quantization="int8"))
 
 
 def test_a_teacher_that_answers_too_prefills_prompts_whole_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM's CPU engine dies when a seeded request is prefilled in two parts."""
-    monkeypatch.setattr(vllm, "require_vllm", lambda where: None)
+    monkeypatch.setattr(vllm_server, "require_vllm", lambda where: None)
     for on_gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
-        teacher = VllmTeacher.managed(
-            tmp_path, log=tmp_path / "log", max_model_len=3000, samples=True
-        )
+        teacher = VllmTeacher.managed(settings_of(tmp_path, max_model_len=3000, samples=True))
         assert teacher._server is not None
         line = " ".join(teacher._server._arguments)
         assert ("--no-enable-chunked-prefill" in line) is not on_gpu
@@ -489,8 +500,106 @@ def test_without_vllm_a_managed_teacher_is_refused(
 ) -> None:
     monkeypatch.setattr(server_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="not installed") as caught:
-        VllmTeacher.managed(tmp_path, log=tmp_path / "log")
+        VllmTeacher.managed(settings_of(tmp_path))
     assert caught.value.where == "teacher.backend"
+
+
+# ---- leaving the card and coming back -------------------------------------------------------------------------------
+
+
+class Server:
+    """A server and its client in one, which fail on demand."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.down: set[str] = set()
+
+    async def _do(self, what: str) -> None:
+        await asyncio.sleep(0)
+        self.events.append(what)
+        if what in self.down:
+            self.down.discard(what)
+            raise StartFailed("no port") if what == "start" else ServerDown("gone")
+
+    async def start(self) -> None:
+        await self._do("start")
+
+    def stop(self) -> None:
+        self.events.append("stop")
+
+    def client(self, *, timeout: float) -> Server:
+        return self
+
+    def limited(self, max_concurrency: int) -> Server:
+        return self
+
+    async def sleep(self) -> None:
+        await self._do("sleep")
+
+    async def wake_up(self) -> None:
+        await self._do("wake_up")
+
+
+def on(server: Any) -> VllmTeacher:
+    return VllmTeacher(server=server, model="teacher", where="teacher.path", asking=Asking())
+
+
+def nap(server: Server, times: int = 1, *, down: tuple[str, ...] = ()) -> None:
+    async def naps() -> None:
+        teacher = on(server)
+        await teacher.start()
+        server.down |= set(down)
+        await teacher.wake()
+        for _ in range(times):
+            await teacher.sleep()
+            await teacher.sleep()
+            await teacher.wake()
+            await teacher.wake()
+
+    run(naps())
+
+
+def test_a_server_is_told_once() -> None:
+    server = Server()
+    nap(server, times=2)
+    assert server.events == ["start", *["sleep", "wake_up"] * 2]
+
+
+def test_a_server_that_dies_going_to_sleep_gives_the_card_back_and_starts_at_waking() -> None:
+    server = Server()
+    nap(server, down=("sleep",))
+    assert server.events == ["start", "sleep", "stop", "start", "wake_up"]
+
+
+def test_a_server_that_died_asleep_is_started_once() -> None:
+    server = Server()
+    nap(server, down=("wake_up",))
+    assert server.events == ["start", "sleep", "wake_up", "stop", "start"]
+
+
+def test_a_server_that_does_not_come_back_ends_the_run() -> None:
+    server = Server()
+    with pytest.raises(TemporaryError, match="could not be started again: no port") as failure:
+        nap(server, down=("wake_up", "start"))
+    assert failure.value.exit_code == EXIT_TEMPORARY
+
+
+def test_a_server_told_to_change_when_cancelled_is_told_again() -> None:
+    server = Server()
+
+    async def cancelled() -> None:
+        teacher = on(server)
+        await teacher.start()
+        task = asyncio.create_task(teacher.sleep())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await teacher.wake()
+        await teacher.sleep()
+
+    run(cancelled())
+    assert server.events == ["start", "wake_up", "sleep"]
 
 
 # ---- the likeliest tokens -------------------------------------------------------------------------------------------
@@ -547,7 +656,7 @@ PADDING = range(VOCABULARY, scripted.ROWS)
 
 
 def answer(teacher: VllmTeacher, count: int = 1, **changes: Any) -> list[Completion]:
-    sampler = teacher.sampler(vocabulary=VOCABULARY, padding=PADDING)
+    sampler = VllmTeacherSampler(teacher, vocabulary=VOCABULARY, padding=PADDING)
     params = SamplingParams(**{"max_tokens": 5, "stop_token_ids": (80,), "top_k": 7} | changes)
 
     async def everything() -> list[Completion]:
@@ -560,7 +669,7 @@ def answer(teacher: VllmTeacher, count: int = 1, **changes: Any) -> list[Complet
 
 def test_it_answers_with_token_ids_and_logprobs(server: ScriptedServer) -> None:
     teacher = served(server)
-    assert isinstance(teacher.sampler(vocabulary=VOCABULARY, padding=PADDING), Sampler)
+    assert isinstance(VllmTeacherSampler(teacher, vocabulary=VOCABULARY, padding=()), Sampler)
     (completion,) = answer(teacher, temperature=0.7)
     assert completion.token_ids == (78, 79, 80)
     assert completion.finish_reason == "stop"
@@ -592,11 +701,11 @@ def test_a_padding_id_that_comes_all_the_same_is_an_error(server: ScriptedServer
 
 def test_more_padding_than_can_be_left_out(server: ScriptedServer) -> None:
     with pytest.raises(ModelError, match="1025 ids that no tokenizer produces"):
-        served(server).sampler(vocabulary=VOCABULARY, padding=range(100, 1125))
+        VllmTeacherSampler(served(server), vocabulary=VOCABULARY, padding=range(100, 1125))
 
 
 def test_a_teacher_takes_no_adapter(server: ScriptedServer) -> None:
-    sampler = served(server).sampler(vocabulary=VOCABULARY, padding=())
+    sampler = VllmTeacherSampler(served(server), vocabulary=VOCABULARY, padding=())
     with pytest.raises(TypeError, match="no adapter"):
         sampler.load_policy(Adapter(tensors={}, config={}), version=1)
 

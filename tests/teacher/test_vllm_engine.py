@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.processes import leash
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import VllmTeacher
+from rnow.teacher.vllm_server import TeacherServerSettings
 from rnow.types import Sample
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -41,15 +43,21 @@ def lm(folder: Path) -> CausalLM:
 
 
 def make(folder: Path, log: Path) -> VllmTeacher:
-    return VllmTeacher.managed(
-        folder,
+    settings = TeacherServerSettings(
+        local_dir=folder,
         log=log,
         dtype="float32",
         max_model_len=WINDOW,
         max_num_batched_tokens=128,  # prompts go through in several chunks
-        env={"VLLM_CPU_KVCACHE_SPACE": "1"},
-        timeout=60,
     )
+    return VllmTeacher.managed(settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_cache() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +109,6 @@ def test_the_same_numbers_as_transformers(teacher: VllmTeacher, lm: CausalLM) ->
     assert_like_transformers(teacher, lm, samples)
 
 
-def test_logprobs_of_given_ids(teacher: VllmTeacher, lm: CausalLM) -> None:
-    ids = list(range(5, 60))
-    found = asyncio.run(teacher.compute_logprobs_async(ids))
-    expected = TransformersTeacher(lm).compute_logprobs(ids)
-    assert found[0] is None
-    assert found[1:] == pytest.approx(expected[1:], abs=TOLERANCE)
-
-
 def test_the_key_is_in_no_log_and_no_command_line(teacher: VllmTeacher) -> None:
     asyncio.run(teacher.start())
     server = teacher._server
@@ -133,7 +133,7 @@ def test_kill_9_of_the_engine_in_the_middle_of_scoring(
             killed.append(time.monotonic())
             os.kill(engine(teacher.pids()), signal.SIGKILL)
 
-    monkeypatch.setattr(teacher, "_poll", poll)
+    monkeypatch.setattr(teacher, "_asking", replace(teacher._asking, poll=poll, timeout=60.0))
     assert_like_transformers(teacher, lm, samples)
     assert len(killed) == 3
     after = teacher.pids()
@@ -153,8 +153,9 @@ OWNER = """
 import asyncio, sys, time
 from pathlib import Path
 from rnow.teacher.vllm import VllmTeacher
-teacher = VllmTeacher.managed(Path(sys.argv[1]), log=Path(sys.argv[2]), dtype="float32", max_model_len=256,
-                              env={"VLLM_CPU_KVCACHE_SPACE": "1"})
+from rnow.teacher.vllm_server import TeacherServerSettings
+teacher = VllmTeacher.managed(TeacherServerSettings(
+    local_dir=Path(sys.argv[1]), log=Path(sys.argv[2]), dtype="float32", max_model_len=256))
 asyncio.run(teacher.start())
 sys.stdout.write("ready\\n")
 sys.stdout.flush()

@@ -13,13 +13,11 @@ from tests.fakes import FakeEnvironment, FakePolicy, FakeRewarder, FakeSampler, 
 from tests.setup.projects import Project
 
 from rnow.errors import EXIT_TEMPORARY, ConfigError, TemporaryError
-from rnow.processes.process import StartFailed
 from rnow.rollout.collect import RolloutSettings
-from rnow.serving.client import ServerDown
 from rnow.setup.build import run
 from rnow.training.evaluations import Evaluations, Evaluator, Scheduled
 from rnow.training.loop import OnPolicy, Parts, train
-from rnow.training.residency import Part, Residency, ServedSleeper, StageClock
+from rnow.training.residency import Part, Residency, StageClock
 from rnow.types import Prompt
 
 END = 9
@@ -384,89 +382,3 @@ def test_turns_on_a_cpu_are_refused_before_anything_is_written(
         with pytest.raises(ConfigError, match="CUDA card only"):
             run(project.config(residency="time_shared", sampler=sampler), folder=tmp_path)
     assert not (tmp_path / "runs").exists()
-
-
-# ---- a teacher's server -----------------------------------------------------------------------------------------------
-
-
-class Server:
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.down: set[str] = set()
-
-    async def _do(self, what: str) -> None:
-        await asyncio.sleep(0)
-        self.events.append(what)
-        if what in self.down:
-            self.down.discard(what)
-            raise StartFailed("no port") if what == "start" else ServerDown("gone")
-
-    async def start(self) -> None:
-        await self._do("start")
-
-    def close(self) -> None:
-        self.events.append("close")
-
-    async def sleep(self) -> None:
-        await self._do("sleep")
-
-    async def wake_up(self) -> None:
-        await self._do("wake_up")
-
-
-def nap(server: Server, times: int = 1) -> None:
-    async def naps() -> None:
-        sleeper = ServedSleeper(server)
-        await sleeper.wake()
-        for _ in range(times):
-            await sleeper.sleep()
-            await sleeper.sleep()
-            await sleeper.wake()
-            await sleeper.wake()
-
-    asyncio.run(naps())
-
-
-def test_a_server_is_told_once() -> None:
-    server = Server()
-    nap(server, times=2)
-    assert server.events == ["sleep", "wake_up"] * 2
-
-
-def test_a_server_that_dies_going_to_sleep_gives_the_card_back_and_starts_at_waking() -> None:
-    server = Server()
-    server.down.add("sleep")
-    nap(server)
-    assert server.events == ["sleep", "close", "wake_up"], "wake_up starts a closed server"
-
-
-def test_a_server_that_died_asleep_is_started_once() -> None:
-    server = Server()
-    server.down.add("wake_up")
-    nap(server)
-    assert server.events == ["sleep", "wake_up", "close", "start"]
-
-
-def test_a_server_that_does_not_come_back_ends_the_run() -> None:
-    server = Server()
-    server.down |= {"wake_up", "start"}
-    with pytest.raises(TemporaryError, match="could not be started again: no port") as failure:
-        nap(server)
-    assert failure.value.exit_code == EXIT_TEMPORARY
-
-
-def test_a_server_told_to_change_when_cancelled_is_told_again() -> None:
-    server = Server()
-
-    async def cancelled() -> None:
-        sleeper = ServedSleeper(server)
-        task = asyncio.create_task(sleeper.sleep())
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await sleeper.wake()
-        await sleeper.sleep()
-
-    asyncio.run(cancelled())
-    assert server.events == ["wake_up", "sleep"]

@@ -286,15 +286,10 @@ class SamplerSection(Section):
         "auto",
         "The engine that samples; `auto` is vllm on a GPU where it is installed, else transformers.",
     )
-    mode: Literal["engine", "server"] = key(
-        "engine",
-        "vllm: an engine in a process of its own, or its HTTP server on loopback.",
-        reader="vllm sampler",
-    )
     url: Text | None = key(
         None,
-        "vllm: address of a server that is there already and sees the run folder under the same path.",
-        "we start our own",
+        "vllm: address of a server that runs already and sees the run folder under the same path.",
+        "an engine is started",
     )
     served_model: Text | None = key(
         None, "Name of the base model at `url`.", "the only one it serves", reader="vllm sampler"

@@ -26,14 +26,15 @@ MARK = "RNOW_LEASH"
 
 _LEASH = Path(leash.__file__)
 _TAIL_BYTES = 64 * 1024
+_READY_INTERVAL = 0.25
 
 
 class ProcessFailed(TemporaryError):
-    """A process of ours ended or stopped answering during training."""
+    """A process that rnow started ended or stopped answering during training."""
 
 
 class StartFailed(ModelError):
-    """A process of ours did not come up."""
+    """A process that rnow starts did not come up."""
 
     default_title = "A server did not start"
 
@@ -114,11 +115,6 @@ class ManagedProcess:
         self._pipe, self._owner = write_end, os.getpid()
         _running.add(self)
 
-    @property
-    def pid(self) -> int | None:
-        """The id of the leash, which ends as the command ends; None before the start."""
-        return self._popen.pid if self._popen else None
-
     def pids(self) -> set[int]:
         """Ids of the command and of every process it started that lives."""
         return leash.descendants(self._popen.pid) if self._popen and self.alive() else set()
@@ -142,33 +138,26 @@ class ManagedProcess:
             return []
         return text.splitlines()[-lines:]
 
-    async def wait_until(
-        self,
-        ready: Callable[[], Awaitable[bool]],
-        *,
-        timeout: float,
-        poll: float = 0.25,
-        error: type[RnowError] = StartFailed,
-    ) -> None:
-        """Ask ``ready`` every ``poll`` seconds until it says yes. Does not stop the process when it gives up.
+    async def wait_until(self, ready: Callable[[], Awaitable[bool]], *, timeout: float) -> None:
+        """Ask ``ready`` again and again until it says yes. Does not stop the process when it gives up.
 
         Raises:
-            StartFailed (or ``error``): the process ended, or ``timeout`` seconds passed; with the end of the log.
+            StartFailed: the process ended, or ``timeout`` seconds passed; with the end of the log.
         """
         deadline = time.monotonic() + timeout
         while True:
             if not self.alive():
-                raise self.failure("ended while it started", error)
+                raise self.failure("ended while it started", StartFailed)
             left = deadline - time.monotonic()
             if left <= 0:
-                raise self.failure(f"was not ready after {timeout:g} s", error)
+                raise self.failure(f"was not ready after {timeout:g} s", StartFailed)
             with contextlib.suppress(TimeoutError):
                 if await asyncio.wait_for(ready(), left):
                     return
-            await asyncio.sleep(poll)
+            await asyncio.sleep(_READY_INTERVAL)
 
     def failure(self, what: str, error: type[RnowError] = ProcessFailed) -> RnowError:
-        """``error`` saying that this process did ``what``, with its exit code and the end of its log."""
+        """An error saying that this process did ``what``, with its exit code and the end of its log."""
         code = self.exit_code()
         ending = ""
         if code is not None:
@@ -180,7 +169,7 @@ class ManagedProcess:
         )
 
     def stop(self, grace: float = 5.0) -> None:
-        """End the whole tree: SIGTERM, SIGKILL after ``grace`` seconds, and wait until it is gone. Again: nothing."""
+        """End the whole tree: SIGTERM, SIGKILL after ``grace`` seconds, and wait until it is gone. Idempotent."""
         with self._lock:
             popen, pipe = self._popen, self._pipe
             self._pipe = None
@@ -218,8 +207,8 @@ def _leash_command(read_end: int) -> list[str]:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now. Somebody may take it before you do: whoever starts a server on it must try
-    again with another when the server says that the address is in use."""
+    """A port that is free now. It may be taken before the caller uses it: whoever starts a server on it must try
+    another one when the server says that the address is in use."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What the two ways of reaching vLLM have in common: an engine of our own, and a server."""
+"""What the two ways of reaching vLLM have in common: an engine that rnow starts, and a server given by url."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class Backend(Protocol):
     """Whether ``probe`` leaves padded ids out of the softmax."""
 
     def start(self) -> None:
-        """Start it, or reach it, and wait until it answers. Raises EngineGone when it does not come up."""
+        """Start or reach it, and wait until it answers. Raises EngineGone when it does not come up."""
         ...
 
     def stop(self) -> None:
-        """End it if it is ours. May be called at any time, more than once."""
+        """End it if rnow started it. May be called at any time, more than once."""
         ...
 
     def load(self, adapter: StoredAdapter, *, replacing: StoredAdapter | None) -> None:

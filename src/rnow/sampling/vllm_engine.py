@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rnow.errors import ModelError
 from rnow.processes.process import ManagedProcess
-from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
+from rnow.sampling.adapter_files import StoredAdapter
 from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
-from rnow.sampling.vllm_link import WorkerLink
+from rnow.sampling.vllm_link import Message, WorkerLink
 from rnow.sampling.vllm_padding import EXTENSION
-from rnow.sampling.vllm_probe import tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.serving.server import START_TIMEOUT
+from rnow.serving.server import START_TIMEOUT, require_vllm
 from rnow.types import SamplingParams
 
 WORKER = ("-P", "-m", "rnow.sampling.vllm_worker")
@@ -32,62 +30,22 @@ class VllmEngineSampler(VllmSampler):
     """A Sampler over a vLLM engine that this process starts and that ends with it."""
 
     def __init__(self, settings: VllmSettings) -> None:
-        backend = EngineBackend(
-            worker_settings(settings),
-            log=settings.log,
-            start_timeout=settings.start_timeout or START_TIMEOUT,
-            request_timeout=settings.request_timeout,
-        )
-        super().__init__(
-            backend,
-            vocabulary=settings.vocabulary,
-            max_lora_rank=settings.allowed_rank,
-            files=AdapterFiles(settings.work_dir),
-            probe=settings.probe,
-            tolerance=tolerance_of(settings.dtype, settings.quantization),
-        )
-
-
-def worker_settings(settings: VllmSettings) -> dict[str, Any]:
-    """What the worker is told, JSON-ready."""
-    ours = {"work_dir", "log", "probe", "start_timeout", "request_timeout"}
-    told = {
-        field.name: getattr(settings, field.name)
-        for field in fields(settings)
-        if field.name not in ours
-    }
-    return told | {
-        "local_dir": str(Path(settings.local_dir).resolve()),
-        "max_lora_rank": settings.allowed_rank,
-        "worker_extension": EXTENSION,
-    }
+        super().__init__(EngineBackend(settings), settings)
 
 
 class EngineBackend:
     """The worker process and the line to it.
 
     Args:
-        settings: sent to the worker as they are.
-        command: what to start, given the descriptor of its end of the line as one more argument.
+        command: what to start instead of the worker, given the descriptor of its end of the line as one more argument.
     """
 
     name = "vLLM's engine"
     masks_probes = True
 
-    def __init__(
-        self,
-        settings: Mapping[str, Any],
-        *,
-        log: Path,
-        start_timeout: float,
-        request_timeout: float,
-        command: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, settings: VllmSettings, *, command: Sequence[str] | None = None) -> None:
         self.supports_sleep = False
-        self._settings = dict(settings)
-        self._log = log
-        self._start_timeout = start_timeout
-        self._request_timeout = request_timeout
+        self._settings = settings
         self._command = command
         self._process: ManagedProcess | None = None
         self._link: WorkerLink | None = None
@@ -105,42 +63,41 @@ class EngineBackend:
         """
         command = self._command
         if command is None:
-            if importlib.util.find_spec("vllm") is None:
-                raise ModelError(
-                    "sampler.backend is vllm, and vLLM is not installed in this environment",
-                    fix="install vllm 0.26 or newer, or set sampler.backend: transformers",
-                )
+            require_vllm("sampler.backend")
             command = (sys.executable, *WORKER)
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = ManagedProcess(
                 [*command, str(theirs.fileno())],
                 env=environment(),
-                log=self._log,
+                log=self._settings.log,
                 name=self.name,
                 pass_fds=(theirs.fileno(),),
             )
             self._process.start()
-        self._link = WorkerLink(ours, silence=self._start_timeout)
-        answer = self._link.call("start", settings=self._settings)
+        self._link = WorkerLink(ours, silence=START_TIMEOUT)
+        answer = self._link.call("start", settings=worker_settings(self._settings))
         try:
-            ready = answer.result(self._start_timeout)
+            ready = answer.result(START_TIMEOUT)
         except (EngineGone, FutureTimeout) as error:
             self.stop()
-            why = str(error) or f"no answer after {self._start_timeout:g} s"
+            why = str(error) or f"no answer after {START_TIMEOUT:g} s"
             tail = self._process.log_tail()
             raise EngineGone(
-                f"the engine did not start: {why}", [*tail, f"the whole log is {self._log}"]
+                f"the engine did not start: {why}",
+                [*tail, f"the whole log is {self._settings.log}"],
             ) from error
         except RequestRefused as error:
             self.stop()
             raise ModelError(
-                "vLLM cannot serve this model", why=str(error), details=[f"log: {self._log}"]
+                "vLLM cannot serve this model",
+                why=str(error),
+                details=[f"log: {self._settings.log}"],
             ) from error
         except BaseException:
             self.stop()
             raise
-        self._link.set_silence(self._request_timeout)
+        self._link.silence = self._settings.request_timeout
         self.supports_sleep = ready["supports_sleep"]
 
     def stop(self) -> None:
@@ -203,17 +160,29 @@ class EngineBackend:
         )
         return answer["logprobs"]
 
-    def _call(self, op: str, **fields: Any) -> Any:
+    def _call(self, op: str, **fields: object) -> Future[Message]:
         if self._link is None:
             raise EngineGone("it was never started")
         return self._link.call(op, **fields)
 
 
+def worker_settings(settings: VllmSettings) -> dict[str, object]:
+    """What the worker is told, JSON-ready."""
+    told = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for ours in ("work_dir", "log", "probe", "request_timeout"):
+        del told[ours]
+    return told | {
+        "local_dir": str(Path(settings.local_dir).resolve()),
+        "max_lora_rank": settings.allowed_rank,
+        "worker_extension": EXTENSION,
+    }
+
+
 def environment() -> dict[str, str]:
-    """Variables for a vLLM process of ours: this rnow importable, nothing fetched, nothing reported."""
+    """Variables for a vLLM process that rnow starts: this rnow importable, nothing fetched, nothing reported."""
     source = str(Path(__file__).parents[2])
     paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    variables = {
+    return {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         # The user's folder holds files named as they like; none of them may shadow a package.
         "PYTHONSAFEPATH": "1",
@@ -223,4 +192,3 @@ def environment() -> dict[str, str]:
         # Read by the CPU build alone, in GiB; without it, vLLM wants its share of all the memory to be free.
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
     }
-    return variables

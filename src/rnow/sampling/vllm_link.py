@@ -8,6 +8,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from itertools import count
 from typing import Any
@@ -18,21 +19,23 @@ _CHUNK = 1 << 20
 _POLL = 1.0
 
 Message = dict[str, Any]
+"""One line of JSON; its fields are those of the engine's methods (``vllm_worker.Engine``)."""
 
 
 class WorkerLink:
-    """Our end of the socket. Safe to use from any thread; a worker that stops reading blocks nobody.
+    """The trainer's end of the socket. Safe to use from any thread; a worker that stops reading blocks nobody.
 
     The worker sends ``{"id": ..., "ok": {...}}`` or ``{"id": ..., "refused": text}`` or ``{"id": ..., "gone": text}`` for each
     request, and ``{"progress": n}`` every second, where n grows as long as the engine draws tokens.
 
     Args:
-        silence: seconds that requests may be owed without an answer or any progress before the worker counts as gone.
+        silence: seconds that requests may be owed without an answer or any progress before the worker counts as gone; may be
+            changed.
     """
 
     def __init__(self, connection: socket.socket, *, silence: float) -> None:
         self._socket = connection
-        self._silence = silence
+        self.silence = silence
         self._owed: dict[int, Future[Message]] = {}
         self._lock = threading.Lock()
         self._ids = count(1)
@@ -43,7 +46,7 @@ class WorkerLink:
         for work in (self._read, self._write):
             threading.Thread(target=work, name="vllm-link", daemon=True).start()
 
-    def call(self, op: str, **fields: Any) -> Future[Message]:
+    def call(self, op: str, **fields: object) -> Future[Message]:
         """Send a request. The future holds the ``ok`` part of the answer, or raises EngineGone or RequestRefused;
         cancelling it tells the worker to abort."""
         future: Future[Message] = Future()
@@ -59,13 +62,9 @@ class WorkerLink:
         self._send({"id": number, "op": op, **fields})
         return future
 
-    def set_silence(self, seconds: float) -> None:
-        """Change how long the worker may be silent."""
-        self._silence = seconds
-
-    def close(self, why: str = "it was stopped") -> None:
+    def close(self) -> None:
         """Hang up. Requests still owed raise EngineGone."""
-        self._fail(why)
+        self._fail("it was stopped")
 
     def _settled(self, number: int, future: Future[Message]) -> None:
         with self._lock:
@@ -73,7 +72,7 @@ class WorkerLink:
         if owed is not None and future.cancelled():
             self._send({"op": "abort", "id": number})
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Mapping[str, object]) -> None:
         self._outbox.put(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     def _write(self) -> None:
@@ -126,7 +125,7 @@ class WorkerLink:
     def _check_silence(self) -> None:
         with self._lock:
             silent = time.monotonic() - self._heard if self._owed else 0.0
-        if silent > self._silence:
+        if silent > self.silence:
             self._fail(f"it has not answered for {silent:.0f} s")
 
     def _fail(self, why: str) -> None:

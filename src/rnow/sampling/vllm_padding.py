@@ -6,15 +6,32 @@ log-probabilities alone. This module is loaded inside vLLM's worker processes, b
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXTENSION = f"{__name__}.PaddingMask"
+
+
+class _ModelConfig(Protocol):
+    def get_vocab_size(self) -> int: ...
+
+
+class _Model(Protocol):
+    compute_logits: Callable[..., Tensor | None]
+
+
+class _ModelRunner(Protocol):
+    model: _Model
+    model_config: _ModelConfig
 
 
 class PaddingMask:
     """Methods added to vLLM's worker; called through ``collective_rpc``."""
 
-    model_runner: Any
+    model_runner: _ModelRunner
 
     def mask_padding(self, vocabulary: int) -> int:
         """From now on give ids at or above ``vocabulary`` no mass. Returns the number of rows of the head."""
@@ -22,7 +39,7 @@ class PaddingMask:
         model = self.model_runner.model
         compute = model.compute_logits
 
-        def compute_masked(*arguments: Any, **named: Any) -> Any:
+        def compute_masked(*arguments: object, **named: object) -> Tensor | None:
             logits = compute(*arguments, **named)
             # Ranks that do not sample get no logits.
             if logits is not None:

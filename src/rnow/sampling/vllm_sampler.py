@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from rnow.errors import InputError, ModelError, NotYetSupported, RnowError, TemporaryError
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
@@ -19,7 +19,9 @@ from rnow.sampling.vllm_backend import (
     EngineGone,
     RequestRefused,
 )
-from rnow.sampling.vllm_probe import ROUNDED, Gap, Reference, Tolerance, gap_between
+from rnow.sampling.vllm_probe import Gap, Reference, gap_between, tolerance_of
+from rnow.sampling.vllm_settings import VllmSettings
+from rnow.tasks import ask_again
 from rnow.types import Adapter, Completion, FinishReason, SamplingParams
 
 T = TypeVar("T")
@@ -36,39 +38,26 @@ class VllmSampler:
     it said. With ``watch``, each adapter that was loaded is scored too: it must say what the trainer says.
 
     Args:
-        vocabulary: the tokenizer's length; ids at or above it are never drawn.
-        max_lora_rank: the highest rank that the backend was told of.
-        probe: ids of a short text; at least two, or none.
-        tolerance: how far a probe may be off.
+        settings: those of ``backend``. ``probe`` holds at least two ids, or none.
+        private: only this user may read the adapters; a server may run as another.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        *,
-        vocabulary: int,
-        max_lora_rank: int,
-        files: AdapterFiles,
-        probe: Sequence[int] = (),
-        tolerance: Tolerance = ROUNDED,
-    ) -> None:
-        if len(probe) == 1:
+    def __init__(self, backend: Backend, settings: VllmSettings, *, private: bool = True) -> None:
+        if len(settings.probe) == 1:
             raise ValueError("a probe needs at least two token ids")
-        self._probe_ids = tuple(probe)
-        self._tolerance = tolerance
+        self._probe_ids = settings.probe
+        self._tolerance = tolerance_of(settings.dtype, settings.quantization)
         self._reference: Reference | None = None
         self._base_logprobs: list[float] | None = None
         self._expected: Sequence[float] | None = None
         self._proven = False
-        self._gaps: dict[str, Gap] = {}
         self._backend = backend
-        self._vocabulary = vocabulary
-        self._max_lora_rank = max_lora_rank
-        self._files = files
+        self._vocabulary = settings.vocabulary
+        self._max_lora_rank = settings.allowed_rank
+        self._files = AdapterFiles(settings.work_dir, private=private)
         # Everything that blocks happens on this one thread, one thing after the other: start, restart, load, sleep.
         self._control = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._starts = 0
-        self._restarts = 0
         self._restarted_version: int | None = None
         self._failure: RnowError | None = None
         self._current: StoredAdapter | None = None
@@ -79,21 +68,6 @@ class VllmSampler:
         self._asleep = False
         self._unsettled = False
         self._closed = False
-
-    @property
-    def restarts(self) -> int:
-        """How often the backend was started again after a failure."""
-        return self._restarts
-
-    @property
-    def supports_sleep(self) -> bool:
-        """Whether ``sleep`` and ``wake`` work; known once the backend has started, False before."""
-        return self._backend.supports_sleep
-
-    @property
-    def probe_gaps(self) -> Mapping[str, Gap]:
-        """What the last probes found: ``base`` against itself at the start, ``adapter`` against the trainer."""
-        return dict(self._gaps)
 
     def watch(self, reference: Reference, *, tolerance: float = 0.0) -> None:
         """Hold every adapter that is loaded from now on against the trainer's own scoring of the probe.
@@ -167,34 +141,22 @@ class VllmSampler:
                 answer = await self._backend.draw(prompt_token_ids, params, seed, adapter)
                 return self._checked(answer, params, adapter, version)
 
-            return await self._replayed(draw)
+            return await ask_again(
+                draw,
+                lost=EngineGone,
+                starts=lambda: self._starts,
+                restart=lambda starts, gone: self._on_control(lambda: self._recover(starts, gone)),
+            )
+        except RequestRefused as error:
+            raise InputError(f"{self._backend.name} refused a request", why=str(error)) from error
         finally:
             self._drawing -= 1
 
-    async def probe(self, token_ids: Sequence[int], *, adapter: bool) -> list[float]:
-        """Log-probabilities of ``token_ids[1:]``, each given what comes before it, at temperature 1.
-
-        Args:
-            token_ids: at least two.
-            adapter: ask the current adapter; False asks the base model.
-        """
-        if len(token_ids) < 2:
-            raise ValueError("a probe needs at least two token ids")
-        await self._ready()
-        values = await self._replayed(
-            lambda: self._backend.probe(token_ids, self._current if adapter else None)
-        )
-        if len(values) != len(token_ids) - 1 or not all(map(math.isfinite, values)):
-            raise _garbage(
-                f"{len(values)} log-probabilities for {len(token_ids) - 1} tokens", values
-            )
-        return values
-
     async def sleep(self) -> None:
-        """Give the card to somebody else until ``wake``. Does nothing when asleep.
+        """Give the card back until ``wake``. Does nothing when asleep.
 
         Raises:
-            NotYetSupported: this backend cannot (a CPU, a server that is not ours, one started without ``enable_sleep``).
+            NotYetSupported: this backend cannot (a CPU, a server given by url, an engine started without ``enable_sleep``).
             RuntimeError: completions are still being drawn.
         """
         await self._on_control(self._fall_asleep)
@@ -209,7 +171,7 @@ class VllmSampler:
         await self._on_control(self._wake_up)
 
     def close(self) -> None:
-        """End the backend if it is ours and remove the adapters. Again: nothing."""
+        """End the backend if rnow started it and remove the adapters. Idempotent."""
         if not self._closed:
             self._closed = True
             self._failure = self._failure or TemporaryError("the sampler was closed")
@@ -217,12 +179,6 @@ class VllmSampler:
             self._control.shutdown(wait=True, cancel_futures=True)
             self._backend.stop()
             self._files.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     async def _ready(self) -> None:
         if self._failure:
@@ -236,20 +192,6 @@ class VllmSampler:
             raise self._failure
         if self._asleep:
             raise RuntimeError("the sampler sleeps; wake it first")
-
-    async def _replayed(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """The answer of ``ask``, asked again after each restart."""
-        while True:
-            starts = self._starts
-            try:
-                return await ask()
-            except EngineGone as error:
-                gone = error
-            except RequestRefused as error:
-                raise InputError(
-                    f"{self._backend.name} refused a request", why=str(error)
-                ) from error
-            await self._on_control(lambda: self._recover(starts, gone))  # noqa: B023
 
     def _checked(
         self,
@@ -324,10 +266,10 @@ class VllmSampler:
         self._ensure_started()
         if self._asleep:
             return
-        if not self.supports_sleep:
+        if not self._backend.supports_sleep:
             raise NotYetSupported(
                 f"{self._backend.name} has no sleep mode",
-                why="it needs a CUDA card, a vLLM of our own, and residency: time_shared when it is started",
+                why="it needs a CUDA card, a vLLM that rnow starts, and residency: time_shared when it is started",
                 fix="set residency: resident",
             )
         if self._drawing:
@@ -369,7 +311,6 @@ class VllmSampler:
         if self._restarted_version == self._version:
             raise self._give_up(gone) from gone
         self._restarted_version = self._version
-        self._restarts += 1
         with self._settling():
             try:
                 self._backend.stop()
@@ -423,9 +364,7 @@ class VllmSampler:
     def _adapter_gap(self) -> Gap | None:
         if self._expected is None:
             return None
-        gap = gap_between(self._probed(self._current), self._expected)
-        self._gaps["adapter"] = gap
-        return gap
+        return gap_between(self._probed(self._current), self._expected)
 
     def _wrong_adapter(self, gap: Gap) -> RnowError:
         assert self._current
@@ -457,7 +396,6 @@ class VllmSampler:
         if self._base_logprobs is None:
             self._base_logprobs = found
         gap = gap_between(found, self._base_logprobs)
-        self._gaps["base"] = gap
         if not gap.within(self._tolerance.same):
             raise EngineGone(
                 f"its base model is not what it was at the start: the same tokens' log-probabilities differ by {gap},"
@@ -465,7 +403,7 @@ class VllmSampler:
             )
 
     def _probed(self, adapter: StoredAdapter | None) -> list[float]:
-        # Nobody draws meanwhile: whoever waits for this thread has asked before, or will ask after.
+        # Nothing is drawn beside it: new draws wait for this thread, and the old ones ended with what they asked.
         return asyncio.run(_awaited(self._backend.probe(self._probe_ids, adapter)))
 
     @contextmanager

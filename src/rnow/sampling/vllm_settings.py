@@ -1,4 +1,4 @@
-"""What a vLLM for the student is started with, however it is reached."""
+"""What a vLLM for the student is started with, and how it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Quantization = Literal["none", "nf4"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmSettings:
     """Of a server given by url only ``local_dir``, ``vocabulary``, ``work_dir``, ``max_num_seqs``, ``max_lora_rank``,
-    ``probe`` and the timeouts count; ``dtype`` and ``quantization`` then say how far its probes may be off.
+    ``probe`` and ``request_timeout`` count; ``dtype`` and ``quantization`` then say how far its probes may be off.
 
     Attributes:
         local_dir: the student's folder.
@@ -30,7 +30,6 @@ class VllmSettings:
         max_lora_rank: the adapter's rank; vLLM is told the next one it knows.
         enable_sleep: reserve what ``sleep`` needs; no use on a CPU.
         probe: a short text's ids, scored to see that vLLM still has the right weights; without any nothing is probed.
-        start_timeout: seconds until vLLM must answer; None: 900 for one of ours, 60 for a given server.
         request_timeout: seconds without any token or answer after which the engine counts as dead; with a server, seconds
             that one completion may take.
     """
@@ -51,7 +50,6 @@ class VllmSettings:
     trust_remote_code: bool = False
     max_lora_rank: int = 32
     probe: tuple[int, ...] = ()
-    start_timeout: float | None = None
     request_timeout: float = 600.0
 
     @property

@@ -1,6 +1,6 @@
 """The process around vLLM's async engine: ``python -m rnow.sampling.vllm_worker FD``.
 
-FD is our end of a socket pair; ``rnow.sampling.vllm_link`` speaks on the other. When that end closes, or the engine dies,
+FD is one end of a socket pair; ``rnow.sampling.vllm_link`` speaks on the other. When that end closes, or the engine dies,
 this process ends, and its leash ends the engine's own processes.
 """
 
@@ -14,8 +14,8 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from rnow.sampling.gate import Gate
 
@@ -36,6 +36,44 @@ class Refused(Exception):
 
 class Gone(Exception):
     """The engine is dead."""
+
+
+class _Adapter(Protocol):
+    """What is used of vLLM's LoRARequest."""
+
+    lora_name: str
+    lora_int_id: int
+
+
+class _Logprob(Protocol):
+    logprob: float
+
+
+@runtime_checkable
+class _FlatLogprobs(Protocol):
+    """vLLM's flat layout: the entries of position i begin at ``start_indices[i]``."""
+
+    start_indices: Sequence[int]
+    logprobs: Sequence[float]
+    token_ids: Sequence[int]
+
+
+_ByPosition = Sequence[Mapping[int, _Logprob]]
+
+
+class _Choice(Protocol):
+    token_ids: Sequence[int]
+    logprobs: _FlatLogprobs | _ByPosition | None
+    finish_reason: str | None
+
+
+class _Output(Protocol):
+    """What is used of vLLM's RequestOutput."""
+
+    outputs: Sequence[_Choice]
+    prompt_logprobs: _ByPosition
+    lora_request: _Adapter | None
+    finished: bool
 
 
 class Engine(Protocol):
@@ -98,7 +136,7 @@ class Worker:
         except Gone as error:
             answer = {"gone": str(error)}
             self._dead.set()
-        except Exception as error:  # whatever it is, somebody waits for an answer
+        except Exception as error:  # whatever it is, the trainer waits for an answer
             traceback.print_exc()
             answer = {"refused": f"{type(error).__name__}: {error}"}
         send(self._writer, {"id": number, **answer})
@@ -109,23 +147,23 @@ class Worker:
             await asyncio.sleep(PROGRESS_INTERVAL)
 
 
-def send(writer: asyncio.StreamWriter, message: Message) -> None:
+def send(writer: asyncio.StreamWriter, message: Mapping[str, object]) -> None:
     """One line. Not awaited: the other end always reads."""
     if not writer.is_closing():
         writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
 
-def engine_arguments(settings: Mapping[str, Any], known: set[str], cpu: bool) -> dict[str, Any]:
+def engine_arguments(settings: Message, known: set[str], cpu: bool) -> dict[str, object]:
     """vLLM's engine arguments for our settings.
 
     Args:
-        settings: what ``VllmEngineSampler`` was given.
+        settings: those of ``VllmSettings``, as ``vllm_engine.worker_settings`` sends them.
         known: the arguments that this vLLM has.
 
     Raises:
         Refused: it lacks one that we cannot do without.
     """
-    needed = {
+    needed: dict[str, object] = {
         "model": settings["local_dir"],
         "dtype": settings["dtype"],
         "max_model_len": settings["max_model_len"],
@@ -167,7 +205,7 @@ def engine_arguments(settings: Mapping[str, Any], known: set[str], cpu: bool) ->
 class VllmEngine:
     """vLLM's AsyncLLM behind the worker's messages."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Message) -> None:
         import vllm.inputs  # pyright: ignore[reportMissingImports]
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
@@ -180,7 +218,7 @@ class VllmEngine:
         self._lora_request = LoRARequest
         self._cumulative = RequestOutputKind.CUMULATIVE
         self._flat = "flat_logprobs" in getattr(SamplingParams, "__struct_fields__", ())
-        self._adapters: dict[str, Any] = {}
+        self._adapters: dict[str, _Adapter] = {}
         self._requests = 0
         self.drawn = 0
         # Prompts that need no rendering have a type of their own from some version on; older ones take the plain dict.
@@ -279,7 +317,7 @@ class VllmEngine:
         self._adapters.clear()
         return {}
 
-    async def _run(self, tokens: list[int], params: Any, adapter: str | None) -> Any:
+    async def _run(self, tokens: list[int], params: object, adapter: str | None) -> _Output:
         self._requests += 1
         seen, last = 0, None
         stream = self._engine.generate(
@@ -302,9 +340,9 @@ class VllmEngine:
             raise Gone(f"the engine ended a request with {last.outputs[0].finish_reason!r}")
         return last
 
-    async def _guarded(self, work: Any) -> Any:
+    async def _guarded(self, work: Awaitable[object]) -> None:
         try:
-            return await work
+            await work
         except Exception as error:
             raise self._translated(error) from error
 
@@ -317,9 +355,11 @@ class VllmEngine:
         return Refused(f"{type(cause).__name__}: {cause}")
 
 
-def sampled_logprobs(tokens: list[int], logprobs: Any) -> list[float]:
+def sampled_logprobs(
+    tokens: list[int], logprobs: _FlatLogprobs | _ByPosition | None
+) -> list[float]:
     """The log-probability of each sampled token, from either of vLLM's two layouts."""
-    if hasattr(logprobs, "start_indices"):
+    if isinstance(logprobs, _FlatLogprobs):
         # Flat: each position starts with the sampled token.
         values = [logprobs.logprobs[start] for start in logprobs.start_indices]
         ids = [logprobs.token_ids[start] for start in logprobs.start_indices]

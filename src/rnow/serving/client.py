@@ -6,19 +6,23 @@ Text never stands in for token ids in either direction. Every answer is checked 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from rnow.errors import InputError, ModelError, TemporaryError
-from rnow.types import FinishReason
+from rnow.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     import httpx
+
+T = TypeVar("T")
+Json = dict[str, object]
 
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses that may pass: too many requests, and a server (or the proxy before it) in trouble."""
@@ -52,8 +56,8 @@ class Refused(ModelError):
 
     default_title = "A model server refused a request"
 
-    def __init__(self, message: str, *, status: int, **parts: Any) -> None:
-        super().__init__(message, **parts)
+    def __init__(self, message: str, *, status: int, fix: str | None = None) -> None:
+        super().__init__(message, fix=fix)
         self.status = status
 
 
@@ -92,10 +96,10 @@ class VllmClient:
         api_key: sent as a bearer token; never part of an error.
         timeout: seconds until a request is given up, all its retries and the wait for a slow answer included.
         max_concurrency: requests in flight at once; further ones wait (outside the deadline).
-        alive: asked between retries; False ends them at once (the server is ours and has ended).
+        alive: asked between retries; False ends them at once (a server that rnow started has ended).
 
     Raises:
-        InputError: the url is none, or the key cannot be a header.
+        InputError: the url is not an http(s) address, or the key cannot be a header.
     """
 
     def __init__(
@@ -136,28 +140,13 @@ class VllmClient:
         self._timeout = timeout
         self._max_concurrency = max_concurrency
         self._alive = alive
-        self._key = api_key
-        self._twin: VllmClient | None = None
         self._state: _Loop | None = None
 
-    @property
-    def max_concurrency(self) -> int:
-        """Requests in flight at once."""
-        return self._max_concurrency
-
-    def limit(self, max_concurrency: int) -> None:
-        """Let at most this many requests be in flight from now on. Not while any is."""
-        self._max_concurrency = max_concurrency
-        self._state = None
-
-    def sharing(self, max_concurrency: int) -> VllmClient:
-        """A client of the same server with another bound, which does not count this one's requests. The same one each
-        time; the bound is that of the first call."""
-        if self._twin is None:
-            self._twin = VllmClient(
-                self._base, self._key, self._timeout, max_concurrency, alive=self._alive
-            )
-        return self._twin
+    def limited(self, max_concurrency: int) -> VllmClient:
+        """A client of the same server with another bound, which does not count this one's requests."""
+        twin = copy.copy(self)
+        twin._max_concurrency, twin._state = max_concurrency, None
+        return twin
 
     # --- about the server -----------------------------------------------------------------------------------------
 
@@ -175,24 +164,24 @@ class VllmClient:
     async def models(self) -> list[ServedModel]:
         """What the server serves: its base model under each of its names, then the loaded adapters."""
         answer = await self._json("GET", "/v1/models")
-        try:
-            return [
-                ServedModel(
-                    id=str(entry["id"]),
-                    root=entry.get("root"),
-                    parent=entry.get("parent"),
-                    max_model_len=entry.get("max_model_len"),
-                )
-                for entry in answer["data"]
-            ]
-        except (KeyError, TypeError, AttributeError):
-            raise self._bad("its list of models is not one", answer) from None
+        entries = answer.get("data")
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and "id" in entry for entry in entries
+        ):
+            raise self._bad("its list of models is not one", answer)
+        return [
+            ServedModel(
+                id=str(entry["id"]),
+                root=entry.get("root"),
+                parent=entry.get("parent"),
+                max_model_len=entry.get("max_model_len"),
+            )
+            for entry in entries
+        ]
 
-    async def tokenize(self, text: str, *, model: str | None = None) -> list[int]:
+    async def tokenize(self, text: str, *, model: str) -> list[int]:
         """The server's own token ids of ``text``, without added special tokens: to compare, never to train on."""
-        body: dict[str, Any] = {"prompt": text, "add_special_tokens": False}
-        if model is not None:
-            body["model"] = model
+        body = {"prompt": text, "add_special_tokens": False, "model": model}
         answer = await self._json("POST", "/tokenize", body)
         return self._ids(answer, "tokens")
 
@@ -201,22 +190,17 @@ class VllmClient:
     async def complete(
         self,
         prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        seed: int,
         *,
         model: str,
-        max_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop_token_ids: Sequence[int] = (),
         logit_bias: Mapping[int, float] | None = None,
-        allowed_token_ids: Sequence[int] | None = None,
     ) -> Generated:
         """Sample one completion.
 
         The log-probabilities are those of the server's ``logprobs_mode``: only a server started with
-        ``--logprobs-mode processed_logprobs`` gives those of the distribution it draws from (temperature, bias and
-        allowed ids applied). Only ``stop_token_ids`` end a generation; the model's own end-of-text id does not unless
+        ``--logprobs-mode processed_logprobs`` gives those of the distribution it draws from (temperature and bias
+        applied). Only ``params.stop_token_ids`` end a generation; the model's own end-of-text id does not unless
         it is one of them. ``logit_bias`` is cut to [-100, 100] by vLLM.
 
         Raises:
@@ -224,42 +208,43 @@ class VllmClient:
             Refused: the server does not take the request, e.g. an adapter name it does not know.
             BadAnswer: another model answered, counts differ, a log-probability is not one.
         """
-        body = self._sampling(prompt_token_ids, model, max_tokens) | {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "stop_token_ids": list(stop_token_ids),
+        body = self._sampling(prompt_token_ids, model, params.max_tokens) | {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "stop_token_ids": list(params.stop_token_ids),
             "logprobs": 0,
             "return_tokens_as_token_ids": True,
+            "seed": seed,
         }
-        if seed is not None:
-            body["seed"] = seed
         if logit_bias:
             body["logit_bias"] = {str(token): bias for token, bias in logit_bias.items()}
-        if allowed_token_ids is not None:
-            body["allowed_token_ids"] = list(allowed_token_ids)
-        choice = await self._choice(body, prompt_token_ids)
+        return self._generated(await self._choice(body, prompt_token_ids), params)
+
+    def _generated(self, choice: Mapping[str, object], params: SamplingParams) -> Generated:
+        """The completion that an answer holds, if it can be one."""
         ids = self._ids(choice, "token_ids")
-        try:
-            values = list(choice["logprobs"]["token_logprobs"])
-        except (KeyError, TypeError):
-            raise self._bad("its completion has no log-probabilities", choice) from None
+        given = choice.get("logprobs")
+        values = given.get("token_logprobs") if isinstance(given, dict) else None
+        if not isinstance(values, list):
+            raise self._bad("its completion has no log-probabilities", choice)
         reason = choice.get("finish_reason")
         if reason in ("abort", "error"):
             raise ServerDown(f"the server at {self.url} aborted a request")
         if reason not in ("stop", "length"):
             raise self._bad(f"it ended a completion with {self._shown(reason)}")
-        if not 0 < len(ids) <= max_tokens or len(values) != len(ids):
+        most, stops = params.max_tokens, params.stop_token_ids
+        if not 0 < len(ids) <= most or len(values) != len(ids):
             raise self._bad(
-                f"it gave {len(ids)} tokens and {len(values)} log-probabilities where at most {max_tokens} were asked for"
+                f"it gave {len(ids)} tokens and {len(values)} log-probabilities where at most {most} were asked for"
             )
-        if reason == "length" and len(ids) != max_tokens:
+        if reason == "length" and len(ids) != most:
             # vLLM also says so at the end of its window, where the caller should never have sent it.
-            raise self._bad(f"it cut a completion after {len(ids)} of {max_tokens} tokens")
-        if reason == "stop" and stop_token_ids and ids[-1] not in stop_token_ids:
+            raise self._bad(f"it cut a completion after {len(ids)} of {most} tokens")
+        if reason == "stop" and stops and ids[-1] not in stops:
             raise self._bad(f"it stopped at id {ids[-1]}, which is not one of the stop ids")
         logprobs = tuple(self._logprob(value, i) for i, value in enumerate(values))
-        return Generated(tuple(ids), logprobs, reason)
+        return Generated(tuple(ids), logprobs, "stop" if reason == "stop" else "length")
 
     async def next_logprobs(
         self, token_ids: Sequence[int], wanted: Sequence[int], *, model: str
@@ -275,10 +260,11 @@ class VllmClient:
             "return_tokens_as_token_ids": True,
         }
         choice = await self._choice(body, token_ids)
+        listed = choice.get("logprobs")
         try:
+            entries = listed["top_logprobs"] if isinstance(listed, dict) else []
             given = {
-                int(name.removeprefix("token_id:")): value
-                for name, value in choice["logprobs"]["top_logprobs"][0].items()
+                int(name.removeprefix("token_id:")): value for name, value in entries[0].items()
             }
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise self._bad("its log-probabilities are not listed by token id", choice) from None
@@ -321,7 +307,7 @@ class VllmClient:
             "prompt_logprobs": top_k,
         }
         choice = await self._choice(body, token_ids)
-        given: Any = choice.get("prompt_logprobs")
+        given = choice.get("prompt_logprobs")
         if not isinstance(given, list) or len(given) != len(token_ids):
             count = len(given) if isinstance(given, list) else 0
             raise self._bad(f"it gave {count} log-probabilities for {len(token_ids)} tokens")
@@ -331,8 +317,8 @@ class VllmClient:
                 entries.append(None)
                 continue
             try:
-                pairs: Any = entry
-                found = {int(name): value["logprob"] for name, value in pairs.items()}
+                pairs = entry.items() if isinstance(entry, dict) else ()
+                found = {int(name): value["logprob"] for name, value in pairs}
                 found[token]
             except (AttributeError, KeyError, TypeError, ValueError):
                 raise self._bad(f"it gave no log-probability for the token at {position}") from None
@@ -353,7 +339,7 @@ class VllmClient:
         retried = frozenset({429, 502, 503, 504})
         tries: list[int] = []
         try:
-            await self._request("POST", "/v1/load_lora_adapter", body, retried, tries)
+            await self._request("POST", "/v1/load_lora_adapter", body, str, retried, tries)
         except Refused as error:
             if error.status == 404 and "lora" not in error.message.lower():
                 raise self._not_offered("load adapters", _LORA_SWITCH) from error
@@ -364,35 +350,29 @@ class VllmClient:
                 raise
 
     async def unload_lora_adapter(self, name: str) -> None:
-        """Stop serving the adapter ``name``. One that is not loaded is none to unload."""
+        """Stop serving the adapter ``name``. Does nothing where it is not loaded."""
         retried = frozenset({429, 502, 503, 504})
         try:
-            await self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, retried, [])
+            await self._request(
+                "POST", "/v1/unload_lora_adapter", {"lora_name": name}, str, retried
+            )
         except Refused as error:
             if error.status == 404 and "lora" not in error.message.lower():
                 raise self._not_offered("load adapters", _LORA_SWITCH) from error
             if error.status != 404:
                 raise
 
-    async def sleep(self, level: int = 1) -> None:
-        """Free the server's GPU memory: level 1 keeps the weights in main memory. Requests in flight are aborted."""
-        await self._dev("POST", f"/sleep?level={level}")
+    async def sleep(self) -> None:
+        """Free the server's GPU memory; the weights stay in main memory (level 1). Requests in flight are aborted."""
+        await self._dev("/sleep?level=1")
 
     async def wake_up(self) -> None:
         """Take the memory again."""
-        await self._dev("POST", "/wake_up")
+        await self._dev("/wake_up")
 
-    async def is_sleeping(self) -> bool:
-        """Whether the server sleeps."""
-        answer = await self._dev("GET", "/is_sleeping")
+    async def _dev(self, path: str) -> None:
         try:
-            return bool(json.loads(answer)["is_sleeping"])
-        except (ValueError, KeyError, TypeError):
-            raise self._bad("it does not say whether it sleeps", answer) from None
-
-    async def _dev(self, method: str, path: str) -> str:
-        try:
-            return await self._request(method, path, None, RETRIED, [], str)
+            await self._request("POST", path, None, str)
         except Refused as error:
             if error.status == 404:
                 raise self._not_offered("sleep", _SLEEP_SWITCH) from error
@@ -406,7 +386,7 @@ class VllmClient:
     # --- requests -------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _sampling(token_ids: Sequence[int], model: str, max_tokens: int) -> dict[str, Any]:
+    def _sampling(token_ids: Sequence[int], model: str, max_tokens: int) -> Json:
         # What is left out is filled from the model's generation_config.json, so everything is said.
         return {
             "model": model,
@@ -423,7 +403,7 @@ class VllmClient:
             "return_token_ids": True,
         }
 
-    async def _choice(self, body: dict[str, Any], token_ids: Sequence[int]) -> dict[str, Any]:
+    async def _choice(self, body: Json, token_ids: Sequence[int]) -> Json:
         answer = await self._json("POST", "/v1/completions", body)
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
@@ -433,25 +413,23 @@ class VllmClient:
                 f"{self._shown(answer.get('model'))} answered where {body['model']} was asked"
             )
         echoed = choices[0].get("prompt_token_ids")
-        if echoed is not None and list(echoed) != list(token_ids):
+        if echoed is not None and echoed != list(token_ids):
             raise self._bad("it read other token ids than it was sent")
         return choices[0]
 
-    async def _json(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    async def _json(self, method: str, path: str, body: Json | None = None) -> Json:
         """The JSON object of a 2xx answer."""
-        answer = await self._request(method, path, body, RETRIED, [], _as_object)
-        assert isinstance(answer, dict)
-        return answer
+        return await self._request(method, path, body, _as_object)
 
     async def _request(
         self,
         method: str,
         path: str,
-        body: Any,
-        retried: frozenset[int],
-        tries: list[int],
-        read: Callable[[str], Any] = str,
-    ) -> Any:
+        body: Mapping[str, object] | None,
+        read: Callable[[str], T | None],
+        retried: frozenset[int] = RETRIED,
+        tries: list[int] | None = None,
+    ) -> T:
         """What ``read`` makes of the body of a 2xx answer. Where it makes nothing (None), a proxy may have answered with
         a page of its own: a few more tries. ``tries`` receives the status of every failed try (0: no answer)."""
         import httpx
@@ -487,7 +465,8 @@ class VllmClient:
                 except (httpx.HTTPError, OSError) as error:
                     status = 0
                     last = self._clean(f"{type(error).__name__}: {error}".rstrip(": "))
-                tries.append(status)
+                if tries is not None:
+                    tries.append(status)
                 if not self._alive():
                     raise self._down("has ended", last)
                 left = deadline - time.monotonic()
@@ -511,7 +490,7 @@ class VllmClient:
 
     # --- judging answers ------------------------------------------------------------------------------------------
 
-    def _ids(self, answer: Mapping[str, Any], key: str) -> list[int]:
+    def _ids(self, answer: Mapping[str, object], key: str) -> list[int]:
         ids = answer.get(key)
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
             raise self._bad(f"its '{key}' are not token ids", answer)
@@ -560,7 +539,7 @@ class VllmClient:
         return text[:_EXCERPT] + ("..." if len(text) > _EXCERPT else "")
 
 
-def _as_object(text: str) -> dict[str, Any] | None:
+def _as_object(text: str) -> Json | None:
     try:
         value = json.loads(text)
     except ValueError:

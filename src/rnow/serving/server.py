@@ -1,4 +1,4 @@
-"""A vLLM server of our own: on this machine only, behind a random key, ended with us."""
+"""A vLLM server that rnow starts: on this machine only, behind a random key, ended with this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PORTS_TRIED = 5
 _PORT_TAKEN = "address already in use"
 
 
-def require_vllm(where: str | None = None) -> None:
+def require_vllm(where: str) -> None:
     """
     Raises:
         ModelError: vLLM is not installed in this environment.
@@ -51,7 +51,7 @@ class VllmServer:
 
     Args:
         model: a model folder.
-        name: what the server calls itself in requests (``--served-model-name``), and we in errors.
+        name: the model's name in requests (``--served-model-name``), and the server's in errors.
         log: its output is appended here.
         arguments: further arguments of the server.
         env: further environment variables.
@@ -122,9 +122,9 @@ class VllmServer:
                 fix=error.fix,
             ) from error
 
-    def client(self, *, timeout: float, max_concurrency: int) -> VllmClient:
+    def client(self, *, timeout: float) -> VllmClient:
         """A client for the server as it runs now; a restart needs another."""
-        return VllmClient(self.url, self._key, timeout, max_concurrency, alive=self.alive)
+        return VllmClient(self.url, self._key, timeout, alive=self.alive)
 
     def alive(self) -> bool:
         """Whether the server's process runs."""
@@ -139,7 +139,7 @@ class VllmServer:
         return self._process.log_tail(lines) if self._process else []
 
     def stop(self, grace: float = 5.0) -> None:
-        """End it with all its processes; again: nothing."""
+        """End it with all its processes. Idempotent."""
         if self._process is not None:
             self._process.stop(grace)
 
@@ -169,11 +169,11 @@ class VllmServer:
             name=self.name,
         )
         self._process.start()
-        client = VllmClient(self.url, self._key, timeout=5.0, max_concurrency=1, alive=self.alive)
+        client = self.client(timeout=5.0)
 
         async def ready() -> bool:
             self._poll()
-            # Health alone could be that of a stranger on the port; only ours knows the key.
+            # Another program on the port may be healthy too; only the right server knows the key.
             if not await client.health():
                 return False
             with contextlib.suppress(RnowError):

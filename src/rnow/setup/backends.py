@@ -32,7 +32,7 @@ from rnow.setup.models import load_student, load_teacher_model
 from rnow.setup.parts import batch_bytes
 from rnow.teacher.base import BaseTeacher
 from rnow.teacher.transformers import TransformersTeacher
-from rnow.training.residency import Residency, ServedSleeper
+from rnow.training.residency import Residency
 
 if TYPE_CHECKING:
     from rnow.sampling.vllm_probe import Reference
@@ -104,7 +104,7 @@ async def load_backends(
     announce("loading the student")
     student = load_student(config, prepared.student, vocabulary)
     if vllm is not None:
-        kind = "server" if config.sampler.url or config.sampler.mode == "server" else "engine"
+        kind = "server" if config.sampler.url else "engine"
         sampler, facts = vllm, {"backend": "vllm", "mode": kind}
         vllm.watch(probe_reference(student), tolerance=trainer_tolerance(student))
         policy = build_policy(prepared, student, poll)
@@ -144,7 +144,7 @@ async def load_backends(
             )
             teacher = served
             if in_turns:
-                gpu.add("teacher", ServedSleeper(served))
+                gpu.add("teacher", served)
             if config.evaluation.teacher:
                 teacher_sampler = _served_teacher_sampler(prepared, prepared.teacher, served)
         else:
@@ -243,7 +243,7 @@ def build_vllm_sampler(
         max_lora_rank=config.model.qlora_rank,
         probe=probe_ids(prepared),
     )
-    if section.url is None and section.mode == "engine":
+    if section.url is None:
         return VllmEngineSampler(settings)
     return VllmServerSampler(
         settings,
@@ -263,6 +263,7 @@ async def _start_vllm_teacher(
     time_shared: bool,
 ) -> VllmTeacher:
     from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
+    from rnow.teacher.vllm_server import Asking, TeacherServerSettings
 
     section, preflight = prepared.config.teacher, prepared.preflight
     assert section is not None
@@ -273,25 +274,24 @@ async def _start_vllm_teacher(
             section.served_model,
             temperature=temperature,
             api_key=prepared.secret(API_KEY_VARIABLE),
-            poll=poll,
+            asking=Asking(poll=poll),
         )
     else:
         device = choose_device(section.device)
-        teacher = VllmTeacher.managed(
-            resolved.local_dir,
+        settings = TeacherServerSettings(
+            local_dir=resolved.local_dir,
             log=run_folder.path / "vllm-teacher.log",
             dtype=dtype_name(section.dtype, device),
             quantization=section.quantization,
             tensor_parallel_size=section.tensor_parallel_size,
             gpu_memory_utilization=teacher_share(prepared.config, time_shared=time_shared),
-            enable_sleep_mode=time_shared,
+            enable_sleep=time_shared,
             max_num_batched_tokens=section.max_num_batched_tokens,
             max_model_len=preflight.window,
-            temperature=temperature,
             trust_remote_code=section.trust_remote_code,
             samples=prepared.config.evaluation.teacher and bool(prepared.project.dataset.held_out),
-            poll=poll,
         )
+        teacher = VllmTeacher.managed(settings, temperature=temperature, poll=poll)
         stack.callback(teacher.close)
     await teacher.start()
     found = await teacher.check(preflight.tokenizer, preflight.vocabulary, longest=preflight.window)
@@ -308,11 +308,12 @@ def _served_teacher_sampler(
     prepared: Prepared, resolved: ResolvedModel, teacher: VllmTeacher
 ) -> Sampler | None:
     from rnow.sampling.vllm_server import padded_ids
+    from rnow.teacher.vllm_sampler import VllmTeacherSampler
 
     vocabulary = prepared.preflight.vocabulary
     try:
-        return teacher.sampler(
-            vocabulary=vocabulary, padding=padded_ids(resolved.local_dir, vocabulary)
+        return VllmTeacherSampler(
+            teacher, vocabulary=vocabulary, padding=padded_ids(resolved.local_dir, vocabulary)
         )
     except ModelError as error:
         prepared.warn(f"the teacher itself is not evaluated: {error.message}")

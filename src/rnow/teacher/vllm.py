@@ -1,4 +1,4 @@
-"""A teacher behind a vLLM server: one that is there already, or one of our own."""
+"""A teacher behind a vLLM server: one that runs already, or one that rnow starts."""
 
 from __future__ import annotations
 
@@ -6,44 +6,27 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from rnow.algorithm.records import Evidence, SampledEvidence, TopKEvidence
 from rnow.errors import ConfigError, ModelError, TemporaryError
-from rnow.serving.client import (
-    MAX_LOGPROBS,
-    BadAnswer,
-    Refused,
-    ServerDown,
-    VllmClient,
-)
-from rnow.serving.nf4 import ARGUMENT as BITSANDBYTES
-from rnow.serving.nf4 import require_nf4
-from rnow.serving.server import START_TIMEOUT, VllmServer, require_vllm
+from rnow.processes.process import StartFailed
+from rnow.protocols import Tokenizer
+from rnow.serving.client import BadAnswer, Refused, ServerDown, VllmClient
+from rnow.serving.server import VllmServer
+from rnow.tasks import ask_again
 from rnow.teacher.vllm_check import ServedTeacherChecks, TeacherCheck, find_served_model
+from rnow.teacher.vllm_server import SERVED_NAME, Asking, TeacherServerSettings, teacher_server
 from rnow.types import Sample
-
-if TYPE_CHECKING:
-    from rnow.teacher.vllm_sampler import VllmTeacherSampler
 
 T = TypeVar("T")
 
 API_KEY_VARIABLE = "RNOW_TEACHER_API_KEY"
 
-MAX_NUM_BATCHED_TOKENS = 1024
-"""Prompt tokens per forward pass of a managed teacher. vLLM materialises the logits of a whole chunk of the prompt: at
-8,192 tokens and 151,936 ids that is 5 GB in float32, several times over; at 1,024 it is 0.6 GB."""
-
-SERVED_NAME = "teacher"
-TIMEOUT = 600.0
-CONCURRENCY = 4
-"""Samples scored at once by a teacher on a GPU."""
-
-SAMPLING_CONCURRENCY = 64
-"""Completions in flight when a teacher on a GPU answers prompts itself."""
+DEFAULT = Asking()
 
 RESTART_INTERVAL = 3600.0
 """Seconds after a restart in which a managed teacher may not fail again: a teacher that dies every few steps would make no
@@ -57,7 +40,7 @@ class VllmTeacher:
 
     Use ``served`` or ``managed``. A managed teacher starts with its first use (``start``), ends with ``close`` or with
     this process. When it dies or stops answering it is started again; when that happens a second time within
-    ``RESTART_INTERVAL``, TemporaryError ends the run.
+    ``RESTART_INTERVAL``, TemporaryError ends the run. Only a managed one with ``enable_sleep`` can ``sleep`` and ``wake``.
 
     With ``top_k`` the evidence is ``TopKEvidence``. More than 20 need a server that was started with ``--max-logprobs``; a
     managed one is.
@@ -72,27 +55,23 @@ class VllmTeacher:
         server: VllmServer | None = None,
         model: str | None,
         where: str,
-        timeout: float = TIMEOUT,
-        max_concurrency: int = 1,
-        sampling_concurrency: int = 1,
-        top_k: int = 0,
-        poll: Callable[[], None] = lambda: None,
+        asking: Asking,
     ) -> None:
         if (client is None) == (server is None):
             raise ValueError("a teacher has a client or a server of its own")
-        self._client = client
+        self._asking = asking
         self._server = server
         self._model = model
         self._where = where
-        self._timeout = timeout
-        self._max_concurrency = max_concurrency
-        self._sampling_concurrency = sampling_concurrency
-        self._top_k = top_k
-        self._poll = poll
         self._vocabulary: int | None = None
         self._restarts = 0
         self._restarted_at: float | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._asleep: bool | None = False  # None: told to change, and it did not answer
+        self._client: VllmClient | None = None
+        self._answering: VllmClient | None = None
+        if client is not None:
+            self._use(client)
 
     @classmethod
     def served(
@@ -102,147 +81,44 @@ class VllmTeacher:
         *,
         temperature: float = 1.0,
         api_key: str | None = None,
-        timeout: float = TIMEOUT,
-        max_concurrency: int = CONCURRENCY,
-        sampling_concurrency: int = SAMPLING_CONCURRENCY,
-        top_k: int = 0,
-        poll: Callable[[], None] = lambda: None,
+        asking: Asking = DEFAULT,
     ) -> VllmTeacher:
-        """A teacher on a server that somebody else runs.
+        """A teacher on a server that runs already.
 
         Args:
             model: the name it is served under; None: the only base model there.
             api_key: None: the value of the environment variable RNOW_TEACHER_API_KEY, if it is set.
-            timeout: seconds per sample, retries included.
-            max_concurrency: samples in flight; ``check`` lowers it to 1 on a server with LoRA adapters.
-            sampling_concurrency: completions in flight of ``sampler``.
-            top_k: how many of the likeliest tokens the evidence lists besides the sampled one.
+            asking: ``check`` lowers ``max_concurrency`` to 1 on a server with LoRA adapters.
 
         Raises:
             ConfigError: a temperature other than 1.
-            InputError: the url is none.
+            InputError: the url is not an http(s) address.
         """
         _refuse_temperature(temperature)
-        key = api_key or os.environ.get(API_KEY_VARIABLE) or None
-        client = VllmClient(url, key, timeout, max_concurrency)
-        return cls(
-            client=client,
-            model=model,
-            where="teacher.url",
-            timeout=timeout,
-            max_concurrency=max_concurrency,
-            sampling_concurrency=sampling_concurrency,
-            top_k=top_k,
-            poll=poll,
-        )
+        client = VllmClient(url, api_key or os.environ.get(API_KEY_VARIABLE), asking.timeout)
+        return cls(client=client, model=model, where="teacher.url", asking=asking)
 
     @classmethod
     def managed(
         cls,
-        local_dir: Path,
+        settings: TeacherServerSettings,
         *,
-        log: Path,
-        dtype: str = "auto",
-        quantization: str = "none",
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float | None = None,
-        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
-        max_model_len: int | None = None,
         temperature: float = 1.0,
-        trust_remote_code: bool = False,
-        enforce_eager: bool = True,
-        enable_sleep_mode: bool = False,
-        env: Mapping[str, str] | None = None,
-        timeout: float = TIMEOUT,
-        start_timeout: float = START_TIMEOUT,
-        max_concurrency: int | None = None,
-        samples: bool = False,
         top_k: int = 0,
         poll: Callable[[], None] = lambda: None,
     ) -> VllmTeacher:
-        """A teacher on a server of our own: loopback, random key, output in ``log``.
-
-        Args:
-            quantization: ``none``, ``nf4`` (bitsandbytes), or one of vLLM's own words (``fp8``, ``awq`` ...).
-            max_num_batched_tokens: prompt tokens whose logits are in memory at once.
-            max_model_len: tokens of the longest sample to be scored; None: the model's limit.
-            max_concurrency: samples in flight; None: 4 on a GPU, 1 on the CPU.
-            samples: ``sampler`` will be used.
-            top_k: how many of the likeliest tokens the evidence lists besides the sampled one.
+        """A teacher on a server that rnow starts: loopback, random key. ``top_k`` and ``poll`` as in ``Asking``.
 
         Raises:
             ConfigError: a temperature other than 1, or a quantization vLLM does not have.
             ModelError: vLLM is not installed, or cannot load nf4.
         """
         _refuse_temperature(temperature)
-        require_vllm("teacher.backend")
-        on_gpu = torch.cuda.is_available()
-        if max_concurrency is None:
-            max_concurrency = CONCURRENCY if on_gpu else 1
-        sampling_concurrency = SAMPLING_CONCURRENCY if on_gpu else 8
-        in_flight = max(max_concurrency, sampling_concurrency if samples else 0)
-        if samples and not on_gpu:
-            # On a CPU a prompt prefilled in two parts makes vLLM rewind the request's random generator, which a CPU's
-            # cannot: the engine dies.
-            max_num_batched_tokens = max(max_num_batched_tokens, (max_model_len or 0) + 1)
-        arguments = [
-            *("--dtype", dtype),
-            *("--tensor-parallel-size", str(tensor_parallel_size)),
-            *("--max-num-batched-tokens", str(max_num_batched_tokens)),
-            *("--max-num-seqs", str(in_flight)),
-            *("--max-logprobs", str(max(MAX_LOGPROBS, top_k))),
-            *(
-                "--logprobs-mode",
-                "processed_logprobs",
-            ),  # those of completions; prompts keep the model's own
-            "--no-enable-prefix-caching",  # prompt log-probabilities are computed anew, cached or not
-        ]
-        if samples and not on_gpu:
-            arguments.append("--no-enable-chunked-prefill")
-        environment = dict(env or {})
-        if max_model_len is not None:
-            # vLLM insists on room for one more token, which is never fed back: it may lie past the model's limit.
-            arguments += ["--max-model-len", str(max_model_len + 1)]
-            environment.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-        if gpu_memory_utilization is not None:
-            arguments += ["--gpu-memory-utilization", str(gpu_memory_utilization)]
-        if quantization == "int8":
-            raise ConfigError(
-                "vLLM does not quantise to int8 while it loads",
-                where="teacher.quantization",
-                fix="use nf4 or fp8, or teacher.backend: transformers",
-            )
-        if quantization != "none":
-            if quantization == "nf4":
-                require_nf4("teacher.quantization", dtype=dtype)
-                quantization = BITSANDBYTES
-            arguments += ["--quantization", quantization]
-        if trust_remote_code:
-            arguments.append("--trust-remote-code")
-        if enforce_eager:
-            arguments.append("--enforce-eager")
-        if enable_sleep_mode:
-            arguments.append("--enable-sleep-mode")
-            environment["VLLM_SERVER_DEV_MODE"] = "1"
-        server = VllmServer(
-            local_dir,
-            name=SERVED_NAME,
-            log=log,
-            arguments=arguments,
-            env=environment,
-            start_timeout=start_timeout,
-            poll=poll,
-        )
-        return cls(
-            server=server,
-            model=SERVED_NAME,
-            where="teacher.path",
-            timeout=timeout,
-            max_concurrency=max_concurrency,
-            sampling_concurrency=sampling_concurrency,
-            top_k=top_k,
-            poll=poll,
-        )
+        asking = replace(DEFAULT, top_k=top_k, poll=poll)
+        if not torch.cuda.is_available():
+            asking = replace(asking, max_concurrency=1, sampling_concurrency=8)
+        server = teacher_server(settings, asking)
+        return cls(server=server, model=SERVED_NAME, where="teacher.path", asking=asking)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -267,12 +143,41 @@ class VllmTeacher:
             self._client = None
 
     async def sleep(self) -> None:
-        """Free the GPU memory of a managed teacher (``enable_sleep_mode``); its weights stay in main memory."""
-        await (await self._ready()).sleep(level=1)
+        """Free the card; the weights stay in main memory. Does nothing when asleep.
 
-    async def wake_up(self) -> None:
-        """Take the GPU memory again."""
-        await (await self._ready()).wake_up()
+        After a failure or a cancellation ``sleep`` and ``wake`` may be called again.
+        """
+        if self._asleep:
+            return
+        self._asleep = None
+        try:
+            await (await self._ready()).sleep()
+        except ServerDown:
+            self.close()  # half dead, it may keep the card
+        self._asleep = True
+
+    async def wake(self) -> None:
+        """Take the card again. Does nothing when awake. A server that died meanwhile is started again, once.
+
+        Raises:
+            TemporaryError: it does not come up again.
+        """
+        if self._asleep is False:
+            return
+        self._asleep = None
+        try:
+            try:
+                await (await self._ready()).wake_up()
+            except ServerDown:
+                self.close()
+                await self.start()
+        except StartFailed as error:
+            raise TemporaryError(
+                f"the teacher's server ended in its sleep and could not be started again: {error.message}",
+                details=error.details,
+                fix="run the same command again: it continues from the last checkpoint",
+            ) from error
+        self._asleep = False
 
     def pids(self) -> set[int]:
         """Ids of a managed teacher's processes."""
@@ -287,7 +192,7 @@ class VllmTeacher:
             TemporaryError: no answer, or a wrong one, after retries and the restart that a managed teacher has.
         """
         evidence = {
-            sample.id: _aligned(sample, {}, self._top_k)
+            sample.id: _aligned(sample, {}, self._asking.top_k)
             for sample in samples
             if not any(sample.loss_mask)
         }
@@ -307,50 +212,21 @@ class VllmTeacher:
             ) from error
         return {sample.id: evidence[sample.id] for sample in samples}
 
-    async def compute_logprobs_async(self, token_ids: Sequence[int]) -> list[float | None]:
-        """Log-probability of every given token in its context; the first has none, so its entry is None.
-
-        Raises:
-            ValueError: no tokens, or (after ``check``) an id the tokenizer cannot produce.
-            ServerDown, Refused, BadAnswer: see ``rnow.serving.client``.
-        """
-        if not token_ids:
-            raise ValueError("token_ids is empty")
-        highest = self._vocabulary
-        if bad := [i for i in token_ids if i < 0 or (highest is not None and i >= highest)]:
-            raise ValueError(f"token id {bad[0]} is outside the vocabulary of {highest} ids")
-        client = await self._ready()
-        return await client.prompt_logprobs(token_ids, model=await self._name(client))
-
-    def sampler(self, *, vocabulary: int, padding: Sequence[int]) -> VllmTeacherSampler:
-        """A Sampler that answers with this teacher, on the same server.
-
-        Args:
-            vocabulary: how many ids the student's tokenizer can produce.
-            padding: the ids above them that the teacher's head has; they are never drawn.
-        """
-        from rnow.teacher.vllm_sampler import VllmTeacherSampler
-
-        return VllmTeacherSampler(self, vocabulary=vocabulary, padding=padding)
-
     async def connect(self) -> tuple[VllmClient, str]:
         """The server as it runs now, for completions, and the model's name there."""
         client = await self._ready()
-        return client.sharing(self._sampling_concurrency), await self._name(client)
+        assert self._answering is not None
+        return self._answering, await self._name(client)
 
     async def surviving(self, ask: Callable[[], Awaitable[T]]) -> T:
         """What ``ask`` gives, asked again when a managed teacher had to be started again. Any number may ask at once.
 
         Raises:
-            ServerDown: it failed again too soon; or a server that is not ours is gone.
+            ServerDown: it failed again too soon; or a server that rnow did not start is gone.
         """
-        while True:
-            restarts = self._restarts
-            try:
-                return await ask()
-            except ServerDown as error:
-                gone = error
-            await self._recover(restarts, gone)
+        return await ask_again(
+            ask, lost=ServerDown, starts=lambda: self._restarts, restart=self._recover
+        )
 
     async def _recover(self, restarts: int, gone: ServerDown) -> None:
         """Start again unless that has happened since ``restarts`` was read."""
@@ -373,13 +249,13 @@ class VllmTeacher:
         self._restarts += 1
         self._restarted_at = time.monotonic()
 
-    def _begin(self, server: VllmServer, coming: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, server: VllmServer, coming: Coroutine[object, object, None]) -> None:
         """Let the server come up in a task that everybody who needs it waits for."""
 
         async def bring_up() -> None:
             try:
                 await coming
-                self._client = self._own_client(server)
+                self._use(server.client(timeout=self._asking.timeout))
             finally:
                 self._starting = None
 
@@ -396,7 +272,7 @@ class VllmTeacher:
         waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in samples}
         try:
             while waiting:
-                self._poll()
+                self._asking.poll()
                 done, waiting = await asyncio.wait(
                     waiting, timeout=_POLL, return_when=asyncio.FIRST_EXCEPTION
                 )
@@ -408,25 +284,25 @@ class VllmTeacher:
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _judge(self, client: VllmClient, model: str, sample: Sample) -> Evidence:
-        ids = _scored_part(sample)
-        if not self._top_k:
+        ids, top_k = _scored_part(sample), self._asking.top_k
+        if not top_k:
             values = await client.prompt_logprobs(ids, model=model)
             pairs = zip(ids, values, strict=True)
             entries = [{} if value is None else {token: value} for token, value in pairs]
         else:
-            found = await client.prompt_top_logprobs(ids, model=model, top_k=self._top_k)
+            found = await client.prompt_top_logprobs(ids, model=model, top_k=top_k)
             entries = [entry or {} for entry in found]
         judged = {
             position: entry
             for position, entry in enumerate(entries)
             if sample.loss_mask[position] and entry
         }
-        evidence = _aligned(sample, judged, self._top_k)
+        evidence = _aligned(sample, judged, top_k)
         if isinstance(evidence, TopKEvidence) and self._vocabulary is not None:
             highest = int(evidence.ids.max())
             if highest >= self._vocabulary:
                 raise BadAnswer(
-                    f"the teacher counts id {highest} among its {self._top_k} likeliest, which no tokenizer produces",
+                    f"the teacher counts id {highest} among its {top_k} likeliest, which no tokenizer produces",
                     why="a server cannot leave the padding rows of a model's head out",
                     fix="use teacher.backend: transformers",
                 )
@@ -442,30 +318,25 @@ class VllmTeacher:
             self._model = (await find_served_model(client, self._model, self._where)).id
         return self._model
 
-    def _own_client(self, server: VllmServer) -> VllmClient:
-        return server.client(timeout=self._timeout, max_concurrency=self._max_concurrency)
+    def _use(self, client: VllmClient) -> None:
+        self._client = client.limited(self._asking.max_concurrency)
+        self._answering = client.limited(self._asking.sampling_concurrency)
 
     # --- checks before training -----------------------------------------------------------------------------------
 
     async def check(
-        self,
-        tokenizer: Any,
-        vocabulary: int,
-        *,
-        texts: Sequence[str] = (),
-        longest: int | None = None,
+        self, tokenizer: Tokenizer, vocabulary: int, *, longest: int | None = None
     ) -> TeacherCheck:
         """Whether this server can judge the student's tokens.
 
         Args:
             tokenizer: the student's HuggingFace tokenizer.
             vocabulary: how many ids it can produce.
-            texts: rendered prompts of the run, compared besides our own probes.
             longest: tokens of the longest sequence that will be scored.
 
         Raises:
-            StartFailed, ModelError: no answer; another model; another tokenizer; log-probabilities that are none, or that
-                change when asked again; sequences too long for it.
+            StartFailed, ModelError: no answer; another model; another tokenizer; log-probabilities that cannot be right, or
+                that change when asked again; sequences too long for it.
         """
         self._vocabulary = vocabulary
         try:
@@ -474,10 +345,11 @@ class VllmTeacher:
             self._model = served.id
             if self._server is None and any(model.parent for model in await client.models()):
                 # Concurrent prompt log-probabilities have killed engines with LoRA enabled (CPU build).
-                self._max_concurrency = 1
-                client.limit(1)
-            checks = ServedTeacherChecks(client, served, where=self._where, top_k=self._top_k)
-            return await checks.run(tokenizer, vocabulary, texts, longest)
+                self._client = client.limited(1)
+            checks = ServedTeacherChecks(
+                client, served, where=self._where, top_k=self._asking.top_k
+            )
+            return await checks.run(tokenizer, vocabulary, longest)
         except ServerDown as error:
             raise ModelError(
                 error.message,

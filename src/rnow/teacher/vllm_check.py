@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from rnow.errors import ModelError
+from rnow.protocols import Tokenizer
 from rnow.serving.client import MAX_LOGPROBS, BadAnswer, Refused, ServedModel, VllmClient
 
 REPEAT_TOLERANCE = 0.5
@@ -49,7 +49,7 @@ async def find_served_model(client: VllmClient, wanted: str | None, where: str) 
     """The model ``wanted`` on the server, or its only base model where that is None.
 
     Raises:
-        ModelError: there is none, or more than one.
+        ModelError: no model fits, or more than one does.
     """
     models = await client.models()
     if wanted is not None:
@@ -86,21 +86,19 @@ class ServedTeacherChecks:
         self._where = where
         self._top_k = top_k
 
-    async def run(
-        self, tokenizer: Any, vocabulary: int, texts: Sequence[str], longest: int | None
-    ) -> TeacherCheck:
+    async def run(self, tokenizer: Tokenizer, vocabulary: int, longest: int | None) -> TeacherCheck:
         """All of them; arguments as of ``VllmTeacher.check``.
 
         Raises:
-            ServerDown, ModelError: no answer; another tokenizer; log-probabilities that are none, or that change when asked
-                again; sequences too long for it.
+            ServerDown, ModelError: no answer; another tokenizer; log-probabilities that cannot be right, or that change when
+                asked again; sequences too long for it.
         """
         served = self._served
         self._check_window(served, longest)
         spread = range(0, vocabulary, max(1, vocabulary // _SPREAD_IDS))
         controls = sorted(tokenizer.get_added_vocab())
         probes = [_PROBE, "".join(controls), tokenizer.decode(list(spread))]
-        warnings = await self._compare_tokenizers(tokenizer, [*probes, *texts])
+        warnings = await self._compare_tokenizers(tokenizer, probes)
         ids = tokenizer.encode(_PROBE, add_special_tokens=False)[:_PROBE_TOKENS]
         if served.max_model_len is not None:
             ids = ids[: served.max_model_len - 1]
@@ -131,7 +129,7 @@ class ServedTeacherChecks:
                 fix=f"start it with --max-model-len {longest + 1}, or lower rollout.max_context_window to {window - 1}",
             )
 
-    async def _compare_tokenizers(self, tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    async def _compare_tokenizers(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
         for text in texts:
             if not text:
                 continue

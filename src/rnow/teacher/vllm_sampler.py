@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 from rnow.errors import ModelError
 from rnow.serving.client import BadAnswer, Generated
+from rnow.teacher.vllm import VllmTeacher
 from rnow.types import Adapter, Completion, SamplingParams
-
-if TYPE_CHECKING:
-    from rnow.teacher.vllm import VllmTeacher
 
 MAX_BIASED = 1024
 """How many ids vLLM lets a request bias."""
@@ -23,7 +20,11 @@ class VllmTeacherSampler:
     """A Sampler over a teacher's vLLM server. It draws from the teacher itself; there is no adapter to load.
 
     Padding ids are biased out of the distribution. The log-probabilities are those of the server's ``logprobs_mode``; of a
-    server that is not ours they may be those from before temperature and bias.
+    server that rnow did not start they may be those from before temperature and bias.
+
+    Args:
+        vocabulary: how many ids the student's tokenizer can produce.
+        padding: the ids above them that the teacher's head has; they are never drawn.
 
     Raises:
         ModelError: more padding ids than a request can bias.
@@ -66,15 +67,7 @@ class VllmTeacherSampler:
         async def draw() -> Generated:
             client, model = await self._teacher.connect()
             return await client.complete(
-                prompt_token_ids,
-                model=model,
-                max_tokens=params.max_tokens,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k,
-                seed=seed,
-                stop_token_ids=params.stop_token_ids,
-                logit_bias=self._bias,
+                prompt_token_ids, params, seed, model=model, logit_bias=self._bias
             )
 
         drawn = await self._teacher.surviving(draw)

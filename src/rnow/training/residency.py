@@ -7,10 +7,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Literal, Protocol
 
-from rnow.errors import TemporaryError
-from rnow.processes.process import StartFailed
-from rnow.serving.client import ServerDown
-
 Part = Literal["sampler", "teacher", "trainer"]
 
 
@@ -107,54 +103,3 @@ class Residency:
                 done.append(sleeper)
                 with clock.stage(f"sleep_{part}") if clock else nullcontext():
                     await sleeper.sleep()
-
-
-class Served(Protocol):
-    """A model server of ours, as ``VllmTeacher`` has one."""
-
-    async def start(self) -> None: ...
-    def close(self) -> None: ...
-    async def sleep(self) -> None: ...
-    async def wake_up(self) -> None: ...
-
-
-class ServedSleeper:
-    """Makes a server a Sleeper: it remembers, and a server that dies on the way is started again at waking, once."""
-
-    def __init__(self, server: Served) -> None:
-        self._server = server
-        self._asleep: bool | None = False  # None: it was told to change, and did not answer
-
-    async def sleep(self) -> None:
-        """See ``Sleeper.sleep``."""
-        if self._asleep:
-            return
-        self._asleep = None
-        try:
-            await self._server.sleep()
-        except ServerDown:
-            self._server.close()  # half dead, it may keep the card
-        self._asleep = True
-
-    async def wake(self) -> None:
-        """See ``Sleeper.wake``.
-
-        Raises:
-            TemporaryError: it does not come up again.
-        """
-        if self._asleep is False:
-            return
-        self._asleep = None
-        try:
-            try:
-                await self._server.wake_up()  # starts a closed one
-            except ServerDown:
-                self._server.close()
-                await self._server.start()
-        except StartFailed as error:
-            raise TemporaryError(
-                f"the teacher's server ended in its sleep and could not be started again: {error.message}",
-                details=error.details,
-                fix="run the same command again: it continues from the last checkpoint",
-            ) from error
-        self._asleep = False
