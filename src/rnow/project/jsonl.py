@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rnow.errors import DataError
-from rnow.project.faults import Fault, FaultList, did_you_mean, excerpt
+from rnow.project.faults import Fault, FaultList, excerpt
 from rnow.project.json_text import JsonFault, column_of, parse
 from rnow.project.rows import ROW_KEYS, Row, RowRules, check_row, unknown_keys
+from rnow.text.suggest import hint
 
 MAX_LINE_BYTES = 16 * 2**20
 _FOREIGN_BOMS = {
@@ -47,7 +48,7 @@ class UnknownKeys:
         if not self._counts:
             return ()
         shown = sorted(self._counts)[:5]
-        names = ", ".join(f'"{excerpt(name)}"{did_you_mean(name, ROW_KEYS)}' for name in shown)
+        names = ", ".join(f'"{excerpt(name)}"{hint(name, ROW_KEYS)}' for name in shown)
         more = (
             f" and {len(self._counts) - len(shown)} more" if len(self._counts) > len(shown) else ""
         )

@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rnow.project.faults import did_you_mean
 from rnow.project.json_text import JsonPath
 from rnow.project.variables import substitute_message
+from rnow.text.suggest import did_you_mean, hint
 from rnow.usercode.images import LOCAL
+from rnow.usercode.text import escape
 
 ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = frozenset(
@@ -110,11 +111,11 @@ def unknown_keys(value: Mapping[str, Any]) -> set[str]:
 def _messages(row: Mapping[str, Any], check: _Checker) -> list[dict[str, Any]]:
     value = row.get("messages")
     if value is None:
-        hint = ""
+        near = ""
         if "messages" not in row:
-            near = did_you_mean("messages", [key for key in row if key not in ROW_KEYS])
-            hint = near.replace("did you mean", "is it") if near else ""
-        check.fault((), f'the row has no "messages"{hint}', fix='give every row "messages": [...]')
+            near = hint("messages", [key for key in row if key not in ROW_KEYS])
+            near = near.replace("did you mean", "is it")
+        check.fault((), f'the row has no "messages"{near}', fix='give every row "messages": [...]')
         return []
     if not isinstance(value, list):
         check.fault(("messages",), f'"messages" is a list, not {_kind(value)}')
@@ -149,8 +150,8 @@ def _message(value: Any, path: JsonPath, check: _Checker) -> dict[str, Any]:
             problem = "the message has no role" if role is None else f"role is {_kind(role)}"
         else:
             better = _ROLE_HINTS.get(role.lower())
-            hint = f' (did you mean "{better}"?)' if better else did_you_mean(role, ROLES)
-            problem = f'unknown role "{_short(role)}"{hint}'
+            near = f" ({did_you_mean([better])})" if better else hint(role, ROLES)
+            problem = f'unknown role "{_short(role)}"{near}'
         check.fault((*path, "role"), problem, fix="a role is system, user, assistant or tool")
     message = dict(value)
     if value.get("tool_calls") is not None and not isinstance(value["tool_calls"], list):
@@ -234,7 +235,7 @@ def _rewards(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...]:
         if known:
             check.fault(
                 path,
-                f'unknown reward "{_short(name)}"{did_you_mean(name, known)}',
+                f'unknown reward "{_short(name)}"{hint(name, known)}',
                 fix=f"rewards.py has: {', '.join(sorted(known))}",
             )
         else:
@@ -264,10 +265,10 @@ def _tools(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...] | None:
             continue
         path = ("tools", row["tools"].index(name))
         if known:
-            hint, fix = did_you_mean(name, known), f"the tools are: {', '.join(sorted(known))}"
+            near, fix = hint(name, known), f"the tools are: {', '.join(sorted(known))}"
         else:
-            hint, fix = ": the project has no tools", 'remove "tools" from these rows'
-        check.fault(path, f'unknown tool "{_short(name)}"{hint}', fix=fix)
+            near, fix = ": the project has no tools", 'remove "tools" from these rows'
+        check.fault(path, f'unknown tool "{_short(name)}"{near}', fix=fix)
     return names
 
 
@@ -284,7 +285,7 @@ def _docker(row: Mapping[str, Any], check: _Checker) -> str | None:
         known = check.rules.dockerfiles
         check.fault(
             ("docker",),
-            f'"{_short(image)}" needs a Dockerfile.{_short(local)} beside config.yml{did_you_mean(local, known)}',
+            f'"{_short(image)}" needs a Dockerfile.{_short(local)} beside config.yml{hint(local, known)}',
             fix="write it, or name an image of a registry",
         )
     return image
@@ -323,6 +324,4 @@ def _kind(value: Any) -> str:
 
 
 def _short(text: str) -> str:
-    from rnow.project.faults import escape
-
     return escape(text if len(text) <= 40 else text[:37] + "...")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from rnow.errors import DataError, InputError
 from rnow.project.faults import Fault, FaultList, excerpt
 from rnow.project.jsonl import RowFile, UnknownKeys, read_rows
 from rnow.project.rows import Row, RowRules, check_row
+from rnow.text.suggest import closest, did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
@@ -82,11 +82,11 @@ def _missing(name: str, path: Path) -> DataError:
     files = sorted(
         entry.name for entry in folder.iterdir() if entry.suffix.lower() in _LOCAL_SUFFIXES
     )
-    near = difflib.get_close_matches(path.name, files, n=3, cutoff=0.5) or files[:3]
+    near = closest(path.name, files, count=3, cutoff=0.5) or files[:3]
     prefix = name[: -len(path.name)] if name.endswith(path.name) else ""
     fix = "correct the path, or give a HuggingFace dataset id like org/name"
     if near:
-        fix = "did you mean " + " or ".join(prefix + file for file in near) + "?"
+        fix = did_you_mean([prefix + file for file in near])
     return DataError(f"{name} does not exist", where=_KEY, why=f"looked for {path}", fix=fix)
 
 
@@ -213,7 +213,7 @@ def _array_rows(path: Path, label: str) -> list[Any]:
         faults = FaultList()
         faults.add(shown)
         raise faults.error(label) from None
-    return rows
+    return rows if isinstance(rows, list) else []
 
 
 def _read_hub(source: Source, rules: RowRules) -> RowFile:

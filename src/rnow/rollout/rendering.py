@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rnow.protocols import Tool
+from rnow.text.strict_json import mend_surrogates
 from rnow.types import Message
 
 ZERO_WIDTH = "\u200b"
@@ -164,15 +165,6 @@ def _normalised_controls(
     if not longest_first:
         return None, None
     return normaliser.normalize_str, re.compile("|".join(map(re.escape, longest_first)))
-
-
-def mend_surrogates(text: str) -> str:
-    """``text`` with surrogate pairs joined and lone ones replaced by U+FFFD; other text unchanged."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _safe_message(message: Message, inert: Callable[[str], str]) -> dict[str, Any]:

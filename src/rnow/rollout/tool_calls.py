@@ -15,11 +15,12 @@ from typing import Any
 from rnow.errors import InputError
 from rnow.rollout.probe import USER, assistant_turns, new_mark
 from rnow.rollout.rendering import ToolDescription, render_text
-from rnow.rollout.strict_json import JsonError, read_json, read_json_at
+from rnow.text.strict_json import JsonError, read_json, read_json_at
 from rnow.types import ToolCall
 
 MAX_CALLS = 32
 MAX_NAME = 200
+MAX_DEPTH = 32
 # Calls and thoughts of a turn that are read: one of nothing but openings must not hold up the other rollouts.
 MAX_READ = 1000
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -241,14 +242,14 @@ def _object(value: Any, name: str, key: str = "arguments") -> Mapping[str, Any]:
 
 def _json(text: str, name: str = "") -> Any:
     try:
-        return read_json(text)
+        return read_json(text.strip(), max_depth=MAX_DEPTH)
     except JsonError as error:
         raise _Malformed(f"the call is not valid JSON: {error}", name) from error
 
 
 def _json_at(text: str, position: int, name: str = "") -> tuple[Any, int]:
     try:
-        return read_json_at(text, position)
+        return read_json_at(text, position, max_depth=MAX_DEPTH)
     except JsonError as error:
         raise _Malformed(f"the call is not valid JSON: {error}", name) from error
 
@@ -355,7 +356,7 @@ def _typed(text: str, schema: Any) -> Any:
     if "boolean" in types and word in {"True", "False"}:
         return word == "True"
     try:
-        return read_json(text)
+        return read_json(text.strip(), max_depth=MAX_DEPTH)
     except JsonError:
         return text
 
@@ -400,7 +401,7 @@ def _find_llama(text: str, position: int, blank: bool) -> int:
 
 def _is_llama_call(text: str, start: int) -> bool:
     try:
-        value, _ = read_json_at(text, start)
+        value, _ = read_json_at(text, start, max_depth=MAX_DEPTH)
     except JsonError:
         return _LOOKS_LIKE_A_CALL.match(text, start) is not None
     return isinstance(value, dict) and "name" in value and bool({"parameters", "arguments"} & value.keys())  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rnow.errors import InputError
-from rnow.usercode.text import did_you_mean, escape
+from rnow.text.suggest import hint
+from rnow.usercode.text import escape
 
 Kind = Literal["tools", "rewards"]
 
@@ -131,7 +132,7 @@ def _missing_module(module: str, file: Path) -> tuple[str, str]:
     folder = file.parent
     top = module.partition(".")[0]
     helpers = [entry.stem for entry in folder.glob("*.py")]
-    fix = f"pip install {top} (in the environment that runs rnow){did_you_mean(top, helpers)}"
+    fix = f"pip install {top} (in the environment that runs rnow){hint(top, helpers)}"
     if (folder / "requirements.txt").is_file():
         fix = "pip install -r requirements.txt (in the environment that runs rnow)"
     return f'{file.name} imports "{module}", which is not installed', fix
