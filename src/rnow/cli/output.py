@@ -32,8 +32,8 @@ def print_error(error: RnowError) -> None:
     console(stderr=True).print(text, soft_wrap=True, highlight=False)
 
 
-def print_notice(line: str) -> None:
-    """One line on standard error."""
+def print_note(line: str) -> None:
+    """One line on standard error that the user should know."""
     from rich.text import Text
 
     from rnow.display.terminal import escape_control
@@ -41,6 +41,11 @@ def print_notice(line: str) -> None:
     console(stderr=True).print(
         Text(escape_control(line), style="yellow"), soft_wrap=True, highlight=False
     )
+
+
+def print_warning(line: str) -> None:
+    """The same, marked as a warning."""
+    print_note(f"warning: {line}")
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -41,7 +41,7 @@ class Prepared:
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
-    warn: Callable[..., None] = lambda *texts: None
+    warn: Callable[[str], None] = lambda text: None
 
     def secret(self, name: str) -> str | None:
         """A value of the project's ``.env``, else of the environment."""

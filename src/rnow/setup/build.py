@@ -91,7 +91,7 @@ def run(
     display.stage("checking")
     prepared = replace(
         prepare(config, Path(folder), weights=True),
-        warn=lambda *texts: [display.note(f"warning: {text}") for text in texts],
+        warn=display.warn,
     )
     found = (
         prepared.project.warnings,
@@ -99,7 +99,7 @@ def run(
         unread_settings(config, agentic=prepared.project.agentic),
     )
     for warning in chain.from_iterable(found):
-        display.note(f"warning: {warning}")
+        display.warn(warning)
     for notice in prepared.notices:
         display.note(notice)
     may_take_turns(config)  # refused before anything is written
@@ -167,7 +167,7 @@ class _Run:
             self._folder,
             self._stack,
             poll=self._stop.poll,
-            announce=self._display.stage,
+            stage=self._display.stage,
         )
         with self._stop.watch(lambda: self._display.note("stopping at the next safe point ...")):
             self._display.stage("checking the models against each other")
@@ -263,9 +263,7 @@ class _Run:
         # Rollouts drawn under other settings are not this run's.
         self._reuse_rollouts = not found.warned
         for line in found.warned:
-            self._display.note(
-                f"warning: changed since the checkpoint, and it shapes the result: {line}"
-            )
+            self._display.warn(f"changed since the checkpoint, and it shapes the result: {line}")
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
 
@@ -293,7 +291,7 @@ class _Run:
             backends.gpu,
         )
         for note in found.notes:
-            self._display.note(f"warning: {note}")
+            self._display.warn(note)
         gap = f"sampler and trainer agree to {found.max_gap:.1e} nats"
         kl = "" if found.teacher_kl is None else f"; teacher_kl now {found.teacher_kl:.3f}"
         self._display.note(gap + kl)
@@ -330,7 +328,7 @@ class _Run:
         return CheckpointStore(
             self._folder.checkpoints,
             keep=self._config.trainer.keep_checkpoints,
-            warn=lambda text: self._display.note(f"warning: {text}"),
+            warn=self._display.warn,
         )
 
     def _build_saver(self, backends: Backends, recorder: Recorder) -> Saver:

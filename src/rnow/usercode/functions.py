@@ -34,6 +34,10 @@ class FunctionInfo:
     precondition: bool = False
 
 
+class InvalidUserFile(InputError):
+    """A user's file cannot be imported, or a function in it is wrong."""
+
+
 def load_functions(
     file: Path, kind: Kind, *, import_timeout: float = IMPORT_TIMEOUT, **options: Any
 ) -> list[FunctionInfo]:
@@ -69,17 +73,17 @@ def read_functions(report: Mapping[str, Any], file: Path, kind: Kind) -> list[Fu
     ]
 
 
-def _mistaken(mistakes: list[dict[str, Any]], file: Path, kind: Kind) -> InputError:
+def _mistaken(mistakes: list[dict[str, Any]], file: Path, kind: Kind) -> InvalidUserFile:
     first = mistakes[0]
     if len(mistakes) == 1:
-        return InputError(
+        return InvalidUserFile(
             escape(first["message"]),
             title=f"Invalid {kind}",
             where=escape(first["place"]),
             why=escape(first["why"]) if first.get("why") else None,
             fix=first["fix"],
         )
-    return InputError(
+    return InvalidUserFile(
         f"{file.name} has {len(mistakes)} mistakes",
         title=f"Invalid {kind}",
         where=escape(first["place"]),
@@ -88,26 +92,26 @@ def _mistaken(mistakes: list[dict[str, Any]], file: Path, kind: Kind) -> InputEr
     )
 
 
-def import_error(report: Mapping[str, Any], file: Path, *, timeout: float) -> InputError:
+def import_error(report: Mapping[str, Any], file: Path, *, timeout: float) -> InvalidUserFile:
     """Why a file could not be imported, from a child's report."""
     title, name = f"Invalid {file.stem}", file.name
     kind = report.get("kind")
     if kind == "timeout":
-        return InputError(
+        return InvalidUserFile(
             f"{name} was not imported within {timeout:g} s",
             title=title,
             where=name,
             fix="move work that takes long, or waits for something, out of the top level of the file",
         )
     if kind == "processes":
-        return InputError(
+        return InvalidUserFile(
             f"{name} started more than {report['limit']} processes while it was imported",
             title=title,
             where=name,
             fix="remove what starts them from the top level of the file",
         )
     if kind == "ended":
-        return InputError(
+        return InvalidUserFile(
             f"{name} ends the program while it is imported",
             title=title,
             where=name,
@@ -125,7 +129,7 @@ def import_error(report: Mapping[str, Any], file: Path, *, timeout: float) -> In
         what, fix = f"{name} ends the program while it is imported", "remove the exit() call"
     else:
         what, fix = f"{name} cannot be imported", f"correct it; `python {name}` shows more"
-    return InputError(what, title=title, where=where, why=reason, fix=fix)
+    return InvalidUserFile(what, title=title, where=where, why=reason, fix=fix)
 
 
 def _missing_module(module: str, file: Path) -> tuple[str, str]:

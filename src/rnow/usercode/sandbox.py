@@ -24,7 +24,7 @@ from rnow.usercode.engines import (
     find_bubblewrap,
     find_containers,
 )
-from rnow.usercode.functions import IMPORT_TIMEOUT, FunctionInfo, Kind
+from rnow.usercode.functions import IMPORT_TIMEOUT, FunctionInfo, InvalidUserFile, Kind
 from rnow.usercode.host import CallOutcome, CodeHost, HostLimits
 from rnow.usercode.images import LOCAL, Images
 from rnow.usercode.visible import check_project
@@ -427,17 +427,15 @@ class SandboxedHosts:
             except asyncio.CancelledError:
                 self._sandboxes.stop_images()
                 raise
-            except InputError as error:
-                if error.title.startswith("Invalid "):
-                    raise InputError(
-                        f'{error.message}, in the image "{image}"',
-                        title=error.title,
-                        where=error.where,
-                        why=error.why,
-                        details=error.details,
-                        fix=f"install what {self._file.name} imports in the image, or import it in the functions that use it",
-                    ) from None
-                raise
+            except InvalidUserFile as error:
+                raise InputError(
+                    f'{error.message}, in the image "{image}"',
+                    title=error.title,
+                    where=error.where,
+                    why=error.why,
+                    details=error.details,
+                    fix=f"install what {self._file.name} imports in the image, or import it in the functions that use it",
+                ) from None
             finally:
                 await self._sandboxes.release(trial)
 
