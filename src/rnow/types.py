@@ -114,6 +114,17 @@ class ToolContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentStep:
+    """What an environment answers to the student's turn: the ids appended after it, the messages of the exchange (the
+    student's first), whether the episode is over, and if so why."""
+
+    observation_token_ids: tuple[int, ...]
+    messages: tuple[Message, ...]
+    done: bool
+    end_reason: EndReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """One exchange inside a rollout: the ids appended to the context, the student's completion, and its text."""
 

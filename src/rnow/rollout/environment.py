@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from rnow.errors import InputError
@@ -20,22 +19,12 @@ from rnow.rollout.tool_calls import (
     parse_turn,
 )
 from rnow.tasks import first_cause
-from rnow.types import Completion, EndReason, Message, ToolCall, ToolResult
+from rnow.types import Completion, EndReason, EnvironmentStep, Message, ToolCall, ToolResult
 
 RunCall = Callable[[ToolCall], Awaitable[ToolResult]]
 
 # Enough ids to spell an open <think> and the blanks after it, one letter each.
 _OPENING = 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What an environment answers to the student's turn: see ``EnvironmentStep``."""
-
-    observation_token_ids: tuple[int, ...]
-    messages: tuple[Message, ...]
-    done: bool
-    end_reason: EndReason | None = None
 
 
 class SingleTurn:
@@ -56,11 +45,11 @@ class SingleTurn:
         """See ``Environment.start``."""
         return self._prompt_token_ids
 
-    async def step(self, completion: Completion) -> Step:
+    async def step(self, completion: Completion) -> EnvironmentStep:
         """See ``Environment.step``."""
         answer = {"role": "assistant", "content": self._decode(completion.token_ids)}
         cut = completion.finish_reason == "length"
-        return Step(
+        return EnvironmentStep(
             observation_token_ids=(),
             messages=(answer,),
             done=True,
@@ -140,7 +129,7 @@ def load_dialogue(
         tokenizer: with a chat template.
         tools: as rendered in the prompts that this is for: see ``describe_tools``. May be empty.
         stop_token_ids: every id that ends the student's turn.
-        reasoning_mode: as in ``render_prompt``.
+        reasoning_mode: as in ``render_text``.
 
     Raises:
         InputError: the template does not show tools, writes calls in a format that rnow does not read, or has no way
@@ -208,7 +197,7 @@ class ToolEnvironment:
         """See ``Environment.start``."""
         return self._prompt_token_ids
 
-    async def step(self, completion: Completion) -> Step:
+    async def step(self, completion: Completion) -> EnvironmentStep:
         """See ``Environment.step``."""
         text = self._dialogue.text_of(completion)
         if completion.finish_reason == "length":
@@ -241,9 +230,9 @@ class ToolEnvironment:
         if self._release is not None:
             await self._release()
 
-    def _go_on(self, observed: tuple[int, ...], messages: tuple[Message, ...]) -> Step:
+    def _go_on(self, observed: tuple[int, ...], messages: tuple[Message, ...]) -> EnvironmentStep:
         self._observed = observed
-        return Step(
+        return EnvironmentStep(
             observation_token_ids=observed,
             messages=messages,
             done=False,
@@ -263,8 +252,8 @@ class ToolEnvironment:
         return await self._run_call(call)
 
 
-def _end(said: Message, reason: EndReason) -> Step:
-    return Step(observation_token_ids=(), messages=(said,), done=True, end_reason=reason)
+def _end(said: Message, reason: EndReason) -> EnvironmentStep:
+    return EnvironmentStep(observation_token_ids=(), messages=(said,), done=True, end_reason=reason)
 
 
 def _assistant_message(parsed: ParsedTurn) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Observations:
         tools: descriptions, as in the prompt.
         call_id: (turn, index) -> id, in the shape the template takes.
         stop_token_ids: every id that ends the student's turn.
-        reasoning_mode: as in ``render_prompt``.
+        reasoning_mode: as in ``render_text``.
 
     Raises:
         InputError: the template cannot express the answers of tools.

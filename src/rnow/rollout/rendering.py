@@ -34,28 +34,6 @@ def describe_tools(tools: Iterable[Tool]) -> tuple[dict[str, Any], ...]:
     )
 
 
-def render_prompt(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    *,
-    reasoning_mode: str | None = None,
-    tools: Sequence[ToolDescription] | None = None,
-) -> tuple[int, ...]:
-    """Token ids of a conversation with the assistant's turn opened.
-
-    Text of the conversation and of the tools cannot become a control token: see ``neutralise``.
-
-    Args:
-        tokenizer: a HuggingFace tokenizer with a chat template.
-        messages: the conversation, ending with anything but an assistant message.
-        reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
-            reads them.
-        tools: descriptions of the tools the student may call; none, or an empty sequence, for a prompt without.
-    """
-    text = render_text(tokenizer, messages, reasoning_mode=reasoning_mode, tools=tools)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
 def render_text(
     tokenizer: Any,
     messages: Sequence[Message],
@@ -66,8 +44,14 @@ def render_text(
 ) -> str:
     """The conversation as the chat template writes it, before tokenisation.
 
+    Text of the conversation and of the tools cannot become a control token: see ``neutralise``.
+
     Args:
-        generation_prompt: whether the assistant's next turn is opened. The rest as in ``render_prompt``.
+        tokenizer: with a chat template.
+        reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
+            reads them.
+        tools: descriptions of the tools the student may call; none, or an empty sequence, for a prompt without.
+        generation_prompt: whether the assistant's next turn is opened.
     """
     inert = _inert_text(tokenizer)
     return tokenizer.apply_chat_template(
