@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rnow.types import (
     Adapter,
@@ -110,11 +110,11 @@ class Tool(Protocol):
     def description(self) -> str: ...
 
     @property
-    def parameters(self) -> Mapping[str, Any]:
+    def parameters(self) -> Mapping[str, object]:
         """JSON schema of the arguments, an object."""
         ...
 
-    async def call(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
+    async def call(self, arguments: Mapping[str, object], context: ToolContext) -> ToolResult:
         """Run it. Faults of the tool, its time limit included, are results with ``failed``; only a cancellation, or a
         fault of rnow itself, raises."""
         ...

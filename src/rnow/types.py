@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """One chat message: ``role`` and ``content`` at least, as in train.jsonl."""
 
 FinishReason = Literal["stop", "length"]
@@ -47,8 +47,8 @@ class Prompt:
     messages: Sequence[Message]
     rewards: Sequence[str] = ()
     tools: Sequence[str] | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    variables: Mapping[str, object] = field(default_factory=dict)
     docker: str | None = None
     docker_env: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
@@ -88,7 +88,7 @@ class ToolCall:
 
     id: str
     name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -107,8 +107,8 @@ class ToolContext:
     """The rollout that calls: ``rollout_id`` is ``<prompt id>#<index>``, the rest comes from the prompt's row."""
 
     rollout_id: str
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    variables: Mapping[str, object] = field(default_factory=dict)
     docker: str | None = None
     docker_env: Mapping[str, str] = field(default_factory=dict)
 

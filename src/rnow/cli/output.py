@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rnow.errors import RnowError
 
@@ -59,6 +59,6 @@ def print_lines(lines: Iterable[str]) -> None:
         out.print(Text(escape_control(line)), soft_wrap=True, highlight=False)
 
 
-def print_json(data: Mapping[str, Any]) -> None:
+def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -20,6 +20,7 @@ from rnow.plan.rendered import Preflight, place_of, run_preflight
 from rnow.project.dataset import Dataset
 from rnow.project.project import Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
+from rnow.rollout.rendering import ToolDescription
 from rnow.serving.nf4 import require_nf4
 from rnow.tools.build import list_tools
 from rnow.usercode.sandbox import check_sandbox
@@ -37,7 +38,7 @@ class Prepared:
     teacher: ResolvedModel | None
     preflight: Preflight
     num_steps: int
-    tools: Mapping[str, Mapping[str, Any]]
+    tools: Mapping[str, ToolDescription]
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from rnow.errors import DataError
 from rnow.project.faults import Fault, FaultList, excerpt
@@ -38,7 +38,7 @@ class UnknownKeys:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
-    def see(self, row: Any) -> None:
+    def see(self, row: object) -> None:
         """Take note of one row."""
         if isinstance(row, dict):
             self._counts.update(unknown_keys(row))

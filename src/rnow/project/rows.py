@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rnow.project.json_text import JsonPath
 from rnow.project.variables import substitute_message
@@ -42,11 +41,11 @@ class RowRules:
 class Row:
     """A valid row, its variables substituted. ``line`` is 1-based, None where the source has no lines."""
 
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[Mapping[str, object]]
     rewards: tuple[str, ...]
     tools: tuple[str, ...] | None
-    metadata: Mapping[str, Any]
-    variables: Mapping[str, Any]
+    metadata: Mapping[str, object]
+    variables: Mapping[str, object]
     docker: str | None = None
     docker_env: Mapping[str, str] = field(default_factory=dict)
     line: int | None = None
@@ -73,7 +72,7 @@ class _Checker:
         self.faults.append(RowFault(path=path, message=message, fix=fix, unsupported=unsupported))
 
 
-def check_row(value: Any, rules: RowRules, *, line: int | None = None) -> Row | list[RowFault]:
+def check_row(value: object, rules: RowRules, *, line: int | None = None) -> Row | list[RowFault]:
     """The row in its normal form, or everything that is wrong with it.
 
     ``null`` stands for an absent key. A null or missing ``content`` is read as "" beside ``tool_calls``. Keys of messages
@@ -103,12 +102,12 @@ def check_row(value: Any, rules: RowRules, *, line: int | None = None) -> Row | 
     )
 
 
-def unknown_keys(value: Mapping[str, Any]) -> set[str]:
+def unknown_keys(value: Mapping[str, object]) -> set[str]:
     """Keys of a row that mean nothing here."""
     return set(value) - ROW_KEYS if value.keys() - ROW_KEYS else set()
 
 
-def _messages(row: Mapping[str, Any], check: _Checker) -> list[dict[str, Any]]:
+def _messages(row: Mapping[str, object], check: _Checker) -> list[dict[str, object]]:
     value = row.get("messages")
     if value is None:
         near = ""
@@ -140,7 +139,7 @@ def _messages(row: Mapping[str, Any], check: _Checker) -> list[dict[str, Any]]:
     return messages
 
 
-def _message(value: Any, path: JsonPath, check: _Checker) -> dict[str, Any]:
+def _message(value: object, path: JsonPath, check: _Checker) -> dict[str, object]:
     if not isinstance(value, dict):
         check.fault(path, f"a message is an object with role and content, not {_kind(value)}")
         return {}
@@ -178,7 +177,7 @@ def _message(value: Any, path: JsonPath, check: _Checker) -> dict[str, Any]:
     return message
 
 
-def _part(part: Any, path: JsonPath, check: _Checker) -> None:
+def _part(part: object, path: JsonPath, check: _Checker) -> None:
     if not isinstance(part, dict):
         check.fault(
             path, f'a part is an object like {{"type": "text", "text": "..."}}, not {_kind(part)}'
@@ -197,7 +196,7 @@ def _part(part: Any, path: JsonPath, check: _Checker) -> None:
         check.fault(path, 'the part has no "type"')
 
 
-def _object(row: Mapping[str, Any], key: str, check: _Checker) -> Mapping[str, Any]:
+def _object(row: Mapping[str, object], key: str, check: _Checker) -> Mapping[str, object]:
     value = row.get(key)
     if value is None:
         return {}
@@ -207,31 +206,32 @@ def _object(row: Mapping[str, Any], key: str, check: _Checker) -> Mapping[str, A
     return value
 
 
-def _names(row: Mapping[str, Any], key: str, check: _Checker) -> tuple[str, ...] | None:
+def _names(row: Mapping[str, object], key: str, check: _Checker) -> dict[str, int] | None:
+    """The names in a list of the row, each with its index."""
     value = row.get(key)
     if value is None:
         return None
     if not isinstance(value, list):
         check.fault((key,), f'"{key}" is a list of names, not {_kind(value)}')
         return None
-    names: list[str] = []
+    names: dict[str, int] = {}
     for index, name in enumerate(value):
         if not isinstance(name, str):
             check.fault((key, index), f'"{key}" is a list of names; this one is {_kind(name)}')
         elif name in names:
             check.fault((key, index), f'"{_short(name)}" is listed twice in "{key}"')
         else:
-            names.append(name)
-    return tuple(names)
+            names[name] = index
+    return names
 
 
-def _rewards(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...]:
+def _rewards(row: Mapping[str, object], check: _Checker) -> tuple[str, ...]:
     names = _names(row, "rewards", check)
     known = check.rules.known_rewards
-    for name in names or ():
+    for name, index in (names or {}).items():
         if name in known:
             continue
-        path = ("rewards", row["rewards"].index(name))
+        path = ("rewards", index)
         if known:
             check.fault(
                 path,
@@ -252,27 +252,25 @@ def _rewards(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...]:
         check.fault(
             ("rewards",), "the row names no reward", fix='in rl every row needs "rewards": ["name"]'
         )
-    return names or ()
+    return tuple(names or ())
 
 
-def _tools(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...] | None:
+def _tools(row: Mapping[str, object], check: _Checker) -> tuple[str, ...] | None:
     names = _names(row, "tools", check)
     known = check.rules.known_tools
-    if known is None:
-        return names
-    for name in names or ():
-        if name in known:
+    for name, index in (names or {}).items():
+        if known is None or name in known:
             continue
-        path = ("tools", row["tools"].index(name))
+        path = ("tools", index)
         if known:
             near, fix = hint(name, known), f"the tools are: {', '.join(sorted(known))}"
         else:
             near, fix = ": the project has no tools", 'remove "tools" from these rows'
         check.fault(path, f'unknown tool "{_short(name)}"{near}', fix=fix)
-    return names
+    return None if names is None else tuple(names)
 
 
-def _docker(row: Mapping[str, Any], check: _Checker) -> str | None:
+def _docker(row: Mapping[str, object], check: _Checker) -> str | None:
     image = row.get("docker")
     if image is None:
         return None
@@ -291,7 +289,7 @@ def _docker(row: Mapping[str, Any], check: _Checker) -> str | None:
     return image
 
 
-def _docker_env(row: Mapping[str, Any], check: _Checker) -> Mapping[str, str]:
+def _docker_env(row: Mapping[str, object], check: _Checker) -> Mapping[str, str]:
     value = _object(row, "docker_env", check)
     if value and row.get("docker") is None:
         check.fault(
@@ -306,10 +304,10 @@ def _docker_env(row: Mapping[str, Any], check: _Checker) -> Mapping[str, str]:
             )
         elif not _VARIABLE.fullmatch(name):
             check.fault(("docker_env",), f'"{_short(name)}" is no name of a variable')
-    return value
+    return {name: text for name, text in value.items() if isinstance(text, str)}
 
 
-_KINDS: Sequence[tuple[Callable[[Any], bool], str]] = (
+_KINDS: Sequence[tuple[Callable[[object], bool], str]] = (
     (lambda value: value is None, "null"),
     (lambda value: isinstance(value, bool), "true or false"),
     (lambda value: isinstance(value, int | float), "a number"),
@@ -319,7 +317,7 @@ _KINDS: Sequence[tuple[Callable[[Any], bool], str]] = (
 )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return next((word for test, word in _KINDS if test(value)), type(value).__name__)
 
 

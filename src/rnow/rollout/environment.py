@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from rnow.errors import InputError
+from rnow.protocols import Tokenizer
 from rnow.rollout.observation import Observations
 from rnow.rollout.rendering import ToolDescription, template_shows_tools
 from rnow.rollout.tool_calls import (
@@ -65,15 +66,15 @@ class Dialogue:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         tools: Sequence[ToolDescription],
         format: ToolCallFormat,
         observations: Observations,
     ) -> None:
         self._tokenizer = tokenizer
         self._format = format
-        self._schemas: Mapping[str, Mapping[str, Any]] = {
-            str(tool["function"]["name"]): tool["function"].get("parameters", {}) for tool in tools
+        self._schemas: Mapping[str, Mapping[str, object]] = {
+            str(tool["function"]["name"]): tool["function"]["parameters"] for tool in tools
         }
         self._hidden = _special_ids(tokenizer) - {
             tokenizer.convert_tokens_to_ids(marker)
@@ -117,7 +118,7 @@ class Dialogue:
 
 
 def load_dialogue(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tools: Sequence[ToolDescription],
     *,
     stop_token_ids: Sequence[int],
@@ -256,8 +257,8 @@ def _end(said: Message, reason: EndReason) -> EnvironmentStep:
     return EnvironmentStep(observation_token_ids=(), messages=(said,), done=True, end_reason=reason)
 
 
-def _assistant_message(parsed: ParsedTurn) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+def _assistant_message(parsed: ParsedTurn) -> dict[str, object]:
+    message: dict[str, object] = {"role": "assistant", "content": parsed.content}
     if parsed.calls:
         message["tool_calls"] = [
             {
@@ -271,8 +272,8 @@ def _assistant_message(parsed: ParsedTurn) -> dict[str, Any]:
     return message
 
 
-def _tool_message(call: ToolCall, result: ToolResult) -> dict[str, Any]:
-    message: dict[str, Any] = {
+def _tool_message(call: ToolCall, result: ToolResult) -> dict[str, object]:
+    message: dict[str, object] = {
         "role": "tool",
         "name": call.name,
         "tool_call_id": call.id,
@@ -285,6 +286,6 @@ def _tool_message(call: ToolCall, result: ToolResult) -> dict[str, Any]:
     return message
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}

@@ -11,6 +11,7 @@ from typing import Any
 from rnow.config import Config
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
+from rnow.rollout.rendering import ToolDescription
 from rnow.rollout.samples import rollout_id
 from rnow.tasks import run_anywhere
 from rnow.tools.host_tools import HostTool, HostTools
@@ -28,7 +29,7 @@ from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
 class ListedTools:
     """What the student can call: name -> description as chat templates take it, and the functions of tools.py."""
 
-    schemas: Mapping[str, Mapping[str, Any]]
+    schemas: Mapping[str, ToolDescription]
     functions: Sequence[FunctionInfo]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 from rnow.errors import InputError, RnowError
 from rnow.protocols import Tool
-from rnow.rollout.rendering import describe_tools
+from rnow.rollout.rendering import ToolDescription, describe_tools
 from rnow.text.suggest import closest, did_you_mean
 from rnow.tools.arguments import ArgumentChecker, SchemaProblem
 from rnow.tools.limits import MAX_BYTES, CutResult, TokenLimit, keep_end, shorten, storable
@@ -134,7 +134,7 @@ class Toolbox:
         """The names of all tools, in that order."""
         return tuple(self._tools)
 
-    def schemas(self, allowed: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def schemas(self, allowed: Sequence[str] | None = None) -> list[ToolDescription]:
         """The tools as chat templates take them, always in the same order, whatever the order of ``allowed``.
 
         Raises:
