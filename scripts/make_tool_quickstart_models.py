@@ -51,7 +51,7 @@ from rnow.core.tool_schema import describe
 from rnow.models.loading import load_causal_lm
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.rollout.environment import ToolEnvironment, load_dialogue
-from rnow.rollout.rendering import render_prompt, render_text
+from rnow.rollout.rendering import render_text
 from rnow.sampling.transformers import TransformersSampler
 from rnow.types import Prompt, ToolCall, ToolResult
 
@@ -288,7 +288,7 @@ class Encoder:
     def rendered_prompt(self, question: str) -> list[int]:
         """What a rollout starts with."""
         messages = [{"role": "user", "content": question}]
-        return list(render_prompt(self._tokenizer, messages, tools=[self.tool]))
+        return self.ids(render_text(self._tokenizer, messages, tools=[self.tool]))
 
     def rendered_observation(self, result: str) -> list[int]:
         """What a rollout appends after a call with this result."""

@@ -16,6 +16,7 @@ from rnow.types import (
     Adapter,
     Completion,
     EndReason,
+    EnvironmentStep,
     FinishReason,
     Message,
     Prompt,
@@ -264,7 +265,7 @@ class FakeSink:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FakeStep:
+class FakeStep(EnvironmentStep):
     """What ``FakeEnvironment`` answers; the assistant message comes first, as from the real ones."""
 
     observation_token_ids: tuple[int, ...] = ()

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from rnow.types import (
     Adapter,
     Completion,
-    EndReason,
-    Message,
+    EnvironmentStep,
     Prompt,
     RewardResult,
     Rollout,
@@ -146,24 +145,6 @@ class Environment(Protocol):
 
     async def close(self) -> None:
         """Release whatever the episode holds."""
-        ...
-
-
-class EnvironmentStep(Protocol):
-    """What an environment answers: the ids appended after the student's turn, and whether it is over."""
-
-    @property
-    def observation_token_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def messages(self) -> tuple[Message, ...]: ...
-
-    @property
-    def done(self) -> bool: ...
-
-    @property
-    def end_reason(self) -> EndReason | None:
-        """Why it is over; None while it is not."""
         ...
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """One chat message: ``role`` and ``content`` at least, as in train.jsonl."""
 
 FinishReason = Literal["stop", "length"]
@@ -48,8 +48,8 @@ class Prompt:
     messages: Sequence[Message]
     rewards: Sequence[str] = ()
     tools: Sequence[str] | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    variables: Mapping[str, object] = field(default_factory=dict)
     docker: str | None = None
     docker_env: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
@@ -89,7 +89,7 @@ class ToolCall:
 
     id: str
     name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -108,10 +108,21 @@ class ToolContext:
     """The rollout that calls: ``rollout_id`` is ``<prompt id>#<index>``, the rest comes from the prompt's row."""
 
     rollout_id: str
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    variables: Mapping[str, object] = field(default_factory=dict)
     docker: str | None = None
     docker_env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentStep:
+    """What an environment answers to the student's turn: the ids appended after it, the messages of the exchange (the
+    student's first), whether the episode is over, and if so why."""
+
+    observation_token_ids: tuple[int, ...]
+    messages: tuple[Message, ...]
+    done: bool
+    end_reason: EndReason | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -313,7 +313,7 @@ def test_version(rnow_: Run) -> None:
 def test_the_hosted_client_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rnow_: Run
 ) -> None:
-    assert hosted.hosted_client_notice() is None
+    assert hosted.hosted_client_note() is None
     info = tmp_path / "rnow-0.4.37.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rnow\nVersion: 0.4.37\n")

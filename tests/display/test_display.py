@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from rnow.display.display import Display, QuietDisplay, RunDisplay, wants_live
+from rnow.display.display import Display, QuietDisplay, wants_live
 from rnow.display.history import StepHistory, stage_seconds
 from rnow.display.live_table import LiveTable, choose_columns
 from rnow.display.plain_lines import PlainLines
@@ -207,6 +207,7 @@ def test_ascii_terminal_gets_ascii_only(clock: Clock) -> None:
     display.start(PLAN)
     drive(display, clock, steps=30, total=30)
     display.note("a note")
+    display.warn("a warning")
     display.evaluation("before", {"pass@1": 0.5})
     display.evaluation("after", {"pass@1": 0.9})
     display.finish(["adapter: x"])
@@ -260,6 +261,7 @@ def test_hostile_text_cannot_reach_the_terminal(form: type[Any], clock: Clock) -
     display.start([f"student: {evil}", evil])
     display.stage(evil)
     display.note(evil)
+    display.warn(evil)
     display.evaluation(evil, {evil: 0.5})
     display.evaluation("after", {evil: 0.5})
     display.step(1, 1, {"teacher_kl": 0.1})
@@ -273,7 +275,7 @@ def test_hostile_text_cannot_reach_the_terminal(form: type[Any], clock: Clock) -
 
 def test_close_is_safe_at_any_time_and_gives_the_cursor_back() -> None:
     console = recorder(80)
-    display = RunDisplay(console, live=True)
+    display = LiveTable(console)
     display.close()
     display.start(PLAN)
     display.stage("rollout")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.models.folders import CHATML, CONTROLS, LETTERS, model_folder, write_json
+from tests.rollout.families import render_prompt
 
 from rnow.errors import ModelError
 from rnow.models.resolve import ResolvedModel, resolve_model
@@ -20,7 +21,7 @@ from rnow.models.tokenizer import (
     stop_token_ids,
     vocabulary_size,
 )
-from rnow.rollout.rendering import render_prompt, render_text
+from rnow.rollout.rendering import render_text
 
 ENDOFTEXT, IM_START, IM_END = range(len(LETTERS), len(LETTERS) + 3)
 CONVERSATION = ({"role": "user", "content": "reverse: the cat"},)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from tests.models.folders import CHATML, CONTROLS, model_folder
+from tests.rollout.families import render_prompt
 
 from rnow.config import Config
 from rnow.errors import EXIT_BAD_INPUT, DataError, InputError, ModelError
 from rnow.models.resolve import ResolvedModel, resolve_model
 from rnow.plan.rendered import Preflight, choose_window, model_limit, run_preflight
-from rnow.rollout.rendering import render_prompt
 from rnow.types import Prompt
 
 IM_END = 98

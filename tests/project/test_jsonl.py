@@ -93,7 +93,7 @@ def test_unknown_keys_are_told_once(tmp_path: Path) -> None:
     row = json.dumps(json.loads(GOOD) | {"reward": 1, "id": 7}).encode()
     file = read_rows(write(tmp_path, row + b"\n" + row), RULES)
     assert file.warnings == (
-        'train.jsonl: these keys of its rows are ignored: "id", "reward" (did you mean "rewards"?)',
+        'train.jsonl: these keys of its rows are ignored: "id", "reward" (did you mean rewards?)',
     )
 
 

@@ -14,6 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from rnow.rollout.environment import Dialogue, load_dialogue
+from rnow.rollout.rendering import ToolDescription, render_text
+from rnow.types import Message
+
+
+def render_prompt(
+    tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[ToolDescription] = ()
+) -> tuple[int, ...]:
+    """Token ids of a conversation with the assistant's turn opened."""
+    return tuple(
+        tokenizer.encode(render_text(tokenizer, messages, tools=tools), add_special_tokens=False)
+    )
 
 
 def tool(name: str, description: str = "", **properties: Mapping[str, Any]) -> dict[str, Any]:

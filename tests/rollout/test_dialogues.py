@@ -18,12 +18,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.fakes import FakeSampler, SamplerRequest
-from tests.rollout.families import BY_NAME, SUPPORTED, TOOLS, Family
+from tests.rollout.families import BY_NAME, SUPPORTED, TOOLS, Family, render_prompt
 from tests.rollouts import flat
 
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.rollout.environment import Dialogue, ToolEnvironment
-from rnow.rollout.rendering import render_prompt, render_text
+from rnow.rollout.rendering import render_text
 from rnow.types import Prompt, Rollout, ToolCall, ToolResult
 
 MAX_TURNS = 4

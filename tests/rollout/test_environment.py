@@ -10,15 +10,15 @@ import pytest
 from tests.rollout.families import BY_NAME, TOOLS, Family
 
 from rnow.errors import TemporaryError
-from rnow.rollout.environment import RunCall, SingleTurn, Step, ToolEnvironment
-from rnow.types import Completion, ToolCall, ToolResult
+from rnow.rollout.environment import RunCall, SingleTurn, ToolEnvironment
+from rnow.types import Completion, EnvironmentStep, ToolCall, ToolResult
 
 QWEN = BY_NAME["qwen3"]
 CALL = '<tool_call>\n{"name": "look_up", "arguments": {"q": "x"}}\n</tool_call>'
 PROMPT = (1, 2, 3)
 
 
-def answered(step: Step) -> tuple[int, int]:
+def answered(step: EnvironmentStep) -> tuple[int, int]:
     """How many calls of this step were answered, and how many of the answers say that something failed."""
     answers = [message for message in step.messages if message["role"] == "tool"]
     return len(answers), sum(bool(message.get("failed")) for message in answers)
@@ -58,8 +58,8 @@ def make(
     return ToolEnvironment(PROMPT, family.dialogue(), run_call, max_turns=max_turns, **options)
 
 
-def play(environment: ToolEnvironment, *completions: Completion) -> list[Step]:
-    async def steps() -> list[Step]:
+def play(environment: ToolEnvironment, *completions: Completion) -> list[EnvironmentStep]:
+    async def steps() -> list[EnvironmentStep]:
         assert await environment.start() == environment._prompt_token_ids
         found = [await environment.step(one) for one in completions]
         await environment.close()
@@ -101,7 +101,7 @@ def test_an_answer_without_a_call_ends() -> None:
     tools = Tools()
     first, second = play(make(tools), completion(CALL), completion("It is 7."))
     assert not first.done
-    assert second == Step(
+    assert second == EnvironmentStep(
         observation_token_ids=(),
         messages=({"role": "assistant", "content": "It is 7."},),
         done=True,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import CHARACTERS, character_tokenizer
-from tests.rollout.families import BY_NAME, TOOLS, byte_tokenizer, tool, trl_template
+from tests.rollout.families import BY_NAME, TOOLS, byte_tokenizer, render_prompt, tool, trl_template
 
 from rnow.rollout.rendering import (
     ZERO_WIDTH,
@@ -17,7 +17,6 @@ from rnow.rollout.rendering import (
     decode,
     describe_tools,
     neutralise,
-    render_prompt,
     render_text,
     template_shows_tools,
 )

@@ -7,7 +7,7 @@ from importlib import metadata
 _HOSTED_DISTRIBUTION = "rnow"
 
 
-def hosted_client_notice() -> str | None:
+def hosted_client_note() -> str | None:
     """One line when the hosted client's distribution is installed in this environment, None otherwise."""
     try:
         version = metadata.version(_HOSTED_DISTRIBUTION)

@@ -11,8 +11,8 @@ import typer
 
 from rnow import __version__
 from rnow.cli import account, check, init, rehearse, run
-from rnow.cli.hosted import hosted_client_notice
-from rnow.cli.output import print_error, print_notice
+from rnow.cli.hosted import hosted_client_note
+from rnow.cli.output import print_error, print_note
 from rnow.errors import EXIT_FAILED, EXIT_INTERRUPTED, RnowError
 
 app = typer.Typer(
@@ -63,9 +63,9 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not {"-h", "--help", "--version"}.intersection(given):
-            notice = hosted_client_notice()
-            if notice:
-                print_notice(notice)
+            note = hosted_client_note()
+            if note:
+                print_note(note)
         app(args=given, prog_name="rnow")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else EXIT_FAILED * bool(exit_.code)
@@ -76,6 +76,6 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except Exception:
         traceback.print_exc()
-        print_notice("This is a fault in rnow itself; please report it with the lines above.")
+        print_note("This is a fault in rnow itself; please report it with the lines above.")
         return EXIT_FAILED
     return 0

@@ -53,15 +53,15 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     Raises:
         ConfigError: the config, or a setting, is not valid.
     """
-    from rnow.cli.output import print_notice
+    from rnow.cli.output import print_note, print_warning
     from rnow.config import SHORTHANDS, load_config
 
     settings = [f"{SHORTHANDS[name]}={value}" for name, value in flags.items() if value is not None]
     loaded = load_config(folder, [*settings, *(overrides or [])])
     for line in loaded.warnings:
-        print_notice(f"warning: {line}")
+        print_warning(line)
     for line in loaded.changes:
-        print_notice(line)
+        print_note(line)
     return loaded
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rnow.errors import RnowError
 
@@ -32,8 +32,8 @@ def print_error(error: RnowError) -> None:
     console(stderr=True).print(text, soft_wrap=True, highlight=False)
 
 
-def print_notice(line: str) -> None:
-    """One line on standard error."""
+def print_note(line: str) -> None:
+    """One line on standard error that the user should know."""
     from rich.text import Text
 
     from rnow.display.terminal import escape_control
@@ -41,6 +41,11 @@ def print_notice(line: str) -> None:
     console(stderr=True).print(
         Text(escape_control(line), style="yellow"), soft_wrap=True, highlight=False
     )
+
+
+def print_warning(line: str) -> None:
+    """The same, marked as a warning."""
+    print_note(f"warning: {line}")
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -54,6 +59,6 @@ def print_lines(lines: Iterable[str]) -> None:
         out.print(Text(escape_control(line)), soft_wrap=True, highlight=False)
 
 
-def print_json(data: Mapping[str, Any]) -> None:
+def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

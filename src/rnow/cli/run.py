@@ -45,10 +45,10 @@ def run(
         return
 
     from rnow.cli.output import console, print_json
-    from rnow.display.display import RunDisplay
+    from rnow.display.display import build_display
     from rnow.setup import build
 
-    display = RunDisplay(console(stderr=as_json))
+    display = build_display(console(stderr=as_json))
     try:
         with placed(loaded):
             summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rnow.config.problems import KeyPath
 from rnow.config.schema import LISTS, SECTIONS, Schema
+from rnow.text.suggest import closest, did_you_mean
 
 ALIASES = {
     "eval_step": "evals",
@@ -118,23 +119,21 @@ def suggest(path: KeyPath) -> str | None:
         section = ".".join(outer)
         if written in KNOWN.get(section, ()):
             return f"write {written} inside the section {section}"
-    found = closest(section, snake(written))
+    found = keys_like(section, snake(written))
     if found:
-        return f"did you mean {' or '.join(found)}?"
+        return did_you_mean(found)
     here = KNOWN.get(section)
     return f"known here: {', '.join(here)}" if here else None
 
 
-def closest(section: str, word: str) -> list[str]:
+def keys_like(section: str, word: str) -> list[str]:
     """Dotted keys that ``word`` in ``section`` may have meant, the best first."""
-    from difflib import get_close_matches
-
     here = KNOWN.get(section, ())
     if word in here:
         return [_join(section, word)]
     if word in ALIASES:
         return [ALIASES[word]]
-    near = get_close_matches(word, here, n=1, cutoff=0.75)
+    near = closest(word, here, cutoff=0.75)
     if near:
         return [_join(section, near[0])]
     elsewhere = [s for s in KNOWN if s not in (*LISTS, section)]
@@ -142,7 +141,7 @@ def closest(section: str, word: str) -> list[str]:
     if same:
         return same[:3]
     leaves = {leaf: _join(s, leaf) for s in elsewhere for leaf in KNOWN[s]}
-    near = get_close_matches(word, [*leaves, *ALIASES], n=1, cutoff=0.8)
+    near = closest(word, [*leaves, *ALIASES], cutoff=0.8)
     return [leaves.get(near[0]) or ALIASES[near[0]]] if near else []
 
 

@@ -28,7 +28,11 @@ class Display(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """One line the user should see, such as a warning."""
+        """One line the user should know."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """The same, marked as a warning."""
         ...
 
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
@@ -45,7 +49,7 @@ class Display(Protocol):
 
 
 class QuietDisplay:
-    """Shows nothing; for use from Python."""
+    """Shows nothing; for use from Python. Warnings are notes here, for those who override ``note`` to collect both."""
 
     def start(self, plan_lines: Sequence[str]) -> None: ...
 
@@ -55,6 +59,9 @@ class QuietDisplay:
 
     def note(self, text: str) -> None: ...
 
+    def warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
+
     def evaluation(self, name: str, results: Mapping[str, float]) -> None: ...
 
     def finish(self, lines: Sequence[str]) -> None: ...
@@ -62,39 +69,9 @@ class QuietDisplay:
     def close(self) -> None: ...
 
 
-class RunDisplay:
-    """The display of ``rnow run``: live where the console can redraw itself, plain lines otherwise.
-
-    Args:
-        console: where to write; standard output when not given.
-        live: force one form; by default ``wants_live`` decides.
-    """
-
-    def __init__(self, console: Console | None = None, *, live: bool | None = None) -> None:
-        console = console or Console()
-        chosen = wants_live(console, os.environ) if live is None else live
-        self._form: Display = LiveTable(console) if chosen else PlainLines(console)
-
-    def start(self, plan_lines: Sequence[str]) -> None:
-        self._form.start(plan_lines)
-
-    def stage(self, name: str) -> None:
-        self._form.stage(name)
-
-    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        self._form.step(step, total, metrics)
-
-    def note(self, text: str) -> None:
-        self._form.note(text)
-
-    def evaluation(self, name: str, results: Mapping[str, float]) -> None:
-        self._form.evaluation(name, results)
-
-    def finish(self, lines: Sequence[str]) -> None:
-        self._form.finish(lines)
-
-    def close(self) -> None:
-        self._form.close()
+def build_display(console: Console) -> Display:
+    """The display of ``rnow run``: a live table where the console can redraw itself, plain lines otherwise."""
+    return LiveTable(console) if wants_live(console, os.environ) else PlainLines(console)
 
 
 def wants_live(console: Console, environment: Mapping[str, str]) -> bool:

@@ -78,11 +78,10 @@ class LiveTable:
         self._history.add(step, total, metrics)
 
     def note(self, text: str) -> None:
-        if text.startswith("warning:"):
-            mark, style = ("▲ " if self._unicode else "! "), "yellow"
-        else:
-            mark, style = ("· " if self._unicode else "- "), "dim"
-        self._console.print(Text.assemble((mark, style), escape_control(text)), highlight=False)
+        self._print_marked("· " if self._unicode else "- ", "dim", text)
+
+    def warn(self, text: str) -> None:
+        self._print_marked("▲ " if self._unicode else "! ", "yellow", f"warning: {text}")
 
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._evaluations[name] = dict(results)
@@ -127,6 +126,9 @@ class LiveTable:
             self._spinner.text = Text(escape_control(self._stage), style="dim")
             parts.append(self._spinner)
         return Group(*parts)
+
+    def _print_marked(self, mark: str, style: str, text: str) -> None:
+        self._console.print(Text.assemble((mark, style), escape_control(text)), highlight=False)
 
     def _open(self) -> None:
         if self._live is None and not self._finished:

@@ -61,6 +61,9 @@ class PlainLines:
     def note(self, text: str) -> None:
         self._print(text)
 
+    def warn(self, text: str) -> None:
+        self._print(f"warning: {text}")
+
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._flush()
         self._evaluations[name] = dict(results)

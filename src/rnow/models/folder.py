@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 from rnow.errors import ModelError
 from rnow.models.refusal import Refusal, adapter_refused, read_json
 from rnow.models.weight_files import PICKLED, WEIGHTS, check_weights
+from rnow.text.suggest import closest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of these makes a tokenizer."""
@@ -65,7 +65,7 @@ def _not_a_model(
 
 def no_such_folder(folder: Path, refusal: Refusal) -> ModelError:
     """The error for a folder that does not exist, with the nearest that does."""
-    near = difflib.get_close_matches(folder.name, model_folders(folder.parent), n=3, cutoff=0.4)
+    near = closest(folder.name, model_folders(folder.parent), count=3, cutoff=0.4)
     near = near or model_folders(folder.parent)
     suggestions = [str(Path(refusal.path.rstrip("/")).parent / name) for name in near]
     if refusal.path.startswith("./"):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import shutil
@@ -23,6 +22,7 @@ from rnow.models.weight_files import (
     no_safetensors,
     shards_by_name,
 )
+from rnow.text.suggest import closest
 
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
@@ -221,7 +221,7 @@ def _hub_error(
             fix="name a branch, tag or commit of the repository, or leave the revision out",
         )
     if isinstance(error, RepositoryNotFoundError):
-        near = difflib.get_close_matches(path, model_folders(base_dir), n=1)
+        near = closest(path, model_folders(base_dir))
         return refusal.error(
             f"there is no HuggingFace model '{path}', and no folder of that name in the project",
             why="ids are case-sensitive; a private model is only visible after logging in",

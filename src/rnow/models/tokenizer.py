@@ -11,7 +11,7 @@ from typing import Any
 from rnow.errors import ModelError
 from rnow.models.refusal import one_line
 from rnow.models.resolve import ResolvedModel
-from rnow.rollout.rendering import render_text
+from rnow.rollout.rendering import ToolDescription, render_text
 from rnow.types import Message
 
 MISMATCH_TITLE = "Student and teacher tokenizers differ"
@@ -130,7 +130,7 @@ def compare_tokenizers(
     conversations: Sequence[Sequence[Message]] = (),
     student_ids: Sequence[Sequence[int]] | None = None,
     reasoning_mode: str | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[ToolDescription] | None = None,
     where: str = "teacher.path",
 ) -> TokenizerAgreement:
     """Whether the teacher would read the student's tokens as the student means them.
@@ -299,7 +299,7 @@ def _compare_templates(
     teacher: Any,
     conversations: Sequence[Sequence[Message]],
     reasoning_mode: str | None,
-    tools: Sequence[Mapping[str, Any]] | None,
+    tools: Sequence[ToolDescription] | None,
 ) -> list[str]:
     if student.chat_template == teacher.chat_template or not conversations:
         return []

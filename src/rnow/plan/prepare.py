@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from rnow.config import Config, refuse_reserved
 from rnow.disk.folder import RunFolder, choose_run_folder
@@ -20,6 +19,7 @@ from rnow.plan.rendered import Preflight, place_of, run_preflight
 from rnow.project.dataset import Dataset
 from rnow.project.project import Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
+from rnow.rollout.rendering import ToolDescription
 from rnow.serving.nf4 import require_nf4
 from rnow.tools.build import list_tools
 from rnow.usercode.sandbox import check_sandbox
@@ -37,11 +37,11 @@ class Prepared:
     teacher: ResolvedModel | None
     preflight: Preflight
     num_steps: int
-    tools: Mapping[str, Mapping[str, Any]]
+    tools: Mapping[str, ToolDescription]
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
-    warn: Callable[..., None] = lambda *texts: None
+    warn: Callable[[str], None] = lambda text: None
 
     def secret(self, name: str) -> str | None:
         """A value of the project's ``.env``, else of the environment."""

@@ -21,13 +21,13 @@ from rnow.models.tokenizer import (
 )
 from rnow.project.dataset import oversized_rows_error
 from rnow.rollout.environment import Dialogue, load_dialogue
-from rnow.rollout.rendering import render_text
+from rnow.rollout.rendering import ToolDescription, render_text
 from rnow.types import Prompt
 
 if TYPE_CHECKING:
     from rnow.config import Config
 
-ToolSchemas = Mapping[str, Mapping[str, Any]]
+ToolSchemas = Mapping[str, ToolDescription]
 """Name of a tool -> its description as chat templates take it, in the order in which they are shown."""
 
 DEFAULT_WINDOW = 32768

@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rnow.errors import DataError, NotYetSupported
 from rnow.project.faults import MAX_SHOWN, excerpt
@@ -196,7 +195,7 @@ def _prompt(dataset: str, source: str, number: int, row: Row) -> Prompt:
 
 def _canonical(dataset: int, prompt: Prompt) -> bytes:
     """The row as bytes that do not depend on its file's format, key order or blanks."""
-    value: list[Any] = [
+    value: list[object] = [
         dataset,
         prompt.messages,
         prompt.rewards,

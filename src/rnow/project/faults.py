@@ -6,9 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from rnow.errors import DataError, InputError, NotYetSupported
-from rnow.usercode.text import did_you_mean, escape
-
-__all__ = ["Fault", "FaultList", "did_you_mean", "escape", "excerpt"]
+from rnow.usercode.text import escape
 
 MAX_SHOWN = 10
 _EXCERPT_WIDTH = 60

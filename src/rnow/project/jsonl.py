@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from rnow.errors import DataError
-from rnow.project.faults import Fault, FaultList, did_you_mean, excerpt
+from rnow.project.faults import Fault, FaultList, excerpt
 from rnow.project.json_text import JsonFault, column_of, parse
 from rnow.project.rows import ROW_KEYS, Row, RowRules, check_row, unknown_keys
+from rnow.text.suggest import hint
 
 MAX_LINE_BYTES = 16 * 2**20
 _FOREIGN_BOMS = {
@@ -37,7 +38,7 @@ class UnknownKeys:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
-    def see(self, row: Any) -> None:
+    def see(self, row: object) -> None:
         """Take note of one row."""
         if isinstance(row, dict):
             self._counts.update(unknown_keys(row))
@@ -47,7 +48,7 @@ class UnknownKeys:
         if not self._counts:
             return ()
         shown = sorted(self._counts)[:5]
-        names = ", ".join(f'"{excerpt(name)}"{did_you_mean(name, ROW_KEYS)}' for name in shown)
+        names = ", ".join(f'"{excerpt(name)}"{hint(name, ROW_KEYS)}' for name in shown)
         more = (
             f" and {len(self._counts) - len(shown)} more" if len(self._counts) > len(shown) else ""
         )

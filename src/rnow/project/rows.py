@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from rnow.project.faults import did_you_mean
 from rnow.project.json_text import JsonPath
 from rnow.project.variables import substitute_message
+from rnow.text.suggest import did_you_mean, hint
 from rnow.usercode.images import LOCAL
+from rnow.usercode.text import escape
 
 ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = frozenset(
@@ -41,11 +41,11 @@ class RowRules:
 class Row:
     """A valid row, its variables substituted. ``line`` is 1-based, None where the source has no lines."""
 
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[Mapping[str, object]]
     rewards: tuple[str, ...]
     tools: tuple[str, ...] | None
-    metadata: Mapping[str, Any]
-    variables: Mapping[str, Any]
+    metadata: Mapping[str, object]
+    variables: Mapping[str, object]
     docker: str | None = None
     docker_env: Mapping[str, str] = field(default_factory=dict)
     line: int | None = None
@@ -72,7 +72,7 @@ class _Checker:
         self.faults.append(RowFault(path=path, message=message, fix=fix, unsupported=unsupported))
 
 
-def check_row(value: Any, rules: RowRules, *, line: int | None = None) -> Row | list[RowFault]:
+def check_row(value: object, rules: RowRules, *, line: int | None = None) -> Row | list[RowFault]:
     """The row in its normal form, or everything that is wrong with it.
 
     ``null`` stands for an absent key. A null or missing ``content`` is read as "" beside ``tool_calls``. Keys of messages
@@ -102,19 +102,19 @@ def check_row(value: Any, rules: RowRules, *, line: int | None = None) -> Row | 
     )
 
 
-def unknown_keys(value: Mapping[str, Any]) -> set[str]:
+def unknown_keys(value: Mapping[str, object]) -> set[str]:
     """Keys of a row that mean nothing here."""
     return set(value) - ROW_KEYS if value.keys() - ROW_KEYS else set()
 
 
-def _messages(row: Mapping[str, Any], check: _Checker) -> list[dict[str, Any]]:
+def _messages(row: Mapping[str, object], check: _Checker) -> list[dict[str, object]]:
     value = row.get("messages")
     if value is None:
-        hint = ""
+        near = ""
         if "messages" not in row:
-            near = did_you_mean("messages", [key for key in row if key not in ROW_KEYS])
-            hint = near.replace("did you mean", "is it") if near else ""
-        check.fault((), f'the row has no "messages"{hint}', fix='give every row "messages": [...]')
+            near = hint("messages", [key for key in row if key not in ROW_KEYS])
+            near = near.replace("did you mean", "is it")
+        check.fault((), f'the row has no "messages"{near}', fix='give every row "messages": [...]')
         return []
     if not isinstance(value, list):
         check.fault(("messages",), f'"messages" is a list, not {_kind(value)}')
@@ -139,7 +139,7 @@ def _messages(row: Mapping[str, Any], check: _Checker) -> list[dict[str, Any]]:
     return messages
 
 
-def _message(value: Any, path: JsonPath, check: _Checker) -> dict[str, Any]:
+def _message(value: object, path: JsonPath, check: _Checker) -> dict[str, object]:
     if not isinstance(value, dict):
         check.fault(path, f"a message is an object with role and content, not {_kind(value)}")
         return {}
@@ -149,8 +149,8 @@ def _message(value: Any, path: JsonPath, check: _Checker) -> dict[str, Any]:
             problem = "the message has no role" if role is None else f"role is {_kind(role)}"
         else:
             better = _ROLE_HINTS.get(role.lower())
-            hint = f' (did you mean "{better}"?)' if better else did_you_mean(role, ROLES)
-            problem = f'unknown role "{_short(role)}"{hint}'
+            near = f" ({did_you_mean([better])})" if better else hint(role, ROLES)
+            problem = f'unknown role "{_short(role)}"{near}'
         check.fault((*path, "role"), problem, fix="a role is system, user, assistant or tool")
     message = dict(value)
     if value.get("tool_calls") is not None and not isinstance(value["tool_calls"], list):
@@ -177,7 +177,7 @@ def _message(value: Any, path: JsonPath, check: _Checker) -> dict[str, Any]:
     return message
 
 
-def _part(part: Any, path: JsonPath, check: _Checker) -> None:
+def _part(part: object, path: JsonPath, check: _Checker) -> None:
     if not isinstance(part, dict):
         check.fault(
             path, f'a part is an object like {{"type": "text", "text": "..."}}, not {_kind(part)}'
@@ -196,7 +196,7 @@ def _part(part: Any, path: JsonPath, check: _Checker) -> None:
         check.fault(path, 'the part has no "type"')
 
 
-def _object(row: Mapping[str, Any], key: str, check: _Checker) -> Mapping[str, Any]:
+def _object(row: Mapping[str, object], key: str, check: _Checker) -> Mapping[str, object]:
     value = row.get(key)
     if value is None:
         return {}
@@ -206,35 +206,36 @@ def _object(row: Mapping[str, Any], key: str, check: _Checker) -> Mapping[str, A
     return value
 
 
-def _names(row: Mapping[str, Any], key: str, check: _Checker) -> tuple[str, ...] | None:
+def _names(row: Mapping[str, object], key: str, check: _Checker) -> dict[str, int] | None:
+    """The names in a list of the row, each with its index."""
     value = row.get(key)
     if value is None:
         return None
     if not isinstance(value, list):
         check.fault((key,), f'"{key}" is a list of names, not {_kind(value)}')
         return None
-    names: list[str] = []
+    names: dict[str, int] = {}
     for index, name in enumerate(value):
         if not isinstance(name, str):
             check.fault((key, index), f'"{key}" is a list of names; this one is {_kind(name)}')
         elif name in names:
             check.fault((key, index), f'"{_short(name)}" is listed twice in "{key}"')
         else:
-            names.append(name)
-    return tuple(names)
+            names[name] = index
+    return names
 
 
-def _rewards(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...]:
+def _rewards(row: Mapping[str, object], check: _Checker) -> tuple[str, ...]:
     names = _names(row, "rewards", check)
     known = check.rules.known_rewards
-    for name in names or ():
+    for name, index in (names or {}).items():
         if name in known:
             continue
-        path = ("rewards", row["rewards"].index(name))
+        path = ("rewards", index)
         if known:
             check.fault(
                 path,
-                f'unknown reward "{_short(name)}"{did_you_mean(name, known)}',
+                f'unknown reward "{_short(name)}"{hint(name, known)}',
                 fix=f"rewards.py has: {', '.join(sorted(known))}",
             )
         else:
@@ -251,27 +252,25 @@ def _rewards(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...]:
         check.fault(
             ("rewards",), "the row names no reward", fix='in rl every row needs "rewards": ["name"]'
         )
-    return names or ()
+    return tuple(names or ())
 
 
-def _tools(row: Mapping[str, Any], check: _Checker) -> tuple[str, ...] | None:
+def _tools(row: Mapping[str, object], check: _Checker) -> tuple[str, ...] | None:
     names = _names(row, "tools", check)
     known = check.rules.known_tools
-    if known is None:
-        return names
-    for name in names or ():
-        if name in known:
+    for name, index in (names or {}).items():
+        if known is None or name in known:
             continue
-        path = ("tools", row["tools"].index(name))
+        path = ("tools", index)
         if known:
-            hint, fix = did_you_mean(name, known), f"the tools are: {', '.join(sorted(known))}"
+            near, fix = hint(name, known), f"the tools are: {', '.join(sorted(known))}"
         else:
-            hint, fix = ": the project has no tools", 'remove "tools" from these rows'
-        check.fault(path, f'unknown tool "{_short(name)}"{hint}', fix=fix)
-    return names
+            near, fix = ": the project has no tools", 'remove "tools" from these rows'
+        check.fault(path, f'unknown tool "{_short(name)}"{near}', fix=fix)
+    return None if names is None else tuple(names)
 
 
-def _docker(row: Mapping[str, Any], check: _Checker) -> str | None:
+def _docker(row: Mapping[str, object], check: _Checker) -> str | None:
     image = row.get("docker")
     if image is None:
         return None
@@ -284,13 +283,13 @@ def _docker(row: Mapping[str, Any], check: _Checker) -> str | None:
         known = check.rules.dockerfiles
         check.fault(
             ("docker",),
-            f'"{_short(image)}" needs a Dockerfile.{_short(local)} beside config.yml{did_you_mean(local, known)}',
+            f'"{_short(image)}" needs a Dockerfile.{_short(local)} beside config.yml{hint(local, known)}',
             fix="write it, or name an image of a registry",
         )
     return image
 
 
-def _docker_env(row: Mapping[str, Any], check: _Checker) -> Mapping[str, str]:
+def _docker_env(row: Mapping[str, object], check: _Checker) -> Mapping[str, str]:
     value = _object(row, "docker_env", check)
     if value and row.get("docker") is None:
         check.fault(
@@ -305,10 +304,10 @@ def _docker_env(row: Mapping[str, Any], check: _Checker) -> Mapping[str, str]:
             )
         elif not _VARIABLE.fullmatch(name):
             check.fault(("docker_env",), f'"{_short(name)}" is no name of a variable')
-    return value
+    return {name: text for name, text in value.items() if isinstance(text, str)}
 
 
-_KINDS: Sequence[tuple[Callable[[Any], bool], str]] = (
+_KINDS: Sequence[tuple[Callable[[object], bool], str]] = (
     (lambda value: value is None, "null"),
     (lambda value: isinstance(value, bool), "true or false"),
     (lambda value: isinstance(value, int | float), "a number"),
@@ -318,11 +317,9 @@ _KINDS: Sequence[tuple[Callable[[Any], bool], str]] = (
 )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return next((word for test, word in _KINDS if test(value)), type(value).__name__)
 
 
 def _short(text: str) -> str:
-    from rnow.project.faults import escape
-
     return escape(text if len(text) <= 40 else text[:37] + "...")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rnow.errors import DataError, InputError
 from rnow.project.faults import Fault, FaultList, excerpt
 from rnow.project.jsonl import RowFile, UnknownKeys, read_rows
 from rnow.project.rows import Row, RowRules, check_row
+from rnow.text.suggest import closest, did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
@@ -82,15 +82,15 @@ def _missing(name: str, path: Path) -> DataError:
     files = sorted(
         entry.name for entry in folder.iterdir() if entry.suffix.lower() in _LOCAL_SUFFIXES
     )
-    near = difflib.get_close_matches(path.name, files, n=3, cutoff=0.5) or files[:3]
+    near = closest(path.name, files, count=3, cutoff=0.5) or files[:3]
     prefix = name[: -len(path.name)] if name.endswith(path.name) else ""
     fix = "correct the path, or give a HuggingFace dataset id like org/name"
     if near:
-        fix = "did you mean " + " or ".join(prefix + file for file in near) + "?"
+        fix = did_you_mean([prefix + file for file in near])
     return DataError(f"{name} does not exist", where=_KEY, why=f"looked for {path}", fix=fix)
 
 
-def _check_table(rows: Iterable[Any], rules: RowRules, label: str) -> RowFile:
+def _check_table(rows: Iterable[object], rules: RowRules, label: str) -> RowFile:
     """Rows that have no text of their own: places are ``row N`` (from 1), and there is no column."""
     faults = FaultList()
     unknown = UnknownKeys()
@@ -127,7 +127,7 @@ def _check_table(rows: Iterable[Any], rules: RowRules, label: str) -> RowFile:
     return RowFile(rows=tuple(checked), warnings=notes + unknown.warnings(label))
 
 
-def _with_messages(raw: Any) -> tuple[Any, str | None]:
+def _with_messages(raw: object) -> tuple[object, str | None]:
     """The row with ``messages``, and the column they were made from, if they were not there."""
     if not isinstance(raw, dict) or raw.get("messages") is not None:
         return raw, None
@@ -144,16 +144,18 @@ def _with_messages(raw: Any) -> tuple[Any, str | None]:
     return raw, None
 
 
-def _value_excerpt(value: Any, path: tuple[str | int, ...]) -> str:
+def _value_excerpt(value: object, path: tuple[str | int, ...]) -> str:
     for step in path:
-        try:
-            value = value[step]
-        except (LookupError, TypeError):
+        inner: Mapping[object, object] = value if isinstance(value, dict) else {}
+        if isinstance(value, list):
+            inner = dict(enumerate(value))
+        if step not in inner:
             break
+        value = inner[step]
     return excerpt(json.dumps(value, ensure_ascii=False, default=str)[:200])
 
 
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+def _without_nulls(row: Mapping[str, object]) -> dict[str, object]:
     """A columnar row as a jsonl row: Arrow fills absent fields with nulls, inside messages too."""
     clean = {key: value for key, value in row.items() if value is not None}
     for key, value in clean.items():
@@ -167,7 +169,7 @@ def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     return clean
 
 
-def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
     # pyarrow is what `datasets` reads parquet with; going to it directly leaves no copy in a cache folder.
     import pyarrow
     import pyarrow.parquet
@@ -189,7 +191,7 @@ def _starts_with_array(path: Path) -> bool:
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def _array_rows(path: Path, label: str) -> list[Any]:
+def _array_rows(path: Path, label: str) -> list[object]:
     from rnow.project.json_text import JsonFault, parse
 
     try:
@@ -213,7 +215,7 @@ def _array_rows(path: Path, label: str) -> list[Any]:
         faults = FaultList()
         faults.add(shown)
         raise faults.error(label) from None
-    return rows
+    return rows if isinstance(rows, list) else []
 
 
 def _read_hub(source: Source, rules: RowRules) -> RowFile:
@@ -232,12 +234,7 @@ def _read_hub(source: Source, rules: RowRules) -> RowFile:
         table = datasets.load_dataset(name, config or None, split=source.split)
     except Exception as error:
         raise _hub_error(label, source.split, error) from None
-    return _check_table((_without_nulls(row) for row in _dict_rows(table)), rules, label)
-
-
-def _dict_rows(table: Any) -> Iterator[dict[str, Any]]:
-    for row in table:
-        yield dict(row)
+    return _check_table((_without_nulls(dict(row)) for row in table), rules, label)
 
 
 def _hub_error(label: str, split: str, error: Exception) -> DataError:

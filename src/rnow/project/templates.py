@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import filecmp
 import json
 import os
@@ -13,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rnow.errors import InputError
-
-DEFAULT_TEMPLATE = "quickstart"
+from rnow.text.suggest import closest
 
 _CONFIG = "config.yml"
 _NOT_COPIED = frozenset({"__pycache__", "runs", "rollouts", "wandb", ".DS_Store"})
@@ -83,7 +81,7 @@ def find_template(name: str) -> Template:
     templates = load_templates()
     if name in templates:
         return templates[name]
-    close = difflib.get_close_matches(name.lower(), templates, n=1)
+    close = closest(name, templates)
     raise InputError(
         f"there is no template {name!r}",
         title="Unknown template",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 # "$$" and "$x$" go first, so that mathematics is stepped over whole: in "$x$y" no variable y is seen.
 _NAME = re.compile(r"\$\$|\$[^\W\d]\w*\$|\$(?P<name>[^\W\d]\w*)")
 
 
-def substitute(text: str, variables: Mapping[str, Any]) -> str:
+def substitute(text: str, variables: Mapping[str, object]) -> str:
     """``text`` with every ``$name`` that ``variables`` defines replaced; anything else with a ``$`` stays as it is.
 
     ``$$`` and ``$x$`` are mathematics. Values are not searched again, so a value may hold a ``$``.
@@ -28,8 +27,8 @@ def substitute(text: str, variables: Mapping[str, Any]) -> str:
 
 
 def substitute_message(
-    message: Mapping[str, Any], variables: Mapping[str, Any]
-) -> Mapping[str, Any]:
+    message: Mapping[str, object], variables: Mapping[str, object]
+) -> Mapping[str, object]:
     """The message with its text (or the text of its parts) substituted; other keys are kept."""
     content = message.get("content")
     if isinstance(content, str):

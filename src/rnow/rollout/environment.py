@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from rnow.errors import InputError
+from rnow.protocols import Tokenizer
 from rnow.rollout.observation import Observations
 from rnow.rollout.rendering import ToolDescription, template_shows_tools
 from rnow.rollout.tool_calls import (
@@ -20,22 +20,12 @@ from rnow.rollout.tool_calls import (
     parse_turn,
 )
 from rnow.tasks import first_cause
-from rnow.types import Completion, EndReason, Message, ToolCall, ToolResult
+from rnow.types import Completion, EndReason, EnvironmentStep, Message, ToolCall, ToolResult
 
 RunCall = Callable[[ToolCall], Awaitable[ToolResult]]
 
 # Enough ids to spell an open <think> and the blanks after it, one letter each.
 _OPENING = 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What an environment answers to the student's turn: see ``EnvironmentStep``."""
-
-    observation_token_ids: tuple[int, ...]
-    messages: tuple[Message, ...]
-    done: bool
-    end_reason: EndReason | None = None
 
 
 class SingleTurn:
@@ -56,11 +46,11 @@ class SingleTurn:
         """See ``Environment.start``."""
         return self._prompt_token_ids
 
-    async def step(self, completion: Completion) -> Step:
+    async def step(self, completion: Completion) -> EnvironmentStep:
         """See ``Environment.step``."""
         answer = {"role": "assistant", "content": self._decode(completion.token_ids)}
         cut = completion.finish_reason == "length"
-        return Step(
+        return EnvironmentStep(
             observation_token_ids=(),
             messages=(answer,),
             done=True,
@@ -76,15 +66,15 @@ class Dialogue:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         tools: Sequence[ToolDescription],
         format: ToolCallFormat,
         observations: Observations,
     ) -> None:
         self._tokenizer = tokenizer
         self._format = format
-        self._schemas: Mapping[str, Mapping[str, Any]] = {
-            str(tool["function"]["name"]): tool["function"].get("parameters", {}) for tool in tools
+        self._schemas: Mapping[str, Mapping[str, object]] = {
+            str(tool["function"]["name"]): tool["function"]["parameters"] for tool in tools
         }
         self._hidden = _special_ids(tokenizer) - {
             tokenizer.convert_tokens_to_ids(marker)
@@ -128,7 +118,7 @@ class Dialogue:
 
 
 def load_dialogue(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tools: Sequence[ToolDescription],
     *,
     stop_token_ids: Sequence[int],
@@ -140,7 +130,7 @@ def load_dialogue(
         tokenizer: with a chat template.
         tools: as rendered in the prompts that this is for: see ``describe_tools``. May be empty.
         stop_token_ids: every id that ends the student's turn.
-        reasoning_mode: as in ``render_prompt``.
+        reasoning_mode: as in ``render_text``.
 
     Raises:
         InputError: the template does not show tools, writes calls in a format that rnow does not read, or has no way
@@ -208,7 +198,7 @@ class ToolEnvironment:
         """See ``Environment.start``."""
         return self._prompt_token_ids
 
-    async def step(self, completion: Completion) -> Step:
+    async def step(self, completion: Completion) -> EnvironmentStep:
         """See ``Environment.step``."""
         text = self._dialogue.text_of(completion)
         if completion.finish_reason == "length":
@@ -241,9 +231,9 @@ class ToolEnvironment:
         if self._release is not None:
             await self._release()
 
-    def _go_on(self, observed: tuple[int, ...], messages: tuple[Message, ...]) -> Step:
+    def _go_on(self, observed: tuple[int, ...], messages: tuple[Message, ...]) -> EnvironmentStep:
         self._observed = observed
-        return Step(
+        return EnvironmentStep(
             observation_token_ids=observed,
             messages=messages,
             done=False,
@@ -263,12 +253,12 @@ class ToolEnvironment:
         return await self._run_call(call)
 
 
-def _end(said: Message, reason: EndReason) -> Step:
-    return Step(observation_token_ids=(), messages=(said,), done=True, end_reason=reason)
+def _end(said: Message, reason: EndReason) -> EnvironmentStep:
+    return EnvironmentStep(observation_token_ids=(), messages=(said,), done=True, end_reason=reason)
 
 
-def _assistant_message(parsed: ParsedTurn) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+def _assistant_message(parsed: ParsedTurn) -> dict[str, object]:
+    message: dict[str, object] = {"role": "assistant", "content": parsed.content}
     if parsed.calls:
         message["tool_calls"] = [
             {
@@ -282,8 +272,8 @@ def _assistant_message(parsed: ParsedTurn) -> dict[str, Any]:
     return message
 
 
-def _tool_message(call: ToolCall, result: ToolResult) -> dict[str, Any]:
-    message: dict[str, Any] = {
+def _tool_message(call: ToolCall, result: ToolResult) -> dict[str, object]:
+    message: dict[str, object] = {
         "role": "tool",
         "name": call.name,
         "tool_call_id": call.id,
@@ -296,6 +286,6 @@ def _tool_message(call: ToolCall, result: ToolResult) -> dict[str, Any]:
     return message
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}

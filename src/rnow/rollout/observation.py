@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rnow.errors import InputError
+from rnow.protocols import Tokenizer
 from rnow.rollout.probe import USER, assistant_turns, new_mark
 from rnow.rollout.rendering import ToolDescription, render_text, template_text
 from rnow.types import Message
@@ -40,7 +40,7 @@ class Observations:
         tools: descriptions, as in the prompt.
         call_id: (turn, index) -> id, in the shape the template takes.
         stop_token_ids: every id that ends the student's turn.
-        reasoning_mode: as in ``render_prompt``.
+        reasoning_mode: as in ``render_text``.
 
     Raises:
         InputError: the template cannot express the answers of tools.
@@ -48,7 +48,7 @@ class Observations:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         tools: Sequence[ToolDescription],
         *,
         call_id: Callable[[int, int], str],
@@ -176,7 +176,7 @@ class Observations:
         return after if found else None
 
     @staticmethod
-    def _plain(message: Message) -> dict[str, Any]:
+    def _plain(message: Message) -> dict[str, object]:
         """What a template may read of a tool message: not what is kept for transcripts."""
         plain = {key: message[key] for key in _READ_BY_TEMPLATES if key in message}
         return plain | {"name": plain.get("name") or _UNNAMED}

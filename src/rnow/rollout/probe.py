@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rnow.types import Message
 
@@ -31,7 +30,7 @@ def assistant_turns(calls: Sequence[tuple[str, str]], mark: str) -> Iterator[Mes
     yield {"role": "assistant", "content": mark}
 
 
-def _call(call_id: str, name: str, arguments: Any) -> dict[str, Any]:
+def _call(call_id: str, name: str, arguments: object) -> dict[str, object]:
     return {
         "id": call_id,
         "type": "function",

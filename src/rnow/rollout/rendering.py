@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
+from weakref import WeakKeyDictionary
 
-from rnow.protocols import Tool
+from rnow.protocols import Tokenizer, Tool
+from rnow.text.strict_json import mend_surrogates
 from rnow.types import Message
 
 ZERO_WIDTH = "\u200b"
 
 _THINKING_OFF = frozenset({"disabled", "none"})
 _ROUNDS = 8
-
-ToolDescription = Mapping[str, Any]
-"""What a chat template is told of a tool: ``{"type": "function", "function": {"name", "description", "parameters"}}``."""
+_INERT_TEXT: WeakKeyDictionary[Tokenizer, Callable[[str], str]] = WeakKeyDictionary()
 
 
-def describe_tools(tools: Iterable[Tool]) -> tuple[dict[str, Any], ...]:
+class ToolFunction(TypedDict):
+    """``parameters`` is a JSON schema, an object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, object]
+
+
+class ToolDescription(TypedDict):
+    """What a chat template is told of a tool; ``type`` is ``function``."""
+
+    type: str
+    function: ToolFunction
+
+
+def describe_tools(tools: Iterable[Tool]) -> tuple[ToolDescription, ...]:
     """The tools as chat templates read them."""
     return tuple(
         {
@@ -33,30 +48,8 @@ def describe_tools(tools: Iterable[Tool]) -> tuple[dict[str, Any], ...]:
     )
 
 
-def render_prompt(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    *,
-    reasoning_mode: str | None = None,
-    tools: Sequence[ToolDescription] | None = None,
-) -> tuple[int, ...]:
-    """Token ids of a conversation with the assistant's turn opened.
-
-    Text of the conversation and of the tools cannot become a control token: see ``neutralise``.
-
-    Args:
-        tokenizer: a HuggingFace tokenizer with a chat template.
-        messages: the conversation, ending with anything but an assistant message.
-        reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
-            reads them.
-        tools: descriptions of the tools the student may call; none, or an empty sequence, for a prompt without.
-    """
-    text = render_text(tokenizer, messages, reasoning_mode=reasoning_mode, tools=tools)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
 def render_text(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
     reasoning_mode: str | None = None,
@@ -65,25 +58,32 @@ def render_text(
 ) -> str:
     """The conversation as the chat template writes it, before tokenisation.
 
+    Text of the conversation and of the tools cannot become a control token: see ``neutralise``.
+
     Args:
-        generation_prompt: whether the assistant's next turn is opened. The rest as in ``render_prompt``.
+        tokenizer: with a chat template.
+        reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
+            reads them.
+        tools: descriptions of the tools the student may call; none, or an empty sequence, for a prompt without.
+        generation_prompt: whether the assistant's next turn is opened.
     """
     inert = _inert_text(tokenizer)
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [_safe_message(message, inert) for message in messages],
         tools=[_safe(tool, inert) for tool in tools] if tools else None,
         tokenize=False,
         add_generation_prompt=generation_prompt,
         **_reasoning_switches(reasoning_mode),
     )
+    return str(text)
 
 
-def template_text(tokenizer: Any, *, tools: bool) -> str:
+def template_text(tokenizer: Tokenizer, *, tools: bool) -> str:
     """The source of the chat template that is used for prompts with, or without, tools: a tokenizer may have two."""
     return str(tokenizer.get_chat_template(tools=[{}] if tools else None))
 
 
-def template_shows_tools(tokenizer: Any, tools: Sequence[ToolDescription]) -> bool:
+def template_shows_tools(tokenizer: Tokenizer, tools: Sequence[ToolDescription]) -> bool:
     """Whether a prompt names every tool. A template that ignores ``tools`` leaves the student ignorant of them."""
     messages = [{"role": "user", "content": "hi"}]
     inert = _inert_text(tokenizer)
@@ -96,14 +96,11 @@ def template_shows_tools(tokenizer: Any, tools: Sequence[ToolDescription]) -> bo
     return all(shown.count(name) > without.count(name) for name in names)
 
 
-def control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Matches the text of every added token of the tokenizer, whether or not it is marked special (Qwen3's
     ``<tool_call>`` and ``<think>`` are not). None when there is none."""
-    if not hasattr(tokenizer, "_rnow_control_pattern"):
-        texts = sorted((t for t in tokenizer.get_added_vocab() if len(t.strip()) > 1), key=len)
-        longest_first = "|".join(map(re.escape, reversed(texts)))
-        tokenizer._rnow_control_pattern = re.compile(longest_first) if texts else None
-    return tokenizer._rnow_control_pattern
+    texts = sorted((t for t in tokenizer.get_added_vocab() if len(t.strip()) > 1), key=len)
+    return re.compile("|".join(map(re.escape, reversed(texts)))) if texts else None
 
 
 def neutralise(text: str, controls: re.Pattern[str] | None) -> str:
@@ -117,22 +114,22 @@ def neutralise(text: str, controls: re.Pattern[str] | None) -> str:
     return text
 
 
-def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """The text of sampled ids, control tokens left out, nothing cleaned up."""
     return tokenizer.decode(
         list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
 
 
-def _inert_text(tokenizer: Any) -> Callable[[str], str]:
-    """``neutralise`` for one tokenizer, cached on it. Also mends what only shows after the tokenizer's normaliser ran (it may
+def _inert_text(tokenizer: Tokenizer) -> Callable[[str], str]:
+    """``neutralise`` for one tokenizer, made once. Also mends what only shows after the tokenizer's normaliser ran (it may
     turn look-alike letters into a control token), and lone surrogates, which no tokenizer takes."""
-    if not hasattr(tokenizer, "_rnow_inert_text"):
-        tokenizer._rnow_inert_text = _make_inert_text(tokenizer)
-    return tokenizer._rnow_inert_text
+    if tokenizer not in _INERT_TEXT:
+        _INERT_TEXT[tokenizer] = _make_inert_text(tokenizer)
+    return _INERT_TEXT[tokenizer]
 
 
-def _make_inert_text(tokenizer: Any) -> Callable[[str], str]:
+def _make_inert_text(tokenizer: Tokenizer) -> Callable[[str], str]:
     controls = control_pattern(tokenizer)
     normalise, hidden = _normalised_controls(tokenizer)
 
@@ -152,7 +149,7 @@ def _make_inert_text(tokenizer: Any) -> Callable[[str], str]:
 
 
 def _normalised_controls(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
 ) -> tuple[Callable[[str], str] | None, re.Pattern[str] | None]:
     """The tokenizer's normaliser, and what matches the added tokens that it looks for after normalising."""
     normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
@@ -166,22 +163,13 @@ def _normalised_controls(
     return normaliser.normalize_str, re.compile("|".join(map(re.escape, longest_first)))
 
 
-def mend_surrogates(text: str) -> str:
-    """``text`` with surrogate pairs joined and lone ones replaced by U+FFFD; other text unchanged."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _safe_message(message: Message, inert: Callable[[str], str]) -> dict[str, Any]:
+def _safe_message(message: Message, inert: Callable[[str], str]) -> dict[str, object]:
     # Templates print more than the content: names, reasoning, the arguments of tool calls.
     safe = {key: value if key == "role" else _safe(value, inert) for key, value in message.items()}
     return safe | {"content": "" if safe.get("content") is None else safe["content"]}
 
 
-def _safe(value: Any, inert: Callable[[str], str]) -> Any:
+def _safe(value: object, inert: Callable[[str], str]) -> object:
     if isinstance(value, str):
         return inert(value)
     if isinstance(value, Mapping):
@@ -191,7 +179,7 @@ def _safe(value: Any, inert: Callable[[str], str]) -> Any:
     return value
 
 
-def _reasoning_switches(reasoning_mode: str | None) -> dict[str, Any]:
+def _reasoning_switches(reasoning_mode: str | None) -> dict[str, object]:
     # Qwen reads `enable_thinking`, DeepSeek V3.1 `thinking`, others the effort.
     if reasoning_mode is None:
         return {}

@@ -10,21 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rnow.errors import InputError
+from rnow.protocols import Tokenizer
 from rnow.rollout.probe import USER, assistant_turns, new_mark
 from rnow.rollout.rendering import ToolDescription, render_text
-from rnow.rollout.strict_json import JsonError, read_json, read_json_at
+from rnow.text.strict_json import JsonError, read_json, read_json_at
 from rnow.types import ToolCall
 
 MAX_CALLS = 32
 MAX_NAME = 200
+MAX_DEPTH = 32
 # Calls and thoughts of a turn that are read: one of nothing but openings must not hold up the other rollouts.
 MAX_READ = 1000
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
-Schemas = Mapping[str, Mapping[str, Any]]
+Schemas = Mapping[str, Mapping[str, object]]
 """Tool name -> JSON schema of its arguments."""
 
 
@@ -67,7 +68,7 @@ class _Call:
     """One call as written: either readable, or with what is wrong and the text itself."""
 
     name: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
     error: str | None = None
     raw: str = ""
 
@@ -140,7 +141,7 @@ def parse_turn(
     )
 
 
-def detect_format(tokenizer: Any, tools: Sequence[ToolDescription] = ()) -> ToolCallFormat:
+def detect_format(tokenizer: Tokenizer, tools: Sequence[ToolDescription] = ()) -> ToolCallFormat:
     """The format in which the student's chat template writes calls.
 
     Raises:
@@ -160,7 +161,7 @@ def detect_format(tokenizer: Any, tools: Sequence[ToolDescription] = ()) -> Tool
     )
 
 
-def _written_calls(tokenizer: Any, tools: Sequence[ToolDescription]) -> Iterator[str]:
+def _written_calls(tokenizer: Tokenizer, tools: Sequence[ToolDescription]) -> Iterator[str]:
     """What the template makes of a call, in every form of message it takes."""
     for length in (1, 9):  # Mistral's templates want ids of nine letters
         mark = new_mark()
@@ -216,7 +217,7 @@ def _nine_letters(turn: int, index: int) -> str:
 # --- JSON objects -------------------------------------------------------------------------------------------------
 
 
-def _call_of(value: Any, *keys: str) -> _Call:
+def _call_of(value: object, *keys: str) -> _Call:
     """A call from ``{"name": ..., <one of keys>: {...}}``; arguments left out are none."""
     if not isinstance(value, dict):
         raise _Malformed('a call must be a JSON object with "name" and "arguments"')
@@ -229,7 +230,7 @@ def _call_of(value: Any, *keys: str) -> _Call:
     return _Call(name, _object(given[0] if given else None, name, keys[0]))
 
 
-def _object(value: Any, name: str, key: str = "arguments") -> Mapping[str, Any]:
+def _object(value: object, name: str, key: str = "arguments") -> Mapping[str, object]:
     if value is None:
         return {}
     if isinstance(value, str):  # JSON inside JSON, as some models write it
@@ -239,16 +240,16 @@ def _object(value: Any, name: str, key: str = "arguments") -> Mapping[str, Any]:
     return value
 
 
-def _json(text: str, name: str = "") -> Any:
+def _json(text: str, name: str = "") -> object:
     try:
-        return read_json(text)
+        return read_json(text.strip(), max_depth=MAX_DEPTH)
     except JsonError as error:
         raise _Malformed(f"the call is not valid JSON: {error}", name) from error
 
 
-def _json_at(text: str, position: int, name: str = "") -> tuple[Any, int]:
+def _json_at(text: str, position: int, name: str = "") -> tuple[object, int]:
     try:
-        return read_json_at(text, position)
+        return read_json_at(text, position, max_depth=MAX_DEPTH)
     except JsonError as error:
         raise _Malformed(f"the call is not valid JSON: {error}", name) from error
 
@@ -317,7 +318,7 @@ def _read_tagged(
                 raise _Malformed("the call does not start with the name of a tool")
             name = match.group(1).strip()
             known = _mapping(_mapping(schemas.get(name)).get("properties"))
-            arguments: dict[str, Any] = {}
+            arguments: dict[str, object] = {}
             position = match.end()
             while match := key.match(text, position):
                 argument = match.group(1).strip()
@@ -344,7 +345,7 @@ def _unpadded(text: str) -> str:
     return text.removeprefix("\n").removesuffix("\n")
 
 
-def _typed(text: str, schema: Any) -> Any:
+def _typed(text: str, schema: object) -> object:
     """A value written as bare text, as the type its schema names; text where the two do not fit."""
     types = _types(schema)
     word = text.strip()
@@ -355,12 +356,12 @@ def _typed(text: str, schema: Any) -> Any:
     if "boolean" in types and word in {"True", "False"}:
         return word == "True"
     try:
-        return read_json(text)
+        return read_json(text.strip(), max_depth=MAX_DEPTH)
     except JsonError:
         return text
 
 
-def _types(schema: Any) -> set[str]:
+def _types(schema: object) -> set[str]:
     """The types a JSON schema allows; empty when it does not say."""
     schema = _mapping(schema)
     named = schema.get("type")
@@ -374,7 +375,7 @@ def _types(schema: Any) -> set[str]:
     return found
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, object]:
     """Schemas come from the outside: what should be an object may be anything."""
     return value if isinstance(value, Mapping) else {}
 
@@ -400,7 +401,7 @@ def _find_llama(text: str, position: int, blank: bool) -> int:
 
 def _is_llama_call(text: str, start: int) -> bool:
     try:
-        value, _ = read_json_at(text, start)
+        value, _ = read_json_at(text, start, max_depth=MAX_DEPTH)
     except JsonError:
         return _LOOKS_LIKE_A_CALL.match(text, start) is not None
     return isinstance(value, dict) and "name" in value and bool({"parameters", "arguments"} & value.keys())  # fmt: skip

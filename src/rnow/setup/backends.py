@@ -70,7 +70,7 @@ async def load_backends(
     stack: ExitStack,
     *,
     poll: Callable[[], None],
-    announce: Callable[[str], None],
+    stage: Callable[[str], None],
 ) -> Backends:
     """Load the models that the config names, and start the processes that serve them.
 
@@ -78,7 +78,7 @@ async def load_backends(
         run_folder: for the logs of vLLM processes, and the adapters they load.
         stack: closes what was started.
         poll: called at safe points while models work; may raise to stop.
-        announce: told what is being loaded.
+        stage: told what is being loaded.
 
     Raises:
         ModelError: a model cannot be loaded or served.
@@ -89,7 +89,7 @@ async def load_backends(
     gpu, turns = Residency(), taking_turns(prepared, run_folder.path)
     vllm = None
     if sampler_backend(config) == "vllm":
-        announce("starting vLLM for the student")
+        stage("starting vLLM for the student")
         vllm = build_vllm_sampler(prepared, run_folder, time_shared="sampler" in turns)
         stack.callback(vllm.close)
         started = vllm.start()
@@ -101,7 +101,7 @@ async def load_backends(
     facts: dict[str, str | None]
     sampler: Sampler
     await gpu.clear()
-    announce("loading the student")
+    stage("loading the student")
     student = load_student(config, prepared.student, vocabulary)
     if vllm is not None:
         kind = "server" if config.sampler.url else "engine"
@@ -136,7 +136,7 @@ async def load_backends(
     teacher_sampler: Sampler | None = None
     if prepared.teacher is not None and config.teacher is not None:
         if teacher_backend(config.teacher) == "vllm":
-            announce("starting vLLM for the teacher")
+            stage("starting vLLM for the teacher")
             if in_turns := "teacher" in turns:
                 await gpu.clear()
             served = await _start_vllm_teacher(
@@ -148,7 +148,7 @@ async def load_backends(
             if config.evaluation.teacher:
                 teacher_sampler = _served_teacher_sampler(prepared, prepared.teacher, served)
         else:
-            announce("loading the teacher")
+            stage("loading the teacher")
             if "teacher" in turns:
                 await gpu.clear()
             lm = load_teacher_model(config.teacher, prepared.teacher, vocabulary)
@@ -295,7 +295,8 @@ async def _start_vllm_teacher(
         stack.callback(teacher.close)
     await teacher.start()
     found = await teacher.check(preflight.tokenizer, preflight.vocabulary, longest=preflight.window)
-    prepared.warn(*found.warnings)
+    for text in found.warnings:
+        prepared.warn(text)
     if found.padding_mass:
         prepared.warn(
             f"the served teacher gives {found.padding_mass:.2e} of its probability to padding ids on average; "

@@ -92,7 +92,7 @@ def run(
     display.stage("checking")
     prepared = replace(
         prepare(config, Path(folder), weights=True),
-        warn=lambda *texts: [display.note(f"warning: {text}") for text in texts],
+        warn=display.warn,
     )
     found = (
         prepared.project.warnings,
@@ -100,7 +100,7 @@ def run(
         unread_settings(config, agentic=prepared.project.agentic),
     )
     for warning in chain.from_iterable(found):
-        display.note(f"warning: {warning}")
+        display.warn(warning)
     for notice in prepared.notices:
         display.note(notice)
     may_take_turns(config)  # refused before anything is written
@@ -168,7 +168,7 @@ class _Run:
             self._folder,
             self._stack,
             poll=self._stop.poll,
-            announce=self._display.stage,
+            stage=self._display.stage,
         )
         with self._stop.watch(lambda: self._display.note("stopping at the next safe point ...")):
             self._display.stage("checking the models against each other")
@@ -264,9 +264,7 @@ class _Run:
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
         for line in found.warned:
-            self._display.note(
-                f"warning: changed since the checkpoint, and it shapes the result: {line}"
-            )
+            self._display.warn(f"changed since the checkpoint, and it shapes the result: {line}")
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
 
@@ -294,7 +292,7 @@ class _Run:
             backends.gpu,
         )
         for note in found.notes:
-            self._display.note(f"warning: {note}")
+            self._display.warn(note)
         gap = f"sampler and trainer agree to {found.max_gap:.1e} nats"
         kl = "" if found.teacher_kl is None else f"; teacher_kl now {found.teacher_kl:.3f}"
         self._display.note(gap + kl)
@@ -331,7 +329,7 @@ class _Run:
         return CheckpointStore(
             self._folder.checkpoints,
             keep=self._config.trainer.keep_checkpoints,
-            warn=lambda text: self._display.note(f"warning: {text}"),
+            warn=self._display.warn,
         )
 
     def _build_saver(self, backends: Backends, recorder: Recorder) -> Saver:

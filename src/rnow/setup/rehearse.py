@@ -275,7 +275,8 @@ def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str
             if line:
                 yield f"    [dim]{_shown(line, redact)}[/]"
         return
-    calls = message.get("tool_calls") or ()
+    calls = message.get("tool_calls")
+    calls = calls if isinstance(calls, Sequence) else ()
     if text or not calls:
         yield f"  [green]{message['role']} #{index}[/]: {text}"
     for call in calls:

@@ -33,7 +33,7 @@ def build_evaluations(
             judged=temperature == prepared.config.rollout.temperature,
             pass_at=pass_at,
             agentic=code.toolbox is not None,
-            tell=recorder.note,
+            warn=recorder.warn,
         )
 
     def scheduled(index: int, entry: EvalEntry) -> Scheduled:

@@ -12,7 +12,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
@@ -22,6 +21,8 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from rnow.core.tool_schema import Schema
+from rnow.text.strict_json import JsonError, read_json
+from rnow.text.suggest import hint
 
 MAX_NODES = 5_000
 """Schemas and list entries in one tool's schema."""
@@ -151,9 +152,7 @@ class ArgumentChecker:
             unknown = []
         problems = [f"{_short(name)} is missing" for name in missing[:_MAX_PROBLEMS]]
         for name in unknown[:_MAX_PROBLEMS]:
-            near = get_close_matches(name[:_SHOWN], list(properties), n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            problems.append(f"there is no parameter {_short(name)}{hint}")
+            problems.append(f"there is no parameter {_short(name)}{hint(name, properties)}")
         return problems
 
     def _refusal(self, problems: Sequence[str]) -> str:
@@ -409,14 +408,11 @@ def _parsed(text: str, kind: type) -> object:
     if text.lstrip()[:1] not in ("{", "["):
         return _NO
 
-    def refuse(constant: str) -> object:
-        raise ValueError(constant)
-
     try:
-        value = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError):
+        value = read_json(text, max_depth=MAX_DEPTH)
+    except JsonError:
         return _NO
-    return value if isinstance(value, kind) and _shallow(value, MAX_DEPTH) else _NO
+    return value if isinstance(value, kind) else _NO
 
 
 def _shallow(value: object, levels: int) -> bool:

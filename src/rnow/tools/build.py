@@ -11,6 +11,7 @@ from rnow.config import Config
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
 from rnow.protocols import Tokenizer
+from rnow.rollout.rendering import ToolDescription
 from rnow.tasks import run_anywhere
 from rnow.tools.host_tools import HostTool, HostTools
 from rnow.tools.limits import TokenLimit
@@ -27,7 +28,7 @@ from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
 class ListedTools:
     """What the student can call: name -> description as chat templates take it, and the functions of tools.py."""
 
-    schemas: Mapping[str, Mapping[str, object]]
+    schemas: Mapping[str, ToolDescription]
     functions: Sequence[FunctionInfo]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from types import TracebackType
 from typing import Protocol, Self
 
 from rnow.errors import InputError, RnowError
 from rnow.protocols import Tool
-from rnow.rollout.rendering import describe_tools
+from rnow.rollout.rendering import ToolDescription, describe_tools
+from rnow.text.suggest import closest, did_you_mean
 from rnow.tools.arguments import ArgumentChecker, SchemaProblem
 from rnow.tools.limits import MAX_BYTES, CutResult, TokenLimit, keep_end, shorten, storable
 from rnow.tools.patience import done_within
@@ -134,7 +134,7 @@ class Toolbox:
         """The names of all tools, in that order."""
         return tuple(self._tools)
 
-    def schemas(self, allowed: Sequence[str] | None = None) -> list[Mapping[str, object]]:
+    def schemas(self, allowed: Sequence[str] | None = None) -> list[ToolDescription]:
         """The tools as chat templates take them, always in the same order, whatever the order of ``allowed``.
 
         Raises:
@@ -265,7 +265,7 @@ def _forget(task: asyncio.Task[ToolResult]) -> None:
 def _hint(name: str, known: Sequence[str]) -> str:
     if not known:
         return "There are no tools."
-    near = get_close_matches(name[:100], known, n=1)
-    meant = f"Did you mean {near[0]}? " if near else ""
+    near = closest(name, known)
+    meant = did_you_mean(near).replace("did", "Did", 1) + " " if near else ""
     more = ", ..." if len(known) > _NAMES_SHOWN else ""
     return f"{meant}Tools: {', '.join(known[:_NAMES_SHOWN])}{more}"

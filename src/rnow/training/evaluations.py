@@ -30,7 +30,7 @@ class Evaluator:
         judged: whether ``teacher_kl`` can be given: sampler and teacher must see the same temperature.
         pass_at: the k of pass@k to report, where there are enough samples.
         agentic: the student has tools; what it did with them is reported too.
-        tell: told when most tool calls failed.
+        warn: told when most tool calls failed.
     """
 
     prompts: Sequence[Prompt]
@@ -41,7 +41,7 @@ class Evaluator:
     judged: bool = True
     pass_at: tuple[int, ...] = PASS_AT
     agentic: bool = False
-    tell: Callable[[str], None] = lambda text: None
+    warn: Callable[[str], None] = lambda text: None
 
     async def evaluate(
         self,
@@ -66,7 +66,7 @@ class Evaluator:
         metrics = self._pass_at(groups, rewards) | reward_metrics(groups, rewards)
         metrics |= rollout_metrics(groups, agentic=self.agentic)
         if trouble := tool_trouble(groups):
-            self.tell(f"warning: in this evaluation {trouble}")
+            self.warn(f"in this evaluation {trouble}")
         if teacher is not None and self.judged:
             async with gpu.only("teacher"):
                 metrics["teacher_kl"] = await self._teacher_kl(groups, teacher)

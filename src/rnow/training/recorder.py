@@ -91,7 +91,7 @@ class Recorder:
         """Once, and again after a step without trouble."""
         trouble = tool_trouble(groups)
         if trouble and not self._in_trouble:
-            self._display.note(f"warning: in step {step} {trouble}")
+            self._display.warn(f"in step {step} {trouble}")
         self._in_trouble = trouble is not None
 
     def _tell_skipped(self, step: int, why: SkipReason, groups: Sequence[RolloutGroup]) -> None:
@@ -135,9 +135,9 @@ class Recorder:
         """Tell the display what is happening."""
         self._display.stage(name)
 
-    def note(self, text: str) -> None:
-        """Tell the user something."""
-        self._display.note(text)
+    def warn(self, text: str) -> None:
+        """Warn the user of something."""
+        self._display.warn(text)
 
     def close(self) -> None:
         """Close the sinks."""

@@ -14,18 +14,18 @@ class StageClock:
     """Adds up seconds under the name of each stage.
 
     Args:
-        announce: told the name of each stage as it begins.
+        on_start: told the name of each stage as it begins.
     """
 
-    def __init__(self, announce: Callable[[str], None] = lambda name: None) -> None:
-        self._announce = announce
+    def __init__(self, on_start: Callable[[str], None] = lambda name: None) -> None:
+        self._on_start = on_start
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a block as ``time/<name>``."""
-        self._announce(name)
+        self._on_start(name)
         started = time.perf_counter()
         try:
             yield

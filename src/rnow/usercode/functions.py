@@ -9,8 +9,9 @@ from typing import Literal
 
 from rnow.core.tool_schema import Schema
 from rnow.errors import InputError
+from rnow.text.suggest import hint
 from rnow.usercode.records import Fault, MistakeReport, Report
-from rnow.usercode.text import did_you_mean, escape
+from rnow.usercode.text import escape
 
 Kind = Literal["tools", "rewards"]
 
@@ -127,7 +128,7 @@ def _missing_module(module: str, file: Path) -> tuple[str, str]:
     folder = file.parent
     top = module.partition(".")[0]
     helpers = [entry.stem for entry in folder.glob("*.py")]
-    fix = f"pip install {top} (in the environment that runs rnow){did_you_mean(top, helpers)}"
+    fix = f"pip install {top} (in the environment that runs rnow){hint(top, helpers)}"
     if (folder / "requirements.txt").is_file():
         fix = "pip install -r requirements.txt (in the environment that runs rnow)"
     return f'{file.name} imports "{module}", which is not installed', fix

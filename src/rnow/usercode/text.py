@@ -1,9 +1,8 @@
-"""Text that people and models read: secrets taken out, control characters made visible, suggestions."""
+"""Text that people and models read: secrets taken out, control characters made visible."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 _MIN_LENGTH = 4
 
@@ -25,11 +24,3 @@ def escape(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean "x"?)``, or "" when nothing known is close."""
-    candidates: Sequence[str] = sorted(known)
-    by_lower = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f' (did you mean "{by_lower[close[0]]}"?)' if close else ""
