@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rnow.config.legacy import RENAMED
 from rnow.config.overrides import SHORTHANDS, show
@@ -15,6 +15,7 @@ from rnow.config.schema import LISTS, SECTION_NAMES, SECTIONS, Schema, key_of
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
+    from pydantic.json_schema import JsonSchemaValue
 
 COMMAND = "python -m rnow.config.docs docs/configuration.md"
 
@@ -124,7 +125,7 @@ def _default(field: FieldInfo) -> str:
     return "none" if default is None else f"`{show(default)}`"
 
 
-def _type(schema: dict[str, Any], root: dict[str, Any]) -> str:
+def _type(schema: JsonSchemaValue, root: JsonSchemaValue) -> str:
     """A JSON schema as a few words: ``int >= 1``, ``auto / nf4 / none``."""
     if "anyOf" in schema:
         return " or ".join(_type(s, root) for s in schema["anyOf"] if s.get("type") != "null")
