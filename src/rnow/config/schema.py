@@ -293,7 +293,7 @@ class SamplerSection(Section):
     )
     url: Text | None = key(
         None,
-        "vllm: address of a server that is there already and sees the run folder under the same path.",
+        "vllm: address of a server that already runs and sees the run folder under the same path.",
         "we start our own",
     )
     served_model: Text | None = key(
