@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rnow.config.legacy import RENAMED
 from rnow.config.overrides import SHORTHANDS, show
@@ -15,6 +15,7 @@ from rnow.config.schema import LISTS, SECTION_NAMES, SECTIONS, Schema, key_of
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
+    from pydantic.json_schema import JsonSchemaValue
 
 COMMAND = "python -m rnow.config.docs docs/configuration.md"
 
@@ -68,12 +69,12 @@ NOTES = {"algorithm": OBJECTIVE_NOTE}
 
 def render() -> str:
     """The whole page."""
-    parts = [INTRODUCTION, _shorthands(), _section("Top level", Schema, "")]
+    parts = [INTRODUCTION, _shorthands(), _section("", Schema)]
     for name, model in SECTIONS.items():
-        parts.append(_section(name, model, name))
-        parts += [_list(entry) for entry in LISTS if entry.startswith(f"{name}.")]
-    parts += [_list(entry) for entry in LISTS if "." not in entry]
-    parts += [_reserved(), _legacy()]
+        parts.append(_section(name, model))
+        if name == "data":
+            parts.append(_section("data.train_file[]", LISTS["data.train_file"]))
+    parts += [_section("evals[]", LISTS["evals"]), _reserved(), _legacy()]
     return "\n".join(parts)
 
 
@@ -88,11 +89,7 @@ def _shorthands() -> str:
     return _table(("flag", "key"), rows)
 
 
-def _list(name: str) -> str:
-    return _section(f"{name}[]", LISTS[name], f"{name}[]")
-
-
-def _section(title: str, model: type[BaseModel], name: str) -> str:
+def _section(name: str, model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     rows = []
     for key, field in model.model_fields.items():
@@ -102,29 +99,26 @@ def _section(title: str, model: type[BaseModel], name: str) -> str:
         note = field.description or ""
         if said and said.reserved:
             note += f" Reserved: {said.reserved.values}."
-        kind = (
-            said.type_text if said and said.type_text else _type(schema["properties"][key], schema)
-        )
+        kind = (said and said.type_text) or _type(schema["properties"][key], schema)
         rows.append((f"`{key}`", kind, _default(field), note))
-    text = "" if model is Schema else f"{(model.__doc__ or '').strip()}\n\n"
+    text = f"{(model.__doc__ or '').strip()}\n\n" if name else ""
     text += _table(("key", "type", "default", "meaning"), rows)
     if name in NOTES:
         text += f"\n{NOTES[name]}"
-    heading = f"`{title}`" if name else title
-    return f"## {heading}\n\n{text}"
+    return f"## {f'`{name}`' if name else 'Top level'}\n\n{text}"
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     said = key_of(field)
-    if said is not None and said.default_text is not None:
+    if said and said.default_text:
         return said.default_text
     default = field.get_default(call_default_factory=True, validated_data={})
     return "none" if default is None else f"`{show(default)}`"
 
 
-def _type(schema: dict[str, Any], root: dict[str, Any]) -> str:
+def _type(schema: JsonSchemaValue, root: JsonSchemaValue) -> str:
     """A JSON schema as a few words: ``int >= 1``, ``auto / nf4 / none``."""
     if "anyOf" in schema:
         return " or ".join(_type(s, root) for s in schema["anyOf"] if s.get("type") != "null")
@@ -136,12 +130,7 @@ def _type(schema: dict[str, Any], root: dict[str, Any]) -> str:
     if kind == "array":
         return f"{_type(schema['items'], root)}, or a list"
     words = {"integer": "int", "number": "float", "boolean": "bool", "string": "text"}
-    limits = {
-        "minimum": ">=",
-        "exclusiveMinimum": ">",
-        "maximum": "<=",
-        "exclusiveMaximum": "<",
-    }
+    limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     shown = [
         f"{sign} {show(schema[name])}"
         for name, sign in limits.items()

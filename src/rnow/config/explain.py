@@ -52,9 +52,8 @@ def explain(error: ValidationError) -> list[Problem]:
         if item["type"] == "too_short" and inside:
             continue  # not an empty list: pydantic counts only the entries that were valid
         if item["type"] == "extra_forbidden":
-            problems.append(
-                Problem(path=path, message="unknown key", hint=suggest(path), unknown=True)
-            )
+            hint = suggest(path)
+            problems.append(Problem(path=path, message="unknown key", hint=hint, unknown=True))
         else:
             problems.append(explain_value(path, item))
     return problems
@@ -63,31 +62,24 @@ def explain(error: ValidationError) -> list[Problem]:
 def explain_value(path: KeyPath, item: ErrorDetails) -> Problem:
     """A wrong value in words."""
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
+    message, hint = f"{item['msg']}, got {in_words(given)}", None
     if kind == "missing":
-        return Problem(path=path, message="required, but missing", hint=MISSING.get(path))
-    if kind in EXPECTED:
+        message, hint = "required, but missing", MISSING.get(path)
+    elif kind in EXPECTED:
         expected = EXPECTED[kind]
         if path[:2] == ("data", "train_file") and kind == "model_type":
             expected = "a path, or a section with path and name"
-        return Problem(
-            path=path,
-            message=f"expected {expected}, got {in_words(given)}",
-            hint=hint_for(path, kind, given),
-        )
-    if kind in LIMITS:
+        message = f"expected {expected}, got {in_words(given)}"
+        hint = hint_for(path, kind, given)
+    elif kind in LIMITS:
         name, words = LIMITS[kind]
-        return Problem(
-            path=path, message=f"must be {words} {context[name]:g}, got {in_words(given)}"
-        )
-    if kind == "literal_error":
-        return Problem(
-            path=path,
-            message=f"expected one of {plain(context['expected'])}, got {in_words(given)}",
-            hint=right_case(context["expected"], given),
-        )
-    if kind in ("string_too_short", "too_short"):
-        return Problem(path=path, message="must not be empty")
-    return Problem(path=path, message=f"{item['msg']}, got {in_words(given)}")
+        message = f"must be {words} {context[name]:g}, got {in_words(given)}"
+    elif kind == "literal_error":
+        message = f"expected one of {plain(context['expected'])}, got {in_words(given)}"
+        hint = right_case(context["expected"], given)
+    elif kind in ("string_too_short", "too_short"):
+        message = "must not be empty"
+    return Problem(path=path, message=message, hint=hint)
 
 
 def plain(expected: str) -> str:

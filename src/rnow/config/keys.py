@@ -43,7 +43,7 @@ def reserved(*values: str, instead: str) -> Reserved:
     return Reserved(", ".join(values), lambda value: value in values, instead)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Key:
     """What a key says about itself; see ``key``."""
 
@@ -77,13 +77,5 @@ def key(
         limits: pydantic's own (``ge``, ``lt``, ``min_length``, ...).
     """
     field = Field(default, description=description, **limits)
-    field.metadata.append(
-        Key(
-            default_text=default_text,
-            type_text=type_text,
-            change=change,
-            reader=reader,
-            reserved=reserved,
-        )
-    )
+    field.metadata.append(Key(default_text, type_text, change, reader, reserved))
     return field

@@ -41,30 +41,19 @@ def _same(value: object) -> object:
     return value
 
 
+_EVALS = (("evals",), _entry, " as a list of {step: N}")
+_MODE = (("rollout", "reasoning_mode"), _thinking, "; easy and hard become low and high")
+_COUNTED = f", which counts tokens; {CHARS_PER_TOKEN} characters are taken as one"
 RENAMED: tuple[tuple[KeyPath, KeyPath, Callable[[object], object], str], ...] = (
     (("dataset_id",), ("project_id",), _same, ""),
     (("dataset_name",), ("project_name",), _same, ""),
-    (("eval_step",), ("evals",), _entry, " as a list of {step: N}"),
-    (("trainer", "eval_step"), ("evals",), _entry, " as a list of {step: N}"),
-    (
-        ("thinking_mode",),
-        ("rollout", "reasoning_mode"),
-        _thinking,
-        "; easy and hard become low and high",
-    ),
-    (
-        ("rollout", "thinking_mode"),
-        ("rollout", "reasoning_mode"),
-        _thinking,
-        "; easy and hard become low and high",
-    ),
-    (
-        ("rollout", "max_tool_response_chars"),
-        ("rollout", "max_tool_response"),
-        _tokens,
-        f", which counts tokens; {CHARS_PER_TOKEN} characters are taken as one",
-    ),
+    (("eval_step",), *_EVALS),
+    (("trainer", "eval_step"), *_EVALS),
+    (("thinking_mode",), *_MODE),
+    (("rollout", "thinking_mode"), *_MODE),
+    (("rollout", "max_tool_response_chars"), ("rollout", "max_tool_response"), _tokens, _COUNTED),
 )
+"""Old path, new path, what becomes of the value, and what the warning adds."""
 
 
 def migrate(data: Mapping[str, object]) -> Migration:

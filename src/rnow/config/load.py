@@ -35,13 +35,12 @@ class Config(Schema):
         NotYetSupported: for a list of several students.
     """
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: object) -> None:
         try:
             super().__init__(**fill_defaults(values))
         except ValidationError as error:
             raise InvalidValues(explain(error)) from None
-        problems = find_contradictions(self)
-        if problems:
+        if problems := list(find_contradictions(self)):
             raise InvalidValues(problems)
 
     @classmethod
@@ -53,7 +52,7 @@ class Config(Schema):
         return load_config(path, overrides).config
 
 
-def fill_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+def fill_defaults(values: Mapping[str, object]) -> dict[str, Any]:
     """Drop empty sections (a header whose keys are all commented out) and fill defaults that depend on dataset_type."""
     filled = {k: v for k, v in values.items() if not (k in SECTION_NAMES and v is None)}
     algorithm = filled.get("algorithm", {})
@@ -148,12 +147,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except InvalidValues as error:
         raise place(error.problems, places) from None
     except NotYetSupported as error:
-        raise NotYetSupported(
-            error.message,
-            where=places.find(parse_key(error.where)) if error.where else None,
-            why=error.why,
-            fix=error.fix,
-        ) from None
+        error.where = places.find(parse_key(error.where)) if error.where else None
+        raise
     refuse_reserved(config, lambda key: places.find(parse_key(key)))
     return LoadedConfig(
         config=config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that YAML 1.1 or 1.2 would read as something else (``no``, ``1e-5``)."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -32,7 +32,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789")
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> dict[str, object]:
     """The resolved config as JSON-ready data; ``Config(**to_dict(c)) == c``. An absent teacher section is left out."""
     data = config.model_dump(mode="json")
     if data["teacher"] is None:
@@ -40,7 +40,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return data
 
 
-def dump_yaml(data: Any) -> str:
+def dump_yaml(data: object) -> str:
     """Plain data as YAML that this package, and a YAML 1.1 reader, read back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 

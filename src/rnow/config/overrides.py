@@ -45,15 +45,10 @@ def parse_override(text: str) -> Override:
         raise ConfigError(
             "an override is not UTF-8", where=COMMAND_LINE, fix="use a UTF-8 terminal"
         )
-    if not equals:
+    if not equals or not all(key.split(".")):
+        message = f'"{key}" is not a key' if key else f'"{text}" has no key before the ='
         raise ConfigError(
-            f'"{text}" is not an override',
-            where=COMMAND_LINE,
-            fix="write key=value, for example trainer.learning_rate=2e-5",
-        )
-    if not key or not all(key.split(".")):
-        raise ConfigError(
-            f'"{text}" has no key before the =' if not key else f'"{key}" is not a key',
+            message if equals else f'"{text}" is not an override',
             where=COMMAND_LINE,
             fix="write key=value, for example trainer.learning_rate=2e-5",
         )

@@ -1,6 +1,6 @@
 """Values that the schema knows and this version does not implement: refused, never ignored.
 
-A key says itself which of its values are reserved (schema.py); whoever builds a feature removes it there.
+Which values those are is said where a key is declared (schema.py), and goes from there when the feature is built.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -42,10 +41,17 @@ class Position:
 class Document:
     """A parsed file: plain data, where each key stands, and the source lines for excerpts."""
 
-    data: dict[str, Any]
+    data: dict[str, object]
     keys: dict[KeyPath, Position] = field(default_factory=dict)
     values: dict[KeyPath, Position] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """What YAML allows and a config does not."""
+
+    def __init__(self, problem: str, mark: yaml.Mark) -> None:
+        super().__init__(None, None, problem, mark)
 
 
 class _Composer(yaml.SafeLoader):
@@ -56,26 +62,18 @@ class _Composer(yaml.SafeLoader):
         self.depth = 0
         self.count = 0
 
-    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
         event = self.peek_event()
         tag = getattr(event, "tag", None)
         if tag is not None and tag != "!":
-            raise yaml.MarkedYAMLError(
-                None,
-                None,
-                "tags ({}) are not allowed".format(tag.replace("tag:yaml.org,2002:", "!!")),
-                event.start_mark,
-            )
+            shown = tag.replace("tag:yaml.org,2002:", "!!")
+            raise _Refused(f"tags ({shown}) are not allowed", event.start_mark)
         self.depth += 1
         self.count += 1
         if self.count > MAX_VALUES:
-            raise yaml.MarkedYAMLError(
-                None, None, f"more than {MAX_VALUES} values", event.start_mark
-            )
+            raise _Refused(f"more than {MAX_VALUES} values", event.start_mark)
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                None, None, f"nested more than {MAX_DEPTH} deep", event.start_mark
-            )
+            raise _Refused(f"nested more than {MAX_DEPTH} deep", event.start_mark)
         try:
             return super().compose_node(parent, index)
         finally:
@@ -178,6 +176,8 @@ def _syntax_fault(error: yaml.MarkedYAMLError, name: str, lines: tuple[str, ...]
         mark = error.context_mark  # at the end of the file: show what was left open instead
     position = Position(line=mark.line + 1, column=mark.column + 1) if mark else None
     problem = error.problem or error.context or "not valid YAML"
+    if isinstance(error, _Refused):
+        return fault(problem, name, lines, position)
     if "'\\t'" in problem:
         return fault(
             "a tab where YAML wants spaces", name, lines, position, fix="replace the tab by spaces"
@@ -198,8 +198,6 @@ def _syntax_fault(error: yaml.MarkedYAMLError, name: str, lines: tuple[str, ...]
             position,
             fix="put quotes around the value",
         )
-    if problem.startswith(("nested more", "more than", "tags (")):
-        return fault(problem, name, lines, position)
     context = f" ({error.context})" if error.context and error.context != problem else ""
     fix = None
     if "mapping values are not allowed" in problem:
@@ -226,10 +224,11 @@ def parse_document(text: str, name: str) -> Document:
         )
     reader = _Reader(name, lines)
     data = reader.read(node, ())
+    assert isinstance(data, dict), "read from a mapping"
     return Document(data=data, keys=reader.keys, values=reader.values, lines=lines)
 
 
-def parse_value(text: str, name: str) -> Any:
+def parse_value(text: str, name: str) -> object:
     """Parse one YAML value, as an override gives it; an empty text is null."""
     if not text.strip():
         return None
@@ -250,21 +249,23 @@ class _Reader:
         self.values: dict[KeyPath, Position] = {}
         self.count = 0
 
-    def read(self, node: Node, path: KeyPath) -> Any:
+    def fault(
+        self, message: str, node: Node, *, key: str | None = None, fix: str | None = None
+    ) -> ConfigError:
+        """A ConfigError at a node."""
+        return fault(message, self.name, self.lines, _position(node), key=key, fix=fix)
+
+    def read(self, node: Node, path: KeyPath) -> object:
         """The data of one node. Aliases are followed anew each time, so the count bounds the expansion."""
         self.count += 1
         if self.count > MAX_VALUES:
-            raise fault(
+            raise self.fault(
                 f"more than {MAX_VALUES} values after following aliases",
-                self.name,
-                self.lines,
-                _position(node),
+                node,
                 fix="write the values out instead of using & and *",
             )
         if len(path) > MAX_DEPTH:
-            raise fault(
-                f"nested more than {MAX_DEPTH} deep", self.name, self.lines, _position(node)
-            )
+            raise self.fault(f"nested more than {MAX_DEPTH} deep", node)
         self.values[path] = _position(node)
         if isinstance(node, MappingNode):
             return self.read_mapping(node, path)
@@ -278,26 +279,22 @@ class _Reader:
         try:
             return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            raise fault(
-                "half a character (a lone surrogate)", self.name, self.lines, _position(node)
-            ) from None
+            raise self.fault("half a character (a lone surrogate)", node) from None
 
-    def read_mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
+    def read_mapping(self, node: MappingNode, path: KeyPath) -> dict[str, object]:
         """One mapping, with text keys that occur once."""
-        result: dict[str, Any] = {}
+        result: dict[str, object] = {}
         seen: dict[str, Position] = {}
         for key_node, value_node in node.value:
             position = _position(key_node)
             if not isinstance(key_node, ScalarNode) or not key_node.value:
-                raise fault("a key must be a word", self.name, self.lines, position)
+                raise self.fault("a key must be a word", key_node)
             key = self.text(key_node)
             if key in seen:
                 first = seen[key]
-                raise fault(
+                raise self.fault(
                     f'the key "{key}" is given twice, {_lines(first, position)}',
-                    self.name,
-                    self.lines,
-                    position,
+                    key_node,
                     key=dotted((*path, key)),
                     fix="keep one of them",
                 )

@@ -1,7 +1,7 @@
 """What may differ between two starts of a run: shown as a diff, and allowed, warned of, or refused.
 
-What a change of a key means is said where the key is declared (``rnow.config.schema``); what a change of a fact that no key
-shows means, here.
+What a change of a key means is said where the key is declared (``rnow.config.schema``). ``FACTS`` says it of what no key
+shows: hashes of data, weights and user code.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class Changes:
 
     @property
     def rollouts_hold(self) -> bool:
-        """Whether rollouts that an earlier start sampled are those that this one would sample."""
+        """Whether this start would sample the rollouts of the earlier one, so that they can be used."""
         return not self._kinds & {"shapes", "refuse"}
 
     @property
     def evaluations_hold(self) -> bool:
-        """Whether evaluations that an earlier start made are those that this one would make."""
+        """Whether this start would measure what the earlier one measured."""
         return not self._kinds & {"evaluates", "shapes", "refuse"}
 
     @property
