@@ -237,7 +237,7 @@ class Sandboxes:
             self._images.stop()
 
     async def close(self) -> None:
-        """End everything. Again: nothing; what is asked for afterwards starts anew."""
+        """End everything; idempotent. What is asked for afterwards starts anew."""
         self.stop_images()
         shared, self._shared = self._shared, {}
         leases = list(self._leases)
