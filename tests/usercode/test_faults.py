@@ -175,7 +175,7 @@ def test_the_traceback_shows_the_users_lines_only(host: CodeHost) -> None:
     assert outcome.place.startswith("tools.py:")
     assert outcome.detail is not None
     assert outcome.detail.startswith("Traceback (most recent call last):\n")
-    assert "hosting" not in outcome.detail
+    assert "rnow/usercode" not in outcome.detail
     assert f'tools.py", line {outcome.place.partition(":")[2]}, in fail' in outcome.detail
     assert len(call(host, "fail", how="deep").detail or "") < 20_000
 

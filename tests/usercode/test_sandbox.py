@@ -21,7 +21,7 @@ from rnow.errors import InputError, TemporaryError
 from rnow.usercode import engines
 from rnow.usercode.containers import ContainerLimits, owner, sweep
 from rnow.usercode.functions import FunctionInfo
-from rnow.usercode.host import CallOutcome
+from rnow.usercode.host import CallOutcome, CodeHost
 from rnow.usercode.sandbox import DEFAULT_IMAGE, SandboxedHosts, Sandboxes, check_sandbox
 
 TOOLS = '''
@@ -105,8 +105,10 @@ class Bench:
         self.warnings: list[str] = []
         self.boxes = Sandboxes(project, warn=self.warnings.append, start_timeout=20, **options)
         secrets = {"CITY_KEY": "paris-paris", "OTHER_KEY": "london"}
-        self.tools = SandboxedHosts(project / "tools.py", "tools", self.boxes, secrets=secrets)
-        self.rewards = SandboxedHosts(project / "rewards.py", "rewards", self.boxes)
+        self.tools = SandboxedHosts(
+            CodeHost(project / "tools.py", "tools", secrets=secrets), self.boxes
+        )
+        self.rewards = SandboxedHosts(CodeHost(project / "rewards.py", "rewards"), self.boxes)
 
     async def __aenter__(self) -> Bench:
         return self
@@ -572,11 +574,12 @@ def test_what_was_left_behind_is_swept_and_nothing_else(fakes: FakeEngines, proj
 OWNER = """
 import asyncio, sys
 from pathlib import Path
+from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
 
 async def main():
     folder = Path(sys.argv[1])
-    tools = SandboxedHosts(folder / "tools.py", "tools", Sandboxes(folder))
+    tools = SandboxedHosts(CodeHost(folder / "tools.py", "tools"), Sandboxes(folder))
     call = dict(timeout=60, rollout_id="a", docker=sys.argv[2] or None)
     print((await tools.call("who", {"arguments": {}}, **call)).value, flush=True)
     await tools.call("hang", {"arguments": {}}, **call)

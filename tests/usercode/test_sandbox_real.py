@@ -21,6 +21,7 @@ from tests.usercode.fake_engines import is_alive
 
 from rnow.usercode import engines
 from rnow.usercode.containers import ContainerLimits, sweep
+from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
 
 pytestmark = pytest.mark.agents
@@ -127,7 +128,7 @@ def fill(folder: Path) -> None:
 def tools_of(project: Path, **options: Any) -> tuple[SandboxedHosts, Sandboxes]:
     boxes = Sandboxes(project, **options)
     secrets = {"UNUSED_KEY": CANARY}
-    return SandboxedHosts(project / "tools.py", "tools", boxes, secrets=secrets), boxes
+    return SandboxedHosts(CodeHost(project / "tools.py", "tools", secrets=secrets), boxes), boxes
 
 
 async def call(
@@ -164,10 +165,11 @@ def wait_until(done: Callable[[], bool], seconds: float = 20) -> None:
 OWNER = """
 import asyncio, sys
 from pathlib import Path
+from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
 
 folder = Path(sys.argv[1])
-tools = SandboxedHosts(folder / "tools.py", "tools", Sandboxes(folder))
+tools = SandboxedHosts(CodeHost(folder / "tools.py", "tools"), Sandboxes(folder))
 work = tools.call("hang", {"arguments": {}}, timeout=90, rollout_id="a", docker=sys.argv[2] or None)
 asyncio.run(work)
 """

@@ -6,35 +6,36 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FunctionType
-from typing import Generic, Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
-
-class Spec(Protocol):
-    """Options of a decorated function."""
-
-    @property
-    def function(self) -> Callable[..., object]: ...
-
-
-S = TypeVar("S", bound=Spec)
 F = TypeVar("F", bound=Callable[..., object])
 
 
-class Marks(Generic[S]):
-    """The marks of one decorator.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """A decorated function and its options. ``timeout`` is in seconds; None = the config's."""
 
-    Args:
-        decorator: its name, as in ``@tool``.
-        spec: makes the options of a function from ``name``, ``function`` and the decorator's arguments.
-    """
+    name: str
+    function: Callable[..., object]
+    precondition: bool = False
+    sandbox: bool = False
+    timeout: float | None = None
 
-    def __init__(self, decorator: str, spec: type[S]) -> None:
+    @property
+    def is_async(self) -> bool:
+        """Whether the function is ``async def``."""
+        return inspect.iscoroutinefunction(self.function)
+
+
+class Marks:
+    """The marks of one decorator, whose name is given as in ``@tool``."""
+
+    def __init__(self, decorator: str) -> None:
         self._decorator = decorator
-        self._spec = spec
-        self._make: Callable[..., S] = spec
         self._attribute = f"__rnow_{decorator}__"
-        self._collected: ContextVar[list[S] | None] = ContextVar(f"{decorator}s", default=None)
+        self._collected: ContextVar[list[Spec] | None] = ContextVar(f"{decorator}s", default=None)
 
     def mark(
         self, function: F | None, *, flags: Mapping[str, bool], timeout: float | None
@@ -58,7 +59,7 @@ class Marks(Generic[S]):
             if not isinstance(target, FunctionType):
                 kind = type(target).__name__
                 raise TypeError(f"@{self._decorator} decorates a function, not {kind}")
-            spec = self._make(
+            spec = Spec(
                 name=str(target.__name__),
                 function=target,
                 timeout=None if timeout is None else float(timeout),
@@ -72,18 +73,18 @@ class Marks(Generic[S]):
 
         return mark if function is None else mark(function)
 
-    def spec_of(self, value: object) -> S | None:
+    def spec_of(self, value: object) -> Spec | None:
         """The options of a decorated function, or None for anything else."""
         if not inspect.isfunction(value):
             return None
         spec = getattr(value, self._attribute, None)
         # functools.wraps copies the mark onto a wrapper, which is then a different function.
-        return spec if isinstance(spec, self._spec) and spec.function is value else None
+        return spec if isinstance(spec, Spec) and spec.function is value else None
 
     @contextmanager
-    def collect(self) -> Iterator[list[S]]:
+    def collect(self) -> Iterator[list[Spec]]:
         """A list that receives every function decorated while it is open."""
-        collected: list[S] = []
+        collected: list[Spec] = []
         token = self._collected.set(collected)
         try:
             yield collected

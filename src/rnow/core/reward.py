@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
@@ -10,7 +9,7 @@ from typing import Any, TypeVar, overload
 from rnow.core.marks import Marks
 from rnow.core.messages import get_response
 
-__all__ = ["RewardArgs", "RewardSpec", "get_response", "reward"]
+__all__ = ["RewardArgs", "get_response", "reward"]
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -22,22 +21,6 @@ class RewardArgs:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, Any] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardSpec:
-    """A decorated function and its options. ``timeout`` is in seconds; None = ``rollout.reward_timeout``."""
-
-    name: str
-    function: Callable[..., object]
-    precondition: bool = False
-    sandbox: bool = False
-    timeout: float | None = None
-
-    @property
-    def is_async(self) -> bool:
-        """Whether the function is ``async def``."""
-        return inspect.iscoroutinefunction(self.function)
 
 
 @overload
@@ -71,6 +54,6 @@ def reward(
     )
 
 
-_MARKS = Marks("reward", RewardSpec)
+_MARKS = Marks("reward")
 reward_spec = _MARKS.spec_of
 collect_rewards = _MARKS.collect

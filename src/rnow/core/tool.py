@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
 from rnow.core.marks import Marks
 
-__all__ = ["ToolArgs", "ToolSpec", "tool"]
+__all__ = ["ToolArgs", "tool"]
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -23,21 +22,6 @@ class ToolArgs:
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolSpec:
-    """A decorated function and its options. ``timeout`` is in seconds; None = ``rollout.tool_timeout``."""
-
-    name: str
-    function: Callable[..., object]
-    sandbox: bool = False
-    timeout: float | None = None
-
-    @property
-    def is_async(self) -> bool:
-        """Whether the function is ``async def``."""
-        return inspect.iscoroutinefunction(self.function)
 
 
 @overload
@@ -64,6 +48,6 @@ def tool(
     return _MARKS.mark(function, flags={"sandbox": sandbox}, timeout=timeout)
 
 
-_MARKS = Marks("tool", ToolSpec)
+_MARKS = Marks("tool")
 tool_spec = _MARKS.spec_of
 collect_tools = _MARKS.collect

@@ -101,8 +101,8 @@ async def _try_sandboxes(prepared: Prepared, sandboxes: Sandboxes, log_dir: Path
         if kind in prepared.sandboxed:
             file = prepared.project.folder / f"{kind}.py"
             log = _log_of(kind, log_dir)
-            hosts = SandboxedHosts(file, kind, sandboxes, secrets=prepared.project.secrets, log=log)
-            await hosts.prepare(prepared.images, plain=plain)
+            host = CodeHost(file, kind, secrets=prepared.project.secrets, log=log)
+            await SandboxedHosts(host, sandboxes).prepare(prepared.images, plain=plain)
 
 
 def _log_of(kind: str, log_dir: Path | None) -> Path | None:
@@ -123,16 +123,13 @@ def _build_rewarder(
 ) -> RewardRunner:
     rollout, secrets = prepared.config.rollout, prepared.project.secrets
     log = _log_of("rewards", log_dir)
-    file = prepared.project.folder / "rewards.py"
-    sandboxed = None
-    if sandboxes is not None:
-        sandboxed = SandboxedHosts(file, "rewards", sandboxes, secrets=secrets, log=log)
+    host = CodeHost(prepared.project.folder / "rewards.py", "rewards", secrets=secrets, log=log)
     return RewardRunner(
         prepared.project.rewards,
-        CodeHost(file, "rewards", secrets=secrets, log=log),
+        host,
         timeout=rollout.reward_timeout,
         include_thinking=rollout.include_thinking,
-        sandboxed=sandboxed,
+        sandboxed=None if sandboxes is None else SandboxedHosts(host, sandboxes),
         release=None if sandboxes is None else sandboxes.release,
     )
 

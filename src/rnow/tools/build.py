@@ -57,11 +57,8 @@ def build_toolbox(
     sources: list[ToolSource] = []
     if (folder / TOOLS_FILE).is_file():
         log = None if log_dir is None else log_dir / "tools.log"
-        file = folder / TOOLS_FILE
-        host = CodeHost(file, "tools", secrets=secrets, log=log)
-        sandboxed = None
-        if sandboxes is not None:
-            sandboxed = SandboxedHosts(file, "tools", sandboxes, secrets=secrets, log=log)
+        host = CodeHost(folder / TOOLS_FILE, "tools", secrets=secrets, log=log)
+        sandboxed = None if sandboxes is None else SandboxedHosts(host, sandboxes)
         sources.append(HostTools(host, rollout.tool_timeout, sandboxed=sandboxed))
     sources += mcp_servers(
         rollout.mcp_url, timeout=rollout.tool_timeout, secrets=secrets, log_dir=log_dir, warn=warn

@@ -39,7 +39,7 @@ class Stderr:
         return Path(f"/proc/{os.getpid()}/fd/{self._write}")
 
     def started(self) -> None:
-        """The command has the pipe now, or was never started: it ends when nobody else holds it. Again: nothing."""
+        """The command has the pipe now, or was never started: it ends when nobody else holds it. Idempotent."""
         write, self._write = self._write, -1
         if write >= 0:
             os.close(write)

@@ -30,24 +30,11 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """One message of a server. A longer one ends the connection (a command) or fails the call (HTTP)."""
 
-_INHERITED = (
-    *(
-        "HOME",
-        "LANG",
-        "LC_ALL",
-        "LC_CTYPE",
-        "LOGNAME",
-        "PATH",
-        "SHELL",
-        "TERM",
-        "TMPDIR",
-        "TZ",
-        "USER",
-    ),
-    # The way out and its certificates: without them a server behind a proxy cannot start.
-    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
-    *("SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS"),
-)
+# The last ones are the way out and its certificates: without them a server behind a proxy cannot start.
+_INHERITED = """
+    HOME LANG LC_ALL LC_CTYPE LOGNAME PATH SHELL TERM TMPDIR TZ USER
+    HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy SSL_CERT_FILE SSL_CERT_DIR NODE_EXTRA_CA_CERTS
+""".split()  # noqa: SIM905
 _CLOSE_GRACE = 1.0
 _KILL_GRACE = 2.0
 _POLL = 0.02

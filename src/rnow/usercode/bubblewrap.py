@@ -21,61 +21,22 @@ ENVIRONMENT = {"HOME": "/tmp/home", "TMPDIR": "/tmp", "XDG_CACHE_HOME": "/tmp/ho
 
 _SYSTEM = ("/usr", "/nix/store", "/gnu/store")
 _LINKED = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-_ETC = [
-    "alternatives",
-    "ca-certificates.conf",
-    "fonts",
-    "group",
-    "host.conf",
-    "hosts",
-    "ld.so.cache",
-    "ld.so.conf",
-    "ld.so.conf.d",
-    "localtime",
-    "locale.alias",
-    "magic",
-    "mime.types",
-    "nsswitch.conf",
-    "os-release",
-    "passwd",
-    "pki/tls/certs",
-    "protocols",
-    "services",
-    "ssl/certs",
-    "ssl/openssl.cnf",
-    "timezone",
-]
-_UNSET = [
-    "DOCKER_HOST",
-    "DOCKER_CONTEXT",
-    "DOCKER_CONFIG",
-    "CONTAINER_HOST",
-    "XDG_RUNTIME_DIR",
-    "XDG_CONFIG_HOME",
-    "XDG_DATA_HOME",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "ALL_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "all_proxy",
-    "no_proxy",
-]
+_ETC = """
+    alternatives ca-certificates.conf fonts group host.conf hosts ld.so.cache ld.so.conf ld.so.conf.d localtime
+    locale.alias magic mime.types nsswitch.conf os-release passwd pki/tls/certs protocols services ssl/certs
+    ssl/openssl.cnf timezone
+""".split()  # noqa: SIM905
+_UNSET = """
+    DOCKER_HOST DOCKER_CONTEXT DOCKER_CONFIG CONTAINER_HOST XDG_RUNTIME_DIR XDG_CONFIG_HOME XDG_DATA_HOME HTTP_PROXY
+    HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy
+""".split()  # noqa: SIM905
 
 
 # Run by root, the code inside is root to the files of /proc still: these must not be written, or not be read, as in containers.
 _PROC_READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
-_PROC_HIDDEN = (
-    "acpi",
-    "asound",
-    "kcore",
-    "keys",
-    "latency_stats",
-    "sched_debug",
-    "scsi",
-    "timer_list",
-)
+_PROC_HIDDEN = """
+    acpi asound kcore keys latency_stats sched_debug scsi timer_list
+""".split()  # noqa: SIM905
 
 
 class BubblewrapView:

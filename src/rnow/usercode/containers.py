@@ -196,7 +196,7 @@ class Container:
         return self._ours is not None and process is not None and process.alive()
 
     def remove(self) -> None:
-        """End and remove it, whatever runs inside. Blocks. Again: nothing."""
+        """End and remove it, whatever runs inside; idempotent. Blocks."""
         with self._lock:
             ours, self._ours = self._ours, None
             if ours is None or self._process is None:

@@ -129,19 +129,21 @@ class CodeHost:
     ) -> None:
         self.file = Path(file).absolute()
         self.kind: Kind = kind
+        self._given_secrets = dict(secrets or {})
+        self._log_file = log
         self._limits = limits or HostLimits()
         self._wrap = wrap or (lambda command: command)
         self._sys_path = sys.path if sys_path is None else sys_path
         self._import_timeout = import_timeout
         self._warm = warm
         words = words_of(self.file)
-        self._secrets = declared(secrets or {}, words)
+        self._secrets = declared(self._given_secrets, words)
         shell = {name: value for name, value in os.environ.items() if name not in BASE}
         exported = declared(shell, words)
         self._env = exported | self._secrets | dict(env or {})
         exposed = hidden_values(base_environment() | self._env)
-        self._hidden = exposed | dict(secrets or {})
-        self._hidden_in_value = exposed | plainly_secret(secrets or {})
+        self._hidden = exposed | self._given_secrets
+        self._hidden_in_value = exposed | plainly_secret(self._given_secrets)
         self._log = OutputLog(log, self._hidden) if log is not None else None
         self._functions: list[FunctionInfo] = []
         self._numbers: dict[str, int] = {}
@@ -161,6 +163,22 @@ class CodeHost:
         self._next_call = 0
         self._silent = 0
         self._watch: asyncio.TimerHandle | None = None
+
+    def elsewhere(
+        self, wrap: Wrap, *, sys_path: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> CodeHost:
+        """A host like this one that runs where ``wrap`` takes it."""
+        return CodeHost(
+            self.file,
+            self.kind,
+            secrets=self._given_secrets,
+            env=env,
+            log=self._log_file,
+            limits=self._limits,
+            wrap=wrap,
+            sys_path=sys_path,
+            import_timeout=self._import_timeout,
+        )
 
     @property
     def name(self) -> str:

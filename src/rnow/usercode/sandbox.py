@@ -23,8 +23,8 @@ from rnow.usercode.engines import (
     find_bubblewrap,
     find_containers,
 )
-from rnow.usercode.functions import IMPORT_TIMEOUT, CannotImport, FunctionInfo, Kind
-from rnow.usercode.host import CallOutcome, CodeHost, HostLimits
+from rnow.usercode.functions import CannotImport, FunctionInfo
+from rnow.usercode.host import CallOutcome, CodeHost
 from rnow.usercode.images import LOCAL, Images
 from rnow.usercode.visible import check_project
 
@@ -187,35 +187,36 @@ class Sandboxes:
         """Where logs go."""
         return self._log_dir or self.scratch
 
-    def bubblewrap_host(self, file: Path, make: Callable[..., CodeHost]) -> CodeHost | None:
-        """The host of ``file`` in bubblewrap, which all rollouts share; None where there is no bubblewrap."""
+    def bubblewrap_host(self, host: CodeHost) -> CodeHost | None:
+        """``host`` in bubblewrap, which all rollouts share; None where there is no bubblewrap."""
+        file = host.file
         if file not in self._shared:
             found = find_bubblewrap()
             if isinstance(found, str):
                 return None
             view = BubblewrapView(found, self.folder, self.scratch / "empty")
-            self._shared[file] = make(wrap=view.wrap, sys_path=view.sys_path, env={})
+            self._shared[file] = host.elsewhere(view.wrap, sys_path=view.sys_path)
         return self._shared[file]
 
     async def container_host(
         self,
         rollout_id: str,
         image: str,
-        file: Path,
-        make: Callable[..., CodeHost],
+        host: CodeHost,
         *,
         env: Mapping[str, str],
         where: str | None = None,
     ) -> CodeHost:
-        """The host of ``file`` in the container of this rollout, which is started first when it does not run.
+        """``host`` in the container of this rollout, which is started first when it does not run.
 
         Raises:
             InputError: no engine, no such image, or one that cannot run the file.
             TemporaryError: the container does not come up, or none became free.
         """
+        file = host.file
         container, lease = await self._container(rollout_id, image, file, where)
         if file not in lease.hosts:
-            lease.hosts[file] = make(wrap=container.wrap, sys_path=(), env=env)
+            lease.hosts[file] = host.elsewhere(container.wrap, env=env)
         return lease.hosts[file]
 
     def runs(self, rollout_id: str) -> bool:
@@ -236,7 +237,7 @@ class Sandboxes:
             self._images.stop()
 
     async def close(self) -> None:
-        """End everything. Again: nothing; what is asked for afterwards starts anew."""
+        """End everything; idempotent. What is asked for afterwards starts anew."""
         self.stop_images()
         shared, self._shared = self._shared, {}
         leases = list(self._leases)
@@ -380,30 +381,13 @@ class SandboxedHosts:
     bubblewrap, or in a container of ``DEFAULT_IMAGE`` where there is none, shared by all rollouts.
 
     Args:
-        file: tools.py or rewards.py.
+        host: runs the file where there is no sandbox; what this makes is like it, elsewhere.
         sandboxes: those of the run; they end what this starts.
-        secrets, limits, import_timeout: as for CodeHost.
-        log: where what the code prints goes, of all sandboxes together.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        kind: Kind,
-        sandboxes: Sandboxes,
-        *,
-        secrets: Mapping[str, str] | None = None,
-        log: Path | None = None,
-        limits: HostLimits | None = None,
-        import_timeout: float = IMPORT_TIMEOUT,
-    ) -> None:
-        self._file = Path(file).absolute()
-        self._kind: Kind = kind
+    def __init__(self, host: CodeHost, sandboxes: Sandboxes) -> None:
+        self._host = host
         self._sandboxes = sandboxes
-        self._secrets = dict(secrets or {})
-        self._log = log
-        self._limits = limits
-        self._import_timeout = import_timeout
 
     async def prepare(self, images: Mapping[str, str], *, plain: bool = True) -> None:
         """Import the file once in every sandbox that will be asked for, so that what is wrong shows before training.
@@ -433,7 +417,7 @@ class SandboxedHosts:
                     where=error.where,
                     why=error.why,
                     details=error.details,
-                    fix=f"install what {self._file.name} imports in the image, or import it in the functions that use it",
+                    fix=f"install what {self._host.file.name} imports in the image, or import it in the functions that use it",
                 ) from None
             finally:
                 await self._sandboxes.release(trial)
@@ -452,12 +436,12 @@ class SandboxedHosts:
         """
         if docker is not None:
             return await self._container_host(rollout_id, docker, docker_env or {}, None)
-        shared = self._sandboxes.bubblewrap_host(self._file, self._make)
+        shared = self._sandboxes.bubblewrap_host(self._host)
         if shared is not None:
             return shared
         containers = find_containers()
         if isinstance(containers, str):
-            raise _no_sandbox(str(find_bubblewrap()), containers, self._file.name)
+            raise _no_sandbox(str(find_bubblewrap()), containers, self._host.file.name)
         return await self._container_host(_SHARED, DEFAULT_IMAGE, {}, None)
 
     async def call(
@@ -489,20 +473,5 @@ class SandboxedHosts:
         self, rollout_id: str, image: str, env: Mapping[str, str], where: str | None
     ) -> CodeHost:
         return await self._sandboxes.container_host(
-            rollout_id, image, self._file, self._make, env=env, where=where
-        )
-
-    def _make(
-        self, *, wrap: Callable[[list[str]], list[str]], sys_path: Sequence[str], env: Mapping[str, str]
-    ) -> CodeHost:  # fmt: skip
-        return CodeHost(
-            self._file,
-            self._kind,
-            secrets=self._secrets,
-            env=env,
-            log=self._log,
-            limits=self._limits,
-            wrap=wrap,
-            sys_path=sys_path,
-            import_timeout=self._import_timeout,
+            rollout_id, image, self._host, env=env, where=where
         )

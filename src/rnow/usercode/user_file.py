@@ -9,12 +9,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from rnow.core.reward import RewardSpec, collect_rewards, reward_spec
-from rnow.core.tool import ToolSpec, collect_tools, tool_spec
+from rnow.core.marks import Spec
+from rnow.core.reward import collect_rewards, reward_spec
+from rnow.core.tool import collect_tools, tool_spec
 from rnow.core.tool_schema import describe
 from rnow.usercode.records import Fault, FunctionReport, MistakeReport, Report
-
-Spec = RewardSpec | ToolSpec
 
 _MAX_TEXT = 2000
 
@@ -69,7 +68,7 @@ class UserFile:
                 "timeout": spec.timeout,
                 "sandbox": spec.sandbox,
             }
-            if isinstance(spec, ToolSpec):
+            if self.kind == "tools":
                 mistakes += _describe_tool(spec, report)
             else:
                 mistakes += _describe_reward(spec, report)
@@ -81,7 +80,7 @@ class UserFile:
         return f"{relative(code.co_filename, self.folder)}:{code.co_firstlineno}"
 
 
-def _describe_tool(spec: ToolSpec, report: FunctionReport) -> list[MistakeReport]:
+def _describe_tool(spec: Spec, report: FunctionReport) -> list[MistakeReport]:
     signature = describe(spec.function)
     report["description"] = signature.description
     report["parameters"] = signature.parameters
@@ -92,7 +91,7 @@ def _describe_tool(spec: ToolSpec, report: FunctionReport) -> list[MistakeReport
     ]
 
 
-def _describe_reward(spec: RewardSpec, report: FunctionReport) -> list[MistakeReport]:
+def _describe_reward(spec: Spec, report: FunctionReport) -> list[MistakeReport]:
     report["description"] = inspect.getdoc(spec.function) or ""
     report["precondition"] = spec.precondition
     inner = inspect.unwrap(spec.function)
@@ -136,9 +135,8 @@ def import_user_file(file: str, kind: str) -> UserFile:
         except BaseException as error:
             raise ImportFault(_fault(path, error)) from None
     found: dict[int, Spec] = {}
-    read: Callable[[object], Spec | None] = reward_spec if kind == "rewards" else tool_spec
-    collected: list[RewardSpec] | list[ToolSpec] = rewards if kind == "rewards" else tools
-    for candidate in collected:
+    read = reward_spec if kind == "rewards" else tool_spec
+    for candidate in rewards if kind == "rewards" else tools:
         found[id(candidate.function)] = candidate
     for value in list(vars(module).values()):
         marked = read(value)

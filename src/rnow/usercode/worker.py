@@ -10,13 +10,14 @@ import socket
 import sys
 import time
 
+from rnow.core.marks import Spec
 from rnow.core.reward import RewardArgs
 from rnow.core.tool import ToolArgs
 from rnow.usercode import frames
 from rnow.usercode.answers import error_answer, reward_answer, tool_answer
 from rnow.usercode.inbox import take
 from rnow.usercode.records import Settings
-from rnow.usercode.user_file import Spec, UserFile
+from rnow.usercode.user_file import UserFile
 
 _MAX_STUBBORN = 16
 

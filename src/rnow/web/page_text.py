@@ -1,4 +1,4 @@
-"""A page as the model reads it: bounded, between delimiters that its text cannot write, and named as somebody else's."""
+"""A page as the model reads it: bounded, between delimiters that its text cannot write, and marked as text of a stranger."""
 
 from __future__ import annotations
 
