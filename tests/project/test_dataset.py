@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, NotYetSupported
 from rnow.project import Dataset, load_dataset
 from rnow.types import Prompt
-
-
-@dataclass(frozen=True)
-class FileSource:
-    path: str
-    name: str = ""
-    split: str = "train"
 
 
 def make_dataset(count: int, **options: Any) -> Dataset:
@@ -38,8 +31,11 @@ def write_rows(path: Path, count: int, **keys: Any) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def load(folder: Path, *sources: str | FileSource, **options: Any) -> Dataset:
-    found = [FileSource(source) if isinstance(source, str) else source for source in sources]
+def load(folder: Path, *sources: str | DatasetSource, **options: Any) -> Dataset:
+    found = [
+        DatasetSource(path=source, name=f"dataset_{index}") if isinstance(source, str) else source
+        for index, source in enumerate(sources)
+    ]
     return load_dataset(found, **({"dataset_type": "distill", "base_dir": folder} | options))
 
 
@@ -119,7 +115,7 @@ def test_without_shuffle_the_files_order_is_kept() -> None:
 def test_several_datasets_share_one_epoch(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", 30)
     write_rows(tmp_path / "b.jsonl", 30)
-    dataset = load(tmp_path, "a.jsonl", FileSource("b.jsonl", name="maths"))
+    dataset = load(tmp_path, "a.jsonl", DatasetSource(path="b.jsonl", name="maths"))
     assert ids(dataset.prompts)[::30] == ["dataset_0/0", "maths/0"]
     assert {(p.dataset, p.source) for p in dataset.prompts} == {
         ("dataset_0", "a.jsonl"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, InputError, NotYetSupported
 from rnow.project import load_dataset, oversized_rows_error
 from rnow.project.jsonl import MAX_LINE_BYTES
@@ -18,13 +18,6 @@ from rnow.project.jsonl import MAX_LINE_BYTES
 GOLDEN = Path(__file__).with_name("golden")
 USER = {"role": "user", "content": "Hi"}
 GOOD = json.dumps({"messages": [USER]})
-
-
-@dataclass(frozen=True)
-class FileSource:
-    path: str = "train.jsonl"
-    name: str = ""
-    split: str = "train"
 
 
 def row(**keys: Any) -> str:
@@ -113,7 +106,7 @@ def refused(
         "base_dir": folder,
     }
     with pytest.raises(InputError) as caught:
-        load_dataset([FileSource()], **(fields | options))
+        load_dataset([DatasetSource(path="train.jsonl")], **(fields | options))
     check_golden(name, caught.value)
     return caught.value
 
@@ -176,7 +169,9 @@ def test_a_line_of_200_mb_is_not_read_whole(check_golden: Any, tmp_path: Path) -
     tracemalloc.start()
     try:
         with pytest.raises(DataError) as caught:
-            load_dataset([FileSource()], dataset_type="distill", base_dir=tmp_path)
+            load_dataset(
+                [DatasetSource(path="train.jsonl")], dataset_type="distill", base_dir=tmp_path
+            )
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -188,11 +183,13 @@ def test_a_line_just_under_the_limit_is_read(tmp_path: Path) -> None:
     empty = len(says("user", ""))
     path = tmp_path / "train.jsonl"
     path.write_bytes(lines(says("user", "x" * (MAX_LINE_BYTES - empty)), GOOD))
-    dataset = load_dataset([FileSource()], dataset_type="distill", base_dir=tmp_path)
+    dataset = load_dataset(
+        [DatasetSource(path="train.jsonl")], dataset_type="distill", base_dir=tmp_path
+    )
     assert len(dataset.prompts) == 2
     path.write_bytes(lines(says("user", "x" * (MAX_LINE_BYTES - empty + 1)), GOOD))
     with pytest.raises(DataError, match="1 fault"):
-        load_dataset([FileSource()], dataset_type="distill", base_dir=tmp_path)
+        load_dataset([DatasetSource(path="train.jsonl")], dataset_type="distill", base_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -208,16 +205,8 @@ def test_paths(check_golden: Any, tmp_path: Path, name: str, path: str) -> None:
     (tmp_path / "train.jsonl").write_bytes(lines(GOOD))
     (tmp_path / "other.txt").write_text("x")
     with pytest.raises(DataError) as caught:
-        load_dataset([FileSource(path=path)], dataset_type="distill", base_dir=tmp_path)
+        load_dataset([DatasetSource(path=path)], dataset_type="distill", base_dir=tmp_path)
     check_golden(name, caught.value)
-
-
-def test_two_datasets_of_one_name(check_golden: Any, tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_bytes(lines(GOOD))
-    sources = [FileSource(name="a"), FileSource(name="a")]
-    with pytest.raises(DataError) as caught:
-        load_dataset(sources, dataset_type="distill", base_dir=tmp_path)
-    check_golden("two_datasets_of_one_name", caught.value)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +222,10 @@ def test_a_batch_larger_than_the_dataset(
 ) -> None:
     (tmp_path / "train.jsonl").write_bytes(lines(*[GOOD] * rows))
     dataset = load_dataset(
-        [FileSource()], dataset_type="distill", base_dir=tmp_path, val_split=val_split
+        [DatasetSource(path="train.jsonl")],
+        dataset_type="distill",
+        base_dir=tmp_path,
+        val_split=val_split,
     )
     with pytest.raises(DataError) as caught:
         dataset.num_steps(8, 1)
@@ -245,7 +237,9 @@ def test_a_batch_larger_than_the_dataset(
 def test_prompts_longer_than_the_window(check_golden: Any, tmp_path: Path) -> None:
     rows = [says("user", f"question {n} " + "x" * 100) for n in range(12)]
     (tmp_path / "train.jsonl").write_bytes(lines(*rows))
-    dataset = load_dataset([FileSource()], dataset_type="distill", base_dir=tmp_path)
+    dataset = load_dataset(
+        [DatasetSource(path="train.jsonl")], dataset_type="distill", base_dir=tmp_path
+    )
     oversized = [(prompt, 3000 + prompt.row) for prompt in dataset.prompts]
     check_golden("oversized_rows", oversized_rows_error(oversized, 2048))
     check_golden("oversized_row", oversized_rows_error(oversized[:1], 2048))
@@ -261,5 +255,5 @@ def test_a_dataset_that_cannot_be_fetched(
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError) as caught:
-        load_dataset([FileSource(path="org/name")], dataset_type="distill", base_dir=tmp_path)
+        load_dataset([DatasetSource(path="org/name")], dataset_type="distill", base_dir=tmp_path)
     check_golden("hub_unreachable", caught.value)

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, NotYetSupported
 from rnow.project import Dataset, load_dataset
 
 USER = {"role": "user", "content": "Hi"}
 
 
-@dataclass(frozen=True)
-class FileSource:
-    path: str
-    name: str = ""
-    split: str = "train"
-
-
-def load(folder: Path, source: FileSource | str, **options: Any) -> Dataset:
-    found = FileSource(source) if isinstance(source, str) else source
+def load(folder: Path, source: DatasetSource | str, **options: Any) -> Dataset:
+    found = DatasetSource(path=source) if isinstance(source, str) else source
     fields = {"dataset_type": "distill", "base_dir": folder, "known_rewards": {"r"}}
     return load_dataset([found], **(fields | options))
 
@@ -123,7 +116,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 def test_a_hub_dataset(tmp_path: Path, hub: Hub) -> None:
-    dataset = load(tmp_path, FileSource("org/name", split="test[:10]"))
+    dataset = load(tmp_path, DatasetSource(path="org/name", split="test[:10]"))
     assert hub.calls == [("org/name", None, "test[:10]")]
     assert dataset.prompts[0].messages == (USER,)
     assert dataset.prompts[0].source == "org/name"

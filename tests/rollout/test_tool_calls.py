@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -330,7 +331,8 @@ PIECES = [
     inside=st.booleans(),
 )
 def test_no_text_breaks_the_parser(text: str, format: ToolCallFormat, inside: bool) -> None:
-    parsed = parse_turn(text, format, inside_thinking=inside, schemas=SCHEMAS, max_calls=5)
+    with patch.object(tool_calls, "MAX_CALLS", 5):
+        parsed = parse_turn(text, format, inside_thinking=inside, schemas=SCHEMAS)
     assert len(parsed.calls) <= 6
     for call in parsed.calls:
         assert call.error is None or call.arguments == {}

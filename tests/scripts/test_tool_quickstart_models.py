@@ -273,7 +273,7 @@ def test_calls_are_read_as_hermes(encoder: Any) -> None:
     name = tokenizer("student")
     dialogue = load_dialogue(name, [encoder.tool], stop_token_ids=[encoder.end, encoder.pad])
     text = name.decode(encoder.call("37+58")[:-1])
-    (call,) = dialogue.parse(text, turn=0, inside_thinking=False, max_calls=8).calls
+    (call,) = dialogue.parse(text, turn=0, inside_thinking=False).calls
     assert dialogue.format.name == "hermes"
     assert (call.name, call.arguments, call.error) == ("calc", {"expression": "37+58"}, None)
 

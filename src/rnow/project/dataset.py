@@ -8,10 +8,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, NotYetSupported
 from rnow.project.faults import MAX_SHOWN, excerpt
 from rnow.project.rows import Row, RowRules
-from rnow.project.sources import Source, read_source
+from rnow.project.sources import read_source
 from rnow.types import Prompt
 
 
@@ -73,7 +74,7 @@ class Dataset:
 
 
 def load_dataset(
-    sources: Sequence[Source],
+    sources: Sequence[DatasetSource],
     *,
     dataset_type: str,
     known_rewards: Collection[str] = (),
@@ -87,7 +88,7 @@ def load_dataset(
     """Read and check every dataset of a run.
 
     Args:
-        sources: entries of ``data.train_file``, in order; relative paths start at ``base_dir``.
+        sources: entries of ``data.train_file``, in order, each with its own name; relative paths start at ``base_dir``.
         dataset_type: ``distill``, ``sft`` or ``rl``; it decides what a row must end with.
         known_rewards: names of the project's reward functions.
         known_tools: names of its tools; None = not known before the run.
@@ -100,11 +101,7 @@ def load_dataset(
         DataError, NotYetSupported: see ``read_source``.
     """
     if dataset_type == "midtrain":
-        raise NotYetSupported(
-            'midtrain rows ({"text": ...}) are not read yet',
-            where="config.yml (dataset_type)",
-            fix="use dataset_type: distill",
-        )
+        raise _no_midtrain()
     rules = RowRules(
         dataset_type=dataset_type,
         known_rewards=known_rewards,
@@ -115,10 +112,10 @@ def load_dataset(
     held_out: list[Prompt] = []
     warnings: list[str] = []
     digest = hashlib.sha256()
-    for index, (name, source) in enumerate(zip(_names(sources), sources, strict=True)):
+    for index, source in enumerate(sources):
         file = read_source(source, rules, base_dir)
         warnings += file.warnings
-        rows = [_prompt(name, source.path, number, row) for number, row in enumerate(file.rows)]
+        rows = [_prompt(source, number, row) for number, row in enumerate(file.rows)]
         for row in rows:
             digest.update(_canonical(index, row))
         held = _held_out_rows(rows, val_split, seed)
@@ -130,6 +127,14 @@ def load_dataset(
         content_hash=digest.hexdigest(),
         warnings=tuple(warnings),
         shuffle=shuffle,
+    )
+
+
+def _no_midtrain() -> NotYetSupported:
+    return NotYetSupported(
+        'midtrain rows ({"text": ...}) are not read yet',
+        where="config.yml (dataset_type)",
+        fix="use dataset_type: distill",
     )
 
 
@@ -163,23 +168,10 @@ def _shown(prompt: Prompt) -> str:
     return excerpt(content if isinstance(content, str) else json.dumps(content, default=str))
 
 
-def _names(sources: Sequence[Source]) -> list[str]:
-    names = [source.name or f"dataset_{index}" for index, source in enumerate(sources)]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise DataError(
-                f'two datasets are named "{name}"',
-                where="config.yml (data.train_file)",
-                why="metrics and row ids carry the name",
-                fix="give each its own name",
-            )
-    return names
-
-
-def _prompt(dataset: str, source: str, number: int, row: Row) -> Prompt:
+def _prompt(source: DatasetSource, number: int, row: Row) -> Prompt:
     return Prompt(
-        id=f"{dataset}/{number}",
-        dataset=dataset,
+        id=f"{source.name}/{number}",
+        dataset=source.name,
         row=number,
         messages=row.messages,
         rewards=row.rewards,
@@ -188,7 +180,7 @@ def _prompt(dataset: str, source: str, number: int, row: Row) -> Prompt:
         variables=row.variables,
         docker=row.docker,
         docker_env=row.docker_env,
-        source=source,
+        source=source.path,
         line=row.line,
     )
 

@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
+from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, InputError
 from rnow.project.faults import Fault, FaultList, excerpt
+from rnow.project.json_text import JsonFault, parse
 from rnow.project.jsonl import RowFile, UnknownKeys, read_rows
 from rnow.project.rows import Row, RowRules, check_row
 from rnow.text.suggest import closest, did_you_mean
@@ -17,20 +18,10 @@ from rnow.text.suggest import closest, did_you_mean
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
 _QUESTION_COLUMNS = ("prompt", "question")
+_KEY = "config.yml (data.train_file)"
 
 
-class Source(Protocol):
-    """One entry of ``data.train_file``."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-
-
-def read_source(source: Source, rules: RowRules, base_dir: Path) -> RowFile:
+def read_source(source: DatasetSource, rules: RowRules, base_dir: Path) -> RowFile:
     """The rows of one dataset, all checked.
 
     A path with a known suffix, or which exists, is a file; ``org/name`` (``org/name:config`` for one of several
@@ -49,7 +40,7 @@ def read_source(source: Source, rules: RowRules, base_dir: Path) -> RowFile:
         raise DataError(f"{source.path} cannot be read", where=_KEY, why=reason) from None
 
 
-def _read_local(source: Source, path: Path, rules: RowRules) -> RowFile:
+def _read_local(source: DatasetSource, path: Path, rules: RowRules) -> RowFile:
     if path.is_dir():
         raise DataError(
             f"{source.path} is a folder, not a file",
@@ -66,9 +57,6 @@ def _read_local(source: Source, path: Path, rules: RowRules) -> RowFile:
     if suffix == ".json" and _starts_with_array(path):
         return _check_table(_array_rows(path, source.path), rules, source.path)
     return read_rows(path, rules, label=source.path)
-
-
-_KEY = "config.yml (data.train_file)"
 
 
 def _missing(name: str, path: Path) -> DataError:
@@ -192,8 +180,6 @@ def _starts_with_array(path: Path) -> bool:
 
 
 def _array_rows(path: Path, label: str) -> list[object]:
-    from rnow.project.json_text import JsonFault, parse
-
     try:
         text = path.read_bytes().decode("utf-8-sig")
         rows = parse(text)
@@ -218,7 +204,7 @@ def _array_rows(path: Path, label: str) -> list[object]:
     return rows if isinstance(rows, list) else []
 
 
-def _read_hub(source: Source, rules: RowRules) -> RowFile:
+def _read_hub(source: DatasetSource, rules: RowRules) -> RowFile:
     name, _, config = source.path.partition(":")
     label = source.path
     try:

@@ -76,7 +76,7 @@ def find_template(name: str) -> Template:
     """The template called ``name``.
 
     Raises:
-        InputError: there is none; the message lists those there are and suggests the closest.
+        InputError: there is none; the error suggests the closest, or lists all.
     """
     templates = load_templates()
     if name in templates:

@@ -11,7 +11,6 @@ from rnow.protocols import Tokenizer
 from rnow.rollout.observation import Observations
 from rnow.rollout.rendering import ToolDescription, template_shows_tools
 from rnow.rollout.tool_calls import (
-    MAX_CALLS,
     THINK_CLOSE,
     THINK_OPEN,
     ParsedTurn,
@@ -72,7 +71,7 @@ class Dialogue:
         observations: Observations,
     ) -> None:
         self._tokenizer = tokenizer
-        self._format = format
+        self.format = format
         self._schemas: Mapping[str, Mapping[str, object]] = {
             str(tool["function"]["name"]): tool["function"]["parameters"] for tool in tools
         }
@@ -81,11 +80,6 @@ class Dialogue:
             for marker in (*format.markers, THINK_OPEN, THINK_CLOSE)
         }
         self.observations = observations
-
-    @property
-    def format(self) -> ToolCallFormat:
-        """The format in which the student writes calls."""
-        return self._format
 
     def text_of(self, completion: Completion) -> str:
         """What the student wrote: control tokens left out but those that mark calls and thinking."""
@@ -96,15 +90,14 @@ class Dialogue:
             shown, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    def parse(self, text: str, *, turn: int, inside_thinking: bool, max_calls: int) -> ParsedTurn:
+    def parse(self, text: str, *, turn: int, inside_thinking: bool) -> ParsedTurn:
         """The calls of one turn: see ``parse_turn``."""
         return parse_turn(
             text,
-            self._format,
+            self.format,
             turn=turn,
             inside_thinking=inside_thinking,
             schemas=self._schemas,
-            max_calls=max_calls,
         )
 
     def opens_thinking(self, token_ids: Sequence[int]) -> bool:
@@ -169,7 +162,6 @@ class ToolEnvironment:
         max_turns: turns of the student, at least 1.
         termination_policy: ``last_tool`` ends with an answer without a call; ``max_turns`` goes on until there were
             ``max_turns`` turns (``Observations.after_answer`` says how).
-        max_calls: calls of one turn that run; the rest gets one answer.
         release: called when the episode is over, however it ended.
     """
 
@@ -181,7 +173,6 @@ class ToolEnvironment:
         *,
         max_turns: int,
         termination_policy: Literal["last_tool", "max_turns"] = "last_tool",
-        max_calls: int = MAX_CALLS,
         release: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._prompt_token_ids = prompt_token_ids
@@ -189,7 +180,6 @@ class ToolEnvironment:
         self._run_call = run_call
         self._max_turns = max_turns
         self._to_the_end = termination_policy == "max_turns"
-        self._max_calls = max_calls
         self._release = release
         self._turn = 0
         self._observed: Sequence[int] = prompt_token_ids
@@ -207,7 +197,6 @@ class ToolEnvironment:
             text,
             turn=self._turn,
             inside_thinking=self._dialogue.opens_thinking(self._observed),
-            max_calls=self._max_calls,
         )
         self._turn += 1
         said = _assistant_message(parsed)

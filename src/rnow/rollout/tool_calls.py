@@ -18,6 +18,7 @@ from rnow.rollout.rendering import ToolDescription, render_text
 from rnow.text.strict_json import JsonError, read_json, read_json_at
 from rnow.types import ToolCall
 
+# Calls of one turn that run; those beyond it are answered by one error.
 MAX_CALLS = 32
 MAX_NAME = 200
 MAX_DEPTH = 32
@@ -94,7 +95,6 @@ def parse_turn(
     turn: int = 0,
     inside_thinking: bool = False,
     schemas: Schemas | None = None,
-    max_calls: int = MAX_CALLS,
 ) -> ParsedTurn:
     """The calls of one turn. Never raises for what the text holds.
 
@@ -103,7 +103,6 @@ def parse_turn(
         turn: number of the turn in its rollout, for the ids of the calls.
         inside_thinking: whether the prompt ended with an open ``<think>``. Calls inside thinking are not calls.
         schemas: of the tools; formats that write arguments as bare text take their types from here.
-        max_calls: calls beyond it are answered by one error.
     """
     content: list[str] = []
     thoughts: list[str] = []
@@ -137,7 +136,7 @@ def parse_turn(
     return ParsedTurn(
         content=said.strip() if written else said,
         reasoning="\n\n".join(thought.strip() for thought in thoughts) if thoughts else None,
-        calls=_numbered(written, format, turn, max_calls),
+        calls=_numbered(written, format, turn),
     )
 
 
@@ -183,9 +182,7 @@ def _end_of_thinking(text: str, start: int) -> int:
     return len(text) if end < 0 else end + len(THINK_CLOSE)
 
 
-def _numbered(
-    written: Sequence[_Call], format: ToolCallFormat, turn: int, max_calls: int
-) -> tuple[ToolCall, ...]:
+def _numbered(written: Sequence[_Call], format: ToolCallFormat, turn: int) -> tuple[ToolCall, ...]:
     calls = [
         ToolCall(
             id=format.call_id(turn, index),
@@ -193,12 +190,12 @@ def _numbered(
             arguments=call.arguments,
             error=call.error,
         )
-        for index, call in enumerate(written[:max_calls])
+        for index, call in enumerate(written[:MAX_CALLS])
     ]
-    extra = len(written) - max_calls
+    extra = len(written) - MAX_CALLS
     if extra > 0:
-        refused = f"{extra} more calls were not run: at most {max_calls} calls in one turn"
-        calls.append(ToolCall(id=format.call_id(turn, max_calls), name="", error=refused))
+        refused = f"{extra} more calls were not run: at most {MAX_CALLS} calls in one turn"
+        calls.append(ToolCall(id=format.call_id(turn, MAX_CALLS), name="", error=refused))
     return tuple(calls)
 
 
