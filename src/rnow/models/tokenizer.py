@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rnow.errors import ModelError
 from rnow.models.refusal import one_line
 from rnow.models.resolve import ResolvedModel
+from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import render_text
 from rnow.types import Message
 
@@ -34,7 +34,7 @@ class TokenizerAgreement:
     warnings: tuple[str, ...]
 
 
-def load_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> Tokenizer:
     """The HuggingFace tokenizer of a model on this machine.
 
     Raises:
@@ -54,20 +54,18 @@ def load_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool = False) 
         ) from error
 
 
-def vocabulary_size(tokenizer: Any) -> int:
+def vocabulary_size(tokenizer: Tokenizer) -> int:
     """How many ids the tokenizer can produce. Rows of an embedding or head at or above it are padding."""
     # A vocabulary with holes has ids above its count.
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
-def stop_token_ids(tokenizer: Any, local_dir: Path) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Tokenizer, local_dir: Path) -> tuple[int, ...]:
     """Every id that ends a turn: from generation_config.json, config.json, the tokenizer and its chat template, sorted."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        config = read_config(local_dir / name)
-        for section in (config, config.get("text_config")):
-            if isinstance(section, Mapping):
-                found.update(_as_ids(section.get("eos_token_id")))
+        for section in _sections(local_dir / name):
+            found.update(_as_ids(section.get("eos_token_id")))
     found.update(_as_ids(tokenizer.eos_token_id))
     end_of_turn = end_of_turn_id(tokenizer)
     if end_of_turn is not None:
@@ -75,13 +73,13 @@ def stop_token_ids(tokenizer: Any, local_dir: Path) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def end_of_turn_id(tokenizer: Any) -> int | None:
+def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
     """The control token that the chat template writes right after an assistant's text, or None if it writes none."""
     if not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # a template that refuses this conversation tells nothing
         return None
     after = text.rpartition(_PROBE)[2].lstrip()
@@ -90,7 +88,7 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] in controls else None
 
 
-def require_chat_template(tokenizer: Any, *, path: str, key: str) -> None:
+def require_chat_template(tokenizer: Tokenizer, *, path: str, key: str) -> None:
     """Refuse a student without a chat template.
 
     Raises:
@@ -106,7 +104,7 @@ def require_chat_template(tokenizer: Any, *, path: str, key: str) -> None:
         )
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of rendered conversations, in batches. Equal to encoding each alone without special tokens."""
     ids: list[list[int]] = []
     for start in range(0, len(texts), ENCODE_BATCH):
@@ -121,8 +119,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def compare_tokenizers(
-    student: Any,
-    teacher: Any,
+    student: Tokenizer,
+    teacher: Tokenizer,
     texts: Mapping[str, str],
     *,
     student_dir: Path,
@@ -130,7 +128,7 @@ def compare_tokenizers(
     conversations: Sequence[Sequence[Message]] = (),
     student_ids: Sequence[Sequence[int]] | None = None,
     reasoning_mode: str | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
     where: str = "teacher.path",
 ) -> TokenizerAgreement:
     """Whether the teacher would read the student's tokens as the student means them.
@@ -163,12 +161,12 @@ def compare_tokenizers(
     return TokenizerAgreement(vocabulary=vocabulary, stop_token_ids=stops, warnings=tuple(warnings))
 
 
-def describe_ids(tokenizer: Any, ids: Iterable[int]) -> str:
+def describe_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """``151643 '<|endoftext|>', 151645 '<|im_end|>'``."""
     return ", ".join(f"{i} {_token_text(tokenizer, i)!r}" for i in ids) or "none"
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, object]:
     """A JSON object from a model folder, empty when there is no such file or it holds something else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -177,12 +175,31 @@ def read_config(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def config_value(local_dir: Path, *keys: str) -> int | None:
+    """The first of ``keys`` that config.json gives as a number, its ``text_config`` included; None without any."""
+    for section in _sections(local_dir / "config.json"):
+        for key in keys:
+            value = section.get(key)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _sections(file: Path) -> Iterator[Mapping[str, object]]:
+    """The file's object and its ``text_config``, where a model of several kinds of input describes its language model."""
+    config = read_config(file)
+    yield config
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        yield text
+
+
 # --- comparisons --------------------------------------------------------------------------------------------------
 
 
 def _compare_prompts(
-    student: Any,
-    teacher: Any,
+    student: Tokenizer,
+    teacher: Tokenizer,
     texts: Mapping[str, str],
     student_ids: Sequence[Sequence[int]] | None,
     where: str,
@@ -196,8 +213,8 @@ def _compare_prompts(
 
 
 def _differing_token(
-    student: Any,
-    teacher: Any,
+    student: Tokenizer,
+    teacher: Tokenizer,
     name: str,
     ours: Sequence[int],
     theirs: Sequence[int],
@@ -219,7 +236,9 @@ def _differing_token(
     )
 
 
-def _compare_vocabularies(student: Any, teacher: Any, warnings: list[str], where: str) -> int:
+def _compare_vocabularies(
+    student: Tokenizer, teacher: Tokenizer, warnings: list[str], where: str
+) -> int:
     """How many ids mean the same to both; an ordinary token that differs is an error, a control token a warning."""
     ours, theirs = _texts_by_id(student), _texts_by_id(teacher)
     controls = set(student.get_added_vocab().values()) | set(teacher.get_added_vocab().values())
@@ -253,8 +272,8 @@ def _compare_vocabularies(student: Any, teacher: Any, warnings: list[str], where
 
 
 def _compare_stops(
-    student: Any,
-    teacher: Any,
+    student: Tokenizer,
+    teacher: Tokenizer,
     student_dir: Path,
     teacher_dir: Path,
     vocabulary: int,
@@ -295,11 +314,11 @@ def _compare_stops(
 
 
 def _compare_templates(
-    student: Any,
-    teacher: Any,
+    student: Tokenizer,
+    teacher: Tokenizer,
     conversations: Sequence[Sequence[Message]],
     reasoning_mode: str | None,
-    tools: Sequence[Mapping[str, Any]] | None,
+    tools: Sequence[Mapping[str, object]] | None,
 ) -> list[str]:
     if student.chat_template == teacher.chat_template or not conversations:
         return []
@@ -340,17 +359,17 @@ def _mismatch(message: str, *, details: Sequence[str], where: str) -> ModelError
     )
 
 
-def _token_at(tokenizer: Any, ids: Sequence[int], position: int) -> str:
+def _token_at(tokenizer: Tokenizer, ids: Sequence[int], position: int) -> str:
     if position >= len(ids):
         return "the prompt ends here"
     return f"{ids[position]} {_token_text(tokenizer, ids[position])!r}"
 
 
-def _token_text(tokenizer: Any, token_id: int) -> str:
+def _token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
 
 
-def _texts_by_id(tokenizer: Any) -> dict[int, str]:
+def _texts_by_id(tokenizer: Tokenizer) -> dict[int, str]:
     return {i: text for text, i in tokenizer.get_vocab().items()}
 
 
@@ -361,7 +380,7 @@ def _same_file(left: Path, right: Path, name: str) -> bool:
     return a.read_bytes() == b.read_bytes()
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
+def _as_ids(value: object) -> tuple[int, ...]:
     """``eos_token_id`` is an id, a list of ids, or absent."""
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)

@@ -28,8 +28,16 @@ from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare, unread_settings
 from rnow.rewards.advantages import rollout_advantages
 from rnow.setup.backends import Backends, load_backends
-from rnow.setup.facts import build_facts, closing_lines, header_lines, redacted_config
-from rnow.setup.parts import (
+from rnow.setup.evaluations import build_evaluations
+from rnow.setup.facts import (
+    RunSummary,
+    build_facts,
+    build_values,
+    closing_lines,
+    header_lines,
+    redacted_config,
+)
+from rnow.setup.usercode import (
     UserCode,
     environment_maker,
     open_user_code,
@@ -37,8 +45,6 @@ from rnow.setup.parts import (
     rollout_settings,
     single_turns,
 )
-from rnow.setup.schedule import build_evaluations
-from rnow.setup.summary import RunSummary, build_values, device_name
 from rnow.tasks import run_anywhere
 from rnow.training.loop import Parts, train
 from rnow.training.recorder import Recorder
@@ -56,16 +62,7 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
         InputError: what is wrong.
     """
     prepared = prepare(config, Path(folder), weights=False)
-    return build_plan(
-        config,
-        prepared.project.dataset,
-        prepared.student,
-        prepared.teacher,
-        prepared.preflight,
-        run_dir=prepared.run_folder().path,
-        tools=tuple(prepared.tools),
-        notices=prepared.notices,
-    )
+    return build_plan(prepared, run_dir=prepared.run_folder().path)
 
 
 def run(
@@ -95,7 +92,7 @@ def run(
     )
     found = (
         prepared.project.warnings,
-        prepared.preflight.warnings,
+        prepared.rendered.warnings,
         unread_settings(config, agentic=prepared.project.agentic),
     )
     for warning in chain.from_iterable(found):
@@ -223,7 +220,7 @@ class _Run:
     def _finish(self, backends: Backends, recorder: Recorder, steps: int) -> RunSummary:
         self._display.stage("writing the adapter")
         export_adapter(backends.policy.adapter(), self._folder.adapter)
-        self._prepared.preflight.tokenizer.save_pretrained(str(self._folder.adapter))
+        self._prepared.rendered.tokenizer.save_pretrained(str(self._folder.adapter))
         counters = self._counters(recorder)
         values = build_values(
             run_dir=self._folder.path,
@@ -234,7 +231,7 @@ class _Run:
             metrics_file=self._folder.metrics,
             evaluations=recorder.evaluations(),
             facts=self._facts,
-            device=device_name(backends.student.device),
+            device=backends.student.device,
             sampler=backends.sampler_facts,
         )
         replace_json(self._folder.summary, values)
@@ -255,7 +252,10 @@ class _Run:
             self._reuse_rollouts = self._reuse_evaluations = self._started_alike()
             return None
         found = changes.compare(
-            checkpoint.state["config"], self._facts["config"], checkpoint.state, self._facts
+            checkpoint.state["config"],
+            redacted_config(self._prepared),
+            checkpoint.state,
+            self._facts,
         )
         changes.refuse(found, where=str(self._folder.path))
         for line in found.free:
@@ -289,7 +289,7 @@ class _Run:
             # One turn tells; the tools are for the run.
             single_turns(self._prepared),
             replace(settings, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)),
-            backends.student.head.vocabulary,
+            backends.student.vocabulary,
             backends.gpu,
         )
         for note in found.notes:
@@ -299,7 +299,7 @@ class _Run:
         self._display.note(gap + kl)
 
     def _build_recorder(self) -> Recorder:
-        tokenizer = self._prepared.preflight.tokenizer
+        tokenizer = self._prepared.rendered.tokenizer
         sinks: list[Sink] = []
         if self._config.wandb_project is not None:
             sinks.append(
