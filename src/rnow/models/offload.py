@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +140,7 @@ def release_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _attached(owner: Any) -> Iterator[Tensor]:
+def _attached(owner: object) -> Iterator[Tensor]:
     for name in _ATTACHED:
         value = vars(owner).get(name) if hasattr(owner, "__dict__") else None
         if isinstance(value, Tensor):

@@ -145,10 +145,7 @@ class Plan:
 
 
 def build_plan(
-    prepared: Prepared,
-    *,
-    run_dir: Path,
-    devices: Mapping[str, DeviceInfo] | None = None,
+    prepared: Prepared, *, run_dir: Path, devices: Mapping[str, DeviceInfo] | None = None
 ) -> Plan:
     """Work out what ``rnow run`` would do.
 

@@ -10,6 +10,7 @@ from rnow.config import Config
 from rnow.errors import InputError
 from rnow.models.refusal import one_line
 from rnow.models.tokenizer import (
+    TokenizerAgreement,
     compare_tokenizers,
     config_value,
     encode_texts,
@@ -92,29 +93,11 @@ def render_prompts(
     texts = _render(tokenizer, prompts, mode, tools)
     ids = encode_texts(tokenizer, list(texts.values()))
 
-    warnings: list[str] = []
-    vocabulary = vocabulary_size(tokenizer)
-    stops = stop_token_ids(tokenizer, student.resolved.local_dir)
-    for teacher in teachers_of(models):
-        agreement = compare_tokenizers(
-            tokenizer,
-            _load_tokenizer(teacher),
-            texts,
-            student_dir=student.resolved.local_dir,
-            teacher_dir=teacher.resolved.local_dir,
-            conversations=[prompt.messages for prompt in prompts[:TEMPLATE_SAMPLES]],
-            student_ids=ids,
-            reasoning_mode=mode,
-            tools=None if tools is None else list(tools.values()),
-            where=f"{teacher.role.key}.path",
-        )
-        vocabulary = min(vocabulary, agreement.vocabulary)
-        stops = tuple(sorted({*stops, *agreement.stop_token_ids}))
-        warnings += agreement.warnings
-    vocabulary = _cut_to_rows(vocabulary, models, warnings)
-
+    found = _compare(tokenizer, models, prompts, texts, ids, mode, tools)
+    warnings = [*found.warnings]
+    vocabulary = _cut_to_rows(found.vocabulary, models, warnings)
     token_ids = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
-    dialogues = _load_dialogues(tokenizer, prompts, tools or {}, stops, mode)
+    dialogues = _load_dialogues(tokenizer, prompts, tools or {}, found.stop_token_ids, mode)
     _check_known(prompts, token_ids, vocabulary)
     warnings += _check_window(config.rollout.max_tokens, prompts, token_ids, window)
     if mode is not None and prompts and _ignores_reasoning(tokenizer, prompts[0]):
@@ -123,7 +106,7 @@ def render_prompts(
         )
     return Rendered(
         tokenizer=tokenizer,
-        stop_ids=stops,
+        stop_ids=found.stop_token_ids,
         vocabulary=vocabulary,
         window=window,
         prompt_token_ids=token_ids,
@@ -134,6 +117,40 @@ def render_prompts(
 
 def _load_tokenizer(model: RunModel) -> Tokenizer:
     return load_tokenizer(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
+
+
+def _compare(
+    tokenizer: Tokenizer,
+    models: Models,
+    prompts: Sequence[Prompt],
+    texts: Mapping[str, str],
+    ids: Sequence[Sequence[int]],
+    mode: str | None,
+    tools: ToolSchemas | None,
+) -> TokenizerAgreement:
+    """What the student and all its teachers agree on; the student's own where there is no teacher."""
+    student_dir = models[STUDENT].resolved.local_dir
+    vocabulary, stops = vocabulary_size(tokenizer), {*stop_token_ids(tokenizer, student_dir)}
+    warnings: list[str] = []
+    for teacher in teachers_of(models):
+        agreement = compare_tokenizers(
+            tokenizer,
+            _load_tokenizer(teacher),
+            texts,
+            student_dir=student_dir,
+            teacher_dir=teacher.resolved.local_dir,
+            conversations=[prompt.messages for prompt in prompts[:TEMPLATE_SAMPLES]],
+            student_ids=ids,
+            reasoning_mode=mode,
+            tools=None if tools is None else list(tools.values()),
+            where=f"{teacher.role.key}.path",
+        )
+        vocabulary = min(vocabulary, agreement.vocabulary)
+        stops.update(agreement.stop_token_ids)
+        warnings += agreement.warnings
+    return TokenizerAgreement(
+        vocabulary=vocabulary, stop_token_ids=tuple(sorted(stops)), warnings=tuple(warnings)
+    )
 
 
 def _load_dialogues(

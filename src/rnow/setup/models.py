@@ -76,16 +76,15 @@ def build_student(
     Args:
         embedded: draw with them, too.
     """
-    sampler = None
-    if embedded:
-        # Before the policy: in merged mode it copies the base as it is before PEFT wraps it.
-        sampler = TransformersSampler.for_student(
-            student, batch_bytes=batch_bytes(prepared), poll=poll
-        )
+    # Before the policy: in merged mode it copies the base as it is before PEFT wraps it.
+    sampler = (
+        TransformersSampler.for_student(student, batch_bytes=batch_bytes(prepared), poll=poll)
+        if embedded
+        else None
+    )
     policy = build_policy(prepared, student, poll)
     if sampler is not None:
-        drawn_with = sampler.model
-        policy.take_along(lambda: tensors_of(drawn_with))
+        policy.take_along(lambda embedded=sampler: tensors_of(embedded.model))
     as_teacher = score_with(prepared, student, poll)
     return LocalStudent(
         facts=StudentFacts(
