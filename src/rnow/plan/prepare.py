@@ -46,7 +46,7 @@ class Prepared:
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
-    warn: Callable[..., None] = lambda *texts: None
+    warn: Callable[[str], None] = lambda text: None
 
     @property
     def student(self) -> RunModel:

@@ -61,7 +61,7 @@ async def load_backends(
     stack: ExitStack,
     *,
     poll: Callable[[], None],
-    announce: Callable[[str], None],
+    stage: Callable[[str], None],
 ) -> Backends:
     """Load the models that the config names, and start the processes that serve them.
 
@@ -69,7 +69,7 @@ async def load_backends(
         run_folder: for the logs of vLLM processes, and the adapters they load.
         stack: closes what was started.
         poll: called at safe points while models work; may raise to stop.
-        announce: told what is being loaded.
+        stage: told what is being loaded.
 
     Raises:
         ModelError: a model cannot be loaded or served.
@@ -80,7 +80,7 @@ async def load_backends(
         run_folder=run_folder,
         stack=stack,
         poll=poll,
-        announce=announce,
+        stage=stage,
         gpu=Residency(),
         turns=taking_turns(prepared, run_folder.path),
     )
@@ -125,13 +125,13 @@ def _sampler_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loader:
-    """Loads one model after the other. Where they take turns on a card, those that are there sleep meanwhile."""
+    """Loads one model after the other. Where they take turns on a card, the loaded ones sleep meanwhile."""
 
     prepared: Prepared
     run_folder: RunFolder
     stack: ExitStack
     poll: Callable[[], None]
-    announce: Callable[[str], None]
+    stage: Callable[[str], None]
     gpu: Residency
     turns: frozenset[Part]
 
@@ -139,7 +139,7 @@ class _Loader:
         """The vLLM that draws from the student; None where the trainer's own weights do."""
         if self.prepared.student.role.backend != "vllm":
             return None
-        self.announce("starting vLLM for the student")
+        self.stage("starting vLLM for the student")
         in_turns = "sampler" in self.turns
         vllm = start_vllm_sampler(self.prepared, self.run_folder, self.stack, time_shared=in_turns)
         if in_turns:
@@ -150,7 +150,7 @@ class _Loader:
         """The student, with an embedded sampler where no vLLM draws."""
         prepared, gpu = self.prepared, self.gpu
         await gpu.clear()
-        self.announce("loading the student")
+        self.stage("loading the student")
         lm = load_model(prepared.student, prepared.rendered.vocabulary)
         if vllm is not None:
             vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm))
@@ -168,7 +168,7 @@ class _Loader:
         part = model.role.part
         by_vllm = model.role.backend == "vllm"
         name = model.role.name
-        self.announce(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
+        self.stage(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
         if part in self.turns:
             await self.gpu.clear()
         load = self._start_teacher if by_vllm else self._load_teacher

@@ -88,7 +88,7 @@ def run(
     display.stage("checking")
     prepared = replace(
         prepare(config, Path(folder), weights=True),
-        warn=lambda *texts: [display.note(f"warning: {text}") for text in texts],
+        warn=lambda text: display.note(f"warning: {text}"),
     )
     found = (
         prepared.project.warnings,
@@ -164,7 +164,7 @@ class _Run:
             self._folder,
             self._stack,
             poll=self._stop.poll,
-            announce=self._display.stage,
+            stage=self._display.stage,
         )
         with self._stop.watch(lambda: self._display.note("stopping at the next safe point ...")):
             self._display.stage("checking the models against each other")

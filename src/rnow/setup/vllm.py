@@ -31,7 +31,7 @@ def start_vllm_sampler(
     stack.callback(sampler.close)
     started = sampler.start()
     if prepared.student.role.device.type == "cuda":
-        # vLLM measures what is free on the card while it starts: nobody else may be loading meanwhile.
+        # vLLM measures what is free on the card while it starts: no other model may be loading meanwhile.
         started.result()
     return sampler
 
@@ -132,7 +132,8 @@ async def start_vllm_teacher(
         stack.callback(teacher.close)
     await teacher.start()
     found = await teacher.check(rendered.tokenizer, rendered.vocabulary, longest=rendered.window)
-    prepared.warn(*found.warnings)
+    for text in found.warnings:
+        prepared.warn(text)
     if found.padding_mass:
         prepared.warn(
             f"the served teacher gives {found.padding_mass:.2e} of its probability to padding ids on average; "
