@@ -42,6 +42,12 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
 
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, **options: object
+    ) -> Mapping[str, list[list[int]]]:
+        """``input_ids`` of several texts at once."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(

@@ -22,8 +22,8 @@ from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.setup.backends import probe_reference
 from rnow.setup.build import run
+from rnow.setup.vllm import probe_reference
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.training.residency import Residency
 from rnow.types import Adapter, Completion, SamplingParams

@@ -42,11 +42,25 @@ QWEN3_8B = ModelShape(
 )
 
 
-def settings_of(**changes: Any) -> MemorySettings:
-    student = ModelMemory(shape=QWEN3_8B, width=2, quantization="nf4")
+STUDENT = ModelMemory(
+    key="model",
+    serving_key="sampler",
+    part="sampler",
+    shape=QWEN3_8B,
+    width=2,
+    quantization="nf4",
+)
+TEACHER = replace(
+    STUDENT, key="teacher", serving_key="teacher", part="teacher", quantization="none"
+)
+
+
+def settings_of(
+    student: ModelMemory = STUDENT, teacher: ModelMemory | None = TEACHER, **changes: Any
+) -> MemorySettings:
+    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     base = MemorySettings(
-        student=student,
-        teacher=replace(student, quantization="none"),
+        models=models,
         rank=32,
         rollouts=16,
         prompt_tokens=1000,
@@ -83,7 +97,7 @@ def test_caches_stay_within_their_budget_but_for_a_single_row() -> None:
 
 
 def test_a_float32_base_has_a_merged_copy() -> None:
-    student = ModelMemory(shape=QWEN3_8B, width=4, quantization="none")
+    student = replace(STUDENT, width=4, quantization="none")
     found = sizes(settings_of(student=student))
     assert found["student merged copy"] == 4 * QWEN3_8B.linear_parameters
     assert "student merged copy" not in sizes(settings_of())
@@ -106,10 +120,10 @@ def test_the_peak_is_what_one_stage_holds_beside_the_rest() -> None:
     assert peak(sampling)[1] == "sampling"
 
 
-def on_vllm(**changes: Any) -> MemorySettings:
+def on_vllm(engine: int = round(0.5 * 24 * GB), **changes: Any) -> MemorySettings:
     """A 4-bit student and teacher of 8 B on a card of 24 GB, the student sampled by vLLM."""
-    student = settings_of().student
-    return settings_of(teacher=student, engine=round(0.5 * 24 * GB), window=4096, **changes)
+    student = replace(STUDENT, engine=engine)
+    return settings_of(student, replace(TEACHER, quantization="nf4"), window=4096, **changes)
 
 
 def test_a_vllm_is_weights_cache_and_buffers() -> None:
@@ -121,7 +135,7 @@ def test_a_vllm_is_weights_cache_and_buffers() -> None:
     assert "student sampling cache" not in found
     owners = {part.owner for part in memory_parts(on_vllm()) if part.name.startswith("vLLM")}
     assert owners == {"sampler"}
-    assert not any("vLLM" in name for name in sizes(settings_of(engine=0))), "on another machine"
+    assert not any("vLLM" in name for name in sizes(on_vllm(engine=0))), "on another machine"
 
 
 def test_a_vllm_needs_one_longest_sequence_at_least() -> None:
@@ -129,8 +143,7 @@ def test_a_vllm_needs_one_longest_sequence_at_least() -> None:
     one = 4096 * 147_456  # 36 layers x 2 x 1024 values x 2 bytes a token
     weights = round(settings.student.weight_bytes)
     assert engine_least(settings.student, settings) == weights + one + ENGINE_WORK
-    small = replace(settings, engine=1)
-    assert sizes(small)["student vLLM KV cache"] == one
+    assert sizes(on_vllm(engine=1, rollouts=1))["student vLLM KV cache"] == one
 
 
 def test_in_turns_only_the_largest_counts() -> None:
@@ -215,7 +228,7 @@ def test_activations_cover_what_autograd_keeps(
     measured = sum(size for pointer, size in storages.items() if pointer not in weights)
 
     settings = settings_of(
-        student=ModelMemory(shape=shape, width=4, quantization="none"),
+        student=replace(STUDENT, shape=shape, width=4, quantization="none"),
         teacher=None,
         rank=16,
         rollouts=2,
@@ -229,3 +242,12 @@ def test_activations_cover_what_autograd_keeps(
         whole = sizes(replace(settings, gradient_checkpointing=False))["student activations"]
         measured += whole / layers / 1.3
     assert measured <= estimate <= 1.7 * measured
+
+
+def test_a_second_teacher_is_one_more_of_the_same() -> None:
+    one = settings_of()
+    two = replace(one, models={**one.models, "teacher/code": replace(TEACHER, part="teacher")})
+    added = memory_parts(two)[len(memory_parts(one)) :]
+    assert [part.model for part in added] == ["teacher/code"] * 3
+    alone = [part for part in memory_parts(one) if part.model == "teacher"]
+    assert [part.bytes for part in added] == [part.bytes for part in alone]

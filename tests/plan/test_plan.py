@@ -5,7 +5,6 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,21 +12,18 @@ from rich.console import Console
 from tests.models.folders import model_folder
 from tests.plan.test_rendered import make_config, prompts_of
 
+from rnow.config import Config
 from rnow.errors import ConfigError, DataError, ModelError
 from rnow.models.resolve import ResolvedModel, resolve_model
 from rnow.plan import plan as plan_module
-from rnow.plan.plan import (
-    DeviceInfo,
-    Plan,
-    build_plan,
-    describe_device,
-    format_bytes,
-    taking_turns,
-)
-from rnow.plan.prepare import count_steps
-from rnow.plan.rendered import run_preflight
+from rnow.plan.devices import DeviceInfo, describe_device
+from rnow.plan.plan import Plan, build_plan, format_bytes, taking_turns
+from rnow.plan.prepare import Prepared, count_steps
+from rnow.plan.rendered import render_prompts
+from rnow.plan.roles import RunModel, roles_of
 from rnow.plan.view import plan_view
 from rnow.project.dataset import Dataset
+from rnow.project.project import Project
 from rnow.types import Prompt
 
 ROOMY = DeviceInfo(device="cpu", name="CPU, 2 cores", total_bytes=16 * 10**9, free_bytes=12 * 10**9)
@@ -41,6 +37,26 @@ def models(tmp_path: Path) -> tuple[ResolvedModel, ResolvedModel]:
     return tuple(  # type: ignore[return-value]
         resolve_model(name, key=f"{name}.path", base_dir=tmp_path)
         for name in ("student", "teacher")
+    )
+
+
+def prepared_of(
+    config: Config,
+    dataset: Dataset,
+    models: tuple[ResolvedModel, ResolvedModel],
+    tools: dict[str, Any] | None = None,
+) -> Prepared:
+    found = {
+        name: RunModel(role=role, resolved=resolved)
+        for (name, role), resolved in zip(roles_of(config).items(), models, strict=True)
+    }
+    return Prepared(
+        config=config,
+        project=Project(folder=models[0].local_dir.parent, dataset=dataset),
+        models=found,
+        rendered=render_prompts(config, dataset.prompts, found),
+        num_steps=count_steps(config, dataset),
+        tools=tools or {},
     )
 
 
@@ -58,12 +74,8 @@ def plan_of(
     dataset = Dataset(
         prompts=tuple(prompts or prompts_of(*["reverse: cat"] * 10)), warnings=("odd rows",)
     )
-    preflight = run_preflight(config, dataset.prompts, *models)
     return build_plan(
-        config,
-        dataset,
-        *models,
-        preflight,
+        prepared_of(config, dataset, models),
         run_dir=run_dir or models[0].local_dir.parent / "runs" / "first",
         devices={"cpu": device} if device else None,
     )
@@ -118,14 +130,15 @@ def test_sizes(models: tuple[ResolvedModel, ResolvedModel]) -> None:
     assert plan.checkpoint_bytes == 3 * 4 * lora
     assert plan.checkpoints_bytes == 4 * plan.checkpoint_bytes
     assert plan.disk_free_bytes > 0
-    assert plan.teacher is not None
-    assert plan.teacher.parameters > plan.student.parameters
-    assert (plan.student.dtype, plan.student.quantization) == ("float32", "none")
+    student, teacher = plan.models.values()
+    assert teacher.parameters > student.parameters
+    assert (student.dtype, student.quantization) == ("float32", "none")
     names = [f"{part.model} {part.name}" for part in plan.devices[0].parts]
     assert "teacher weights" in names
     assert "student merged copy" in names
     quantised = plan_of(models, model={"quantization": "nf4", "dtype": "bfloat16"})
-    assert (quantised.student.dtype, quantised.student.quantization) == ("bfloat16", "nf4")
+    student = quantised.models["student"]
+    assert (student.dtype, student.quantization) == ("bfloat16", "nf4")
     assert "student merged copy" not in [f"{p.model} {p.name}" for p in quantised.devices[0].parts]
 
 
@@ -176,7 +189,7 @@ def test_a_full_disk_does_not_fit(
     models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("rnow.plan.plan.shutil.disk_usage", lambda _: usage(100, 99, 1))
+    monkeypatch.setattr("rnow.plan.devices.shutil.disk_usage", lambda _: usage(100, 99, 1))
     plan = plan_of(models)
     assert not plan.disk_suffices
     assert not plan.fits
@@ -194,19 +207,16 @@ def test_two_devices_are_planned_apart(
         model={"path": "student", "device": "cuda:0"}, teacher={"path": "teacher", "device": "cpu"}
     )
     dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
-    preflight = run_preflight(config, dataset.prompts, *models)
     plan = build_plan(
-        config,
-        dataset,
-        *models,
-        preflight,
+        prepared_of(config, dataset, models),
         run_dir=Path("runs/x"),
         devices={"cuda:0": card, "cpu": ROOMY},
     )
     on_card, on_cpu = plan.devices
     assert {part.model for part in on_card.parts} == {"student"}
     assert {part.model for part in on_cpu.parts} == {"teacher"}
-    assert (plan.student.quantization, plan.student.dtype) == ("nf4", "bfloat16")
+    student = plan.models["student"]
+    assert (student.quantization, student.dtype) == ("nf4", "bfloat16")
 
 
 @pytest.mark.parametrize("device", [{}, {"device": "cuda"}, {"device_map": "auto"}])
@@ -224,9 +234,8 @@ def test_one_card_under_two_names_is_one_device(
         model={"path": "student", "device": "cuda:0"}, teacher={"path": "teacher"} | device
     )
     dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
-    preflight = run_preflight(config, dataset.prompts, *models)
     plan = build_plan(
-        config, dataset, *models, preflight, run_dir=Path("runs/x"), devices={"cuda:0": card}
+        prepared_of(config, dataset, models), run_dir=Path("runs/x"), devices={"cuda:0": card}
     )
     (only,) = plan.devices
     assert {part.model for part in only.parts} == {"student", "teacher"}
@@ -254,9 +263,8 @@ def on_a_card(
             **sections,
         )
         dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
-        preflight = run_preflight(config, dataset.prompts, *models)
         return build_plan(
-            config, dataset, *models, preflight, run_dir=Path("runs/x"), devices={"cuda:0": card}
+            prepared_of(config, dataset, models), run_dir=Path("runs/x"), devices={"cuda:0": card}
         )
 
     return make
@@ -360,37 +368,18 @@ def test_turns_are_decided_by_the_conversations_of_an_agent(
         trainer={"micro_batch_tokens": 1},
     )
     dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
-    preflight = run_preflight(config, dataset.prompts, *models)
 
     def turns(size: int, tools: dict[str, Any]) -> frozenset[str]:
         card = DeviceInfo(device="cuda:0", name="a card", total_bytes=size, free_bytes=size)
         monkeypatch.setattr(plan_module, "describe_device", lambda name: card)
-        prepared: Any = SimpleNamespace(
-            config=config,
-            project=SimpleNamespace(dataset=dataset),
-            student=models[0],
-            teacher=models[1],
-            preflight=preflight,
-            tools=tools,
-        )
-        plan = build_plan(
-            config,
-            dataset,
-            *models,
-            preflight,
-            run_dir=Path("runs/x"),
-            tools=tuple(tools),
-            devices={"cuda:0": card},
-        )
+        prepared = prepared_of(config, dataset, models, tools)
+        plan = build_plan(prepared, run_dir=Path("runs/x"), devices={"cuda:0": card})
         found = taking_turns(prepared, Path("runs/x"))
         assert bool(found) == (plan.devices[0].residency == "time_shared"), "as the check said"
         return found
 
     one_answer = build_plan(
-        config,
-        dataset,
-        *models,
-        preflight,
+        prepared_of(config, dataset, models),
         run_dir=Path("runs/x"),
         devices={"cuda:0": DeviceInfo(device="cuda:0", name="", total_bytes=1, free_bytes=1)},
     )
@@ -402,7 +391,7 @@ def test_turns_are_decided_by_the_conversations_of_an_agent(
 def test_what_sleeps_needs_main_memory(
     on_a_card: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rnow.plan.plan._cpu_memory", lambda: (10**6, 10**3))
+    monkeypatch.setattr("rnow.plan.plan.cpu_memory", lambda: (10**6, 10**3))
     (warning,) = on_a_card(24, residency="time_shared").warnings
     assert "of main memory, and 1.0 kB are free" in warning
     assert on_a_card(24).warnings == ()
@@ -445,7 +434,12 @@ def test_json_holds_plain_values(models: tuple[ResolvedModel, ResolvedModel]) ->
     assert values["fits"] is False
     assert values["devices"][0]["fits"] is False
     assert values["student"]["parameters"] > 0
-    assert values["devices"][0]["parts"][0]["name"] == "weights"
+    assert values["teacher"]["path"] == "teacher"
+    assert "models" not in values
+    assert values["devices"][0]["parts"][0] == {
+        "model": "student", "name": "weights", "stage": "always", "owner": "trainer",
+        "bytes": values["devices"][0]["parts"][0]["bytes"],
+    }  # fmt: skip
 
 
 # --- on a terminal ------------------------------------------------------------------------------------------------
@@ -483,7 +477,9 @@ def test_text_from_the_config_cannot_control_the_terminal(
 ) -> None:
     plan = plan_of(models)
     hostile = replace(
-        plan, warnings=("\x1b[2J[bold]x[/bold]",), student=replace(plan.student, path="[red]\x07")
+        plan,
+        warnings=("\x1b[2J[bold]x[/bold]",),
+        models={"student": replace(plan.models["student"], path="[red]\x07")},
     )
     text = shown(hostile)
     assert "\x1b[2J" not in text

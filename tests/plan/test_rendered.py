@@ -14,7 +14,8 @@ from tests.rollout.families import render_prompt
 from rnow.config import Config
 from rnow.errors import EXIT_BAD_INPUT, DataError, InputError, ModelError
 from rnow.models.resolve import ResolvedModel, resolve_model
-from rnow.plan.rendered import Preflight, choose_window, model_limit, run_preflight
+from rnow.plan.rendered import Rendered, choose_window, model_limit, render_prompts
+from rnow.plan.roles import Models, RunModel, roles_of
 from rnow.types import Prompt
 
 IM_END = 98
@@ -61,10 +62,14 @@ class Project:
     def resolve(self, name: str) -> ResolvedModel:
         return resolve_model(name, key=f"{name}.path", base_dir=self.folder)
 
-    def preflight(self, prompts: Sequence[Prompt], config: Config | None = None) -> Preflight:
-        return run_preflight(
-            config or make_config(), prompts, self.resolve("student"), self.resolve("teacher")
-        )
+    def models(self, config: Config | None = None) -> Models:
+        roles = roles_of(config or make_config())
+        return {
+            name: RunModel(role=role, resolved=self.resolve(name)) for name, role in roles.items()
+        }
+
+    def render(self, prompts: Sequence[Prompt], config: Config | None = None) -> Rendered:
+        return render_prompts(config or make_config(), prompts, self.models(config))
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ def project(tmp_path: Path) -> Project:
 
 def test_a_good_project(project: Project) -> None:
     prompts = prompts_of("reverse: cat", "", "<|im_end|>")
-    found = project.preflight(prompts)
+    found = project.render(prompts)
     assert found.warnings == ()
     assert found.stop_ids == (IM_END,)
     assert found.vocabulary == IM_END + 1
@@ -87,14 +92,14 @@ def test_a_good_project(project: Project) -> None:
 
 def test_a_run_without_a_teacher(project: Project) -> None:
     config = Config(dataset_type="rl", model={"path": "student"}, data={"train_file": "t.jsonl"})
-    found = run_preflight(config, prompts_of("cat"), project.resolve("student"), None)
+    found = project.render(prompts_of("cat"), config)
     assert (found.stop_ids, found.vocabulary) == ((IM_END,), IM_END + 1)
 
 
 def test_different_tokenizers_end_the_run(project: Project) -> None:
     project.teacher(letters="\n" + "".join(chr(code) for code in range(33, 127)) + " ")
     with pytest.raises(ModelError, match="prompt dataset_0/0 reads differently") as caught:
-        project.preflight(prompts_of("a cat"))
+        project.render(prompts_of("a cat"))
     assert caught.value.title == "Student and teacher tokenizers differ"
 
 
@@ -102,9 +107,9 @@ def test_the_reasoning_mode_reaches_the_template(project: Project) -> None:
     template = CHATML + "{%- if enable_thinking is false %}{{- 'no thoughts' }}{%- endif %}"
     project.student(template=template)
     project.teacher(template=template)
-    plain = project.preflight(prompts_of("cat"))
+    plain = project.render(prompts_of("cat"))
     config = make_config(rollout={"reasoning_mode": "disabled"})
-    without = project.preflight(prompts_of("cat"), config)
+    without = project.render(prompts_of("cat"), config)
     assert without.longest_prompt == plain.longest_prompt + len("no thoughts")
 
 
@@ -123,7 +128,7 @@ def test_a_conversation_the_template_refuses_is_placed(project: Project) -> None
         line=57,
     )
     with pytest.raises(InputError, match="one message only") as caught:
-        project.preflight([*prompts, long])
+        project.render([*prompts, long])
     assert caught.value.where == "train.jsonl:57"
     assert caught.value.details == ("roles: system, user",)
 
@@ -134,20 +139,19 @@ def test_a_conversation_the_template_refuses_is_placed(project: Project) -> None
 def test_the_window_is_the_smallest_of_the_limits(project: Project) -> None:
     project.student(max_position_embeddings=40960)
     project.teacher(max_position_embeddings=131072)
-    student, teacher = project.resolve("student"), project.resolve("teacher")
-    assert choose_window(make_config(), student, teacher) == 32768
+    models = project.models()
+    assert choose_window(None, models) == 32768
     project.teacher(max_position_embeddings=2048)
-    assert choose_window(make_config(), student, teacher) == 2048
-    assert choose_window(make_config(), student, None) == 32768
-    config = make_config(rollout={"max_context_window": 100})
-    assert choose_window(config, student, teacher) == 100
+    assert choose_window(None, models) == 2048
+    assert choose_window(None, {"student": models["student"]}) == 32768
+    assert choose_window(100, models) == 100
 
 
 def test_a_window_beyond_a_model_is_refused(project: Project) -> None:
     project.teacher(max_position_embeddings=256)
     config = make_config(rollout={"max_context_window": 300})
     with pytest.raises(InputError, match="the teacher reads at most 256 tokens") as caught:
-        project.preflight(prompts_of("cat"), config)
+        project.render(prompts_of("cat"), config)
     assert caught.value.exit_code == EXIT_BAD_INPUT
 
 
@@ -165,9 +169,9 @@ def test_limits_are_found_under_their_other_names(tmp_path: Path) -> None:
 def test_a_prompt_may_leave_room_for_one_token_and_no_less(project: Project) -> None:
     config = make_config(rollout={"max_context_window": 64})
     fits, too_long = "x" * (63 - OVERHEAD), "x" * (64 - OVERHEAD)
-    assert project.preflight(prompts_of(fits), config).longest_prompt == 63
+    assert project.render(prompts_of(fits), config).longest_prompt == 63
     with pytest.raises(DataError) as caught:
-        project.preflight(prompts_of(fits, *[too_long] * 12), config)
+        project.render(prompts_of(fits, *[too_long] * 12), config)
     report = caught.value.render()
     assert caught.value.title == "Prompts too long"
     assert "train.jsonl:2: 64 tokens" in report
@@ -179,7 +183,7 @@ def test_a_prompt_may_leave_room_for_one_token_and_no_less(project: Project) -> 
 def test_a_prompt_that_cuts_the_answer_short_is_a_warning(project: Project) -> None:
     config = make_config(rollout={"max_context_window": 64, "max_tokens": 32})
     texts = ["x" * (32 - OVERHEAD), "x" * (33 - OVERHEAD), "x" * (40 - OVERHEAD)]
-    (warning,) = project.preflight(prompts_of(*texts), config).warnings
+    (warning,) = project.render(prompts_of(*texts), config).warnings
     assert warning == (
         "2 prompts leave less than rollout.max_tokens (32) in the window of 64 tokens; "
         "the longest (train.jsonl:3) leaves 24"
@@ -192,7 +196,7 @@ def test_a_prompt_that_cuts_the_answer_short_is_a_warning(project: Project) -> N
 def test_tokens_without_an_embedding_are_never_sampled(project: Project) -> None:
     project.student(controls=(*CONTROLS, "<|extra|>"), vocab_size=IM_END + 1)
     project.teacher(controls=(*CONTROLS, "<|extra|>"), vocab_size=128)
-    found = project.preflight(prompts_of("cat"))
+    found = project.render(prompts_of("cat"))
     assert found.vocabulary == IM_END + 1
     assert found.warnings == (
         "'student' has 99 embedding rows for 100 tokens; ids from 99 on are never sampled",
@@ -204,7 +208,7 @@ def test_a_prompt_with_a_token_that_has_no_embedding_is_refused(project: Project
     with pytest.raises(
         InputError, match="the token 98, which a model has no embedding for"
     ) as caught:
-        project.preflight(prompts_of("cat"))
+        project.render(prompts_of("cat"))
     assert caught.value.where == "train.jsonl:1"
 
 
@@ -213,15 +217,15 @@ def test_a_prompt_with_a_token_that_has_no_embedding_is_refused(project: Project
 
 def test_ten_thousand_prompts_take_seconds(project: Project) -> None:
     prompts = prompts_of(*(f"reverse: planet {row}" for row in range(10_000)))
-    project.preflight(prompts[:1])
+    project.render(prompts[:1])
     start = time.perf_counter()
-    assert len(project.preflight(prompts).prompt_token_ids) == 10_000
+    assert len(project.render(prompts).prompt_token_ids) == 10_000
     assert time.perf_counter() - start < 30  # about one on an idle machine
 
 
-def test_importing_the_checks_loads_no_torch() -> None:
+def test_importing_the_check_of_ids_loads_no_torch() -> None:
     code = (
-        "import sys, rnow.plan.rendered, rnow.plan.plan, rnow.models.ids; "
+        "import sys, rnow.models.ids; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert run([sys.executable, "-c", code], env=_environment(), check=False).returncode == 0

@@ -29,7 +29,7 @@ from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.weights import SamplingMode
 from rnow.serving.server import VllmServer
-from rnow.setup.backends import probe_reference
+from rnow.setup.vllm import probe_reference
 from rnow.types import Completion, SamplingParams
 
 VOCABULARY = 100

@@ -32,7 +32,7 @@ from rnow.sampling.vllm_probe import gap_between
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.setup.backends import probe_reference
+from rnow.setup.vllm import probe_reference
 from rnow.types import Adapter, Completion, Sample, SamplingParams
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -18,7 +18,7 @@ from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.sampling.vllm_engine import VllmEngineSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.serving.nf4 import ARGUMENT, PLUGIN
-from rnow.setup.backends import probe_reference, trainer_tolerance
+from rnow.setup.vllm import probe_reference, trainer_tolerance
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import VllmTeacher
 from rnow.teacher.vllm_server import TeacherServerSettings

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.setup.projects import MakeModel, Project
 
-from rnow.setup import backends
+from rnow.setup import models
 from rnow.types import Adapter, Completion, SamplingParams
 
 TEMPLATE = (
@@ -154,6 +154,6 @@ def script_student(
         made.append(ScriptedSampler(AutoTokenizer.from_pretrained(project.student), script))
         return made[-1]
 
-    monkeypatch.setattr(backends.TransformersSampler, "for_student", make)
-    monkeypatch.setattr(rehearse, "TransformersSampler", make)
+    monkeypatch.setattr(models.TransformersSampler, "for_student", make)
+    monkeypatch.setattr(rehearse, "answer_with", make)
     return made

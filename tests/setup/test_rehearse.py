@@ -21,6 +21,7 @@ from tests.setup.projects import Project
 
 from rnow.config import to_yaml
 from rnow.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, StopRequested
+from rnow.setup import models
 from rnow.setup import rehearse as rehearse_module
 from rnow.setup.rehearse import Rehearsal, rehearse
 
@@ -48,7 +49,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: Any) -> None:
         pytest.fail("the student was loaded")
 
-    monkeypatch.setattr(rehearse_module, "load_student", load)
+    monkeypatch.setattr(rehearse_module, "load_model", load)
 
 
 def rehearsed(
@@ -288,7 +289,7 @@ def press_ctrl_c() -> None:
 def test_ctrl_c_between_two_tokens(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     rehearsed(project, limit=1)
     before = samples(project)
-    real = rehearse_module.TransformersSampler
+    real = models.TransformersSampler
     polls = []
 
     class Pressed(real):
@@ -301,7 +302,7 @@ def test_ctrl_c_between_two_tokens(project: Project, monkeypatch: pytest.MonkeyP
 
             super().__init__(*arguments, poll=pressed, **options)
 
-    monkeypatch.setattr(rehearse_module, "TransformersSampler", Pressed)
+    monkeypatch.setattr(models, "TransformersSampler", Pressed)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(StopRequested) as caught:
         rehearsed(project, {"seed": 1}, limit=2)

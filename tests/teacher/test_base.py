@@ -11,7 +11,7 @@ import torch
 from tests.sampling.conformance import load_student, make_policy
 
 from rnow.policy.student import LoraPolicy
-from rnow.teacher.base import BaseTeacher
+from rnow.teacher.base import ReferenceTeacher
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.types import Sample
 
@@ -34,7 +34,7 @@ def student(tiny_model_dir: Callable[..., Path]) -> tuple[TransformersTeacher, L
 
 def test_it_scores_as_the_base_did_before_there_was_an_adapter(student: tuple) -> None:
     trainer, policy, before = student
-    teacher = BaseTeacher(trainer, policy.model.disable_adapter)
+    teacher = ReferenceTeacher(trainer, policy.model.disable_adapter)
     scored = asyncio.run(teacher.score([SAMPLE]))["a"].teacher_logprobs
     assert torch.equal(scored, before)
 
@@ -44,7 +44,7 @@ def test_the_adapter_is_back_and_trainable_afterwards(student: tuple) -> None:
     now = trainer.score_now([SAMPLE])["a"].teacher_logprobs
     assert not torch.allclose(now, before), "the adapter does nothing, so this test shows nothing"
     trainable = [name for name, p in policy.model.named_parameters() if p.requires_grad]
-    asyncio.run(BaseTeacher(trainer, policy.model.disable_adapter).score([SAMPLE]))
+    asyncio.run(ReferenceTeacher(trainer, policy.model.disable_adapter).score([SAMPLE]))
     assert torch.equal(trainer.score_now([SAMPLE])["a"].teacher_logprobs, now)
     assert [name for name, p in policy.model.named_parameters() if p.requires_grad] == trainable
 
@@ -61,5 +61,5 @@ def test_a_fault_while_scoring_leaves_the_adapter_on(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "score_now", broken)
         with pytest.raises(RuntimeError):
-            asyncio.run(BaseTeacher(trainer, policy.model.disable_adapter).score([SAMPLE]))
+            asyncio.run(ReferenceTeacher(trainer, policy.model.disable_adapter).score([SAMPLE]))
     assert torch.equal(trainer.score_now([SAMPLE])["a"].teacher_logprobs, now)

@@ -17,7 +17,7 @@ from rnow.config import Config, to_dict
 from rnow.models import loading
 from rnow.policy.student import LoraPolicy
 from rnow.setup.build import run
-from rnow.setup.summary import RunSummary
+from rnow.setup.facts import RunSummary
 
 
 @pytest.fixture(scope="module")

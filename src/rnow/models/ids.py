@@ -1,7 +1,7 @@
 """Model ids that look right and cannot work: the spellings of API providers. Standard library only.
 
 There is no list of allowed models. This module only refuses names that are known to lead nowhere, before anything is
-downloaded; whether a model can really be used is found out by ``rnow.models.resolve`` and the preflight.
+downloaded; whether a model can really be used is found out by ``rnow.models.resolve`` and ``rnow.plan.rendered``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from rnow.algorithm.head import Head
 from rnow.errors import ModelError, RnowError
+from rnow.models.refusal import one_line
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -96,17 +98,8 @@ def load_causal_lm(
     Raises:
         ModelError: the folder does not load as a causal LM, or its head does something we do not reproduce.
     """
-    from safetensors import SafetensorError
-
     quiet_libraries()
-    from transformers import AutoModelForCausalLM
-
-    arguments: dict[str, Any] = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": True,
-        "local_files_only": True,
-    }
+    arguments: dict[str, object] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if quantization != "none":
@@ -114,20 +107,7 @@ def load_causal_lm(
         arguments["device_map"] = {"": device}
     if device_map is not None:
         arguments["device_map"] = device_map
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(local_dir), **arguments)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{local_dir.name} does not fit on {device}",
-            why=str(error).splitlines()[0],
-            fix="load it quantised (quantization: nf4), or on more cards (teacher.device_map: auto)",
-        ) from error
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(
-            f"{local_dir.name} does not load as a causal language model",
-            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            fix="check the folder with AutoModelForCausalLM.from_pretrained, or name another model",
-        ) from error
+    model = _from_pretrained(local_dir, device, arguments)
     if "device_map" not in arguments:
         model = model.to(device)
     _keep_nf4_layout(model)
@@ -136,6 +116,28 @@ def load_causal_lm(
     loaded = take_apart(model, vocabulary=vocabulary, quantization=quantization)
     _probe_head(loaded, local_dir)
     return loaded
+
+
+def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[str, object]) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(local_dir), use_safetensors=True, local_files_only=True, **arguments
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{local_dir.name} does not fit on {device}",
+            why=one_line(error),
+            fix="load it quantised (quantization: nf4), or on more cards (teacher.device_map: auto)",
+        ) from error
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"{local_dir.name} does not load as a causal language model",
+            why=one_line(error),
+            fix="check the folder with AutoModelForCausalLM.from_pretrained, or name another model",
+        ) from error
 
 
 def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "none") -> CausalLM:
@@ -167,16 +169,15 @@ def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "non
     )
 
 
-def _logit_scale(config: Any) -> float:
+def _logit_scale(config: object) -> float:
     """Cohere multiplies the logits by ``logit_scale``; Granite divides them by ``logits_scaling``."""
-    if getattr(config, "logit_scale", None):
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / float(config.logits_scaling)
-    return 1.0
+    if factor := getattr(config, "logit_scale", None):
+        return float(factor)
+    divisor = getattr(config, "logits_scaling", None)
+    return 1.0 / float(divisor) if divisor else 1.0
 
 
-def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> object:
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":

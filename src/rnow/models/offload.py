@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ class Offload:
 
     @torch.no_grad()
     def sleep(self) -> None:
-        """Move everything to main memory. What is there already stays. A failure in between leaves each tensor either here
+        """Move everything to main memory. What is in main memory already stays. A failure in between leaves each tensor either here
         or there, so that ``wake`` and ``sleep`` can still be called."""
         away = {id(tensor) for tensor, _ in self._moved}
         live = list(self._live())
@@ -135,13 +134,13 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def release_cached_memory() -> None:
-    """Give what torch holds and nobody uses back to the card, where another process can take it."""
+    """Give what torch holds unused back to the card, where another process can take it."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-def _attached(owner: Any) -> Iterator[Tensor]:
+def _attached(owner: object) -> Iterator[Tensor]:
     for name in _ATTACHED:
         value = vars(owner).get(name) if hasattr(owner, "__dict__") else None
         if isinstance(value, Tensor):

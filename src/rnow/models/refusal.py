@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rnow.errors import ModelError
 from rnow.models.ids import role_of
@@ -52,7 +51,7 @@ def adapter_refused(refusal: Refusal) -> ModelError:
     )
 
 
-def read_json(file: Path, refusal: Refusal) -> dict[str, Any]:
+def read_json(file: Path, refusal: Refusal) -> dict[str, object]:
     """A model's JSON file, or ModelError."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

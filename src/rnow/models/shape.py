@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from rnow.errors import ModelError
+from rnow.models.refusal import one_line
 from rnow.models.resolve import ResolvedModel
+
+# What transformers raises for a configuration that it cannot build from, depending on what is odd in it.
+_NOT_A_MODEL = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +49,11 @@ class ModelShape:
 
 
 def measure(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> ModelShape:
-    """Build the model without weights and read off its sizes. Imports torch; takes well under a second after that.
+    """Build the model without weights and read off its sizes; takes well under a second.
 
     Raises:
         ModelError: the configuration is not one of a causal language model.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -56,19 +62,10 @@ def measure(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> Mode
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-    ) as error:
-        text = str(error).strip()
+    except _NOT_A_MODEL as error:
         raise ModelError(
             f"'{resolved.path}' is not a causal language model that transformers can build",
-            why=text.splitlines()[0] if text else type(error).__name__,
+            why=one_line(error),
             fix="name a model whose config.json has an architecture ending in ForCausalLM",
         ) from error
     return shape_of(model)
@@ -100,9 +97,8 @@ def shape_of(model: Any) -> ModelShape:
     )
 
 
-def _linear_shape(module: Any) -> tuple[int, int] | None:
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of the layer kinds that PEFT's "all-linear" adapts."""
-    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):

@@ -8,7 +8,7 @@ import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from rnow.errors import ModelError
 from rnow.models.refusal import Refusal, one_line, read_json, shorten
@@ -86,7 +86,7 @@ def check_safetensors(file: Path, refusal: Refusal) -> int:
     return size
 
 
-def _header_fault(prefix: bytes, stream: Any, size: int) -> str | None:
+def _header_fault(prefix: bytes, stream: BinaryIO, size: int) -> str | None:
     if len(prefix) < 8:
         return f"it has {size} bytes, too few for a header"
     (length,) = struct.unpack("<Q", prefix)

@@ -6,16 +6,20 @@ so a run usually stays below them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
+from rnow.models.loading import Quantization
 from rnow.models.shape import ModelShape
+from rnow.plan.roles import STUDENT
 from rnow.training.residency import Part
 
 Stage = Literal["always", "sampling", "teacher", "update"]
 Residence = Literal["resident", "time_shared"]
-Quantization = Literal["none", "nf4", "int8"]
+Kind = Literal["loaded", "engine weights", "engine cache"]
+"""Held by this process; by a vLLM, which keeps it in main memory while it sleeps; by a vLLM, which gives it up then."""
 
 FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -32,17 +36,27 @@ ENGINE_ASLEEP = 1.5e9
 LAYER_NORM_COPIES = 6
 """Hidden-state sized tensors that a block keeps for its backward pass beside the linear layers' inputs and outputs."""
 
-
-_STAGE_OF: dict[Part, Stage] = {"sampler": "sampling", "teacher": "teacher", "trainer": "update"}
+_STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "teacher": "teacher", "trainer": "update"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMemory:
-    """One model and how it is stored. ``width`` is bytes of an unquantised number."""
+    """One model and how it is stored.
 
+    Attributes:
+        key, serving_key: the config sections of its role.
+        part: who has the card while it answers or scores.
+        width: bytes of an unquantised number.
+        engine: bytes that a vLLM takes for its weights and caches: 0 where a server elsewhere holds it, None without one.
+    """
+
+    key: str
+    serving_key: str
+    part: Part
     shape: ModelShape
     width: int
     quantization: Quantization
+    engine: int | None = None
 
     @property
     def weight_bytes(self) -> float:
@@ -59,7 +73,7 @@ class MemorySettings:
     """Everything that memory depends on.
 
     Attributes:
-        student, teacher: the two models; a run without a teacher has None.
+        models: by role, the student first.
         rank: of the adapter.
         rollouts: sequences sampled in one step.
         prompt_tokens: tokens of the longest prompt.
@@ -69,12 +83,9 @@ class MemorySettings:
         gradient_checkpointing: activations are recomputed, only block inputs are kept.
         cache_budget: bytes of the sampler's caches in one sub-batch.
         head_buffer: bytes of one chunk of logits.
-        engine: bytes vLLM takes for the student's weights and caches, or None with the embedded sampler.
-        teacher_engine: the same for the teacher, or None with a teacher in this process.
     """
 
-    student: ModelMemory
-    teacher: ModelMemory | None
+    models: Mapping[str, ModelMemory]
     rank: int
     rollouts: int
     prompt_tokens: int
@@ -84,8 +95,11 @@ class MemorySettings:
     gradient_checkpointing: bool
     cache_budget: int
     head_buffer: int
-    engine: int | None = None
-    teacher_engine: int | None = None
+
+    @property
+    def student(self) -> ModelMemory:
+        """The model that is trained."""
+        return self.models[STUDENT]
 
     @property
     def sequence_tokens(self) -> int:
@@ -101,59 +115,83 @@ class MemorySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPart:
-    """One line of the plan: whose, what, when it is held, its bytes, and who leaves the card with it."""
+    """One line of the plan: whose, what, when it is held, its bytes, who leaves the card with it, and what becomes of it
+    then. ``model`` is a role."""
 
-    model: Literal["student", "teacher"]
+    model: str
     name: str
     stage: Stage
     bytes: int
     owner: Part
+    kind: Kind = "loaded"
 
 
 def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
     """Every part of the run's memory, in the order of the plan."""
-    student, teacher = settings.student, settings.teacher
-    lora = student.shape.lora_parameters(settings.rank) * FLOAT32
     parts: list[MemoryPart] = []
-
-    def add(
-        model: Literal["student", "teacher"],
-        name: str,
-        stage: Stage,
-        amount: float,
-        owner: Part | None = None,
-    ) -> None:
-        whose: Part = owner or ("trainer" if model == "student" else "teacher")
-        size = round(amount)
-        parts.append(MemoryPart(model=model, name=name, stage=stage, bytes=size, owner=whose))
-
-    def add_engine(model: Literal["student", "teacher"], total: int, owner: Part) -> None:
-        memory = student if model == "student" else teacher
-        if total and memory is not None:
-            add(model, "vLLM weights", "always", memory.weight_bytes, owner)
-            add(model, "vLLM KV cache", "always", engine_cache(memory, total, settings), owner)
-            add(model, "vLLM buffers", "always", ENGINE_WORK, owner)
-
-    add("student", "weights", "always", student.weight_bytes)
-    if settings.engine is not None:
-        add_engine("student", settings.engine, "sampler")
-    elif student.quantization == "none" and student.width == FLOAT32:
-        # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
-        add("student", "merged copy", "always", student.shape.linear_parameters * FLOAT32)
-    add("student", "adapter", "always", lora)
-    add("student", "optimizer", "always", 2 * lora)
-    if settings.engine is None:
-        add("student", "sampling cache", "sampling", _cache_bytes(settings))
-    add("student", "gradients", "update", lora)
-    add("student", "activations", "update", _training_activations(settings))
-    add("student", "head buffers", "update", _head_bytes(student, settings))
-    if teacher is not None and settings.teacher_engine is not None:
-        add_engine("teacher", settings.teacher_engine, "teacher")
-    elif teacher is not None:
-        add("teacher", "weights", "always", teacher.weight_bytes)
-        add("teacher", "activations", "teacher", _scoring_activations(teacher, settings))
-        add("teacher", "head buffers", "teacher", _head_bytes(teacher, settings))
+    for role, model in settings.models.items():
+        if role == STUDENT:
+            parts += _trainer_parts(role, model, settings)
+        elif model.engine is not None:
+            parts += _engine_parts(role, model, settings)
+        else:
+            parts += _scoring_parts(role, model, settings)
     return parts
+
+
+def with_nf4(settings: MemorySettings, role: str) -> MemorySettings:
+    """The same with one model in 4 bits."""
+    changed = replace(settings.models[role], quantization="nf4")
+    return replace(settings, models={**settings.models, role: changed})
+
+
+def _part(
+    model: str, owner: Part, name: str, stage: Stage, amount: float, kind: Kind = "loaded"
+) -> MemoryPart:
+    return MemoryPart(
+        model=model, name=name, stage=stage, bytes=round(amount), owner=owner, kind=kind
+    )
+
+
+def _trainer_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
+    part = partial(_part, role, "trainer")
+    lora = model.shape.lora_parameters(settings.rank) * FLOAT32
+    parts = [part("weights", "always", model.weight_bytes)]
+    if model.engine is not None:
+        parts += _engine_parts(role, model, settings)
+    elif model.quantization == "none" and model.width == FLOAT32:
+        # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
+        parts.append(part("merged copy", "always", model.shape.linear_parameters * FLOAT32))
+    parts += [part("adapter", "always", lora), part("optimizer", "always", 2 * lora)]
+    if model.engine is None:
+        parts.append(part("sampling cache", "sampling", _cache_bytes(settings)))
+    return [
+        *parts,
+        part("gradients", "update", lora),
+        part("activations", "update", _training_activations(settings)),
+        part("head buffers", "update", _head_bytes(model, settings)),
+    ]
+
+
+def _scoring_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
+    part = partial(_part, role, model.part)
+    return [
+        part("weights", "always", model.weight_bytes),
+        part("activations", "teacher", _scoring_activations(model, settings)),
+        part("head buffers", "teacher", _head_bytes(model, settings)),
+    ]
+
+
+def _engine_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
+    if not model.engine:
+        return []
+    part = partial(_part, role, model.part)
+    cache = engine_cache(model, model.engine, settings)
+    return [
+        part("vLLM weights", "always", model.weight_bytes, "engine weights"),
+        part("vLLM KV cache", "always", cache, "engine cache"),
+        part("vLLM buffers", "always", ENGINE_WORK, "engine cache"),
+    ]
 
 
 def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
@@ -168,13 +206,12 @@ def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
 def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
     """The same where the parts in ``turns`` are on the card one at a time; the others are always there."""
     found: list[tuple[int, Stage]] = []
-    for owner, own_stage in _STAGE_OF.items():
-        if owner not in turns or all(part.owner != owner for part in parts):
-            continue
+    owners: set[Part] = {part.owner for part in parts}
+    for owner in owners.intersection(turns):
         there = [part for part in parts if part.owner == owner or part.owner not in turns]
         most, stage = peak(there)
         if all(part.stage == "always" for part in there):
-            stage = own_stage
+            stage = _STAGE_OF[owner]
         found.append((most + _asleep(parts, turns, owner), stage))
     return max(found, default=peak(parts))
 
@@ -185,7 +222,7 @@ def least(parts: Sequence[MemoryPart], turns: Collection[Part] = ()) -> int:
 
 
 def _asleep(parts: Sequence[MemoryPart], turns: Collection[Part], awake: Part) -> int:
-    engines = {part.owner for part in parts if part.name.startswith("vLLM")}
+    engines = {part.owner for part in parts if part.kind != "loaded"}
     return round(ENGINE_ASLEEP * len((engines & set(turns)) - {awake}))
 
 
@@ -211,7 +248,7 @@ def savings(
     """Settings that would lower the peak on a device, with the peak each gives alone; the largest saving first.
 
     Args:
-        models: which models the device holds, ``student`` and/or ``teacher``.
+        models: the roles whose models the device holds.
         turns: the parts that are there one at a time.
     """
 
@@ -227,12 +264,10 @@ def savings(
 
 def _alternatives(settings: MemorySettings) -> list[tuple[str, MemorySettings]]:
     options: list[tuple[str, MemorySettings]] = []
-    if settings.teacher is not None and settings.teacher.quantization != "nf4":
-        teacher = replace(settings.teacher, quantization="nf4")
-        options.append(("teacher.quantization: nf4", replace(settings, teacher=teacher)))
-    if settings.student.quantization != "nf4":
-        student = replace(settings.student, quantization="nf4")
-        options.append(("model.quantization: nf4", replace(settings, student=student)))
+    for role in reversed([*settings.models]):  # the student last: it is what the run is for
+        model = settings.models[role]
+        if model.quantization != "nf4":
+            options.append((f"{model.key}.quantization: nf4", with_nf4(settings, role)))
     if not settings.gradient_checkpointing:
         options.append(
             ("trainer.gradient_checkpointing: true", replace(settings, gradient_checkpointing=True))

@@ -12,14 +12,12 @@ from rnow.config import Config, refuse_reserved
 from rnow.disk.folder import RunFolder, choose_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
-from rnow.models.loading import choose_device
 from rnow.models.resolve import ResolvedModel, resolve_model
-from rnow.plan.choices import dtype_name, sampler_backend, sampler_format, teacher_backend
-from rnow.plan.rendered import Preflight, place_of, run_preflight
+from rnow.plan.rendered import Rendered, ToolSchemas, place_of, render_prompts
+from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
 from rnow.project.dataset import Dataset
 from rnow.project.project import Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
-from rnow.rollout.rendering import ToolDescription
 from rnow.serving.nf4 import require_nf4
 from rnow.tools.build import list_tools
 from rnow.usercode.sandbox import check_sandbox
@@ -27,21 +25,32 @@ from rnow.usercode.sandbox import check_sandbox
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A project that passed its checks. ``num_steps`` is 0 when nothing is to be trained (``rnow test``); ``tools`` are
-    what the student can call, by name; ``sandboxed``: ``tools`` and ``rewards``, as far as one of
-    them has ``sandbox=True``; ``images`` that rows name, each with the place of the first; ``notices``: where those run."""
+    """A project that passed its checks.
+
+    Attributes:
+        models: by role, the student first; the student alone when nothing is to be trained (``rnow test``).
+        num_steps: 0 when nothing is to be trained.
+        tools: what the student can call, by name.
+        sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
+        images: those that rows name, each with the place of the first.
+        notices: where what is sandboxed runs.
+    """
 
     config: Config
     project: Project
-    student: ResolvedModel
-    teacher: ResolvedModel | None
-    preflight: Preflight
+    models: Models
+    rendered: Rendered
     num_steps: int
-    tools: Mapping[str, ToolDescription]
+    tools: ToolSchemas
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     warn: Callable[[str], None] = lambda text: None
+
+    @property
+    def student(self) -> RunModel:
+        """The model that is trained."""
+        return self.models[STUDENT]
 
     def secret(self, name: str) -> str | None:
         """A value of the project's ``.env``, else of the environment."""
@@ -72,12 +81,11 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     """
     refuse_reserved(config)
     _check_served(config)
-    _check_nf4(config)
-    check_model_id(config.model.path, key="model.path", where="model.path", base_dir=folder)
-    if config.teacher is not None:
-        check_model_id(
-            config.teacher.path, key="teacher.path", where="teacher.path", base_dir=folder
-        )
+    roles = roles_of(config)
+    _check_nf4(roles)
+    for role in roles.values():
+        key = f"{role.key}.path"
+        check_model_id(role.section.path, key=key, where=key, base_dir=folder)
     listed = None
     if is_agentic(folder, config):
         listed = list_tools(config, folder, load_secrets(folder))
@@ -91,40 +99,36 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     if training:
         num_steps = count_steps(config, dataset)
         _check_evals(config, held_out=len(dataset.held_out))
-    student = resolve_model(
-        config.model.path,
-        key="model.path",
-        where="model.path",
-        base_dir=folder,
-        revision=config.model.revision,
-        weights=weights,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    teacher = None
-    if training and config.teacher is not None:
-        teacher = resolve_model(
-            config.teacher.path,
-            key="teacher.path",
-            where="teacher.path",
-            base_dir=folder,
-            revision=config.teacher.revision,
-            weights=weights and config.teacher.url is None,
-            trust_remote_code=config.teacher.trust_remote_code,
-        )
-    preflight = run_preflight(
-        config, [*dataset.prompts, *dataset.held_out], student, teacher, tools
-    )
+    models = {
+        name: RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
+        for name, role in roles.items()
+        if training or role.trained
+    }
     return Prepared(
         config=config,
         project=project,
-        student=student,
-        teacher=teacher,
-        preflight=preflight,
+        models=models,
+        rendered=render_prompts(config, [*dataset.prompts, *dataset.held_out], models, tools),
         num_steps=num_steps,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
+    )
+
+
+def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
+    section, key = role.section, f"{role.key}.path"
+    # Of a model that only a server elsewhere holds, the tokenizer is enough.
+    wanted = weights and (role.trained or role.serving.url is None)
+    return resolve_model(
+        section.path,
+        key=key,
+        where=key,
+        base_dir=folder,
+        revision=section.revision,
+        weights=wanted,
+        trust_remote_code=section.trust_remote_code,
     )
 
 
@@ -157,18 +161,13 @@ def _check_served(config: Config) -> None:
         )
 
 
-def _check_nf4(config: Config) -> None:
+def _check_nf4(roles: Mapping[str, Role]) -> None:
     """Weights in 4 bits that a vLLM of ours could not load."""
-    if sampler_backend(config) == "vllm" and config.sampler.url is None and find_spec("vllm"):
-        quantization, dtype = sampler_format(config)
-        if quantization == "nf4":
-            require_nf4("sampler.quantization", dtype=dtype)
-    teacher = config.teacher
-    if teacher is None or teacher_backend(teacher) == "transformers" or teacher.url is not None:
-        return
-    if teacher.quantization == "nf4" and find_spec("vllm"):
-        dtype = dtype_name(teacher.dtype, choose_device(teacher.device))
-        require_nf4("teacher.quantization", dtype=dtype)
+    for role in roles.values():
+        if role.starts_vllm and find_spec("vllm"):
+            quantization, dtype = role.serving_format
+            if quantization == "nf4":
+                require_nf4(f"{role.serving_key}.quantization", dtype=dtype)
 
 
 def _check_evals(config: Config, *, held_out: int) -> None:

@@ -1,31 +1,30 @@
-"""What can be found out about a run without loading a weight: tokenizers, stop ids, window, prompts."""
+"""What a run renders and counts without loading a weight: tokenizers, stop ids, window, prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from rnow.config import Config
 from rnow.errors import InputError
 from rnow.models.refusal import one_line
-from rnow.models.resolve import ResolvedModel
 from rnow.models.tokenizer import (
+    TokenizerAgreement,
     compare_tokenizers,
+    config_value,
     encode_texts,
     load_tokenizer,
-    read_config,
     require_chat_template,
     stop_token_ids,
     vocabulary_size,
 )
+from rnow.plan.roles import STUDENT, Models, RunModel, teachers_of
 from rnow.project.dataset import oversized_rows_error
+from rnow.protocols import Tokenizer
 from rnow.rollout.environment import Dialogue, load_dialogue
 from rnow.rollout.rendering import ToolDescription, render_text
 from rnow.types import Prompt
-
-if TYPE_CHECKING:
-    from rnow.config import Config
 
 ToolSchemas = Mapping[str, ToolDescription]
 """Name of a tool -> its description as chat templates take it, in the order in which they are shown."""
@@ -43,20 +42,20 @@ _LIMIT_KEYS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preflight:
-    """The findings, used by the plan and by the run itself.
+class Rendered:
+    """The run's prompts as the student reads them, used by the plan and by the run itself.
 
     Attributes:
         tokenizer: the student's HuggingFace tokenizer.
         stop_ids: every id that ends the student's turn.
-        vocabulary: ids that both models know; at or above it are padding rows.
+        vocabulary: ids that all models know; at or above it are padding rows.
         window: tokens of a whole conversation.
         prompt_token_ids: prompt id -> its rendered ids, so that the run need not render again.
         dialogues: the tools a prompt may use, by name -> how they are shown and called; empty without tools.
         warnings: what the user should know, each one sentence.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     vocabulary: int
     window: int
@@ -70,19 +69,15 @@ class Preflight:
         return max(map(len, self.prompt_token_ids.values()), default=0)
 
 
-def run_preflight(
-    config: Config,
-    prompts: Sequence[Prompt],
-    student: ResolvedModel,
-    teacher: ResolvedModel | None,
-    tools: ToolSchemas | None = None,
-) -> Preflight:
-    """Check the models against each other and every prompt against the window.
+def render_prompts(
+    config: Config, prompts: Sequence[Prompt], models: Models, tools: ToolSchemas | None = None
+) -> Rendered:
+    """Render and encode every prompt, and check the models against each other and the prompts against the window.
 
     Args:
         prompts: all prompts of the run, training and held out.
+        models: with their tokenizer files on this machine; weights are not read.
         tools: what the student can call, by name; None for a run without tools.
-        student, teacher: with their tokenizer files on this machine; weights are not read.
 
     Raises:
         ModelError: the tokenizers or end-of-turn ids differ, or the student has no chat template.
@@ -90,53 +85,28 @@ def run_preflight(
         InputError: the window is larger than a model's limit, a prompt does not fit the chat template, or that template
             cannot show or answer tools.
     """
-    tokenizer = load_tokenizer(student, trust_remote_code=config.model.trust_remote_code)
-    require_chat_template(tokenizer, path=student.path, key="model.path")
-    window = choose_window(config, student, teacher)
+    student = models[STUDENT]
+    tokenizer = _load_tokenizer(student)
+    require_chat_template(tokenizer, path=student.resolved.path, key=f"{student.role.key}.path")
+    window = choose_window(config.rollout.max_context_window, models)
     mode = config.rollout.reasoning_mode
     texts = _render(tokenizer, prompts, mode, tools)
     ids = encode_texts(tokenizer, list(texts.values()))
-    warnings: list[str] = []
 
-    if teacher is None or config.teacher is None:
-        vocabulary = vocabulary_size(tokenizer)
-        stops = stop_token_ids(tokenizer, student.local_dir)
-    else:
-        agreement = compare_tokenizers(
-            tokenizer,
-            load_tokenizer(teacher, trust_remote_code=config.teacher.trust_remote_code),
-            texts,
-            student_dir=student.local_dir,
-            teacher_dir=teacher.local_dir,
-            conversations=[prompt.messages for prompt in prompts[:TEMPLATE_SAMPLES]],
-            student_ids=ids,
-            reasoning_mode=mode,
-            tools=None if tools is None else list(tools.values()),
-        )
-        vocabulary, stops = agreement.vocabulary, agreement.stop_token_ids
-        warnings += agreement.warnings
-
-    vocabulary = _cut_to_rows(vocabulary, student, teacher, warnings)
-    dialogues = {
-        names: load_dialogue(
-            tokenizer,
-            [tools[name] for name in names],
-            stop_token_ids=stops,
-            reasoning_mode=mode,
-        )
-        for names in dict.fromkeys(tool_names(prompt, tools) for prompt in prompts)
-        if tools is not None and names
-    }
+    found = _compare(tokenizer, models, prompts, texts, ids, mode, tools)
+    warnings = [*found.warnings]
+    vocabulary = _cut_to_rows(found.vocabulary, models, warnings)
     token_ids = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
+    dialogues = _load_dialogues(tokenizer, prompts, tools or {}, found.stop_token_ids, mode)
     _check_known(prompts, token_ids, vocabulary)
-    warnings += _check_window(config, prompts, token_ids, window)
+    warnings += _check_window(config.rollout.max_tokens, prompts, token_ids, window)
     if mode is not None and prompts and _ignores_reasoning(tokenizer, prompts[0]):
         warnings.append(
             f"rollout.reasoning_mode {mode} has no effect: the student's chat template knows no such switch"
         )
-    return Preflight(
+    return Rendered(
         tokenizer=tokenizer,
-        stop_ids=stops,
+        stop_ids=found.stop_token_ids,
         vocabulary=vocabulary,
         window=window,
         prompt_token_ids=token_ids,
@@ -145,35 +115,91 @@ def run_preflight(
     )
 
 
+def _load_tokenizer(model: RunModel) -> Tokenizer:
+    return load_tokenizer(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
+
+
+def _compare(
+    tokenizer: Tokenizer,
+    models: Models,
+    prompts: Sequence[Prompt],
+    texts: Mapping[str, str],
+    ids: Sequence[Sequence[int]],
+    mode: str | None,
+    tools: ToolSchemas | None,
+) -> TokenizerAgreement:
+    """What the student and all its teachers agree on; the student's own where there is no teacher."""
+    student_dir = models[STUDENT].resolved.local_dir
+    vocabulary, stops = vocabulary_size(tokenizer), {*stop_token_ids(tokenizer, student_dir)}
+    warnings: list[str] = []
+    for teacher in teachers_of(models):
+        agreement = compare_tokenizers(
+            tokenizer,
+            _load_tokenizer(teacher),
+            texts,
+            student_dir=student_dir,
+            teacher_dir=teacher.resolved.local_dir,
+            conversations=[prompt.messages for prompt in prompts[:TEMPLATE_SAMPLES]],
+            student_ids=ids,
+            reasoning_mode=mode,
+            tools=None if tools is None else list(tools.values()),
+            where=f"{teacher.role.key}.path",
+        )
+        vocabulary = min(vocabulary, agreement.vocabulary)
+        stops.update(agreement.stop_token_ids)
+        warnings += agreement.warnings
+    return TokenizerAgreement(
+        vocabulary=vocabulary, stop_token_ids=tuple(sorted(stops)), warnings=tuple(warnings)
+    )
+
+
+def _load_dialogues(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    tools: ToolSchemas,
+    stops: tuple[int, ...],
+    mode: str | None,
+) -> dict[tuple[str, ...], Dialogue]:
+    """One for each set of tools that prompts may use."""
+    used = dict.fromkeys(tool_names(prompt, tools) for prompt in prompts)
+    return {
+        names: load_dialogue(
+            tokenizer,
+            [tools[name] for name in names],
+            stop_token_ids=stops,
+            reasoning_mode=mode,
+        )
+        for names in used
+        if names
+    }
+
+
 def tool_names(prompt: Prompt, tools: ToolSchemas | None) -> tuple[str, ...]:
     """The tools that this prompt may use: those its row names, else all, in the order of ``tools``."""
     allowed = prompt.tools
     return tuple(name for name in tools or () if allowed is None or name in allowed)
 
 
-def _ignores_reasoning(tokenizer: Any, prompt: Prompt) -> bool:
+def _ignores_reasoning(tokenizer: Tokenizer, prompt: Prompt) -> bool:
     """Whether the template renders the same text with thinking on, off, and unsaid."""
     modes = (None, "none", "low", "high")
     return len({render_text(tokenizer, prompt.messages, reasoning_mode=m) for m in modes}) == 1
 
 
-def choose_window(config: Config, student: ResolvedModel, teacher: ResolvedModel | None) -> int:
-    """Tokens of a whole conversation: the configured window, or the smallest of 32768 and both models' limits.
+def choose_window(asked: int | None, models: Models) -> int:
+    """Tokens of a whole conversation: the configured window, or the smallest of 32768 and the models' limits.
 
     Raises:
         InputError: the configured window is larger than a model's limit.
     """
-    limits = {"the student": model_limit(student.local_dir)}
-    if teacher is not None:
-        limits["the teacher"] = model_limit(teacher.local_dir)
-    known = {role: limit for role, limit in limits.items() if limit is not None}
-    asked = config.rollout.max_context_window
+    limits = {name: model_limit(model.resolved.local_dir) for name, model in models.items()}
+    known = {name: limit for name, limit in limits.items() if limit is not None}
     if asked is None:
         return min([DEFAULT_WINDOW, *known.values()])
-    for role, limit in known.items():
+    for name, limit in known.items():
         if asked > limit:
             raise InputError(
-                f"rollout.max_context_window is {asked}, but {role} reads at most {limit} tokens",
+                f"rollout.max_context_window is {asked}, but the {name} reads at most {limit} tokens",
                 where="rollout.max_context_window",
                 fix=f"set it to {min(known.values())} or less, or leave it out",
             )
@@ -182,13 +208,7 @@ def choose_window(config: Config, student: ResolvedModel, teacher: ResolvedModel
 
 def model_limit(local_dir: Path) -> int | None:
     """The longest sequence a model was made for, from its config.json; None when that does not say."""
-    config = read_config(local_dir / "config.json")
-    for section in (config, config.get("text_config")):
-        if isinstance(section, Mapping):
-            for key in _LIMIT_KEYS:
-                if isinstance(section.get(key), int):
-                    return section[key]
-    return None
+    return config_value(local_dir, *_LIMIT_KEYS)
 
 
 def place_of(prompt: Prompt) -> str:
@@ -199,7 +219,7 @@ def place_of(prompt: Prompt) -> str:
 
 
 def _render(
-    tokenizer: Any, prompts: Sequence[Prompt], mode: str | None, tools: ToolSchemas | None
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], mode: str | None, tools: ToolSchemas | None
 ) -> dict[str, str]:
     texts: dict[str, str] = {}
     for prompt in prompts:
@@ -219,18 +239,14 @@ def _render(
     return texts
 
 
-def _cut_to_rows(
-    vocabulary: int, student: ResolvedModel, teacher: ResolvedModel | None, warnings: list[str]
-) -> int:
-    """Never more ids than either model has rows for: a token added to a tokenizer alone has no embedding."""
-    for model in (student, teacher):
-        if model is None:
-            continue
-        config = read_config(model.local_dir / "config.json")
-        rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-        if isinstance(rows, int) and rows < vocabulary:
+def _cut_to_rows(vocabulary: int, models: Models, warnings: list[str]) -> int:
+    """Never more ids than each model has rows for: a token added to a tokenizer alone has no embedding."""
+    for model in models.values():
+        rows = config_value(model.resolved.local_dir, "vocab_size")
+        if rows is not None and rows < vocabulary:
             warnings.append(
-                f"'{model.path}' has {rows} embedding rows for {vocabulary} tokens; ids from {rows} on are never sampled"
+                f"'{model.resolved.path}' has {rows} embedding rows for {vocabulary} tokens; ids from {rows} on are never "
+                "sampled"
             )
             vocabulary = rows
     return vocabulary
@@ -252,7 +268,7 @@ def _check_known(
 
 
 def _check_window(
-    config: Config,
+    cap: int | None,
     prompts: Sequence[Prompt],
     token_ids: Mapping[str, tuple[int, ...]],
     window: int,
@@ -260,7 +276,6 @@ def _check_window(
     too_long = [(p, len(token_ids[p.id])) for p in prompts if len(token_ids[p.id]) + 1 > window]
     if too_long:
         raise oversized_rows_error(too_long, window - 1)
-    cap = config.rollout.max_tokens
     tight = [p for p in prompts if cap is not None and len(token_ids[p.id]) + cap > window]
     if not tight:
         return []

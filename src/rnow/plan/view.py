@@ -10,6 +10,7 @@ from rich.text import Text
 from rnow.display.terminal import bar, escape_control
 from rnow.plan.memory import Residence, Stage
 from rnow.plan.plan import DevicePlan, ModelPlan, Plan, format_bytes
+from rnow.plan.roles import STUDENT
 
 _STAGES: dict[Stage, str] = {
     "always": "always",
@@ -48,10 +49,9 @@ def _facts(plan: Plan) -> Table:
     def row(name: str, text: str) -> None:
         table.add_row(name, Text(escape_control(text)))
 
-    row("student", _model(plan.student))
-    if plan.teacher is not None:
-        row("teacher", _model(plan.teacher))
-    share = plan.trainable_parameters / max(1, plan.student.parameters)
+    for role, model in plan.models.items():
+        row(role, _model(model))
+    share = plan.trainable_parameters / max(1, plan.models[STUDENT].parameters)
     row(
         "trainable",
         f"{_count(plan.trainable_parameters)} LoRA parameters ({share:.2%} of the student)",

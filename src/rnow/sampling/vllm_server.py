@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rnow.errors import ModelError
-from rnow.models.tokenizer import read_config
+from rnow.models.tokenizer import config_value
 from rnow.sampling.adapter_files import StoredAdapter
 from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
 from rnow.sampling.vllm_sampler import VllmSampler
@@ -194,10 +194,8 @@ def padded_ids(local_dir: Path, vocabulary: int) -> range:
     Raises:
         ModelError: config.json does not say how many rows the head has.
     """
-    config = read_config(local_dir / "config.json")
-    # A model of several parts keeps its language model's sizes in a section.
-    rows = (config | (config.get("text_config") or {})).get("vocab_size")
-    if not isinstance(rows, int):
+    rows = config_value(local_dir, "vocab_size")
+    if rows is None:
         raise ModelError(f"{local_dir / 'config.json'} names no vocab_size")
     return range(vocabulary, rows)
 

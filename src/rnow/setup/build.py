@@ -29,8 +29,16 @@ from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.setup.backends import Backends, load_backends
-from rnow.setup.facts import build_facts, closing_lines, header_lines, redacted_config
-from rnow.setup.parts import (
+from rnow.setup.evaluations import build_evaluations
+from rnow.setup.facts import (
+    RunSummary,
+    build_facts,
+    build_values,
+    closing_lines,
+    header_lines,
+    redacted_config,
+)
+from rnow.setup.usercode import (
     UserCode,
     environment_maker,
     open_user_code,
@@ -38,8 +46,6 @@ from rnow.setup.parts import (
     rollout_settings,
     single_turns,
 )
-from rnow.setup.schedule import build_evaluations
-from rnow.setup.summary import RunSummary, build_values, device_name
 from rnow.tasks import run_anywhere
 from rnow.training.loop import OnPolicy, Parts, train
 from rnow.training.recorder import Recorder
@@ -57,16 +63,7 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
         InputError: what is wrong.
     """
     prepared = prepare(config, Path(folder), weights=False)
-    return build_plan(
-        config,
-        prepared.project.dataset,
-        prepared.student,
-        prepared.teacher,
-        prepared.preflight,
-        run_dir=prepared.run_folder().path,
-        tools=tuple(prepared.tools),
-        notices=prepared.notices,
-    )
+    return build_plan(prepared, run_dir=prepared.run_folder().path)
 
 
 def run(
@@ -96,7 +93,7 @@ def run(
     )
     found = (
         prepared.project.warnings,
-        prepared.preflight.warnings,
+        prepared.rendered.warnings,
         unread_settings(config, agentic=prepared.project.agentic),
     )
     for warning in chain.from_iterable(found):
@@ -224,7 +221,7 @@ class _Run:
     def _finish(self, backends: Backends, recorder: Recorder, steps: int) -> RunSummary:
         self._display.stage("writing the adapter")
         export_adapter(backends.policy.adapter(), self._folder.adapter)
-        self._prepared.preflight.tokenizer.save_pretrained(str(self._folder.adapter))
+        self._prepared.rendered.tokenizer.save_pretrained(str(self._folder.adapter))
         counters = self._counters(recorder)
         values = build_values(
             run_dir=self._folder.path,
@@ -235,7 +232,7 @@ class _Run:
             metrics_file=self._folder.metrics,
             evaluations=recorder.evaluations(),
             facts=self._facts,
-            device=device_name(backends.student.device),
+            device=backends.student.device,
             sampler=backends.sampler_facts,
         )
         replace_json(self._folder.summary, values)
@@ -288,7 +285,7 @@ class _Run:
             # One turn tells; the tools are for the run.
             single_turns(self._prepared),
             replace(settings, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)),
-            backends.student.head.vocabulary,
+            backends.student.vocabulary,
             backends.gpu,
         )
         for note in found.notes:
@@ -298,7 +295,7 @@ class _Run:
         self._display.note(gap + kl)
 
     def _build_recorder(self) -> Recorder:
-        tokenizer = self._prepared.preflight.tokenizer
+        tokenizer = self._prepared.rendered.tokenizer
         folder = self._folder
         sinks: list[Sink] = [JsonlSink(folder.metrics, folder.evaluations, warn=self._display.note)]
         if self._config.wandb_project is not None:

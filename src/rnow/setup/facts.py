@@ -1,9 +1,13 @@
-"""What a run says of itself: in its checkpoints, and to its audience."""
+"""What a run says of itself: in its checkpoints, when it begins, and when it is done (``summary.json``)."""
 
 from __future__ import annotations
 
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from rnow.config import config_hash, to_dict
 from rnow.disk.files import map_text, sha256_of
@@ -11,26 +15,29 @@ from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import weights_fingerprint
 from rnow.plan.choices import DEFAULT_MAX_TURNS
 from rnow.plan.prepare import Prepared
+from rnow.plan.roles import TEACHER, teachers_of
 from rnow.project.project import TOOLS_FILE
 from rnow.setup.backends import Backends
-from rnow.setup.parts import redactor
-from rnow.setup.summary import device_name, versions
+from rnow.setup.usercode import redactor
+from rnow.training.evaluations import AFTER, BEFORE
+from rnow.training.evaluations import TEACHER as TEACHER_ROW
+
+_PACKAGES = ("rnow-local", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
-def build_facts(prepared: Prepared) -> dict[str, Any]:
+def build_facts(prepared: Prepared) -> dict[str, object]:
     """What every checkpoint states about its run, JSON-ready, secrets redacted."""
-    student, teacher = prepared.student, prepared.teacher
-    folder = prepared.project.folder
+    folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
+    models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
+    for role, model in prepared.models.items():
+        models |= {role: model.resolved.path, f"{role}_revision": model.resolved.revision}
     return {
         "config": redacted_config(prepared),
         "config_hash": config_hash(prepared.config),
         "seed": prepared.config.seed,
-        "student": student.path,
-        "student_revision": student.revision,
-        "teacher": None if teacher is None else teacher.path,
-        "teacher_revision": None if teacher is None else teacher.revision,
-        "student_weights": weights_fingerprint(student.local_dir),
-        "tokenizer_hash": tokenizer_hash(student.local_dir),
+        **models,
+        "student_weights": weights_fingerprint(trained),
+        "tokenizer_hash": tokenizer_hash(trained),
         "dataset_hash": prepared.project.dataset.content_hash,
         "rewards_hash": _hash_of(folder / "rewards.py"),
         "tools_hash": _hash_of(folder / TOOLS_FILE) if prepared.project.agentic else None,
@@ -43,7 +50,7 @@ def _hash_of(file: Path) -> str | None:
     return sha256_of(file) if file.is_file() else None
 
 
-def redacted_config(prepared: Prepared) -> dict[str, Any]:
+def redacted_config(prepared: Prepared) -> dict[str, object]:
     """The resolved config without the project's secrets."""
     return map_text(to_dict(prepared.config), redactor(prepared))
 
@@ -53,11 +60,12 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     config = prepared.config
     data, algorithm = config.data, config.algorithm
     student = backends.student
-    dtype = str(student.head.weight.dtype).removeprefix("torch.")
-    base = dtype if student.quantization == "none" else f"{student.quantization}, {dtype}"
+    base = student.dtype
+    if student.quantization != "none":
+        base = f"{student.quantization}, {base}"
     sampler = ", ".join(value for value in backends.sampler_facts.values() if value)
     lines = [
-        f"student: {prepared.student.name}, LoRA rank {config.model.qlora_rank}, base {base}",
+        f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
         f"teacher: {_teacher_name(prepared)}",
         f"objective: {algorithm.loss_fn}, kl_penalty_coef {algorithm.kl_penalty_coef:g}, "
         f"learning rate {config.trainer.learning_rate:g}",
@@ -65,15 +73,15 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
         f"{data.batch_size} x {data.group_size} rollouts per step, {prepared.num_steps} steps",
         f"sampler: {sampler}",
         *_tool_lines(prepared),
-        f"device: {device_name(student.device)}",
+        f"device: {student.device}",
         f"run folder: {run_dir}",
     ]
     return [*lines, f"continues: after step {done}"] if done else lines
 
 
 def _teacher_name(prepared: Prepared) -> str:
-    if prepared.teacher is not None:
-        return prepared.teacher.name
+    if teachers := teachers_of(prepared.models):
+        return ", ".join(model.resolved.name for model in teachers)
     held = prepared.config.dataset_type == "rl" and prepared.config.algorithm.kl_penalty_coef > 0
     return "none; the rewards teach, and the base model holds the student near" if held else "none"
 
@@ -93,3 +101,86 @@ def closing_lines(adapter: Path) -> list[str]:
         "    from peft import AutoPeftModelForCausalLM",
         f'    model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")',
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """The outcome of ``rnow run``. ``values`` is the content of summary.json."""
+
+    values: Mapping[str, object]
+    exit_code: int = 0
+
+    def to_dict(self) -> dict[str, object]:
+        """A plain copy of ``values``."""
+        return dict(self.values)
+
+
+def build_values(
+    *,
+    run_dir: Path,
+    adapter: Path,
+    steps: int,
+    seconds: float,
+    counters: Mapping[str, float],
+    metrics_file: Path,
+    evaluations: Sequence[Mapping[str, object]],
+    facts: Mapping[str, object],
+    device: str,
+    sampler: Mapping[str, str | None],
+) -> dict[str, object]:
+    """Collect summary.json.
+
+    ``teacher_kl`` first and last are means over the first and last tenth of the steps (at least one): a single step is
+    a handful of rollouts.
+    """
+    series = _series(metrics_file, "teacher_kl")
+    tenth = max(1, len(series) // 10)
+    last = {row["name"]: _without(row, "name") for row in evaluations}
+    return {
+        "status": "finished",
+        "run_dir": str(run_dir),
+        "adapter": str(adapter),
+        "steps": steps,
+        "wall_seconds": round(seconds, 2),
+        "completion_tokens": int(counters.get("completion_tokens", 0)),
+        "teacher_kl": {"first": _mean(series[:tenth]), "last": _mean(series[-tenth:])},
+        "evaluation": {
+            "before": last.get(BEFORE),
+            "after": last.get(AFTER),
+            "teacher": last.get(TEACHER_ROW),
+        },
+        "student": facts.get("student"),
+        "teacher": facts.get("teacher"),
+        "sampler": dict(sampler),
+        "device": device,
+        "versions": facts.get("versions"),
+        "config_hash": facts.get("config_hash"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that shape the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _series(path: Path, name: str) -> list[float]:
+    values = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        value = json.loads(line).get(name)
+        if value is not None:
+            values.append(value)
+    return values
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _without(row: Mapping[str, object], key: str) -> dict[str, object]:
+    return {name: value for name, value in row.items() if name != key}

@@ -1,48 +1,172 @@
-"""Loading the models of a run as its config says."""
+"""The models that this process holds: loaded as the config says, the student as a policy with its embedded sampler."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rnow.config import Config, ModelSection, TeacherSection
-from rnow.models.loading import CausalLM, Quantization, choose_device, choose_dtype, load_causal_lm
-from rnow.models.resolve import ResolvedModel
-from rnow.plan.choices import student_quantization
+from rnow.algorithm.policy_gradient import PolicyGradient
+from rnow.models.loading import CausalLM, load_causal_lm
+from rnow.models.offload import tensors_of
+from rnow.plan.prepare import Prepared
+from rnow.plan.roles import RunModel, dtype_name
+from rnow.policy.student import LoraPolicy, OptimizerSettings
+from rnow.sampling.transformers import TransformersSampler
+from rnow.teacher.base import ReferenceTeacher
+from rnow.teacher.transformers import TransformersTeacher
 
 if TYPE_CHECKING:
     import torch
 
 
-def load_student(config: Config, resolved: ResolvedModel, vocabulary: int) -> CausalLM:
-    """The student's frozen base."""
-    device = choose_device(config.model.device)
-    quantization = student_quantization(config, device)
-    return _load(config.model, resolved, vocabulary, device, quantization, None)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentFacts:
+    """What is said of the student that is trained, wherever its weights are.
+
+    Attributes:
+        dtype: of its unquantised numbers, ``bfloat16``.
+        quantization: how its linear layers are stored.
+        device: the device's own name, as ``device_name`` gives it.
+        vocabulary: ids that it can draw.
+    """
+
+    dtype: str
+    quantization: str
+    device: str
+    vocabulary: int
 
 
-def load_teacher_model(
-    section: TeacherSection, resolved: ResolvedModel, vocabulary: int
-) -> CausalLM:
-    """The teacher, with the head cut to the ids that both models know."""
-    device = choose_device(section.device)
-    return _load(section, resolved, vocabulary, device, section.quantization, section.device_map)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalStudent:
+    """The student in this process.
+
+    Attributes:
+        sampler: draws with the trainer's weights; None where something else draws.
+        as_teacher: scores with the student as it is now.
+        reference: scores with the student's base, as it was before training.
+    """
+
+    facts: StudentFacts
+    policy: LoraPolicy
+    sampler: TransformersSampler | None
+    as_teacher: TransformersTeacher
+    reference: ReferenceTeacher
 
 
-def _load(
-    section: ModelSection | TeacherSection,
-    resolved: ResolvedModel,
-    vocabulary: int,
-    device: torch.device,
-    quantization: Quantization,
-    device_map: str | None,
-) -> CausalLM:
+def load_model(model: RunModel, vocabulary: int) -> CausalLM:
+    """A model of the run, frozen, with its head cut to the ids that all models know."""
+    role, section = model.role, model.role.section
     return load_causal_lm(
-        resolved.local_dir,
+        model.resolved.local_dir,
         vocabulary=vocabulary,
-        dtype=choose_dtype(section.dtype, device),
-        device=device,
-        quantization=quantization,
-        device_map=device_map,
+        dtype=role.dtype,
+        device=role.device,
+        quantization=role.quantization,
+        device_map=role.device_map,
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
     )
+
+
+def build_student(
+    prepared: Prepared, student: CausalLM, poll: Callable[[], None], *, embedded: bool
+) -> LocalStudent:
+    """The policy on a loaded base, and what else works with the same weights.
+
+    Args:
+        embedded: draw with them, too.
+    """
+    # Before the policy: in merged mode it copies the base as it is before PEFT wraps it.
+    sampler = (
+        TransformersSampler.for_student(student, batch_bytes=batch_bytes(prepared), poll=poll)
+        if embedded
+        else None
+    )
+    policy = build_policy(prepared, student, poll)
+    if sampler is not None:
+        policy.take_along(lambda embedded=sampler: tensors_of(embedded.model))
+    as_teacher = score_with(prepared, student, poll)
+    return LocalStudent(
+        facts=StudentFacts(
+            dtype=dtype_name(student.head.weight.dtype),
+            quantization=student.quantization,
+            device=device_name(student.device),
+            vocabulary=student.head.vocabulary,
+        ),
+        policy=policy,
+        sampler=sampler,
+        as_teacher=as_teacher,
+        reference=ReferenceTeacher(as_teacher, policy.model.disable_adapter),
+    )
+
+
+def score_with(prepared: Prepared, lm: CausalLM, poll: Callable[[], None]) -> TransformersTeacher:
+    """A model in this process behind the Teacher protocol."""
+    return TransformersTeacher(
+        lm,
+        temperature=prepared.config.rollout.temperature,
+        micro_batch_tokens=prepared.config.trainer.micro_batch_tokens,
+        poll=poll,
+    )
+
+
+def answer_with(prepared: Prepared, lm: CausalLM, poll: Callable[[], None]) -> TransformersSampler:
+    """A model in this process behind the Sampler protocol, without an adapter."""
+    return TransformersSampler(lm, mode=None, batch_bytes=batch_bytes(prepared), poll=poll)
+
+
+def batch_bytes(prepared: Prepared) -> int | None:
+    """``sampler.batch_memory_gb`` in bytes."""
+    gigabytes = prepared.config.sampler.batch_memory_gb
+    return None if gigabytes is None else int(gigabytes * 1e9)
+
+
+def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]) -> LoraPolicy:
+    """The student's adapter, objective and optimizer as the config says."""
+    config = prepared.config
+    algorithm, trainer, model = config.algorithm, config.trainer, config.model
+    checkpointing = trainer.gradient_checkpointing
+    resolved = prepared.student.resolved
+    return LoraPolicy(
+        student,
+        rank=model.qlora_rank,
+        alpha=model.lora_alpha,
+        seed=config.seed,
+        # An adapter outlives the folder it was trained from: a local base is named by its full path.
+        base_name=str(resolved.local_dir.resolve()) if resolved.source == "local" else model.path,
+        objective=PolicyGradient(
+            loss_fn=algorithm.loss_fn,
+            kl_penalty_coef=algorithm.kl_penalty_coef,
+            reward_coef=algorithm.reward_coef,
+            kl_clamp=algorithm.kl_clamp,
+            clip_ratio_low=algorithm.clip_ratio_low,
+            clip_ratio_high=algorithm.clip_ratio_high,
+            ratio_cap=algorithm.ratio_cap,
+            temperature=config.rollout.temperature,
+        ),
+        optimizer=OptimizerSettings(
+            learning_rate=trainer.learning_rate,
+            weight_decay=trainer.weight_decay,
+            betas=(trainer.adam_beta1, trainer.adam_beta2),
+            max_grad_norm=trainer.max_grad_norm,
+            warmup_steps=trainer.warmup_steps,
+            schedule=trainer.lr_schedule,
+            total_updates=prepared.num_steps * trainer.updates_per_batch,
+            updates_per_batch=trainer.updates_per_batch,
+        ),
+        micro_batch_tokens=trainer.micro_batch_tokens,
+        gradient_checkpointing=(
+            student.device.type == "cuda" if checkpointing == "auto" else bool(checkpointing)
+        ),
+        poll=poll,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """``NVIDIA H100 80GB HBM3`` or ``cpu (2 threads)``."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,14 +17,12 @@ from rnow.disk.files import map_text, to_json
 from rnow.display.terminal import escape_control
 from rnow.errors import InputError, StopRequested
 from rnow.models.loading import quiet_libraries
-from rnow.plan.prepare import prepare
+from rnow.plan.prepare import Prepared, prepare
+from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import collect_rollouts
-from rnow.sampling.transformers import TransformersSampler
-from rnow.setup.models import load_student
-from rnow.setup.parts import (
-    UserCode,
-    batch_bytes,
+from rnow.setup.models import answer_with, load_model
+from rnow.setup.usercode import (
     environment_maker,
     open_user_code,
     redactor,
@@ -84,43 +81,20 @@ def rehearse(
         prepared = prepare(config, Path(folder), weights=True, training=False)
     target = prepared.project.folder / FOLDER
     _earlier(target)
-    dataset = prepared.project.dataset
-    order = {source.name: position for position, source in enumerate(config.data.sources)}
-    everything = sorted(
-        [*dataset.prompts, *dataset.held_out],
-        key=lambda prompt: (order[prompt.dataset], prompt.row),
-    )
-    prompts = _choose(everything, limit, rows)
+    prompts = _choose(prepared, limit, rows)
     if config.sampler.backend == "vllm" or config.sampler.url is not None:
         console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
     stop = StopFlag()
-    settings = replace(
-        rollout_settings(prepared, "test", group_size=config.data.group_size),
-        poll=stop.poll,
-    )
     with console.status("loading the student ..."):
-        student = load_student(config, prepared.student, prepared.preflight.vocabulary)
-        sampler = TransformersSampler(
-            student, mode=None, batch_bytes=batch_bytes(prepared), poll=stop.poll
-        )
-
-    async def sample() -> Scored:
-        async with open_user_code(prepared) as code:
-            return await sample_with(code)
-
-    async def sample_with(code: UserCode) -> Scored:
-        groups = await collect_rollouts(
-            prompts, sampler, environment_maker(prepared, code), settings, step=0
-        )
-        return groups, await score_rewards(groups, code.rewarder, poll=stop.poll)
-
+        student = load_model(prepared.student, prepared.rendered.vocabulary)
+        sampler = answer_with(prepared, student, stop.poll)
     redact = redactor(prepared)
     try:
         with (
             stop.watch(lambda: console.print("stopping ...")),
-            console.status(f"sampling {len(prompts)} x {settings.group_size} rollouts ..."),
+            console.status(f"sampling {len(prompts)} x {config.data.group_size} rollouts ..."),
         ):
-            groups, rewards = run_anywhere(sample())
+            groups, rewards = run_anywhere(_sample(prepared, prompts, sampler, stop.poll))
             _write(target, groups, rewards, config.evaluation.success_reward, redact)
     except StopRequested as stopped:
         stopped.why = stopped.why or "no rollout of this call was written"
@@ -134,9 +108,22 @@ def rehearse(
     return Rehearsal(folder=target, metrics=metrics)
 
 
+async def _sample(
+    prepared: Prepared, prompts: Sequence[Prompt], sampler: Sampler, poll: Callable[[], None]
+) -> Scored:
+    settings = replace(
+        rollout_settings(prepared, "test", group_size=prepared.config.data.group_size), poll=poll
+    )
+    async with open_user_code(prepared) as code:
+        groups = await collect_rollouts(
+            prompts, sampler, environment_maker(prepared, code), settings, step=0
+        )
+        return groups, await score_rewards(groups, code.rewarder, poll=poll)
+
+
 def rollout_record(
     prompt: Prompt, rollout: Rollout, reward: RewardResult | None, success_reward: float
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """One rollout in the file format of the hosted client."""
     total = None if reward is None else reward.total
     errors = [rollout.error] if rollout.error else []
@@ -159,11 +146,16 @@ def rollout_record(
     }
 
 
-def _choose(
-    prompts: Sequence[Prompt], limit: int | None, rows: Sequence[int] | None
-) -> list[Prompt]:
+def _choose(prepared: Prepared, limit: int | None, rows: Sequence[int] | None) -> list[Prompt]:
+    """The prompts to answer, in the order of the files: held out or not makes no difference here."""
+    dataset = prepared.project.dataset
+    order = [source.name for source in prepared.config.data.sources]
+    prompts = sorted(
+        [*dataset.prompts, *dataset.held_out],
+        key=lambda prompt: (order.index(prompt.dataset), prompt.row),
+    )
     if rows is None:
-        return list(prompts[:limit])
+        return prompts[:limit]
     first = [prompt for prompt in prompts if prompt.dataset == prompts[0].dataset]
     by_row = {prompt.row: prompt for prompt in first}
     if missing := [row for row in rows if row not in by_row]:
@@ -175,7 +167,7 @@ def _choose(
 
 
 def _earlier(target: Path) -> list[Path]:
-    """The files of an earlier call. Raises InputError where somebody else's would be replaced or mixed with ours."""
+    """The files of an earlier call. Raises InputError where files of another origin would be replaced or mixed in."""
     if not target.is_dir():
         if target.exists() or target.is_symlink():
             raise _in_the_way(target)
@@ -227,7 +219,7 @@ def _write(
             )
 
 
-def _shown(value: Any, redact: Redact) -> str:
+def _shown(value: object, redact: Redact) -> str:
     """Anything as text that is safe on a terminal, in rich's markup."""
     return escape(escape_control(str(map_text(value, redact))))
 

@@ -10,7 +10,7 @@ from rnow.teacher.transformers import TransformersTeacher
 from rnow.types import Sample
 
 
-class BaseTeacher:
+class ReferenceTeacher:
     """Scores with the weights that the trainer holds anyway, its adapter switched off meanwhile.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.plan.test_rendered import make_config
 
-from rnow.setup.parts import rollout_settings
+from rnow.setup.usercode import rollout_settings
 from rnow.usercode.sandbox import MAX_CONTAINERS
 
 
@@ -27,7 +27,7 @@ def test_no_more_rollouts_at_once_than_there_are_containers(
 ) -> None:
     prepared: Any = SimpleNamespace(
         config=make_config(),
-        preflight=SimpleNamespace(window=64, stop_ids=(2,)),
+        rendered=SimpleNamespace(window=64, stop_ids=(2,)),
         sandboxed=frozenset(sandboxed),
         images=images,
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rnow.config import EvalEntry
 from rnow.plan.prepare import Prepared
 from rnow.setup.backends import Backends
-from rnow.setup.parts import UserCode, environment_maker, rollout_settings
+from rnow.setup.usercode import UserCode, environment_maker, rollout_settings
 from rnow.training.evaluations import PASS_AT, Evaluations, Evaluator, Scheduled
 from rnow.training.recorder import Recorder
 

@@ -1,4 +1,4 @@
-"""Parts that training and ``rnow test`` build alike from a prepared project."""
+"""The user's tools and rewards, awake, and the episodes that call them: alike for training and ``rnow test``."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -
     rollout = prepared.config.rollout
     return RolloutSettings(
         group_size=group_size,
-        window=prepared.preflight.window,
+        window=prepared.rendered.window,
         max_tokens=rollout.max_tokens or DEFAULT_MAX_TOKENS,
-        stop_token_ids=prepared.preflight.stop_ids,
+        stop_token_ids=prepared.rendered.stop_ids,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=max(0, rollout.top_k),
@@ -41,7 +41,7 @@ def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -
         purpose=purpose,
         timeout=rollout.rollout_timeout,
         # A rollout keeps its container to its end. More than there are containers for would wait for each other: some for a
-        # container, and those that have one for the sampler, which waits for everybody.
+        # container, and those that have one for the sampler, which waits for every live rollout.
         max_live=MAX_CONTAINERS - 1 if prepared.images and "tools" in prepared.sandboxed else None,
     )
 
@@ -82,7 +82,7 @@ async def open_user_code(
                 folder,
                 secrets,
                 sandboxes=sandboxes,
-                tokenizer=prepared.preflight.tokenizer,
+                tokenizer=prepared.rendered.tokenizer,
                 log_dir=log_dir,
                 warn=prepared.warn,
             )
@@ -136,14 +136,14 @@ def _build_rewarder(
 
 def single_turns(prepared: Prepared) -> Callable[[Prompt, int], Environment]:
     """Episodes that end with the first answer, whatever tools there are."""
-    preflight = prepared.preflight
-    to_text = partial(decode, preflight.tokenizer)
-    return lambda prompt, index: SingleTurn(preflight.prompt_token_ids[prompt.id], to_text)
+    rendered = prepared.rendered
+    to_text = partial(decode, rendered.tokenizer)
+    return lambda prompt, index: SingleTurn(rendered.prompt_token_ids[prompt.id], to_text)
 
 
 def environment_maker(prepared: Prepared, code: UserCode) -> Callable[[Prompt, int], Environment]:
     """A fresh episode for a prompt and the index of its rollout."""
-    preflight, rollout = prepared.preflight, prepared.config.rollout
+    rendered, rollout = prepared.rendered, prepared.config.rollout
     without_tools, toolbox = single_turns(prepared), code.toolbox
 
     def environment(prompt: Prompt, index: int) -> Environment:
@@ -156,8 +156,8 @@ def environment_maker(prepared: Prepared, code: UserCode) -> Callable[[Prompt, i
         if code.sandboxes is not None:
             release = partial(code.sandboxes.release, context.rollout_id)
         return ToolEnvironment(
-            preflight.prompt_token_ids[prompt.id],
-            preflight.dialogues[names],
+            rendered.prompt_token_ids[prompt.id],
+            rendered.dialogues[names],
             ask,
             max_turns=rollout.max_turns or DEFAULT_MAX_TURNS,
             termination_policy=rollout.termination_policy,
@@ -170,9 +170,3 @@ def environment_maker(prepared: Prepared, code: UserCode) -> Callable[[Prompt, i
 def redactor(prepared: Prepared) -> Callable[[str], str]:
     """Takes the project's secrets out of a text."""
     return lambda text: redact(text, prepared.project.secrets)
-
-
-def batch_bytes(prepared: Prepared) -> int | None:
-    """``sampler.batch_memory_gb`` in bytes."""
-    gigabytes = prepared.config.sampler.batch_memory_gb
-    return None if gigabytes is None else int(gigabytes * 1e9)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rnow.setup.summary import build_values, versions
+from rnow.setup.facts import build_values, versions
 
 
 def values(folder: Path, kls: list[float | None], **changes: Any) -> dict[str, Any]:

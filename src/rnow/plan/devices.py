@@ -1,0 +1,86 @@
+"""What this machine has left: memory of its devices, main memory, disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """A device and its memory in bytes; ``free_bytes`` is what this process could still take."""
+
+    device: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is one CUDA card."""
+        return self.device.startswith("cuda")
+
+
+def describe_device(name: str) -> DeviceInfo:
+    """Name and memory of a torch device; any other name stands for all GPUs together."""
+    import torch
+
+    if name == "cpu" or not torch.cuda.is_available():
+        total, free = cpu_memory()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return DeviceInfo(
+            device=name, name=f"CPU, {cores} cores", total_bytes=total, free_bytes=free
+        )
+    if name.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(name)
+        title = torch.cuda.get_device_name(name)
+        return DeviceInfo(device=name, name=title, total_bytes=total, free_bytes=free)
+    cards = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+    return DeviceInfo(
+        device=name,
+        name=f"{len(cards)} GPUs",
+        total_bytes=sum(total for _, total in cards),
+        free_bytes=sum(free for free, _ in cards),
+    )
+
+
+def cpu_memory() -> tuple[int, int]:
+    """(total, available) bytes for this process: the machine's, or its container's if that is less."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    free = _meminfo_available() or page * os.sysconf("SC_AVPHYS_PAGES")
+    limit = _cgroup_number("memory.max")
+    if limit is not None and limit < total:
+        used = _cgroup_number("memory.current") or 0
+        return limit, min(free, max(0, limit - used))
+    return total, free
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes of the disk that ``folder`` is on, or will be."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _meminfo_available() -> int | None:
+    """The kernel's own figure, which counts caches it would give up."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        text = (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,168 @@
+"""The models of a run by role: which section of the config says what about each, and what ``auto`` means there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rnow.config import Config, ModelSection, SamplerSection, TeacherSection
+from rnow.models.loading import Quantization, choose_device, choose_dtype
+from rnow.models.resolve import ResolvedModel
+from rnow.plan.choices import sampler_backend, teacher_backend
+from rnow.training.residency import Part
+
+if TYPE_CHECKING:
+    import torch
+
+STUDENT = "student"
+TEACHER = "teacher"
+
+OWN_CARD = 0.9
+SHARED_CARD = 0.35
+"""vLLM's share of a card that the trainer, and perhaps the teacher, use too."""
+CARD_IN_TURNS = 0.8
+"""vLLM's share of a card that it has in turns with them: what sleeps leaves a little behind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """What the config says of one model of the run.
+
+    Attributes:
+        name: ``student`` or ``teacher``.
+        key: the config section that describes the model; ``model.path`` names the student.
+        section: that section.
+        serving_key: the config section that says what answers or scores with it.
+        serving: that section; a teacher's own.
+        backend: what answers or scores with it, ``auto`` decided.
+        device_map: its placement over several devices, if it has one.
+        part: who has the card while it answers or scores.
+    """
+
+    name: str
+    key: str
+    section: ModelSection | TeacherSection
+    serving_key: str
+    serving: SamplerSection | TeacherSection
+    backend: Literal["transformers", "vllm"]
+    device_map: str | None
+    part: Part
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run changes it: the trainer holds its weights, whatever samples from it."""
+        return self.name == STUDENT
+
+    @property
+    def starts_vllm(self) -> bool:
+        """Whether the run starts a vLLM for it, rather than loading it or asking a server that is there already."""
+        return self.backend == "vllm" and self.serving.url is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is loaded. Raises ModelError for a device that does not exist."""
+        return choose_device(self.section.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its unquantised numbers."""
+        return choose_dtype(self.section.dtype, self.device)
+
+    @property
+    def quantization(self) -> Quantization:
+        """How its weights are stored, ``auto`` decided."""
+        chosen = self.section.quantization
+        if chosen == "auto":
+            return "nf4" if self.device.type == "cuda" else "none"
+        return chosen
+
+    @property
+    def serving_format(self) -> tuple[Quantization, str]:
+        """Quantization, and dtype as vLLM spells it, in which a vLLM is to hold it: its own, unless the config says
+        otherwise."""
+        serving = self.serving
+        quantization = self.quantization if serving.quantization == "auto" else serving.quantization
+        named = self.section.dtype if serving.dtype == "auto" else serving.dtype
+        return quantization, dtype_name(choose_dtype(named, self.device))
+
+    @property
+    def card(self) -> str:
+        """Its device by one name: ``cuda`` is ``cuda:0``."""
+        name = str(self.device)
+        return "cuda:0" if name == "cuda" else name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunModel:
+    """One model of the run: its role and its files."""
+
+    role: Role
+    resolved: ResolvedModel
+
+
+Models = Mapping[str, RunModel]
+"""The models of a run by the names of their roles, the student first."""
+
+
+def roles_of(config: Config) -> dict[str, Role]:
+    """The roles of a run by name, the student first."""
+    student = Role(
+        name=STUDENT,
+        key="model",
+        section=config.model,
+        serving_key="sampler",
+        serving=config.sampler,
+        backend=sampler_backend(config),
+        device_map=None,
+        part="sampler",
+    )
+    if config.teacher is None:
+        return {STUDENT: student}
+    teacher = Role(
+        name=TEACHER,
+        key="teacher",
+        section=config.teacher,
+        serving_key="teacher",
+        serving=config.teacher,
+        backend=teacher_backend(config.teacher),
+        device_map=config.teacher.device_map,
+        part="teacher",
+    )
+    return {STUDENT: student, TEACHER: teacher}
+
+
+def teachers_of(models: Models) -> list[RunModel]:
+    """The models that judge the student."""
+    return [model for model in models.values() if not model.role.trained]
+
+
+def engine_share(role: Role, student: Role, *, time_shared: bool) -> float:
+    """The share of its card that a vLLM of ours takes: ``gpu_memory_utilization``, or its default. Spread over several
+    cards, or on another than the student's, it has them to itself."""
+    alone = role.serving.tensor_parallel_size > 1 or role.card != student.card
+    default = OWN_CARD if alone else CARD_IN_TURNS if time_shared else SHARED_CARD
+    return role.serving.gpu_memory_utilization or default
+
+
+def sharers(roles: Mapping[str, Role]) -> frozenset[Part]:
+    """The parts that hold the student's card and could leave it: the trainer, and what shares the card with it.
+
+    An embedded sampler is not one, since it draws with the trainer's weights; nor is a model that a server elsewhere holds,
+    that has another device or that is spread over several.
+    """
+    student = roles[STUDENT]
+    found: set[Part] = {"trainer"}
+    for role in roles.values():
+        by_vllm = role.backend == "vllm"
+        embedded = role.trained and not by_vllm
+        elsewhere = role.serving.url or role.device_map or role.card != student.card
+        spread = by_vllm and role.serving.tensor_parallel_size > 1
+        if not (embedded or elsewhere or spread):
+            found.add(role.part)
+    return frozenset(found)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")

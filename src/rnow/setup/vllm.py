@@ -1,0 +1,182 @@
+"""The models that vLLM serves: starting it, and asking whether it has the right weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+
+from rnow.config import TeacherSection
+from rnow.disk.folder import RunFolder
+from rnow.errors import ConfigError, ModelError
+from rnow.models.loading import CausalLM, take_apart
+from rnow.plan.prepare import Prepared
+from rnow.plan.roles import RunModel, dtype_name, engine_share
+from rnow.protocols import Sampler
+from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_probe import MAX_PROBE_TOKENS, Reference, tolerance_of
+from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_server import VllmServerSampler, padded_ids
+from rnow.sampling.vllm_settings import VllmSettings
+from rnow.teacher.transformers import TransformersTeacher
+from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
+from rnow.teacher.vllm_sampler import VllmTeacherSampler
+from rnow.teacher.vllm_server import Asking, TeacherServerSettings
+
+
+def start_vllm_sampler(
+    prepared: Prepared, run_folder: RunFolder, stack: ExitStack, *, time_shared: bool
+) -> VllmSampler:
+    """The vLLM that draws from the student, starting or started; ``stack`` closes it."""
+    sampler = build_vllm_sampler(prepared, run_folder, time_shared=time_shared)
+    stack.callback(sampler.close)
+    started = sampler.start()
+    if prepared.student.role.device.type == "cuda":
+        # vLLM measures what is free on the card while it starts: no other model may be loading meanwhile.
+        started.result()
+    return sampler
+
+
+def build_vllm_sampler(
+    prepared: Prepared, run_folder: RunFolder, *, time_shared: bool = False
+) -> VllmSampler:
+    """The vLLM sampler of the config; nothing is started yet.
+
+    Args:
+        time_shared: it takes turns on its card, and must be able to sleep.
+    """
+    config, section = prepared.config, prepared.config.sampler
+    if section.url is None and find_spec("vllm") is None:
+        raise ConfigError(
+            "sampler.backend is vllm, but vLLM is not installed here",
+            where="sampler.backend",
+            fix="pip install 'rnow-local[vllm]', or set sampler.backend: transformers",
+        )
+    student = prepared.student
+    quantization, dtype = student.role.serving_format
+    assert quantization != "int8", "no setting of the student or the sampler"
+    settings = VllmSettings(
+        local_dir=student.resolved.local_dir,
+        vocabulary=prepared.rendered.vocabulary,
+        work_dir=run_folder.path / "vllm",
+        log=run_folder.path / "vllm-student.log",
+        dtype=dtype,
+        quantization=quantization,
+        max_model_len=prepared.rendered.window,
+        gpu_memory_utilization=engine_share(student.role, student.role, time_shared=time_shared),
+        max_num_seqs=section.max_num_seqs,
+        tensor_parallel_size=section.tensor_parallel_size,
+        enforce_eager=section.enforce_eager or student.role.device.type == "cpu",
+        enable_prefix_caching=section.enable_prefix_caching,
+        enable_sleep=time_shared,
+        trust_remote_code=config.model.trust_remote_code,
+        max_lora_rank=config.model.qlora_rank,
+        probe=probe_ids(prepared),
+    )
+    if section.url is None:
+        return VllmEngineSampler(settings)
+    return VllmServerSampler(
+        settings,
+        url=section.url,
+        api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
+        served_model=section.served_model,
+    )
+
+
+async def start_vllm_teacher(
+    prepared: Prepared,
+    model: RunModel,
+    run_folder: RunFolder,
+    stack: ExitStack,
+    poll: Callable[[], None],
+    *,
+    time_shared: bool,
+) -> VllmTeacher:
+    """The vLLM that scores with the teacher, started or reached, and checked; ``stack`` closes one of ours.
+
+    Args:
+        time_shared: it takes turns on its card, and must be able to sleep.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    role, section, rendered = model.role, model.role.serving, prepared.rendered
+    assert isinstance(section, TeacherSection)
+    temperature = prepared.config.rollout.temperature
+    if section.url is not None:
+        teacher = VllmTeacher.served(
+            section.url,
+            section.served_model,
+            temperature=temperature,
+            api_key=prepared.secret(API_KEY_VARIABLE),
+            asking=Asking(poll=poll),
+        )
+    else:
+        quantization, dtype = role.serving_format
+        settings = TeacherServerSettings(
+            local_dir=model.resolved.local_dir,
+            log=run_folder.path / "vllm-teacher.log",
+            dtype=dtype,
+            quantization=quantization,
+            tensor_parallel_size=section.tensor_parallel_size,
+            gpu_memory_utilization=engine_share(
+                role, prepared.student.role, time_shared=time_shared
+            ),
+            enable_sleep=time_shared,
+            max_num_batched_tokens=section.max_num_batched_tokens,
+            max_model_len=rendered.window,
+            trust_remote_code=section.trust_remote_code,
+            samples=prepared.config.evaluation.teacher and bool(prepared.project.dataset.held_out),
+        )
+        teacher = VllmTeacher.managed(settings, temperature=temperature, poll=poll)
+        stack.callback(teacher.close)
+    await teacher.start()
+    found = await teacher.check(rendered.tokenizer, rendered.vocabulary, longest=rendered.window)
+    for text in found.warnings:
+        prepared.warn(text)
+    if found.padding_mass:
+        prepared.warn(
+            f"the served teacher gives {found.padding_mass:.2e} of its probability to padding ids on average; "
+            "its log-probabilities are too low by about that much"
+        )
+    return teacher
+
+
+def teacher_sampler(prepared: Prepared, model: RunModel, teacher: VllmTeacher) -> Sampler | None:
+    """Answers with a served teacher; None, and a warning, where its server cannot."""
+    vocabulary = prepared.rendered.vocabulary
+    try:
+        return VllmTeacherSampler(
+            teacher,
+            vocabulary=vocabulary,
+            padding=padded_ids(model.resolved.local_dir, vocabulary),
+        )
+    except ModelError as error:
+        prepared.warn(f"the teacher itself is not evaluated: {error.message}")
+        return None
+
+
+def probe_reference(student: CausalLM) -> Reference:
+    """The trainer's side of a probe: the student with its adapter as it is, at temperature 1."""
+    cut = TransformersTeacher(student)
+    whole = TransformersTeacher(take_apart(student.model, vocabulary=sys.maxsize))
+
+    def score(token_ids: Sequence[int], masked: bool) -> list[float]:
+        found = (cut if masked else whole).compute_logprobs(token_ids)
+        return [value for value in found if value is not None]
+
+    return score
+
+
+def trainer_tolerance(student: CausalLM) -> float:
+    """How far vLLM may be off for the way in which the trainer holds the student."""
+    return tolerance_of(dtype_name(student.head.weight.dtype), student.quantization).trainer
+
+
+def probe_ids(prepared: Prepared) -> tuple[int, ...]:
+    """The beginning of the run's first prompt; nothing where the window holds no two tokens and one more."""
+    rendered = prepared.rendered
+    first = next(iter(rendered.prompt_token_ids.values()), ())
+    ids = tuple(first[: min(MAX_PROBE_TOKENS, rendered.window - 1)])
+    return ids if len(ids) > 1 else ()
