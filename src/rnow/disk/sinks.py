@@ -1,6 +1,6 @@
 """Where the numbers of a run go: its folder, and Weights & Biases when asked for.
 
-A sink never stops a run: what it cannot write it reports once, through ``warn``.
+The numbers of a step never stop a run: what cannot be written is reported once, through ``warn``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class JsonlSink:
 
     Args:
         metrics, evaluations: the files; their folder must exist.
-        warn: called once when a file cannot be written, and once more when it can again.
+        warn: called once when the metrics cannot be written, and once more when they can again.
     """
 
     def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn = _log.warning) -> None:
@@ -60,11 +60,27 @@ class JsonlSink:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.log``. A full disk loses the line, not the run."""
         record = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
-        self._append(self._metrics, json.dumps(record, allow_nan=False))
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        try:
+            _append_whole(self._metrics, line)
+        except OSError as error:
+            if not self._failing:
+                self._warn(f"metrics are not being written to {self._metrics}: {error.strerror}")
+            self._failing = True
+            return
+        if self._failing:
+            self._warn(f"metrics are written to {self._metrics} again; some steps are missing")
+            self._failing = False
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """See ``Sink.evaluated``."""
-        self._append(self._evaluations, to_json({"name": name, "step": step, **metrics}))
+        """See ``Sink.evaluated``.
+
+        Raises:
+            OSError: the disk is full. An evaluation is minutes of work and cannot be made up later: the run ends here, and
+                the next start measures it again.
+        """
+        with self._evaluations.open("a", encoding="utf-8") as file:
+            file.write(to_json({"name": name, "step": step, **metrics}) + "\n")
 
     def forget_from(self, step: int) -> None:
         """See ``Sink.forget_from``. Lines that a crash left unfinished go too; a file is replaced in one piece."""
@@ -77,18 +93,6 @@ class JsonlSink:
 
     def close(self) -> None:
         """Nothing is held open."""
-
-    def _append(self, path: Path, text: str) -> None:
-        try:
-            _append_whole(path, (text + "\n").encode())
-        except OSError as error:
-            if not self._failing:
-                self._warn(f"metrics are not being written to {path}: {error.strerror}")
-            self._failing = True
-            return
-        if self._failing:
-            self._warn(f"metrics are written to {path} again; some steps are missing")
-            self._failing = False
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
