@@ -164,8 +164,9 @@ def test_adapters(server: ScriptedServer) -> None:
         id="v1", root="/adapters/v1", parent="base", max_model_len=64
     )
     assert draw(client, model="v1").token_ids
+    run(client.load_lora_adapter("v1", "/adapters/v1"))
     with pytest.raises(Refused, match="already been loaded"):
-        run(client.load_lora_adapter("v1", "/adapters/v1"))
+        run(client.load_lora_adapter("v1", "/adapters/other"))
     run(client.unload_lora_adapter("v1"))
     run(client.unload_lora_adapter("v1"))
     with pytest.raises(Refused, match="`v1` does not exist") as caught:

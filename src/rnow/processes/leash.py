@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 GRACE = 2.0
-"""Seconds between SIGTERM and SIGKILL when nobody says otherwise."""
+"""Seconds between SIGTERM and SIGKILL unless the owner says otherwise."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -46,7 +46,7 @@ def descendants(root: int) -> set[int]:
                 # The name in parentheses may itself hold spaces and parentheses.
                 state, parent = file.read().rpartition(b")")[2].split()[:2]
         except (OSError, ValueError):
-            continue  # it ended while we looked
+            continue  # it ended meanwhile
         children.setdefault(int(parent), []).append(int(entry))
         if state in (b"Z", b"X"):
             zombies.add(int(entry))

@@ -1,4 +1,4 @@
-"""A process that we start, watch, and never leave behind."""
+"""Child processes: started, watched, never left behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class StartFailed(ModelError):
 
 
 class ManagedProcess:
-    """A command with its log, run under the leash: it and all that it starts end with this process, kill -9 included.
+    """A command with its log, run under the leash: it and all that it starts end with this process,
+    ``kill -9`` included.
 
     ``env`` is added to this process's environment (None: nothing added), or is all of it (``only_env``). stdin is empty;
     stdout and stderr are appended to ``log``, which only this user can read. With ``stdio``, a file descriptor open for both

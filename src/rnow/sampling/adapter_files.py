@@ -38,8 +38,8 @@ class AdapterFiles:
         self._number = 0
 
     def write(self, adapter: Adapter, version: int) -> StoredAdapter:
-        """Write ``adapter`` as PEFT does. The folder appears complete or not at all; it is not waited for on the disk,
-        since nobody needs it after a crash.
+        """Write ``adapter`` as PEFT does. The folder appears complete or not at all; it is not synced, since it is of no
+        use after a crash.
 
         Raises:
             OSError: the disk is full or cannot be written.

@@ -6,32 +6,19 @@ log-probabilities alone. This module is loaded inside vLLM's worker processes, b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # pyright: ignore[reportMissingImports]
 
 EXTENSION = f"{__name__}.PaddingMask"
-
-
-class _ModelConfig(Protocol):
-    def get_vocab_size(self) -> int: ...
-
-
-class _Model(Protocol):
-    compute_logits: Callable[..., Tensor | None]
-
-
-class _ModelRunner(Protocol):
-    model: _Model
-    model_config: _ModelConfig
 
 
 class PaddingMask:
     """Methods added to vLLM's worker; called through ``collective_rpc``."""
 
-    model_runner: _ModelRunner
+    model_runner: GPUModelRunner
 
     def mask_padding(self, vocabulary: int) -> int:
         """From now on give ids at or above ``vocabulary`` no mass. Returns the number of rows of the head."""

@@ -1,4 +1,4 @@
-"""The student behind a vLLM server that somebody else runs (``sampler.url``), over its OpenAI-compatible API."""
+"""The student behind a vLLM server that runs already (``sampler.url``), over its OpenAI-compatible API."""
 
 from __future__ import annotations
 

@@ -14,10 +14,15 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Awaitable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rnow.sampling.gate import Gate
+
+if TYPE_CHECKING:
+    from vllm.logprobs import SampleLogprobs  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+    from vllm.outputs import RequestOutput  # pyright: ignore[reportMissingImports]
 
 PROGRESS_INTERVAL = 1.0
 STREAM_INTERVAL = 32
@@ -36,44 +41,6 @@ class Refused(Exception):
 
 class Gone(Exception):
     """The engine is dead."""
-
-
-class _Adapter(Protocol):
-    """What is used of vLLM's LoRARequest."""
-
-    lora_name: str
-    lora_int_id: int
-
-
-class _Logprob(Protocol):
-    logprob: float
-
-
-@runtime_checkable
-class _FlatLogprobs(Protocol):
-    """vLLM's flat layout: the entries of position i begin at ``start_indices[i]``."""
-
-    start_indices: Sequence[int]
-    logprobs: Sequence[float]
-    token_ids: Sequence[int]
-
-
-_ByPosition = Sequence[Mapping[int, _Logprob]]
-
-
-class _Choice(Protocol):
-    token_ids: Sequence[int]
-    logprobs: _FlatLogprobs | _ByPosition | None
-    finish_reason: str | None
-
-
-class _Output(Protocol):
-    """What is used of vLLM's RequestOutput."""
-
-    outputs: Sequence[_Choice]
-    prompt_logprobs: _ByPosition
-    lora_request: _Adapter | None
-    finished: bool
 
 
 class Engine(Protocol):
@@ -154,14 +121,14 @@ def send(writer: asyncio.StreamWriter, message: Mapping[str, object]) -> None:
 
 
 def engine_arguments(settings: Message, known: set[str], cpu: bool) -> dict[str, object]:
-    """vLLM's engine arguments for our settings.
+    """vLLM's engine arguments.
 
     Args:
         settings: those of ``VllmSettings``, as ``vllm_engine.worker_settings`` sends them.
         known: the arguments that this vLLM has.
 
     Raises:
-        Refused: it lacks one that we cannot do without.
+        Refused: it lacks one that is needed.
     """
     needed: dict[str, object] = {
         "model": settings["local_dir"],
@@ -218,7 +185,7 @@ class VllmEngine:
         self._lora_request = LoRARequest
         self._cumulative = RequestOutputKind.CUMULATIVE
         self._flat = "flat_logprobs" in getattr(SamplingParams, "__struct_fields__", ())
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, LoRARequest] = {}
         self._requests = 0
         self.drawn = 0
         # Prompts that need no rendering have a type of their own from some version on; older ones take the plain dict.
@@ -254,7 +221,7 @@ class VllmEngine:
         params = self._sampling_params(
             n=1,
             max_tokens=request["max_tokens"],
-            # vLLM's own idea of the end of a turn comes from generation_config; ours is the list.
+            # vLLM's own idea of the end of a turn comes from generation_config; what counts is the list.
             ignore_eos=True,
             stop_token_ids=request["stop"],
             temperature=request["temperature"],
@@ -317,7 +284,7 @@ class VllmEngine:
         self._adapters.clear()
         return {}
 
-    async def _run(self, tokens: list[int], params: object, adapter: str | None) -> _Output:
+    async def _run(self, tokens: list[int], params: object, adapter: str | None) -> RequestOutput:
         self._requests += 1
         seen, last = 0, None
         stream = self._engine.generate(
@@ -355,11 +322,9 @@ class VllmEngine:
         return Refused(f"{type(cause).__name__}: {cause}")
 
 
-def sampled_logprobs(
-    tokens: list[int], logprobs: _FlatLogprobs | _ByPosition | None
-) -> list[float]:
+def sampled_logprobs(tokens: list[int], logprobs: SampleLogprobs | None) -> list[float]:
     """The log-probability of each sampled token, from either of vLLM's two layouts."""
-    if isinstance(logprobs, _FlatLogprobs):
+    if logprobs is not None and hasattr(logprobs, "start_indices"):
         # Flat: each position starts with the sampled token.
         values = [logprobs.logprobs[start] for start in logprobs.start_indices]
         ids = [logprobs.token_ids[start] for start in logprobs.start_indices]
@@ -375,7 +340,7 @@ async def main(descriptor: int) -> None:
     """Start the engine that the first message describes, then serve."""
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
-    # vLLM may fork its engine: a copy of the socket there would hide our end from the other side.
+    # vLLM may fork its engine: a copy of the socket there would hide from the trainer that this process ended.
     os.register_at_fork(after_in_child=lambda: os.close(descriptor))
     reader, writer = await asyncio.open_connection(sock=connection, limit=_LINE_LIMIT)
     first = json.loads(await reader.readline())

@@ -329,38 +329,37 @@ class VllmClient:
 
     async def load_lora_adapter(self, name: str, path: str) -> None:
         """Serve the adapter in the server's folder ``path`` as the model ``name`` (a new name per version: vLLM keeps
-        prefix-cache blocks by name). A name that is loaded already is an error.
+        prefix-cache blocks by name). Does nothing where that is served already; another path under ``name`` is an error.
 
         Raises:
             Refused: the server does not load it; its reason is in the message.
         """
-        body = {"lora_name": name, "lora_path": path}
-        # A failed load is a 500 that stays one; an answer that got lost is known by the list of models.
-        retried = frozenset({429, 502, 503, 504})
-        tries: list[int] = []
         try:
-            await self._request("POST", "/v1/load_lora_adapter", body, str, retried, tries)
+            await self._lora("load", {"lora_name": name, "lora_path": path})
         except Refused as error:
-            if error.status == 404 and "lora" not in error.message.lower():
-                raise self._not_offered("load adapters", _LORA_SWITCH) from error
-            loaded = tries and any(
+            # 400, "already loaded", is no failure where an earlier try did it and its answer got lost.
+            if error.status != 400 or not any(
                 model.id == name and model.root == path for model in await self.models()
-            )
-            if not loaded:
+            ):
                 raise
 
     async def unload_lora_adapter(self, name: str) -> None:
         """Stop serving the adapter ``name``. Does nothing where it is not loaded."""
+        try:
+            await self._lora("unload", {"lora_name": name})
+        except Refused as error:
+            if error.status != 404 or error.fix:
+                raise
+
+    async def _lora(self, what: str, body: Json) -> None:
+        # A failed load is a 500 that stays one.
         retried = frozenset({429, 502, 503, 504})
         try:
-            await self._request(
-                "POST", "/v1/unload_lora_adapter", {"lora_name": name}, str, retried
-            )
+            await self._request("POST", f"/v1/{what}_lora_adapter", body, str, retried)
         except Refused as error:
             if error.status == 404 and "lora" not in error.message.lower():
                 raise self._not_offered("load adapters", _LORA_SWITCH) from error
-            if error.status != 404:
-                raise
+            raise
 
     async def sleep(self) -> None:
         """Free the server's GPU memory; the weights stay in main memory (level 1). Requests in flight are aborted."""
@@ -428,10 +427,9 @@ class VllmClient:
         body: Mapping[str, object] | None,
         read: Callable[[str], T | None],
         retried: frozenset[int] = RETRIED,
-        tries: list[int] | None = None,
     ) -> T:
         """What ``read`` makes of the body of a 2xx answer. Where it makes nothing (None), a proxy may have answered with
-        a page of its own: a few more tries. ``tries`` receives the status of every failed try (0: no answer)."""
+        a page of its own: a few more tries."""
         import httpx
 
         state = self._loop_state()
@@ -461,16 +459,13 @@ class VllmClient:
                     last = f"HTTP {status}: {self._said(answer.text)}"
                     wait = max(pause, _retry_after(answer.headers.get("retry-after")))
                 except TimeoutError:
-                    status, last = 0, "it is too slow"
+                    last = "it is too slow"
                 except (httpx.HTTPError, OSError) as error:
-                    status = 0
                     last = self._clean(f"{type(error).__name__}: {error}".rstrip(": "))
-                if tries is not None:
-                    tries.append(status)
                 if not self._alive():
                     raise self._down("has ended", last)
                 left = deadline - time.monotonic()
-                if wait >= left:  # whoever asks to wait longer than we may has said no
+                if wait >= left:  # a wait longer than the deadline allows means no
                     raise self._down(f"gave no answer in {self._timeout:g} s", last)
                 await asyncio.sleep(wait)
                 pause = min(pause * 2, _LONGEST_PAUSE)
