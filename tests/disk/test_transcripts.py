@@ -58,7 +58,9 @@ def step(
 
 def make_writer(folder: Path, **secrets: str) -> TranscriptWriter:
     return TranscriptWriter(
-        folder, token_text=lambda token: f"<{token}>", redact=lambda text: redact(text, secrets)
+        folder,
+        decode=lambda ids: "".join(f"<{token}>" for token in ids),
+        redact=lambda text: redact(text, secrets),
     )
 
 

@@ -19,9 +19,10 @@ from rnow.algorithm.advantages import reward_advantages
 from rnow.algorithm.batching import build_batch
 from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.records import Batch, SampledEvidence, TrainingSample
-from rnow.algorithm.seeds import rollout_seed, uniforms
 from rnow.models.loading import CausalLM, take_apart
 from rnow.policy.student import LoraPolicy, OptimizerSettings
+from rnow.rollout.collect import rollout_seed
+from rnow.sampling.decode import uniforms
 from rnow.types import Sample
 
 FILE = Path(__file__).with_name("replay.json")

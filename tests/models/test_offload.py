@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rnow.errors import RnowError
-from rnow.models.offload import Offload, check_present, tensors_of
+from rnow.models.offload import Offload, tensors_of
+from rnow.models.scoring import check_present
 
 
 def small() -> nn.Module:

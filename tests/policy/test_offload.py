@@ -83,7 +83,7 @@ def test_nothing_of_it_stays_behind_and_every_object_is_itself(
     assert stored(base.values()) == 0
     assert stored([policy.lm.head.weight]) == 0, "the head is a view of the base"
     assert_equal(learned(policy), before)
-    with pytest.raises(RuntimeError, match="the trainer sleeps"):
+    with pytest.raises(RuntimeError, match="these weights sleep"):
         policy.update(make_batch())
     with pytest.raises(RuntimeError, match="the trainer sleeps"):
         policy.load_state_dict(policy.state_dict())

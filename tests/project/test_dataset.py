@@ -63,7 +63,7 @@ def test_an_epoch_takes_full_batches_of_different_prompts(
         first = epoch * (count // batch)
         taken = [
             prompt.id
-            for step in range(first, first + count // batch)
+            for step in range(first + 1, first + 1 + count // batch)
             for prompt in dataset.batch(step, batch, seed)
         ]
         assert len(taken) == len(set(taken)) == (count // batch) * batch
@@ -71,16 +71,20 @@ def test_an_epoch_takes_full_batches_of_different_prompts(
 
 def test_a_batch_depends_on_step_and_seed_alone() -> None:
     forward = make_dataset(20)
-    in_order = [ids(forward.batch(step, 3, 7)) for step in range(18)]
-    for step in reversed(range(18)):
-        assert ids(make_dataset(20).batch(step, 3, 7)) == in_order[step]
-    assert ids(forward.batch(0, 3, 8)) != in_order[0]
+    in_order = [ids(forward.batch(step, 3, 7)) for step in range(1, 19)]
+    for step in reversed(range(1, 19)):
+        assert ids(make_dataset(20).batch(step, 3, 7)) == in_order[step - 1]
+    assert ids(forward.batch(1, 3, 8)) != in_order[0]
 
 
 def test_every_epoch_has_its_own_order_and_leaves_out_others() -> None:
     dataset = make_dataset(10)
     epochs = [
-        [row for step in (3 * e, 3 * e + 1, 3 * e + 2) for row in ids(dataset.batch(step, 3, 0))]
+        [
+            row
+            for step in (3 * e + 1, 3 * e + 2, 3 * e + 3)
+            for row in ids(dataset.batch(step, 3, 0))
+        ]
         for e in range(20)
     ]
     assert len({tuple(order) for order in epochs}) == 20
@@ -90,19 +94,19 @@ def test_every_epoch_has_its_own_order_and_leaves_out_others() -> None:
 
 def test_the_order_is_pinned() -> None:
     """A run resumes on another Python version with the order it began with."""
-    assert [prompt.row for prompt in make_dataset(8).batch(0, 8, 0)] == [4, 0, 3, 1, 5, 2, 7, 6]
-    assert [prompt.row for prompt in make_dataset(8).batch(1, 8, 0)] == [6, 7, 5, 1, 4, 3, 0, 2]
+    assert [prompt.row for prompt in make_dataset(8).batch(1, 8, 0)] == [4, 0, 3, 1, 5, 2, 7, 6]
+    assert [prompt.row for prompt in make_dataset(8).batch(2, 8, 0)] == [6, 7, 5, 1, 4, 3, 0, 2]
 
 
 def test_all_rows_are_equally_likely_to_come_first() -> None:
-    first = Counter(make_dataset(4).batch(0, 1, seed)[0].row for seed in range(800))
+    first = Counter(make_dataset(4).batch(1, 1, seed)[0].row for seed in range(800))
     assert set(first) == {0, 1, 2, 3}
     assert all(150 < count < 250 for count in first.values())
 
 
 def test_without_shuffle_the_files_order_is_kept() -> None:
     dataset = make_dataset(7, shuffle=False)
-    assert [prompt.row for step in range(4) for prompt in dataset.batch(step, 3, 5)] == [
+    assert [prompt.row for step in range(1, 5) for prompt in dataset.batch(step, 3, 5)] == [
         0,
         1,
         2,

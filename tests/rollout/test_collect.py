@@ -11,10 +11,9 @@ import pytest
 from tests.fakes import FakeEnvironment, FakeSampler, FakeStep, SamplerRequest
 from tests.rollouts import flat
 
-from rnow.algorithm.seeds import rollout_seed
 from rnow.errors import StopRequested, TemporaryError
 from rnow.protocols import Environment
-from rnow.rollout.collect import RolloutSettings, collect_rollouts
+from rnow.rollout.collect import RolloutSettings, collect_rollouts, rollout_seed
 from rnow.rollout.environment import SingleTurn
 from rnow.types import Prompt, Rollout, RolloutGroup
 

@@ -14,7 +14,6 @@ from tests.rollout.families import BY_NAME, TOOLS, byte_tokenizer, render_prompt
 from rnow.rollout.rendering import (
     ZERO_WIDTH,
     control_pattern,
-    decode,
     describe_tools,
     neutralise,
     render_text,
@@ -163,11 +162,6 @@ def test_reasoning_switches_reach_the_template(mode: str | None, expected: str) 
         "enable_thinking", "enable_thinking|default('None')"
     ).replace("reasoning_effort", "reasoning_effort|default('None')")
     assert render_text(tokenizer, conversation("x"), reasoning_mode=mode) == expected
-
-
-def test_decoding_leaves_control_tokens_out() -> None:
-    ids = [*TOKENIZER.encode("a , b ."), TOKENIZER.eos_token_id]
-    assert decode(TOKENIZER, ids) == "a , b .", "nothing is cleaned up"
 
 
 # --- tools --------------------------------------------------------------------------------------------------------

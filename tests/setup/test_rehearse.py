@@ -197,7 +197,7 @@ def test_failed_rollouts_are_written_whatever_their_error_holds(
     def fail(prompt: Any, index: int) -> None:
         raise ValueError("half a pair: \udc80")
 
-    monkeypatch.setattr(rehearse_module, "environment_maker", lambda prepared, toolbox: fail)
+    monkeypatch.setattr(rehearse_module, "build_episodes", lambda prepared, toolbox: fail)
     _, output = rehearsed(project, limit=1, verbose=True)
     sample = samples(project)["rollout_0/sample_0.json"]
     assert sample["errors"] == ["ValueError: half a pair: \udc80"]

@@ -43,7 +43,7 @@ class Desk:
             self.folder,
             display=self.display,
             transcripts=TranscriptWriter(
-                self.folder.transcripts, token_text=str, redact=lambda text: text
+                self.folder.transcripts, decode=str, redact=lambda text: text
             ),
             sinks=[JsonlSink(self.folder.metrics, self.folder.evaluations), self.sink],
             num_steps=9,

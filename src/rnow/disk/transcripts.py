@@ -12,7 +12,7 @@ holds the generated tokens only, in order, of all turns; ``kl`` is the trainer's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -27,15 +27,15 @@ class TranscriptWriter:
 
     Args:
         folder: made when the first step is written.
-        token_text: the text of one id.
+        decode: token ids to text.
         redact: replaces secrets in a text.
     """
 
     def __init__(
-        self, folder: Path, *, token_text: Callable[[int], str], redact: Callable[[str], str]
+        self, folder: Path, *, decode: Callable[[Sequence[int]], str], redact: Callable[[str], str]
     ) -> None:
         self._folder = folder
-        self._token_text = token_text
+        self._decode = decode
         self._texts: dict[int, str] = {}
         self._redact = redact
 
@@ -122,7 +122,7 @@ class TranscriptWriter:
 
     def _text(self, token_id: int) -> str:
         if token_id not in self._texts:
-            self._texts[token_id] = self._redact(self._token_text(token_id))
+            self._texts[token_id] = self._redact(self._decode([token_id]))
         return self._texts[token_id]
 
 

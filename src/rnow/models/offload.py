@@ -114,15 +114,6 @@ class _Emptied:
         _bytes_of(self._storage).copy_(self._copy)
 
 
-def check_present(tensor: Tensor) -> None:
-    """
-    Raises:
-        RuntimeError: its storage was moved away; a kernel would read what is not there.
-    """
-    if tensor.numel() and not tensor.untyped_storage().nbytes():
-        raise RuntimeError("these weights sleep; wake them first")
-
-
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Every tensor that a frozen model consists of, what quantisation adds included. Some come more than once."""
     for module in model.modules():

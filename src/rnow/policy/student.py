@@ -108,7 +108,6 @@ class LoraPolicy:
         A non-finite loss or gradient never reaches the optimizer: that update is skipped and reported. So is a batch
         without a loss token (all rollouts of the step failed).
         """
-        self._offload.check_awake()
         if batch.num_loss_tokens == 0:
             return UpdateResult(metrics={}, streams={}, skipped="no tokens")
         first: PassStreams | None = None

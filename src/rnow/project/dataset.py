@@ -44,8 +44,8 @@ class Dataset:
         return self.steps_per_epoch(batch_size) * epochs
 
     def batch(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
-        """The prompts of ``step`` (from 0): a pure function of its arguments, so a resumed run needs no cursor."""
-        epoch, index = divmod(step, self.steps_per_epoch(batch_size))
+        """The prompts of ``step`` (from 1): a pure function of its arguments, so a resumed run needs no cursor."""
+        epoch, index = divmod(step - 1, self.steps_per_epoch(batch_size))
         order = self._order(epoch, seed)
         return [self.prompts[row] for row in order[index * batch_size : (index + 1) * batch_size]]
 

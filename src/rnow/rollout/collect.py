@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from rnow.algorithm.seeds import rollout_seed
 from rnow.errors import RnowError
 from rnow.protocols import Environment, Sampler
 from rnow.tasks import first_cause
@@ -77,6 +77,17 @@ class RolloutSettings:
             top_p=self.top_p,
             top_k=self.top_k,
         )
+
+
+def rollout_seed(
+    run_seed: int, purpose: Purpose, step: int, prompt_id: str, rollout_index: int, turn: int
+) -> int:
+    """A 63-bit seed from (run seed, purpose, step, prompt id, rollout index, turn).
+
+    Arrival order, a resume and the number of GPUs cannot change it. 63 bits, because vLLM takes a signed integer.
+    """
+    key = f"{run_seed}|{purpose}|{step}|{prompt_id}|{rollout_index}|{turn}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 async def collect_rollouts(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from rnow.errors import InputError
-from rnow.protocols import Tokenizer
+from rnow.protocols import Environment, Tokenizer
 from rnow.rollout.observation import Observations
 from rnow.rollout.rendering import ToolDescription, template_shows_tools
 from rnow.rollout.tool_calls import (
@@ -19,12 +21,59 @@ from rnow.rollout.tool_calls import (
     parse_turn,
 )
 from rnow.tasks import first_cause
-from rnow.types import Completion, EndReason, EnvironmentStep, Message, ToolCall, ToolResult
+from rnow.types import (
+    Completion,
+    EndReason,
+    EnvironmentStep,
+    Message,
+    Prompt,
+    ToolCall,
+    ToolResult,
+    rollout_id,
+)
 
 RunCall = Callable[[ToolCall], Awaitable[ToolResult]]
+TerminationPolicy = Literal["last_tool", "max_turns"]
 
 # Enough ids to spell an open <think> and the blanks after it, one letter each.
 _OPENING = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episodes:
+    """A fresh episode for every rollout of a run's prompts.
+
+    Attributes:
+        prompt_token_ids: prompt id -> its rendered ids, tools included.
+        decode: token ids to the text of an answer without tools.
+        dialogues: prompt id -> how its tools are shown and called; prompts without tools are left out.
+        run_call: prompt and index of its rollout -> what runs the calls of that rollout.
+        max_turns, termination_policy: see ``ToolEnvironment``.
+        release: called with the rollout's id when an episode with tools is over.
+    """
+
+    prompt_token_ids: Mapping[str, tuple[int, ...]]
+    decode: Callable[[Sequence[int]], str]
+    dialogues: Mapping[str, Dialogue] = field(default_factory=dict)
+    run_call: Callable[[Prompt, int], RunCall] | None = None
+    max_turns: int = 1
+    termination_policy: TerminationPolicy = "last_tool"
+    release: Callable[[str], Awaitable[None]] | None = None
+
+    def __call__(self, prompt: Prompt, index: int) -> Environment:
+        """The episode of one rollout."""
+        ids, dialogue = self.prompt_token_ids[prompt.id], self.dialogues.get(prompt.id)
+        if dialogue is None or self.run_call is None:
+            return SingleTurn(ids, self.decode)
+        release = self.release and partial(self.release, rollout_id(prompt.id, index))
+        return ToolEnvironment(
+            ids,
+            dialogue,
+            self.run_call(prompt, index),
+            max_turns=self.max_turns,
+            termination_policy=self.termination_policy,
+            release=release,
+        )
 
 
 class SingleTurn:
@@ -47,7 +96,7 @@ class SingleTurn:
 
     async def step(self, completion: Completion) -> EnvironmentStep:
         """See ``Environment.step``."""
-        answer = {"role": "assistant", "content": self._decode(completion.token_ids)}
+        answer = {"role": "assistant", "content": self._decode(list(completion.token_ids))}
         cut = completion.finish_reason == "length"
         return EnvironmentStep(
             observation_token_ids=(),
@@ -172,7 +221,7 @@ class ToolEnvironment:
         run_call: RunCall,
         *,
         max_turns: int,
-        termination_policy: Literal["last_tool", "max_turns"] = "last_tool",
+        termination_policy: TerminationPolicy = "last_tool",
         release: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._prompt_token_ids = prompt_token_ids

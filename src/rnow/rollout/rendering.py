@@ -114,13 +114,6 @@ def neutralise(text: str, controls: re.Pattern[str] | None) -> str:
     return text
 
 
-def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """The text of sampled ids, control tokens left out, nothing cleaned up."""
-    return tokenizer.decode(
-        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-
-
 def _inert_text(tokenizer: Tokenizer) -> Callable[[str], str]:
     """``neutralise`` for one tokenizer, made once. Also mends what only shows after the tokenizer's normaliser ran (it may
     turn look-alike letters into a control token), and lone surrogates, which no tokenizer takes."""

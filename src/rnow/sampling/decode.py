@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rnow.algorithm.batching import pad_right
 from rnow.algorithm.head import Head
-from rnow.algorithm.seeds import uniforms
 from rnow.types import SamplingParams
 
 RANDOM_BLOCK = 64
@@ -140,6 +139,13 @@ def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
         outside[:, 0] = False
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
     return logits
+
+
+def uniforms(seed: int, start: int, count: int) -> np.ndarray:
+    """float64 ``[count]`` in [0, 1): numbers ``start .. start + count`` of the stream of ``seed`` (Philox, so the stream
+    can be entered anywhere; ``start`` must be a multiple of 4, one Philox block)."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=start // 4))
+    return generator.random(count)
 
 
 class _Noise:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rnow.models.loading import CausalLM, out_of_memory
-from rnow.models.offload import check_present
+from rnow.models.scoring import check_present
 from rnow.sampling.decode import Drawn, Request, decode
 from rnow.sampling.weights import MergedWeights, SamplingMode, sampling_mode
 from rnow.types import Adapter, Completion, SamplingParams

@@ -40,7 +40,7 @@ from rnow.setup.facts import (
 )
 from rnow.setup.usercode import (
     UserCode,
-    environment_maker,
+    build_episodes,
     open_user_code,
     redactor,
     rollout_settings,
@@ -314,7 +314,7 @@ class _Run:
             display=self._display,
             transcripts=TranscriptWriter(
                 self._folder.transcripts,
-                token_text=lambda token_id: tokenizer.decode([token_id]),
+                decode=tokenizer.decode,
                 redact=redactor(self._prepared),
             ),
             sinks=sinks,
@@ -351,8 +351,8 @@ class _Run:
         estimator = config.algorithm.adv_estimator
         assert estimator != "gae", "refused by refuse_reserved"
         source = OnPolicy(
-            prompts_of=lambda step: dataset.batch(step - 1, config.data.batch_size, config.seed),
-            environments=environment_maker(self._prepared, code),
+            prompts_of=partial(dataset.batch, batch_size=config.data.batch_size, seed=config.seed),
+            environments=build_episodes(self._prepared, code),
             settings=replace(
                 rollout_settings(self._prepared, "train", group_size=config.data.group_size),
                 poll=self._stop.poll,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rnow.config import EvalEntry
 from rnow.plan.prepare import Prepared
 from rnow.setup.backends import Backends
-from rnow.setup.usercode import UserCode, environment_maker, rollout_settings
+from rnow.setup.usercode import UserCode, build_episodes, rollout_settings
 from rnow.training.evaluations import PASS_AT, Evaluations, Evaluator, Scheduled
 from rnow.training.recorder import Recorder
 
@@ -18,7 +18,7 @@ def build_evaluations(
     """The held-out prompts before and after training, and the config's ``evals`` in between."""
     section = prepared.config.evaluation
     held_out = prepared.project.dataset.held_out[: section.max_prompts]
-    environments = environment_maker(prepared, code)
+    environments = build_episodes(prepared, code)
 
     def evaluator(samples: int, temperature: float, pass_at: tuple[int, ...]) -> Evaluator:
         settings = rollout_settings(prepared, "eval", group_size=samples)

@@ -23,7 +23,7 @@ from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import collect_rollouts
 from rnow.setup.models import answer_with, load_model
 from rnow.setup.usercode import (
-    environment_maker,
+    build_episodes,
     open_user_code,
     redactor,
     rollout_settings,
@@ -116,7 +116,7 @@ async def _sample(
     )
     async with open_user_code(prepared) as code:
         groups = await collect_rollouts(
-            prompts, sampler, environment_maker(prepared, code), settings, step=0
+            prompts, sampler, build_episodes(prepared, code), settings, step=0
         )
         return groups, await score_rewards(groups, code.rewarder, poll=poll)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,9 @@ from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import tool_names
 from rnow.project.project import TOOLS_FILE
 from rnow.project.secrets import redact
-from rnow.protocols import Environment
 from rnow.rewards.score import RewardRunner
 from rnow.rollout.collect import RolloutSettings
-from rnow.rollout.environment import SingleTurn, ToolEnvironment
-from rnow.rollout.rendering import decode
+from rnow.rollout.environment import Episodes, RunCall
 from rnow.tools.build import build_toolbox, context_of
 from rnow.tools.toolbox import Toolbox
 from rnow.types import Prompt, Purpose
@@ -134,39 +132,37 @@ def _build_rewarder(
     )
 
 
-def single_turns(prepared: Prepared) -> Callable[[Prompt, int], Environment]:
+def single_turns(prepared: Prepared) -> Episodes:
     """Episodes that end with the first answer, whatever tools there are."""
     rendered = prepared.rendered
-    to_text = partial(decode, rendered.tokenizer)
-    return lambda prompt, index: SingleTurn(rendered.prompt_token_ids[prompt.id], to_text)
+    decode = partial(
+        rendered.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return Episodes(prompt_token_ids=rendered.prompt_token_ids, decode=decode)
 
 
-def environment_maker(prepared: Prepared, code: UserCode) -> Callable[[Prompt, int], Environment]:
-    """A fresh episode for a prompt and the index of its rollout."""
-    rendered, rollout = prepared.rendered, prepared.config.rollout
-    without_tools, toolbox = single_turns(prepared), code.toolbox
+def build_episodes(prepared: Prepared, code: UserCode) -> Episodes:
+    """Episodes in which the student calls the tools that its prompt allows."""
+    alone, toolbox, rendered = single_turns(prepared), code.toolbox, prepared.rendered
+    if toolbox is None:
+        return alone
+    rollout, dataset = prepared.config.rollout, prepared.project.dataset
+    named = {p.id: tool_names(p, prepared.tools) for p in (*dataset.prompts, *dataset.held_out)}
 
-    def environment(prompt: Prompt, index: int) -> Environment:
-        names = tool_names(prompt, prepared.tools)
-        if toolbox is None or not names:
-            return without_tools(prompt, index)
-        context = context_of(prompt, index)
-        ask = partial(toolbox.run, context=context, allowed=prompt.tools)
-        release = None
-        if code.sandboxes is not None:
-            release = partial(code.sandboxes.release, context.rollout_id)
-        return ToolEnvironment(
-            rendered.prompt_token_ids[prompt.id],
-            rendered.dialogues[names],
-            ask,
-            max_turns=rollout.max_turns or DEFAULT_MAX_TURNS,
-            termination_policy=rollout.termination_policy,
-            release=release,
-        )
+    def run_call(prompt: Prompt, index: int) -> RunCall:
+        return partial(toolbox.run, context=context_of(prompt, index), allowed=prompt.tools)
 
-    return environment
+    return replace(
+        alone,
+        dialogues={key: rendered.dialogues[names] for key, names in named.items() if names},
+        run_call=run_call,
+        max_turns=rollout.max_turns or DEFAULT_MAX_TURNS,
+        termination_policy=rollout.termination_policy,
+        release=None if code.sandboxes is None else code.sandboxes.release,
+    )
 
 
 def redactor(prepared: Prepared) -> Callable[[str], str]:
     """Takes the project's secrets out of a text."""
-    return lambda text: redact(text, prepared.project.secrets)
+    secrets = prepared.project.secrets
+    return partial(redact, secrets=secrets) if secrets else str

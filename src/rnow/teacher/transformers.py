@@ -17,7 +17,7 @@ from rnow.algorithm.records import (
 )
 from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory
-from rnow.models.offload import Offload, check_present, tensors_of
+from rnow.models.offload import Offload, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.types import Sample
 
@@ -59,7 +59,6 @@ class TransformersTeacher:
     @torch.inference_mode()
     def score_now(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
         """``score`` for callers without an event loop."""
-        check_present(self.lm.head.weight)
         evidence: dict[str, Evidence] = {}
         for indices in plan_micro_batches(
             [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
