@@ -52,6 +52,7 @@ HEAVY = frozenset(
 )
 HEAVY_ROOMS = frozenset({"sampling", "teacher", "policy", "models", "disk", "algorithm"})
 OPEN_FLOOR = 0
+LONGEST_FUNCTION = 60
 SHARED_NAMES = frozenset({"__version__"})  # `from rnow import __version__` is open to every floor
 
 
@@ -84,6 +85,48 @@ def find_violations(source: Path, floors: dict[str, int]) -> list[str]:
                 for target in _targets(item, modules):
                     found += _check(module, floor, target, place, floors)
     return found
+
+
+def find_cycles(source: Path) -> list[list[str]]:
+    """The modules of each import cycle in the package folder ``source``."""
+    modules = {_module_name(source, path): path for path in sorted(source.rglob("*.py"))}
+    imports = {
+        module: {
+            target
+            for item in _imports(ast.parse(path.read_text(encoding="utf-8")), module)
+            if item.target.partition(".")[0] == "rnow"
+            for target in _targets(item, modules)
+            if target in modules and target != module
+        }
+        for module, path in modules.items()
+    }
+    reached = {module: _reached(module, imports) for module in imports}
+    groups = {
+        tuple(sorted(other for other in reached[module] if module in reached[other]))
+        for module in imports
+    }
+    return [list(group) for group in sorted(groups) if len(group) > 1]
+
+
+def _reached(start: str, imports: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    ahead = [start]
+    while ahead:
+        for target in imports[ahead.pop()] - found:
+            found.add(target)
+            ahead.append(target)
+    return found
+
+
+def find_long_functions(source: Path) -> list[str]:
+    """Functions of more than ``LONGEST_FUNCTION`` lines, docstring included."""
+    return [
+        f"{_module_name(source, path)}.{node.name}: {length} lines"
+        for path in sorted(source.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or node.lineno) - node.lineno + 1) > LONGEST_FUNCTION
+    ]
 
 
 def _check(module: str, floor: int, target: str, place: str, floors: dict[str, int]) -> list[str]:
@@ -239,3 +282,29 @@ def _tree(root: Path, texts: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
+
+
+def test_no_import_cycle() -> None:
+    """Imports inside functions count: a cycle that a lazy import dodges is a cycle."""
+    assert find_cycles(SOURCE) == []
+
+
+def test_a_cycle_is_found(tmp_path: Path) -> None:
+    root = _tree(
+        tmp_path,
+        {
+            "policy.lora": "def f():\n    from rnow.policy import student",
+            "policy.student": "from rnow.policy.lora import f",
+        },
+    )
+    assert find_cycles(root) == [["policy.lora", "policy.student"]]
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    assert find_long_functions(SOURCE) == []
+
+
+def test_a_long_function_is_found(tmp_path: Path) -> None:
+    body = "\n".join(["    x = 1"] * LONGEST_FUNCTION)
+    root = _tree(tmp_path, {"config.schema": f"class A:\n  async def f():\n{body}\n"})
+    assert find_long_functions(root) == [f"config.schema.f: {LONGEST_FUNCTION + 1} lines"]

@@ -71,9 +71,8 @@ class CheckpointStore:
         """
         target = self._folder / f"step-{step:06d}"
         files = {
-            ADAPTER_WEIGHTS: save({name: _plain(t) for name, t in adapter.tensors.items()}),
-            ADAPTER_CONFIG: (to_json(adapter.config, indent=2) + "\n").encode(),
-            MOMENTS: save({name: _plain(t) for name, t in moments.items()}),
+            **peft_files(adapter),
+            MOMENTS: _safetensors(moments),
             STATE: (to_json(state, indent=2) + "\n").encode(),
         }
         aside = self._folder / f".tmp-{step}-{os.getpid()}"
@@ -199,9 +198,16 @@ class CheckpointStore:
 def export_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter as PEFT does, each file in one step, so that ``folder`` is loadable at any time."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save({name: _plain(tensor) for name, tensor in adapter.tensors.items()})
-    replace_file(folder / ADAPTER_WEIGHTS, weights)
-    replace_file(folder / ADAPTER_CONFIG, (to_json(adapter.config, indent=2) + "\n").encode())
+    for name, data in peft_files(adapter).items():
+        replace_file(folder / name, data)
+
+
+def peft_files(adapter: Adapter) -> dict[str, bytes]:
+    """An adapter as the files that PEFT and vLLM load, by name."""
+    return {
+        ADAPTER_WEIGHTS: _safetensors(adapter.tensors),
+        ADAPTER_CONFIG: (to_json(adapter.config, indent=2) + "\n").encode(),
+    }
 
 
 def random_state() -> dict[str, Tensor]:
@@ -215,8 +221,8 @@ def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
         torch.set_rng_state(tensors["rng.torch_cpu"])
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _step_of(folder: Path) -> int:

@@ -7,9 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from rnow.disk.files import to_json
+from rnow.disk.checkpoints import peft_files
 from rnow.types import Adapter
 
 
@@ -53,13 +51,9 @@ class AdapterFiles:
             if folder.exists():
                 shutil.rmtree(folder)
         aside.mkdir(mode=mode)
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()
-        }
-        save_file(tensors, aside / "adapter_model.safetensors")
-        (aside / "adapter_config.json").write_text(to_json(adapter.config, indent=2) + "\n")
-        for file in aside.iterdir():
-            file.chmod(mode & 0o666)
+        for name, data in peft_files(adapter).items():
+            (aside / name).write_bytes(data)
+            (aside / name).chmod(mode & 0o666)
         aside.rename(target)
         return StoredAdapter(
             name=self._name(version),

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.models.offload import tensors_of
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import RunModel, dtype_name
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.transformers import TransformersSampler
+from rnow.setup.objective import build_objective
 from rnow.teacher.base import ReferenceTeacher
 from rnow.teacher.transformers import TransformersTeacher
 
@@ -102,10 +102,11 @@ def build_student(
 
 
 def score_with(prepared: Prepared, lm: CausalLM, poll: Callable[[], None]) -> TransformersTeacher:
-    """A model in this process behind the Teacher protocol."""
+    """A model in this process behind the Teacher protocol, saying what the objective needs."""
     return TransformersTeacher(
         lm,
         temperature=prepared.config.rollout.temperature,
+        top_k=build_objective(prepared.config).needs.top_k,
         micro_batch_tokens=prepared.config.trainer.micro_batch_tokens,
         poll=poll,
     )
@@ -125,7 +126,7 @@ def batch_bytes(prepared: Prepared) -> int | None:
 def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]) -> LoraPolicy:
     """The student's adapter, objective and optimizer as the config says."""
     config = prepared.config
-    algorithm, trainer, model = config.algorithm, config.trainer, config.model
+    trainer, model = config.trainer, config.model
     checkpointing = trainer.gradient_checkpointing
     resolved = prepared.student.resolved
     return LoraPolicy(
@@ -135,16 +136,7 @@ def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]
         seed=config.seed,
         # An adapter outlives the folder it was trained from: a local base is named by its full path.
         base_name=str(resolved.local_dir.resolve()) if resolved.source == "local" else model.path,
-        objective=PolicyGradient(
-            loss_fn=algorithm.loss_fn,
-            kl_penalty_coef=algorithm.kl_penalty_coef,
-            reward_coef=algorithm.reward_coef,
-            kl_clamp=algorithm.kl_clamp,
-            clip_ratio_low=algorithm.clip_ratio_low,
-            clip_ratio_high=algorithm.clip_ratio_high,
-            ratio_cap=algorithm.ratio_cap,
-            temperature=config.rollout.temperature,
-        ),
+        objective=build_objective(config),
         optimizer=OptimizerSettings(
             learning_rate=trainer.learning_rate,
             weight_decay=trainer.weight_decay,

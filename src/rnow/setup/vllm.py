@@ -19,6 +19,7 @@ from rnow.sampling.vllm_probe import MAX_PROBE_TOKENS, Reference, tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import VllmServerSampler, padded_ids
 from rnow.sampling.vllm_settings import VllmSettings
+from rnow.setup.objective import build_objective
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
 from rnow.teacher.vllm_sampler import VllmTeacherSampler
@@ -104,13 +105,14 @@ async def start_vllm_teacher(
     role, section, rendered = model.role, model.role.serving, prepared.rendered
     assert isinstance(section, TeacherSection)
     temperature = prepared.config.rollout.temperature
+    top_k = build_objective(prepared.config).needs.top_k
     if section.url is not None:
         teacher = VllmTeacher.served(
             section.url,
             section.served_model,
             temperature=temperature,
             api_key=prepared.secret(API_KEY_VARIABLE),
-            asking=Asking(poll=poll),
+            asking=Asking(poll=poll, top_k=top_k),
         )
     else:
         quantization, dtype = role.serving_format
@@ -129,7 +131,7 @@ async def start_vllm_teacher(
             trust_remote_code=section.trust_remote_code,
             samples=prepared.config.evaluation.teacher and bool(prepared.project.dataset.held_out),
         )
-        teacher = VllmTeacher.managed(settings, temperature=temperature, poll=poll)
+        teacher = VllmTeacher.managed(settings, temperature=temperature, top_k=top_k, poll=poll)
         stack.callback(teacher.close)
     await teacher.start()
     found = await teacher.check(rendered.tokenizer, rendered.vocabulary, longest=rendered.window)
