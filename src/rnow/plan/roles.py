@@ -56,7 +56,7 @@ class Role:
 
     @property
     def starts_vllm(self) -> bool:
-        """Whether the run starts a vLLM for it, rather than loading it or asking a server that is there already."""
+        """Whether the run starts a vLLM for it, rather than loading it or asking a server that already runs."""
         return self.backend == "vllm" and self.serving.url is None
 
     @property

@@ -39,7 +39,7 @@ def require_client() -> None:
             fix="pip install 'rnow-local[mcp]'",
         ) from None
     for name in _LOGGERS:
-        # It logs what servers send, and Python prints that to the terminal unless somebody takes it.
+        # It logs what servers send, and Python prints that to the terminal unless a handler takes it.
         logger = logging.getLogger(name)
         logger.propagate = False
         if not logger.handlers:

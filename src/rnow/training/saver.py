@@ -95,7 +95,7 @@ class Saver:
                 self.save(step)
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint of the state after ``step`` steps, unless it is there already."""
+        """Commit a checkpoint of the state after ``step`` steps, unless it is committed already."""
         if step > 0 and step == self._saved_step:
             return
         policy = self._policy.state_dict()

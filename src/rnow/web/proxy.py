@@ -5,7 +5,7 @@ redirects, sub-resources, sockets and names that change their address all meet t
 opaque tunnel (``CONNECT``); nothing is intercepted.
 
 There is no password: what the proxy reaches, every program of this machine reaches without it. Requests that are not
-addressed to a proxy are refused, so a page in somebody's other browser cannot use it as a server.
+addressed to a proxy are refused, so a page in another browser cannot use it as a server.
 """
 
 from __future__ import annotations
