@@ -40,7 +40,7 @@ _EXCERPT = 200
 
 
 class ServerDown(TemporaryError):
-    """A server did not answer within the deadline, retries included."""
+    """A model server or engine ended, or did not answer within the deadline, retries included."""
 
     default_title = "Model server unreachable"
 
@@ -52,11 +52,11 @@ class BadAnswer(ModelError):
 
 
 class Refused(ModelError):
-    """A server refused a request (4xx). ``status`` is the HTTP status."""
+    """A model server or engine is well and does not take a request. ``status`` is a server's HTTP status (4xx)."""
 
     default_title = "A model server refused a request"
 
-    def __init__(self, message: str, *, status: int, fix: str | None = None) -> None:
+    def __init__(self, message: str, *, status: int | None = None, fix: str | None = None) -> None:
         super().__init__(message, fix=fix)
         self.status = status
 
