@@ -19,7 +19,7 @@ from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.errors import TemporaryError
 from rnow.models.loading import load_causal_lm
 from rnow.policy.student import LoraPolicy, OptimizerSettings
-from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_engine import EngineBackend
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.setup.build import run
@@ -174,22 +174,21 @@ def shared(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Shared]:
     folder, work = tiny_model_dir(**SHAPE), tmp_path_factory.mktemp("one card")
-    sampler = VllmEngineSampler(
-        VllmSettings(
-            local_dir=folder,
-            vocabulary=VOCABULARY,
-            work_dir=work / "adapters",
-            log=work / "log",
-            dtype="bfloat16",
-            max_model_len=256,
-            max_num_seqs=16,
-            gpu_memory_utilization=SHARE,
-            enforce_eager=True,
-            enable_sleep=True,
-            max_lora_rank=RANK,
-            probe=IDS,
-        )
+    settings = VllmSettings(
+        local_dir=folder,
+        vocabulary=VOCABULARY,
+        work_dir=work / "adapters",
+        log=work / "log",
+        dtype="bfloat16",
+        max_model_len=256,
+        max_num_seqs=16,
+        gpu_memory_utilization=SHARE,
+        enforce_eager=True,
+        enable_sleep=True,
+        max_lora_rank=RANK,
+        probe=IDS,
     )
+    sampler = VllmSampler(EngineBackend(settings))
     gpu = Residency()
     with closing(sampler):
         sampler.start().result()
@@ -252,7 +251,7 @@ def test_killed_in_its_sleep_it_is_started_once(shared: Shared) -> None:
     before = shared.draw()
     asyncio.run(shared.sampler.sleep())
     backend: Any = shared.sampler._backend
-    os.kill(max(backend.pids()), signal.SIGKILL)
+    os.kill(max(backend._process.pids()), signal.SIGKILL)
     after = shared.draw()
     assert shared.sampler._starts == 2
     assert after.token_ids == before.token_ids

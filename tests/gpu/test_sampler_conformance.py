@@ -13,7 +13,7 @@ from tests.sampling.conformance import Candidate
 
 from rnow.protocols import Sampler
 from rnow.sampling.transformers import TransformersSampler
-from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_engine import EngineBackend
 from rnow.sampling.weights import SamplingMode
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
@@ -48,7 +48,7 @@ def embedded(mode: SamplingMode) -> Callable[[Callable[..., Path]], Candidate]:
     params=[
         pytest.param(embedded("merged"), id="transformers-merged"),
         pytest.param(embedded("shared"), id="transformers-shared"),
-        pytest.param(conformance.vllm(VllmEngineSampler, 1), id="vllm-engine", marks=needs_vllm),
+        pytest.param(conformance.vllm(EngineBackend, 1), id="vllm-engine", marks=needs_vllm),
         pytest.param(conformance.vllm(conformance.OnServer, 1), id="vllm-server", marks=needs_vllm),
         pytest.param(conformance.vllm_teacher, id="vllm-teacher", marks=needs_vllm),
     ],

@@ -23,9 +23,9 @@ from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.protocols import Sampler
 from rnow.sampling.transformers import TransformersSampler
-from rnow.sampling.vllm_engine import VllmEngineSampler, environment
+from rnow.sampling.vllm_engine import EngineBackend, environment
 from rnow.sampling.vllm_sampler import VllmSampler
-from rnow.sampling.vllm_server import VllmServerSampler
+from rnow.sampling.vllm_server import ServerBackend
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.sampling.weights import SamplingMode
 from rnow.serving.server import VllmServer
@@ -123,8 +123,8 @@ def embedded(mode: SamplingMode) -> Callable[[Callable[..., Path]], Candidate]:
     return build
 
 
-class OnServer(VllmServerSampler):
-    """A sampler on a vLLM server that was started for it."""
+class OnServer(ServerBackend):
+    """A vLLM server that was started for this."""
 
     def __init__(self, settings: VllmSettings) -> None:
         arguments = [
@@ -149,13 +149,13 @@ class OnServer(VllmServerSampler):
         asyncio.run(self.server.start())
         super().__init__(settings, url=self.server.url, api_key=self.server._key)
 
-    def close(self) -> None:
-        super().close()
+    def stop(self) -> None:
+        super().stop()
         self.server.stop()
 
 
 def vllm(
-    kind: Callable[..., VllmSampler], samplers: int
+    kind: type[EngineBackend] | type[OnServer], samplers: int
 ) -> Callable[[Callable[..., Path]], Candidate]:
     """vLLM with the policy's adapter hot-loaded over a base on disk. It starts in half a minute, so ``make`` gives one of
     at most ``samplers`` that really differ."""
@@ -175,19 +175,18 @@ def vllm(
             number = next(made)
             if number < samplers:
                 work = folder.with_name(f"{folder.name}-{kind.__name__}-{number}")
-                sampler = kind(
-                    VllmSettings(
-                        local_dir=folder,
-                        vocabulary=VOCABULARY,
-                        work_dir=work,
-                        log=work.with_suffix(".log"),
-                        dtype="float32",
-                        enforce_eager=True,
-                        max_num_seqs=64,
-                        max_lora_rank=policy.adapter().config["r"],
-                        probe=prompt(16),
-                    )
+                settings = VllmSettings(
+                    local_dir=folder,
+                    vocabulary=VOCABULARY,
+                    work_dir=work,
+                    log=work.with_suffix(".log"),
+                    dtype="float32",
+                    enforce_eager=True,
+                    max_num_seqs=64,
+                    max_lora_rank=policy.adapter().config["r"],
+                    probe=prompt(16),
                 )
+                sampler = VllmSampler(kind(settings))
                 sampler.watch(probe_reference(lm))
                 started.append(sampler)
                 sampler.load_policy(policy.adapter(), version=VERSION)
@@ -263,7 +262,7 @@ def vllm_teacher(tiny_model_dir: Callable[..., Path]) -> Candidate:
 CANDIDATES = [
     pytest.param(embedded("merged"), id="transformers-merged"),
     pytest.param(embedded("shared"), id="transformers-shared"),
-    pytest.param(vllm(VllmEngineSampler, 2), id="vllm-engine", marks=pytest.mark.vllm),
+    pytest.param(vllm(EngineBackend, 2), id="vllm-engine", marks=pytest.mark.vllm),
     pytest.param(vllm(OnServer, 1), id="vllm-server", marks=pytest.mark.vllm),
     pytest.param(vllm_teacher, id="vllm-teacher", marks=pytest.mark.vllm),
 ]

@@ -27,10 +27,10 @@ from rnow.models.loading import load_causal_lm
 from rnow.models.tokenizer import load_tokenizer, vocabulary_size
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.transformers import TransformersSampler
-from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_engine import EngineBackend
 from rnow.sampling.vllm_probe import gap_between
 from rnow.sampling.vllm_sampler import VllmSampler
-from rnow.sampling.vllm_server import VllmServerSampler
+from rnow.sampling.vllm_server import ServerBackend
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.setup.vllm import probe_reference
 from rnow.types import Adapter, Completion, Sample, SamplingParams
@@ -69,15 +69,15 @@ class Setup:
     async def probe(self, ids: tuple[int, ...], *, adapter: bool) -> list[float]:
         return await self.vllm._backend.probe(ids, self.vllm._current if adapter else None)
 
-    def only(self, kind: type[VllmSampler]) -> None:
-        if not isinstance(self.vllm, kind):
+    def only(self, kind: type[EngineBackend] | type[OnServer]) -> None:
+        if not isinstance(self.vllm._backend, kind):
             pytest.skip(f"this is about {kind.__name__}")
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(VllmEngineSampler, id="engine"),
+        pytest.param(EngineBackend, id="engine"),
         pytest.param(OnServer, id="server"),
     ],
 )
@@ -99,22 +99,21 @@ def setup(
         objective=PolicyGradient(reward_coef=1.0),
         optimizer=OptimizerSettings(learning_rate=1e-2),
     )
-    sampler: VllmSampler = request.param(
-        VllmSettings(
-            local_dir=STUDENT,
-            vocabulary=vocabulary,
-            work_dir=folder / "adapters",
-            log=folder / "vllm.log",
-            dtype="float32",
-            enforce_eager=True,
-            enable_sleep=True,  # which a CPU does not have
-            max_num_seqs=32,
-            max_model_len=256,
-            max_lora_rank=RANK,
-            probe=PROMPTS[3],
-            request_timeout=20.0,
-        )
+    settings = VllmSettings(
+        local_dir=STUDENT,
+        vocabulary=vocabulary,
+        work_dir=folder / "adapters",
+        log=folder / "vllm.log",
+        dtype="float32",
+        enforce_eager=True,
+        enable_sleep=True,  # which a CPU does not have
+        max_num_seqs=32,
+        max_model_len=256,
+        max_lora_rank=RANK,
+        probe=PROMPTS[3],
+        request_timeout=20.0,
     )
+    sampler = VllmSampler(request.param(settings))
     sampler.watch(probe_reference(lm))
     with closing(sampler):
         yield Setup(policy, embedded, sampler, folder / "vllm.log")
@@ -273,7 +272,7 @@ def test_an_adapter_that_is_not_the_trainers_is_found(setup: Setup) -> None:
 
 
 def test_probes_beside_completions_and_each_other_are_safe(setup: Setup) -> None:
-    setup.only(VllmEngineSampler)
+    setup.only(EngineBackend)
 
     async def everything() -> tuple[Any, ...]:
         return await asyncio.gather(
@@ -312,9 +311,9 @@ def test_no_sleep_on_a_cpu(setup: Setup) -> None:
 
 def given(
     setup: Setup, tmp_path: Path, *, max_lora_rank: int = RANK, **changes: Any
-) -> VllmServerSampler:
+) -> VllmSampler:
     """A second sampler on the server of the first."""
-    server = setup.vllm.server
+    server = setup.vllm._backend.server
     settings = VllmSettings(
         local_dir=STUDENT,
         vocabulary=setup.vllm._vocabulary,
@@ -322,7 +321,8 @@ def given(
         log=tmp_path / "unused.log",
         max_lora_rank=max_lora_rank,
     )
-    return VllmServerSampler(settings, **{"url": server.url, "api_key": server._key} | changes)
+    backend = ServerBackend(settings, **{"url": server.url, "api_key": server._key} | changes)
+    return VllmSampler(backend)
 
 
 def served(setup: Setup) -> set[str]:
@@ -384,7 +384,7 @@ def interrupted(setup: Setup, strike: Callable[[int], None]) -> list[Completion]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         assert not all(task.done() for task in tasks)
         # The one that was started last: the process that computes.
-        strike(max(setup.vllm._backend.pids()))
+        strike(max(setup.vllm._backend._process.pids()))
         return list(await asyncio.gather(*tasks))
 
     return asyncio.run(everything())
@@ -403,7 +403,7 @@ def assert_same(got: list[Completion], expected: list[Completion]) -> None:
 
 def test_a_stopped_engine_is_replaced(setup: Setup) -> None:
     """SIGSTOP: it does not die, it only never answers again."""
-    setup.only(VllmEngineSampler)
+    setup.only(EngineBackend)
     setup.load(30)
     expected = complete(setup.vllm, drawn(100), 48)
     before = setup.vllm._starts
@@ -413,7 +413,7 @@ def test_a_stopped_engine_is_replaced(setup: Setup) -> None:
 
 
 def test_a_killed_engine_is_replaced_once_per_version(setup: Setup) -> None:
-    setup.only(VllmEngineSampler)
+    setup.only(EngineBackend)
     setup.load(31)
     expected = complete(setup.vllm, drawn(100), 48)
     before = setup.vllm._starts
@@ -428,7 +428,7 @@ def test_a_killed_engine_is_replaced_once_per_version(setup: Setup) -> None:
     assert "failed twice" in str(failure.value)
     with pytest.raises(TemporaryError):
         complete(setup.vllm, greedy())
-    assert not setup.vllm._backend.pids()
+    assert not setup.vllm._backend._process.pids()
 
 
 def test_nothing_is_left_after_kill_9_of_the_parent(tmp_path: Path) -> None:
@@ -437,19 +437,20 @@ def test_nothing_is_left_after_kill_9_of_the_parent(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent(f"""
         import asyncio, pathlib
-        from rnow.sampling.vllm_engine import VllmEngineSampler
+        from rnow.sampling.vllm_engine import EngineBackend
+        from rnow.sampling.vllm_sampler import VllmSampler
         from rnow.sampling.vllm_settings import VllmSettings
         from rnow.types import SamplingParams
         here = pathlib.Path({str(tmp_path)!r})
-        sampler = VllmEngineSampler(VllmSettings(
+        sampler = VllmSampler(EngineBackend(VllmSettings(
             local_dir=pathlib.Path({str(STUDENT)!r}), vocabulary=200, work_dir=here / "w",
-            log=here / "log", dtype="float32", enforce_eager=True, max_num_seqs=8, max_model_len=256))
+            log=here / "log", dtype="float32", enforce_eager=True, max_num_seqs=8, max_model_len=256)))
         sampler.start().result()
         async def draw():
             params = SamplingParams(max_tokens=200, stop_token_ids=())
             while True:
                 await asyncio.gather(*[sampler.complete((5, 6, 7), params, i) for i in range(8)])
-                pids = " ".join(map(str, sampler._backend.pids()))
+                pids = " ".join(map(str, sampler._backend._process.pids()))
                 (here / "new").write_text(pids)
                 (here / "new").rename(here / "pids")
         asyncio.run(draw())

@@ -15,7 +15,8 @@ from tests.sampling.conformance import make_policy
 from tests.teacher.conformance import make_sample
 
 from rnow.models.loading import CausalLM, load_causal_lm
-from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_engine import EngineBackend
+from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.serving.nf4 import ARGUMENT, PLUGIN
 from rnow.setup.vllm import probe_reference, trainer_tolerance
@@ -74,21 +75,20 @@ def mean_gap(found: list[float], lm: CausalLM) -> float:
 def test_the_students_base_and_adapter(folder: Path, tmp_path: Path) -> None:
     """Also under the probes of a run: the base, and the adapter as the trainer computes it."""
     student = load(folder, "nf4")
-    sampler = VllmEngineSampler(
-        VllmSettings(
-            local_dir=folder,
-            vocabulary=100,
-            work_dir=tmp_path / "adapters",
-            log=tmp_path / "engine.log",
-            dtype="bfloat16",
-            quantization="nf4",
-            max_model_len=256,
-            enforce_eager=True,
-            max_num_seqs=8,
-            max_lora_rank=8,
-            probe=tuple(IDS[:24]),
-        )
+    settings = VllmSettings(
+        local_dir=folder,
+        vocabulary=100,
+        work_dir=tmp_path / "adapters",
+        log=tmp_path / "engine.log",
+        dtype="bfloat16",
+        quantization="nf4",
+        max_model_len=256,
+        enforce_eager=True,
+        max_num_seqs=8,
+        max_lora_rank=8,
+        probe=tuple(IDS[:24]),
     )
+    sampler = VllmSampler(EngineBackend(settings))
     with closing(sampler):
         sampler.watch(probe_reference(student), tolerance=trainer_tolerance(student))
         sampler.start().result()

@@ -21,12 +21,12 @@ from rnow.errors import (
     TemporaryError,
 )
 from rnow.protocols import Sampler
-from rnow.sampling.vllm_backend import LORA_RANKS, allowed_lora_rank
-from rnow.sampling.vllm_engine import EngineBackend
+from rnow.sampling.vllm_engine import EngineBackend, engine_arguments
 from rnow.sampling.vllm_probe import EXACT, QUANTISED, ROUNDED, gap_between, tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
-from rnow.sampling.vllm_settings import VllmSettings
-from rnow.sampling.vllm_worker import Refused, engine_arguments
+from rnow.sampling.vllm_settings import LORA_RANKS, VllmSettings
+from rnow.sampling.vllm_worker import fitted
+from rnow.serving.client import Refused
 from rnow.types import Adapter, Completion, SamplingParams
 
 STAND_IN = Path(__file__).with_name("vllm_stand_in.py")
@@ -52,7 +52,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             request_timeout=silence,
         )
         command = (sys.executable, str(STAND_IN), str(tmp_path), *flags)
-        made.append(VllmSampler(EngineBackend(settings, command=command), settings))
+        made.append(VllmSampler(EngineBackend(settings, command=command)))
         return made[-1]
 
     yield build
@@ -369,7 +369,7 @@ def test_a_death_on_the_way_to_or_from_sleep_is_one_restart(
         await sampler.sleep()
         if when == "sleep":
             backend: Any = sampler._backend
-            assert not backend.pids(), "half dead, it would keep the card"
+            assert not backend._process.pids(), "half dead, it would keep the card"
         await sampler.wake()
         return await sampler.complete(DRAW, PARAMS, 12)
 
@@ -609,7 +609,7 @@ def test_close_ends_the_process_and_removes_the_adapters(make: Make, tmp_path: P
     sampler = make()
     sampler.load_policy(adapter(), version=0)
     backend: Any = sampler._backend
-    pids = backend.pids()
+    pids = backend._process.pids()
     assert pids
     sampler.close()
     sampler.close()
@@ -623,13 +623,13 @@ def test_close_ends_the_process_and_removes_the_adapters(make: Make, tmp_path: P
     ("rank", "allowed"), [(1, 8), (8, 8), (9, 16), (32, 32), (257, 320), (512, 512)]
 )
 def test_ranks_are_rounded_up_to_what_vllm_allows(rank: int, allowed: int) -> None:
-    assert allowed_lora_rank(rank) == allowed
+    assert settings_of(max_lora_rank=rank).allowed_rank == allowed
     assert allowed in LORA_RANKS
 
 
 def test_ranks_beyond_vllm_are_an_error(make: Make) -> None:
     with pytest.raises(ModelError, match="512"):
-        allowed_lora_rank(513)
+        settings_of(max_lora_rank=513).allowed_rank  # noqa: B018
     with pytest.raises(ModelError, match="rank 9"):
         make().load_policy(adapter(rank=9), version=0)
 
@@ -640,13 +640,18 @@ def test_temperatures_beyond_vllm_are_an_error(make: Make) -> None:
         asyncio.run(make().complete(DRAW, params, 1))
 
 
-SETTINGS = dict.fromkeys(
-    ["local_dir", "dtype", "max_model_len", "gpu_memory_utilization", "max_num_seqs",
-     "tensor_parallel_size", "enforce_eager", "enable_prefix_caching", "trust_remote_code",
-     "max_lora_rank", "worker_extension"]
-) | {"quantization": "nf4", "enable_sleep": True}  # fmt: skip
+def settings_of(**changes: Any) -> VllmSettings:
+    places = {name: Path("/") / name for name in ("local_dir", "work_dir", "log")}
+    return VllmSettings(**places, vocabulary=10, **changes)
 
 
+def arguments_of(
+    settings: VllmSettings, known: set[str] | None = None, *, cpu: bool = False
+) -> dict[str, Any]:
+    return fitted(engine_arguments(settings), KNOWN if known is None else known, cpu)
+
+
+SETTINGS = settings_of(quantization="nf4", enable_sleep=True)
 CUDA_ONLY = {"enable_sleep_mode"}
 CPU_ONLY = {"enable_chunked_prefill", "max_num_batched_tokens"}
 COMMON = {
@@ -659,25 +664,23 @@ KNOWN = COMMON | CUDA_ONLY | CPU_ONLY
 
 
 def test_engine_arguments_follow_what_this_vllm_has() -> None:
-    assert set(engine_arguments(SETTINGS, KNOWN, cpu=False)) == COMMON | CUDA_ONLY
-    assert set(engine_arguments(SETTINGS, KNOWN, cpu=True)) == COMMON | CPU_ONLY
+    assert set(arguments_of(SETTINGS)) == COMMON | CUDA_ONLY
+    assert set(arguments_of(SETTINGS, cpu=True)) == COMMON | CPU_ONLY
     without = KNOWN - {"stream_interval"}
-    assert "stream_interval" not in engine_arguments(SETTINGS, without, cpu=False)
+    assert "stream_interval" not in arguments_of(SETTINGS, without)
     with pytest.raises(Refused, match="has no logprobs_mode; "):
-        engine_arguments(SETTINGS, KNOWN - {"logprobs_mode"}, cpu=False)
+        arguments_of(SETTINGS, KNOWN - {"logprobs_mode"})
 
 
 def test_engine_arguments_say_how_tokens_are_drawn_and_judged() -> None:
-    arguments = engine_arguments(SETTINGS, KNOWN, cpu=False)
+    arguments = arguments_of(SETTINGS)
     assert arguments["logprobs_mode"] == "processed_logprobs"
     assert arguments["generation_config"] == "vllm"
     assert arguments["quantization"] == "bitsandbytes"
-    assert "quantization" not in engine_arguments(
-        SETTINGS | {"quantization": "none"}, KNOWN, cpu=False
-    )
+    assert "quantization" not in arguments_of(settings_of())
 
 
 def test_on_a_cpu_prompts_are_not_cut() -> None:
-    arguments = engine_arguments(SETTINGS | {"max_model_len": 9000}, KNOWN, cpu=True)
+    arguments = arguments_of(settings_of(max_model_len=9000), cpu=True)
     assert arguments["enable_chunked_prefill"] is False
     assert arguments["max_num_batched_tokens"] == 9000

@@ -17,9 +17,10 @@ from rnow.errors import InputError, ModelError
 from rnow.processes.process import free_port
 from rnow.sampling import vllm_server
 from rnow.sampling.adapter_files import AdapterFiles
-from rnow.sampling.vllm_backend import EngineGone, RequestRefused
-from rnow.sampling.vllm_server import ServerBackend, VllmServerSampler, padded_ids
+from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_server import ServerBackend, padded_ids
 from rnow.sampling.vllm_settings import VllmSettings
+from rnow.serving.client import Refused, ServerDown
 from rnow.types import Adapter, SamplingParams
 
 KEY = "k3y"
@@ -58,7 +59,7 @@ def server() -> Iterator[ScriptedServer]:
 
 @pytest.fixture
 def backend(server: ScriptedServer, tmp_path: Path) -> ServerBackend:
-    return ServerBackend(settings_of(tmp_path), server.url, api_key=KEY)
+    return ServerBackend(settings_of(tmp_path), url=server.url, api_key=KEY)
 
 
 def test_padded_ids_are_those_the_head_has_and_the_tokenizer_has_not(tmp_path: Path) -> None:
@@ -73,8 +74,9 @@ def test_padded_ids_are_those_the_head_has_and_the_tokenizer_has_not(tmp_path: P
 def test_each_adapter_replaces_the_one_before_and_goes_at_the_end(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
-    made = VllmServerSampler(settings_of(tmp_path), url=server.url, api_key=KEY)
-    with closing(made) as sampler:
+    with closing(
+        VllmSampler(ServerBackend(settings_of(tmp_path), url=server.url, api_key=KEY))
+    ) as sampler:
         for version in (1, 2):
             sampler.load_policy(ADAPTER, version=version)
             (name,) = set(server.models) - {"base"}
@@ -97,7 +99,7 @@ def test_a_probe_is_scored_by_the_base_or_the_adapter(
     server: ScriptedServer, backend: ServerBackend, tmp_path: Path
 ) -> None:
     stored = AdapterFiles(tmp_path / "adapters").write(ADAPTER, 1)
-    with pytest.raises(EngineGone, match="stopped"):
+    with pytest.raises(ServerDown, match="stopped"):
         asyncio.run(backend.probe([5, 6, 7], None))
     backend.start()
     backend.load(stored, replacing=None)
@@ -115,7 +117,7 @@ def test_raw_log_probabilities_are_refused(server: ScriptedServer, backend: Serv
 
 
 def test_a_model_that_is_not_served(server: ScriptedServer, tmp_path: Path) -> None:
-    other = ServerBackend(settings_of(tmp_path), server.url, api_key=KEY, served_model="other")
+    other = ServerBackend(settings_of(tmp_path), url=server.url, api_key=KEY, served_model="other")
     with pytest.raises(ModelError, match="does not serve other") as caught:
         other.start()
     assert caught.value.where == "sampler.served_model"
@@ -127,7 +129,7 @@ def test_a_server_that_cannot_load_adapters_is_told_what_it_needs(
 ) -> None:
     stored = AdapterFiles(tmp_path / "adapters").write(ADAPTER, 1)
     server.always = status(500, '{"error": {"message": "rank 64 is greater than 32"}}')
-    with pytest.raises(RequestRefused, match=r"rank 64 .* --max-lora-rank") as caught:
+    with pytest.raises(Refused, match=r"rank 64 .* --max-lora-rank") as caught:
         backend.load(stored, replacing=None)
     assert str(stored.folder) in str(caught.value)
 
@@ -139,19 +141,19 @@ def test_a_server_that_forgot_the_adapter_was_restarted(
     backend.start()
     backend.load(stored, replacing=None)
     del server.models[stored.name]
-    with pytest.raises(EngineGone, match="it lost the adapter"):
+    with pytest.raises(ServerDown, match="it lost the adapter"):
         asyncio.run(backend.draw((5, 9, 77), PARAMS, 1, stored))
-    with pytest.raises(RequestRefused, match="out-of-vocab"):
+    with pytest.raises(Refused, match="out-of-vocab"):
         asyncio.run(backend.draw((5, ROWS), PARAMS, 1, None))
 
 
 def test_a_given_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_server, "START_TIMEOUT", 0.6)
-    sampler = VllmServerSampler(settings_of(tmp_path), url=f"http://127.0.0.1:{free_port()}")
-    with closing(sampler), pytest.raises(ModelError, match=r"127\.0\.0\.1"):
+    backend = ServerBackend(settings_of(tmp_path), url=f"http://127.0.0.1:{free_port()}")
+    with closing(VllmSampler(backend)) as sampler, pytest.raises(ModelError, match=r"127\.0\.0\.1"):
         sampler.start().result()
 
 
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="http"):
-        VllmServerSampler(settings_of(tmp_path), url="localhost:8000")
+        ServerBackend(settings_of(tmp_path), url="localhost:8000")

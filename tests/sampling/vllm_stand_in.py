@@ -21,10 +21,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rnow.sampling.vllm_worker import Gone, Refused, Worker, send
+from rnow.sampling.vllm_worker import VllmEngine, Worker, send
+from rnow.serving.client import Refused, ServerDown
 
 
-class StandIn:
+class StandIn(VllmEngine):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.adapters: list[str] = []
@@ -35,7 +36,7 @@ class StandIn:
             file.write(text + "\n")
 
     async def draw(self, request: dict[str, Any]) -> dict[str, Any]:
-        kind, adapter = request["prompt"][0], request["adapter"]
+        kind, adapter = request["token_ids"][0], request["adapter"]
         if adapter and adapter not in self.adapters:
             raise Refused(f"no adapter {adapter}")
         self.note(f"draw {request['seed']}")
@@ -47,9 +48,9 @@ class StandIn:
         tokens = [int(digit) for digit in str(request["seed"])]
         self.note(f"drew {request['seed']}")
         return {
-            "tokens": tokens,
+            "token_ids": tokens,
             "logprobs": [-0.5] * len(tokens),
-            "finish": "length",
+            "finish_reason": "length",
             "adapter": "stale" if kind == 7 else adapter,
         }
 
@@ -59,7 +60,7 @@ class StandIn:
             await asyncio.sleep(0.1)
             os._exit(1)
         if kind == 3:
-            raise Gone("the engine is dead")
+            raise ServerDown("the engine is dead")
         if kind == 5:
             raise Refused("too long")
         if kind == 6:
@@ -74,7 +75,7 @@ class StandIn:
         self.note(f"probe {kind}")
         wrong = (self._folder / f"wrong {kind}").exists() or self._once(f"wrong {kind} once")
         value = -1.0 - (kind == "adapter") - 0.5 * wrong
-        return {"logprobs": [value] * (len(request["tokens"]) - 1)}
+        return {"logprobs": [value] * (len(request["token_ids"]) - 1)}
 
     def _once(self, name: str) -> bool:
         there = (self._folder / name).exists()

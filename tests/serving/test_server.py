@@ -28,8 +28,17 @@ def make(tmp_path: Path, *arguments: str, command: tuple[str, ...] = PROGRAM) ->
         log=tmp_path / "server.log",
         arguments=arguments,
         command=command,
-        start_timeout=20,
     )
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "START_TIMEOUT", 20.0)
+
+
+def pids(server: VllmServer) -> set[int]:
+    assert server._process
+    return server._process.pids()
 
 
 @pytest.fixture
@@ -46,7 +55,7 @@ def test_it_serves_behind_a_key_until_stopped(server: VllmServer) -> None:
         assert model.root == str(server.model)
         assert server.url.startswith("http://127.0.0.1:")
         assert server.log_tail() == ["serving"]
-        for pid in server.pids():
+        for pid in pids(server):
             command = Path(f"/proc/{pid}/cmdline").read_text()
             assert server._key not in command, "any user can read a command line"
         assert server._key not in server.log.read_text()
@@ -59,7 +68,7 @@ def test_it_serves_behind_a_key_until_stopped(server: VllmServer) -> None:
 def test_a_restart_is_another_server(server: VllmServer) -> None:
     asyncio.run(server.start())
     try:
-        first, key = server.pids(), server._key
+        first, key = pids(server), server._key
         os.kill(first.pop(), signal.SIGKILL)
         wait_for(lambda: not server.alive())
         asyncio.run(server.restart())

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -177,6 +177,11 @@ CANDIDATES = [
     pytest.param(vllm("managed"), id="vllm-managed", marks=pytest.mark.vllm),
     pytest.param(vllm("served"), id="vllm-served", marks=pytest.mark.vllm),
 ]
+
+
+def pids(teacher: Any) -> set[int]:
+    """Ids of a managed teacher's processes."""
+    return teacher._server._process.pids()
 
 
 def make_sample(

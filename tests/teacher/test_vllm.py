@@ -27,7 +27,7 @@ from tests.serving.scripted import (
     slow,
     status,
 )
-from tests.teacher.conformance import make_sample
+from tests.teacher.conformance import make_sample, pids
 
 from rnow.algorithm.records import TopKEvidence
 from rnow.errors import (
@@ -61,6 +61,7 @@ def server() -> Iterator[ScriptedServer]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(server_module, "START_TIMEOUT", 20.0)
     monkeypatch.delenv(vllm.API_KEY_VARIABLE, raising=False)
 
 
@@ -221,18 +222,13 @@ def test_a_stop_is_noticed_while_waiting(
 
 def test_a_good_server_passes(server: ScriptedServer, tokenizer: Any) -> None:
     found = run(served(server, model=None).check(tokenizer, VOCABULARY, longest=63))
-    assert found.model == "base"
-    assert found.root == "/models/base"
-    assert found.max_model_len == 64
-    assert found.repeat_gap == 0
     assert found.warnings == ()
-    assert found.padding_rows == 4
     assert found.padding_mass == pytest.approx(0.04), "four ids of one hundredth each"
 
 
 def test_no_padding(server: ScriptedServer, tokenizer: Any) -> None:
     found = run(served(server).check(tokenizer, scripted.ROWS))
-    assert (found.padding_rows, found.padding_mass) == (0, 0.0)
+    assert found.padding_mass == 0.0
 
 
 def test_an_old_server_cannot_say_how_much_padding(server: ScriptedServer, tokenizer: Any) -> None:
@@ -240,7 +236,7 @@ def test_an_old_server_cannot_say_how_much_padding(server: ScriptedServer, token
         lambda choice: choice["logprobs"] and choice["logprobs"].update(top_logprobs=[{}])
     )
     found = run(served(server).check(tokenizer, VOCABULARY))
-    assert (found.padding_rows, found.padding_mass) == (None, None)
+    assert found.padding_mass is None
     assert len(found.warnings) == 1
 
 
@@ -302,8 +298,8 @@ def test_rounding_that_goes_with_the_batch_is_no_change(
             )
         )
     )
-    found = run(served(server).check(tokenizer, VOCABULARY))
-    assert found.repeat_gap == pytest.approx(0.1)
+    run(served(server).check(tokenizer, VOCABULARY))
+    assert next(answers) > 2, "it was asked twice"
 
 
 def test_a_server_with_adapters_is_asked_one_at_a_time(
@@ -360,7 +356,6 @@ def managed(tmp_path: Path) -> Iterator[Callable[..., VllmTeacher]]:
             log=tmp_path / "teacher.log",
             arguments=arguments,
             command=(sys.executable, scripted.__file__),
-            start_timeout=20,
         )
         made.append(
             VllmTeacher(
@@ -376,12 +371,13 @@ def managed(tmp_path: Path) -> Iterator[Callable[..., VllmTeacher]]:
 
 def test_it_starts_with_its_first_use(managed: Callable[..., VllmTeacher], tokenizer: Any) -> None:
     teacher = managed()
-    assert teacher.pids() == set()
-    assert run(teacher.check(tokenizer, VOCABULARY)).model == "teacher"
+    assert teacher._server
+    assert not teacher._server.alive()
+    assert run(teacher.check(tokenizer, VOCABULARY)).warnings == ()
     assert_right(run(teacher.score(SAMPLES)), SAMPLES)
-    assert len(teacher.pids()) == 1
+    assert len(pids(teacher)) == 1
     teacher.close()
-    assert teacher.pids() == set()
+    assert pids(teacher) == set()
 
 
 def test_death_in_the_middle_is_survived_once(
@@ -410,7 +406,7 @@ def test_a_second_death_soon_after_stops_the_run(
     teacher = managed()
 
     def kill() -> None:
-        for pid in teacher.pids():
+        for pid in pids(teacher):
             os.kill(pid, signal.SIGKILL)
 
     run(teacher.score(SAMPLES))
@@ -436,7 +432,7 @@ def test_a_hang_in_the_middle_is_survived_once(
     teacher = managed()
     monkeypatch.setattr(teacher, "_asking", Asking(timeout=0.5))
     run(teacher.start())
-    for pid in teacher.pids():
+    for pid in pids(teacher):
         os.kill(pid, signal.SIGSTOP)
     assert_right(run(teacher.score(SAMPLES)), SAMPLES)
     assert (tmp_path / "starts").read_text() == "xx"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.processes.test_leash import wait_for
-from tests.teacher.conformance import VOCABULARY, make_sample
+from tests.teacher.conformance import VOCABULARY, make_sample, pids
 
 import rnow
 from rnow.models.loading import CausalLM, load_causal_lm
@@ -88,10 +88,6 @@ def test_the_check_passes(teacher: VllmTeacher, lm: CausalLM, folder: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = asyncio.run(teacher.check(tokenizer, VOCABULARY, longest=WINDOW))
     assert found.warnings == ()
-    assert found.root == str(folder)
-    assert found.max_model_len == WINDOW + 1
-    assert found.repeat_gap == 0
-    assert found.padding_rows == ROWS - VOCABULARY
     probe = tokenizer.encode(
         "The quick brown fox: 3.14 + 27 = 30.14\n\tdef f(x):  return x ** 2  # na",
         add_special_tokens=False,
@@ -114,7 +110,7 @@ def test_the_key_is_in_no_log_and_no_command_line(teacher: VllmTeacher) -> None:
     server = teacher._server
     assert server is not None
     assert server._key not in server.log.read_text()
-    for pid in teacher.pids():
+    for pid in pids(teacher):
         assert server._key not in Path(f"/proc/{pid}/cmdline").read_text()
 
 
@@ -123,7 +119,7 @@ def test_kill_9_of_the_engine_in_the_middle_of_scoring(
 ) -> None:
     samples = [make_sample(f"s{i}", 400, first=i) for i in range(80)]
     asyncio.run(teacher.score(samples[:1]))
-    before = teacher.pids()
+    before = pids(teacher)
     killed: list[float] = []
 
     def poll() -> None:
@@ -131,22 +127,22 @@ def test_kill_9_of_the_engine_in_the_middle_of_scoring(
             killed.append(time.monotonic())
         if len(killed) == 2:  # half a second into it
             killed.append(time.monotonic())
-            os.kill(engine(teacher.pids()), signal.SIGKILL)
+            os.kill(engine(pids(teacher)), signal.SIGKILL)
 
     monkeypatch.setattr(teacher, "_asking", replace(teacher._asking, poll=poll, timeout=60.0))
     assert_like_transformers(teacher, lm, samples)
     assert len(killed) == 3
-    after = teacher.pids()
+    after = pids(teacher)
     assert after
     assert not before & after
 
 
 def test_nothing_is_left_after_close(folder: Path, tmp_path: Path, teacher: VllmTeacher) -> None:
     asyncio.run(teacher.start())
-    pids = teacher.pids()
-    assert len(pids) >= 2
+    living = pids(teacher)
+    assert len(living) >= 2
     teacher.close()
-    assert alive(pids) == set()
+    assert alive(living) == set()
 
 
 OWNER = """

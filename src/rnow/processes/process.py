@@ -15,7 +15,6 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from rnow.errors import ModelError, RnowError, TemporaryError
@@ -24,7 +23,6 @@ from rnow.processes import leash
 MARK = "RNOW_LEASH"
 """Environment variable by which the processes of one ManagedProcess know each other."""
 
-_LEASH = Path(leash.__file__)
 _TAIL_BYTES = 64 * 1024
 _READY_INTERVAL = 0.25
 
@@ -97,8 +95,9 @@ class ManagedProcess:
             try:
                 self._log_start = os.fstat(log).st_size
                 # By its path and isolated: neither PYTHONPATH nor the working directory can get in its way.
+                tied = [sys.executable, "-I", "-S", leash.__file__, "--fd", str(read_end), "--"]
                 self._popen = subprocess.Popen(
-                    [*_leash_command(read_end), *self.command],
+                    [*tied, *self.command],
                     env=env,
                     stdin=subprocess.DEVNULL if self._stdio is None else self._stdio,
                     stdout=log if self._stdio is None else self._stdio,
@@ -194,17 +193,8 @@ class ManagedProcess:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def _leash_command(read_end: int) -> list[str]:
-    return [sys.executable, "-I", "-S", str(_LEASH), "--fd", str(read_end), "--"]
 
 
 def free_port(host: str = "127.0.0.1") -> int:

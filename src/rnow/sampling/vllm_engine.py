@@ -9,32 +9,25 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 
-from rnow.errors import ModelError
+from rnow.errors import ModelError, RnowError
 from rnow.processes.process import ManagedProcess
 from rnow.sampling.adapter_files import StoredAdapter
-from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
+from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_link import Message, WorkerLink
 from rnow.sampling.vllm_padding import EXTENSION
-from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import VllmSettings
+from rnow.serving.client import Generated, Refused, ServerDown
 from rnow.serving.server import START_TIMEOUT, require_vllm
 from rnow.types import SamplingParams
 
 WORKER = ("-P", "-m", "rnow.sampling.vllm_worker")
 
 
-class VllmEngineSampler(VllmSampler):
-    """A Sampler over a vLLM engine that this process starts and that ends with it."""
-
-    def __init__(self, settings: VllmSettings) -> None:
-        super().__init__(EngineBackend(settings), settings)
-
-
-class EngineBackend:
-    """The worker process and the line to it.
+class EngineBackend(Backend):
+    """A vLLM engine that this process starts and that ends with it: the worker process and the line to it.
 
     Args:
         command: what to start instead of the worker, given the descriptor of its end of the line as one more argument.
@@ -42,26 +35,16 @@ class EngineBackend:
 
     name = "vLLM's engine"
     masks_probes = True
+    private_adapters = True
 
     def __init__(self, settings: VllmSettings, *, command: Sequence[str] | None = None) -> None:
-        self.supports_sleep = False
-        self._settings = settings
+        self.settings = settings
         self._command = command
         self._process: ManagedProcess | None = None
         self._link: WorkerLink | None = None
 
-    def pids(self) -> set[int]:
-        """Ids of the worker and of the engine's own processes."""
-        return self._process.pids() if self._process else set()
-
     def start(self) -> None:
-        """Start the worker and wait for its engine.
-
-        Raises:
-            ModelError: vLLM is not installed, or cannot serve this model at all.
-            EngineGone: it did not come up.
-        """
-        command = self._command
+        command, log = self._command, self.settings.log
         if command is None:
             require_vllm("sampler.backend")
             command = (sys.executable, *WORKER)
@@ -70,45 +53,42 @@ class EngineBackend:
             self._process = ManagedProcess(
                 [*command, str(theirs.fileno())],
                 env=environment(),
-                log=self._settings.log,
+                log=log,
                 name=self.name,
                 pass_fds=(theirs.fileno(),),
             )
             self._process.start()
         self._link = WorkerLink(ours, silence=START_TIMEOUT)
-        answer = self._link.call("start", settings=worker_settings(self._settings))
         try:
-            ready = answer.result(START_TIMEOUT)
-        except (EngineGone, FutureTimeout) as error:
+            ready = self._link.call(
+                "start",
+                arguments=engine_arguments(self.settings),
+                vocabulary=self.settings.vocabulary,
+            ).result(START_TIMEOUT)
+        except (ServerDown, FutureTimeout) as error:
             self.stop()
-            why = str(error) or f"no answer after {START_TIMEOUT:g} s"
-            tail = self._process.log_tail()
-            raise EngineGone(
-                f"the engine did not start: {why}",
-                [*tail, f"the whole log is {self._settings.log}"],
+            raise ServerDown(
+                f"the engine did not start: {str(error) or f'no answer after {START_TIMEOUT:g} s'}",
+                details=[*self._process.log_tail(), f"the whole log is {log}"],
             ) from error
-        except RequestRefused as error:
+        except Refused as error:
             self.stop()
             raise ModelError(
-                "vLLM cannot serve this model",
-                why=str(error),
-                details=[f"log: {self._settings.log}"],
+                "vLLM cannot serve this model", why=str(error), details=[f"log: {log}"]
             ) from error
         except BaseException:
             self.stop()
             raise
-        self._link.silence = self._settings.request_timeout
+        self._link.silence = self.settings.request_timeout
         self.supports_sleep = ready["supports_sleep"]
 
     def stop(self) -> None:
-        """See ``Backend.stop``."""
         if self._link:
             self._link.close()
         if self._process:
             self._process.stop(grace=1.0)
 
     def load(self, adapter: StoredAdapter, *, replacing: StoredAdapter | None) -> None:
-        """See ``Backend.load``."""
         self._call(
             "load",
             name=adapter.name,
@@ -118,11 +98,9 @@ class EngineBackend:
         ).result()
 
     def sleep(self) -> None:
-        """See ``Backend.sleep``."""
         self._call("sleep").result()
 
     def wake(self) -> None:
-        """See ``Backend.wake``."""
         self._call("wake").result()
 
     async def draw(
@@ -131,51 +109,56 @@ class EngineBackend:
         params: SamplingParams,
         seed: int,
         adapter: StoredAdapter | None,
-    ) -> Answer:
-        """See ``Backend.draw``."""
-        answer = await asyncio.wrap_future(
-            self._call(
-                "draw",
-                prompt=list(prompt_token_ids),
-                max_tokens=params.max_tokens,
-                stop=list(params.stop_token_ids),
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k,
-                seed=seed,
-                adapter=adapter.name if adapter else None,
+    ) -> Generated:
+        wanted = adapter.name if adapter else None
+        asked = {"token_ids": list(prompt_token_ids), "params": asdict(params), "seed": seed}
+        answer = await asyncio.wrap_future(self._call("draw", **asked, adapter=wanted))
+        if answer["adapter"] != wanted:
+            raise RnowError(
+                f"{self.name} answered with the weights of {answer['adapter'] or 'the base'},"
+                f" not {wanted or 'the base'}",
+                title="Wrong policy version",
+                why="training on tokens of another policy than the one recorded would be silently wrong",
             )
-        )
-        return Answer(
-            token_ids=answer["tokens"],
-            logprobs=answer["logprobs"],
-            finish_reason=answer["finish"],
-            adapter=answer["adapter"],
+        return Generated(
+            tuple(answer["token_ids"]), tuple(answer["logprobs"]), answer["finish_reason"]
         )
 
     async def probe(self, token_ids: Sequence[int], adapter: StoredAdapter | None) -> list[float]:
-        """See ``Backend.probe``. Padded ids have no mass here either."""
-        answer = await asyncio.wrap_future(
-            self._call("probe", tokens=list(token_ids), adapter=adapter.name if adapter else None)
-        )
-        return answer["logprobs"]
+        wanted = adapter.name if adapter else None
+        asked = self._call("probe", token_ids=list(token_ids), adapter=wanted)
+        return (await asyncio.wrap_future(asked))["logprobs"]
 
     def _call(self, op: str, **fields: object) -> Future[Message]:
         if self._link is None:
-            raise EngineGone("it was never started")
+            raise ServerDown("it was never started")
         return self._link.call(op, **fields)
 
 
-def worker_settings(settings: VllmSettings) -> dict[str, object]:
-    """What the worker is told, JSON-ready."""
-    told = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    for ours in ("work_dir", "log", "probe", "request_timeout"):
-        del told[ours]
-    return told | {
-        "local_dir": str(Path(settings.local_dir).resolve()),
+def engine_arguments(settings: VllmSettings) -> dict[str, object]:
+    """vLLM's engine arguments (``AsyncEngineArgs``), JSON-ready; the worker fits them to its vLLM and device."""
+    arguments: dict[str, object] = {
+        "model": str(settings.local_dir.resolve()),
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "max_num_seqs": settings.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enforce_eager": settings.enforce_eager,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "enable_sleep_mode": settings.enable_sleep,
+        "trust_remote_code": settings.trust_remote_code,
+        "enable_lora": True,
+        "max_loras": 1,
         "max_lora_rank": settings.allowed_rank,
-        "worker_extension": EXTENSION,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": EXTENSION,
     }
+    if settings.quantization == "nf4":
+        arguments["quantization"] = "bitsandbytes"
+    return arguments
 
 
 def environment() -> dict[str, str]:

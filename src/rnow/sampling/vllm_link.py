@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from itertools import count
 from typing import Any
 
-from rnow.sampling.vllm_backend import EngineGone, RequestRefused
+from rnow.serving.client import Refused, ServerDown
 
 _CHUNK = 1 << 20
 _POLL = 1.0
@@ -47,13 +47,13 @@ class WorkerLink:
             threading.Thread(target=work, name="vllm-link", daemon=True).start()
 
     def call(self, op: str, **fields: object) -> Future[Message]:
-        """Send a request. The future holds the ``ok`` part of the answer, or raises EngineGone or RequestRefused;
+        """Send a request. The future holds the ``ok`` part of the answer, or raises ServerDown or Refused;
         cancelling it tells the worker to abort."""
         future: Future[Message] = Future()
         number = next(self._ids)
         with self._lock:
             if self._gone:
-                future.set_exception(EngineGone(self._gone))
+                future.set_exception(ServerDown(self._gone))
                 return future
             if not self._owed:
                 self._heard = time.monotonic()
@@ -63,7 +63,7 @@ class WorkerLink:
         return future
 
     def close(self) -> None:
-        """Hang up. Requests still owed raise EngineGone."""
+        """Hang up. Requests still owed raise ServerDown."""
         self._fail("it was stopped")
 
     def _settled(self, number: int, future: Future[Message]) -> None:
@@ -118,9 +118,9 @@ class WorkerLink:
         if "ok" in message:
             future.set_result(message["ok"])
         elif "refused" in message:
-            future.set_exception(RequestRefused(message["refused"]))
+            future.set_exception(Refused(message["refused"]))
         else:
-            future.set_exception(EngineGone(message["gone"]))
+            future.set_exception(ServerDown(message["gone"]))
 
     def _check_silence(self) -> None:
         with self._lock:
@@ -144,4 +144,4 @@ class WorkerLink:
                 continue
         for future in owed:
             if future.set_running_or_notify_cancel():
-                future.set_exception(EngineGone(why))
+                future.set_exception(ServerDown(why))

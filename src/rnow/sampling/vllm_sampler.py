@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
 from rnow.errors import InputError, ModelError, NotYetSupported, RnowError, TemporaryError
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
-from rnow.sampling.vllm_backend import (
-    MAX_TEMPERATURE,
-    Answer,
-    Backend,
-    EngineGone,
-    RequestRefused,
-)
+from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_probe import Gap, Reference, gap_between, tolerance_of
-from rnow.sampling.vllm_settings import VllmSettings
+from rnow.serving.client import Generated, Refused, ServerDown
 from rnow.tasks import ask_again
 from rnow.types import Adapter, Completion, FinishReason, SamplingParams
 
 T = TypeVar("T")
 
+MAX_TEMPERATURE = 2.0
+"""vLLM refuses more."""
+
 
 class VllmSampler:
-    """A Sampler over a ``Backend``. Use ``VllmEngineSampler`` or ``VllmServerSampler``.
+    """A Sampler over a vLLM: an ``EngineBackend`` or a ``ServerBackend``.
 
     The backend starts at the first use, or at ``start()``. When it dies or stops answering it is started again, the current
     adapter is loaded and every completion still owed is drawn again with its own seed, so no caller notices. A second
@@ -37,12 +34,12 @@ class VllmSampler:
     With ``probe`` ids, the base model is scored at the first start, and again after every wake and restart: it must say what
     it said. With ``watch``, each adapter that was loaded is scored too: it must say what the trainer says.
 
-    Args:
-        settings: those of ``backend``. ``probe`` holds at least two ids, or none.
-        private: only this user may read the adapters; a server may run as another.
+    Raises:
+        ValueError: a single ``probe`` id.
     """
 
-    def __init__(self, backend: Backend, settings: VllmSettings, *, private: bool = True) -> None:
+    def __init__(self, backend: Backend) -> None:
+        settings = backend.settings
         if len(settings.probe) == 1:
             raise ValueError("a probe needs at least two token ids")
         self._probe_ids = settings.probe
@@ -54,7 +51,7 @@ class VllmSampler:
         self._backend = backend
         self._vocabulary = settings.vocabulary
         self._max_lora_rank = settings.allowed_rank
-        self._files = AdapterFiles(settings.work_dir, private=private)
+        self._files = AdapterFiles(settings.work_dir, private=backend.private_adapters)
         # Everything that blocks happens on this one thread, one thing after the other: start, restart, load, sleep.
         self._control = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._starts = 0
@@ -63,11 +60,8 @@ class VllmSampler:
         self._current: StoredAdapter | None = None
         # What the backend holds: another one than the current while that is still to be loaded.
         self._held: StoredAdapter | None = None
-        self._version = 0
         self._drawing = 0
         self._asleep = False
-        self._unsettled = False
-        self._closed = False
 
     def watch(self, reference: Reference, *, tolerance: float = 0.0) -> None:
         """Hold every adapter that is loaded from now on against the trainer's own scoring of the probe.
@@ -81,7 +75,7 @@ class VllmSampler:
 
     def start(self) -> Future[None]:
         """Start the backend in the background. Waiting for the result is optional: every other call does."""
-        return self._submit(self._ensure_started)
+        return self._control.submit(self._ensure_started)
 
     def load_policy(self, adapter: Adapter, *, version: int) -> None:
         """See ``Sampler.load_policy``. Blocks until vLLM holds the adapter, inside a running event loop too; asleep, the
@@ -111,7 +105,7 @@ class VllmSampler:
         expected = None
         if self._reference and self._probe_ids:
             expected = self._reference(self._probe_ids, self._backend.masks_probes)
-        self._submit(lambda: self._load(stored, expected)).result()
+        self._control.submit(self._load, stored, expected).result()
 
     def live_rollout(self) -> AbstractContextManager[None]:
         """See ``Sampler.live_rollout``. vLLM batches by itself, so there is nothing to hold."""
@@ -137,17 +131,17 @@ class VllmSampler:
             version = self._version
 
             async def draw() -> Completion:
-                adapter = self._current  # after a restart it may have another name
-                answer = await self._backend.draw(prompt_token_ids, params, seed, adapter)
-                return self._checked(answer, params, adapter, version)
+                # After a restart the adapter may have another name.
+                drawn = await self._backend.draw(prompt_token_ids, params, seed, self._current)
+                return self._checked(drawn, params, version)
 
             return await ask_again(
                 draw,
-                lost=EngineGone,
+                lost=ServerDown,
                 starts=lambda: self._starts,
-                restart=lambda starts, gone: self._on_control(lambda: self._recover(starts, gone)),
+                restart=lambda starts, down: self._on_control(lambda: self._recover(starts, down)),
             )
-        except RequestRefused as error:
+        except Refused as error:
             raise InputError(f"{self._backend.name} refused a request", why=str(error)) from error
         finally:
             self._drawing -= 1
@@ -172,43 +166,26 @@ class VllmSampler:
 
     def close(self) -> None:
         """End the backend if rnow started it and remove the adapters. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._failure = self._failure or TemporaryError("the sampler was closed")
-            self._backend.stop()
-            self._control.shutdown(wait=True, cancel_futures=True)
-            self._backend.stop()
-            self._files.clear()
+        self._failure = self._failure or TemporaryError("the sampler was closed")
+        self._backend.stop()
+        self._control.shutdown(wait=True, cancel_futures=True)
+        self._backend.stop()
+        self._files.clear()
 
     async def _ready(self) -> None:
         if self._failure:
             raise self._failure
-        if not self._starts:
-            await self._on_control(self._ensure_started)
-        while self._unsettled:
-            # Asking a backend that is being started or given an adapter would only be refused.
-            await self._on_control(lambda: None)
-        if self._failure:
-            raise self._failure
+        # Always, and so behind a restart or a load on its way: without its adapter the backend would only refuse.
+        await self._on_control(self._ensure_started)
         if self._asleep:
             raise RuntimeError("the sampler sleeps; wake it first")
 
-    def _checked(
-        self,
-        answer: Answer,
-        params: SamplingParams,
-        adapter: StoredAdapter | None,
-        version: int,
-    ) -> Completion:
-        expected = adapter.name if adapter else None
-        if answer.adapter != expected:
-            raise RnowError(
-                f"{self._backend.name} answered with the weights of {answer.adapter or 'the base'},"
-                f" not {expected or 'the base'}",
-                title="Wrong policy version",
-                why="training on tokens of another policy than the one recorded would be silently wrong",
-            )
-        ids, logprobs = tuple(answer.token_ids), tuple(answer.logprobs)
+    @property
+    def _version(self) -> int:
+        return self._current.version if self._current else 0
+
+    def _checked(self, drawn: Generated, params: SamplingParams, version: int) -> Completion:
+        ids, logprobs = drawn.token_ids, drawn.logprobs
         if not ids or len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
             raise _garbage(f"{len(logprobs)} log-probabilities for {len(ids)} tokens", logprobs)
         if max(ids) >= self._vocabulary:
@@ -216,10 +193,10 @@ class VllmSampler:
         reason: FinishReason
         if ids[-1] in params.stop_token_ids:
             reason = "stop"
-        elif answer.finish_reason == "length":
+        elif drawn.finish_reason == "length":
             reason = "length"
         else:
-            raise _garbage(f"finish_reason {answer.finish_reason!r} after token {ids[-1]}", ids)
+            raise _garbage(f"finish_reason {drawn.finish_reason!r} after token {ids[-1]}", ids)
         return Completion(
             token_ids=ids, logprobs=logprobs, finish_reason=reason, policy_version=version
         )
@@ -233,14 +210,14 @@ class VllmSampler:
             try:
                 self._backend.start()
                 self._check_base()
-            except EngineGone as gone:
-                self._failure = ModelError(
-                    str(gone), title="vLLM is not there", details=gone.details
-                )
-                raise self._failure from gone
-            except RequestRefused as refused:
-                self._failure = ModelError(f"{self._backend.name} refuses us", why=str(refused))
-                raise self._failure from refused
+            except ServerDown as down:
+                raise self._fail(
+                    ModelError(str(down), title="vLLM is not there", details=_causes(down))
+                ) from down
+            except Refused as error:
+                raise self._fail(
+                    ModelError(f"{self._backend.name} refuses us", why=str(error))
+                ) from error
             except RnowError as error:
                 self._failure = error
                 raise
@@ -249,16 +226,14 @@ class VllmSampler:
     def _load(self, stored: StoredAdapter, expected: Sequence[float] | None) -> None:
         self._ensure_started()
         previous, self._current = self._current, stored
-        self._version, self._expected = stored.version, expected
+        self._expected = expected
         if not self._asleep:
-            with self._settling():
-                starts = self._starts
-                try:
-                    self._install()
-                except EngineGone as gone:
-                    self._recover(starts, gone)
-                except RequestRefused as error:
-                    raise self._refused(error) from error
+            try:
+                self._install()
+            except ServerDown as down:
+                self._recover(self._starts, down)
+            except Refused as error:
+                raise self._refused(error) from error
         if previous and previous.folder != stored.folder:
             self._files.discard(previous)
 
@@ -276,10 +251,10 @@ class VllmSampler:
             raise RuntimeError(f"sleep while {self._drawing} completions are being drawn")
         try:
             self._backend.sleep()
-        except EngineGone:
+        except ServerDown:
             # Nothing that is half dead may keep the card from the next part. Waking starts it again.
             self._backend.stop()
-        except RequestRefused as error:
+        except Refused as error:
             raise self._fail(
                 TemporaryError(f"{self._backend.name} does not go to sleep", why=str(error))
             ) from error
@@ -290,52 +265,46 @@ class VllmSampler:
             raise self._failure
         if not self._asleep:
             return
-        with self._settling():
-            starts = self._starts
-            try:
-                self._backend.wake()
-                self._check_base()
-                self._reinstall()
-            except EngineGone as gone:
-                self._recover(starts, gone)
-            except RequestRefused as error:
-                raise self._fail(self._refused(error)) from error
-            self._asleep = False
+        try:
+            self._backend.wake()
+            self._check_base()
+            if self._current and self._held and self._current.name == self._held.name:
+                # Under another name, since vLLM has met this one: what it kept from before is not to be trusted.
+                self._current = self._files.renamed(self._current)
+            if self._current:
+                self._install()
+        except ServerDown as down:
+            self._recover(self._starts, down)
+        except Refused as error:
+            raise self._fail(self._refused(error)) from error
+        self._asleep = False
 
-    def _recover(self, starts: int, gone: EngineGone) -> None:
+    def _recover(self, starts: int, down: ServerDown) -> None:
         """Start again unless that has happened since ``starts`` was read."""
         if self._failure:
             raise self._failure
         if self._starts != starts:
             return
         if self._restarted_version == self._version:
-            raise self._give_up(gone) from gone
+            raise self._give_up(down) from down
         self._restarted_version = self._version
-        with self._settling():
-            try:
-                self._backend.stop()
-                self._held = None
-                self._backend.start()
-                self._check_base()
-                if self._current:
-                    self._install()
-            except (EngineGone, RequestRefused) as again:
-                raise self._give_up(gone, again) from again
-            self._asleep = False
-            self._starts += 1
-
-    def _reinstall(self) -> None:
-        """The adapter again, under another name where vLLM has met it: what it kept from before is not to be trusted."""
-        if self._current and self._held and self._current.name == self._held.name:
-            self._current = self._files.renamed(self._current)
-        if self._current:
-            self._install()
+        try:
+            self._backend.stop()
+            self._held = None
+            self._backend.start()
+            self._check_base()
+            if self._current:
+                self._install()
+        except (ServerDown, Refused) as again:
+            raise self._give_up(down, again) from again
+        self._asleep = False
+        self._starts += 1
 
     def _install(self) -> None:
         """Have the backend hold the current adapter, and see that it is the trainer's; if not, once more.
 
         Raises:
-            EngineGone, RequestRefused: as ``Backend.load``.
+            ServerDown, Refused: as ``Backend.load``.
             ModelError: it cannot, or what it holds is another adapter from the start.
             TemporaryError: what it holds is another adapter, and it was right before.
         """
@@ -343,15 +312,17 @@ class VllmSampler:
             assert self._current
             self._backend.load(self._current, replacing=self._held)
             self._held = self._current
-            gap = self._adapter_gap()
-            if gap is None or gap.within(self._tolerance.trainer):
-                self._proven = self._proven or gap is not None
+            if self._expected is None:
+                return
+            gap = gap_between(self._probed(self._current), self._expected)
+            if gap.within(self._tolerance.trainer):
+                self._proven = True
                 return
             if last:
                 raise self._fail(self._wrong_adapter(gap))
             self._current = self._files.renamed(self._current)
 
-    def _refused(self, error: RequestRefused) -> RnowError:
+    def _refused(self, error: Refused) -> RnowError:
         """What it means that vLLM lives and does not take an adapter, or wake."""
         if self._asleep and self._held:
             return TemporaryError(
@@ -361,13 +332,7 @@ class VllmSampler:
             )
         return ModelError(f"{self._backend.name} cannot load the adapter", why=str(error))
 
-    def _adapter_gap(self) -> Gap | None:
-        if self._expected is None:
-            return None
-        return gap_between(self._probed(self._current), self._expected)
-
     def _wrong_adapter(self, gap: Gap) -> RnowError:
-        assert self._current
         what = (
             f"{self._backend.name} and the trainer disagree on adapter version {self._version}: {gap},"
             f" and {self._tolerance.trainer:g} on average is allowed"
@@ -389,7 +354,7 @@ class VllmSampler:
         )
 
     def _check_base(self) -> None:
-        """Score the probe with the base model. Raises EngineGone when it does not say what it said at the start."""
+        """Score the probe with the base model. Raises ServerDown when it does not say what it said at the start."""
         if not self._probe_ids:
             return
         found = self._probed(None)
@@ -397,55 +362,39 @@ class VllmSampler:
             self._base_logprobs = found
         gap = gap_between(found, self._base_logprobs)
         if not gap.within(self._tolerance.same):
-            raise EngineGone(
+            raise ServerDown(
                 f"its base model is not what it was at the start: the same tokens' log-probabilities differ by {gap},"
                 f" and {self._tolerance.same:g} on average is allowed"
             )
 
     def _probed(self, adapter: StoredAdapter | None) -> list[float]:
         # Nothing is drawn beside it: new draws wait for this thread, and the old ones ended with what they asked.
-        return asyncio.run(_awaited(self._backend.probe(self._probe_ids, adapter)))
-
-    @contextmanager
-    def _settling(self) -> Iterator[None]:
-        outer, self._unsettled = self._unsettled, True
-        try:
-            yield
-        finally:
-            self._unsettled = outer
+        return asyncio.run(self._backend.probe(self._probe_ids, adapter))
 
     def _fail(self, error: RnowError) -> RnowError:
         """Nothing more is drawn after this; the error, to be raised."""
         self._failure = error
         return error
 
-    def _give_up(self, gone: EngineGone, again: Exception | None = None) -> TemporaryError:
+    def _give_up(self, down: ServerDown, again: ServerDown | Refused | None = None) -> RnowError:
         self._backend.stop()
-        details = [str(gone)]
-        if again:
-            details.append(f"after a restart: {again}")
-        details += getattr(again or gone, "details", ())
-        failure = TemporaryError(
-            f"{self._backend.name} failed twice",
-            title="Sampler lost",
-            details=details,
-            fix="run the same command again: it continues from the last checkpoint",
+        restart = [f"after a restart: {again}"] if again else []
+        return self._fail(
+            TemporaryError(
+                f"{self._backend.name} failed twice",
+                title="Sampler lost",
+                details=[str(down), *restart, *_causes(again or down)],
+                fix="run the same command again: it continues from the last checkpoint",
+            )
         )
-        self._fail(failure)
-        return failure
 
     async def _on_control(self, work: Callable[[], T]) -> T:
         # Shielded: a cancelled rollout must not cancel the restart that others wait for.
-        return await asyncio.shield(asyncio.wrap_future(self._submit(work)))
-
-    def _submit(self, work: Callable[[], T]) -> Future[T]:
-        if self._closed:
-            raise RuntimeError("the sampler is closed")
-        return self._control.submit(work)
+        return await asyncio.shield(asyncio.wrap_future(self._control.submit(work)))
 
 
-async def _awaited(work: Awaitable[T]) -> T:
-    return await work
+def _causes(error: ServerDown | Refused) -> list[str]:
+    return [*([error.why] if error.why else []), *error.details]
 
 
 def _garbage(what: str, values: Sequence[float]) -> RnowError:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rnow.errors import ModelError
 from rnow.models.tokenizer import config_value
 from rnow.sampling.adapter_files import StoredAdapter
-from rnow.sampling.vllm_backend import Answer, EngineGone, RequestRefused
-from rnow.sampling.vllm_sampler import VllmSampler
+from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.serving.client import Refused, ServerDown, VllmClient
+from rnow.serving.client import Generated, Refused, ServerDown, VllmClient
 from rnow.tasks import run_anywhere
 from rnow.types import SamplingParams
+
+T = TypeVar("T")
 
 START_TIMEOUT = 60.0
 """Seconds until the server must answer."""
@@ -24,8 +26,8 @@ _BIAS = -100.0
 _SAME = 1e-4
 
 
-class VllmServerSampler(VllmSampler):
-    """A Sampler over a vLLM server that runs already.
+class ServerBackend(Backend):
+    """A vLLM server that runs already: waited for, never started or ended; the adapter is unloaded at the end.
 
     It must serve the student's base with LoRA (``--enable-lora --max-lora-rank R --logprobs-mode processed_logprobs``,
     environment VLLM_ALLOW_RUNTIME_LORA_UPDATING=True) and see ``work_dir`` under the same path.
@@ -39,33 +41,18 @@ class VllmServerSampler(VllmSampler):
         InputError: the url is not an http(s) address.
     """
 
-    def __init__(
-        self,
-        settings: VllmSettings,
-        *,
-        url: str,
-        api_key: str | None = None,
-        served_model: str | None = None,
-    ) -> None:
-        backend = ServerBackend(settings, url, api_key=api_key, served_model=served_model)
-        super().__init__(backend, settings, private=False)
-
-
-class ServerBackend:
-    """The server is waited for, never started or ended; the adapter is unloaded at the end."""
-
-    supports_sleep = False
     masks_probes = False
+    private_adapters = False
 
     def __init__(
         self,
         settings: VllmSettings,
-        url: str,
         *,
+        url: str,
         api_key: str | None = None,
         served_model: str | None = None,
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._bias = dict.fromkeys(padded_ids(settings.local_dir, settings.vocabulary), _BIAS)
         self._url = url
         self._key = api_key
@@ -76,13 +63,7 @@ class ServerBackend:
         self.name = f"the vLLM server at {VllmClient(url, api_key).url}"
 
     def start(self) -> None:
-        """See ``Backend.start``.
-
-        Raises:
-            ModelError: it serves no such model, or gives other log-probabilities than those it draws from.
-        """
-        with _translated():
-            models = run_anywhere(self._client(START_TIMEOUT).models())
+        models = run_anywhere(self._client(START_TIMEOUT).models())
         bases = [model.id for model in models if model.parent is None]
         wanted = self._base or (bases[0] if bases else None)
         if wanted is None or wanted not in bases:
@@ -92,18 +73,16 @@ class ServerBackend:
                 details=[f"it serves {', '.join(bases) or 'nothing'}"],
             )
         self._base = wanted
-        client = self._client(self._settings.request_timeout)
-        with _translated():
-            if not run_anywhere(_processes_logprobs(client, wanted)):
-                raise ModelError(
-                    f"{self.name} gives log-probabilities from before temperature and masks",
-                    why="training needs those of the distribution that the tokens were drawn from",
-                    fix="start it with --logprobs-mode processed_logprobs",
-                )
+        client = self._client(self.settings.request_timeout)
+        if not run_anywhere(_processes_logprobs(client, wanted)):
+            raise ModelError(
+                f"{self.name} gives log-probabilities from before temperature and masks",
+                why="training needs those of the distribution that the tokens were drawn from",
+                fix="start it with --logprobs-mode processed_logprobs",
+            )
         self._requests = client
 
     def stop(self) -> None:
-        """See ``Backend.stop``."""
         self._requests = None
         name, self._loaded = self._loaded, None
         if name:
@@ -111,32 +90,21 @@ class ServerBackend:
                 run_anywhere(self._client(_CLOSE_TIMEOUT).unload_lora_adapter(name))
 
     def load(self, adapter: StoredAdapter, *, replacing: StoredAdapter | None) -> None:
-        """See ``Backend.load``."""
-
         async def swap() -> None:
-            client = self._client(self._settings.request_timeout)
+            client = self._client(self.settings.request_timeout)
             await client.load_lora_adapter(adapter.name, str(adapter.folder))
             if replacing:
                 await client.unload_lora_adapter(replacing.name)
 
         try:
-            with _translated():
-                run_anywhere(swap())
-        except RequestRefused as error:
-            raise RequestRefused(
+            run_anywhere(swap())
+        except Refused as error:
+            raise Refused(
                 f"{error}. The server must see the folder {adapter.folder} under this very path, and must have been "
                 "started with --enable-lora, a --max-lora-rank no smaller than the adapter's, and the environment "
                 "variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
             ) from error
         self._loaded = adapter.name
-
-    def sleep(self) -> None:
-        """Never called: ``supports_sleep`` is False."""
-        raise NotImplementedError
-
-    def wake(self) -> None:
-        """Never called: ``supports_sleep`` is False."""
-        raise NotImplementedError
 
     async def draw(
         self,
@@ -144,36 +112,36 @@ class ServerBackend:
         params: SamplingParams,
         seed: int,
         adapter: StoredAdapter | None,
-    ) -> Answer:
-        """See ``Backend.draw``."""
-        with _translated(lost_adapter=adapter):
-            # The client makes sure that the model that answered is the one that was asked.
-            client, model = self._asking(adapter)
-            generated = await client.complete(
+    ) -> Generated:
+        # The client makes sure that the model that answered is the one that was asked.
+        return await self._ask(
+            adapter,
+            lambda client, model: client.complete(
                 prompt_token_ids, params, seed, model=model, logit_bias=self._bias
-            )
-        return Answer(
-            token_ids=generated.token_ids,
-            logprobs=generated.logprobs,
-            finish_reason=generated.finish_reason,
-            adapter=adapter.name if adapter else None,
+            ),
         )
 
     async def probe(self, token_ids: Sequence[int], adapter: StoredAdapter | None) -> list[float]:
-        """See ``Backend.probe``; the padded ids' mass is part of the distribution here."""
-        with _translated(lost_adapter=adapter):
-            client, model = self._asking(adapter)
-            values = await client.prompt_logprobs(token_ids, model=model)
+        values = await self._ask(
+            adapter, lambda client, model: client.prompt_logprobs(token_ids, model=model)
+        )
         return [value for value in values[1:] if value is not None]
 
-    def _asking(self, adapter: StoredAdapter | None) -> tuple[VllmClient, str]:
-        """The client, and the name of the model to ask."""
+    async def _ask(
+        self, adapter: StoredAdapter | None, ask: Callable[[VllmClient, str], Awaitable[T]]
+    ) -> T:
+        """What ``ask`` gives for the client and the name of the model."""
         if self._requests is None or self._base is None:
-            raise EngineGone("it was stopped")
-        return self._requests, adapter.name if adapter else self._base
+            raise ServerDown("it was stopped")
+        try:
+            return await ask(self._requests, adapter.name if adapter else self._base)
+        except Refused as error:
+            if adapter and error.status == 404:  # its owner started it again
+                raise ServerDown(f"it lost the adapter ({error.message})") from error
+            raise
 
     def _client(self, timeout: float) -> VllmClient:
-        return VllmClient(self._url, self._key, timeout, self._settings.max_num_seqs)
+        return VllmClient(self._url, self._key, timeout, self.settings.max_num_seqs)
 
 
 async def _processes_logprobs(client: VllmClient, model: str) -> bool:
@@ -198,16 +166,3 @@ def padded_ids(local_dir: Path, vocabulary: int) -> range:
     if rows is None:
         raise ModelError(f"{local_dir / 'config.json'} names no vocab_size")
     return range(vocabulary, rows)
-
-
-@contextlib.contextmanager
-def _translated(lost_adapter: StoredAdapter | None = None) -> Iterator[None]:
-    """The client's errors as a backend's. A server that does not know the adapter any more was restarted by its owner."""
-    try:
-        yield
-    except ServerDown as error:
-        raise EngineGone(error.message, [error.why] if error.why else []) from error
-    except Refused as error:
-        if lost_adapter and error.status == 404:
-            raise EngineGone(f"it lost the adapter ({error.message})") from error
-        raise RequestRefused(error.message) from error

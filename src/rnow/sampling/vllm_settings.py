@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rnow.sampling.vllm_backend import allowed_lora_rank
+from rnow.errors import ModelError
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of ``max_lora_rank`` that vLLM accepts (1 too, from some version on)."""
 
 Quantization = Literal["none", "nf4"]
 
@@ -54,5 +57,16 @@ class VllmSettings:
 
     @property
     def allowed_rank(self) -> int:
-        """``max_lora_rank`` as vLLM must be told it. Raises ModelError where it has none so large."""
-        return allowed_lora_rank(self.max_lora_rank)
+        """The smallest ``max_lora_rank`` of vLLM that holds this one; the adapter keeps its own.
+
+        Raises:
+            ModelError: vLLM has no room for this rank.
+        """
+        for allowed in LORA_RANKS:
+            if self.max_lora_rank <= allowed:
+                return allowed
+        raise ModelError(
+            f"vLLM loads LoRA adapters up to rank {LORA_RANKS[-1]}, and this one has {self.max_lora_rank}",
+            where="model.qlora_rank",
+            fix=f"use a rank of at most {LORA_RANKS[-1]}, or sampler.backend: transformers",
+        )

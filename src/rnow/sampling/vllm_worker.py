@@ -15,9 +15,11 @@ import socket
 import sys
 import traceback
 from collections.abc import Awaitable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from rnow.sampling.gate import Gate
+from rnow.sampling.vllm_link import Message
+from rnow.serving.client import Refused, ServerDown
 
 if TYPE_CHECKING:
     from vllm.logprobs import SampleLogprobs  # pyright: ignore[reportMissingImports]
@@ -30,36 +32,14 @@ STREAM_INTERVAL = 32
 
 _LINE_LIMIT = 1 << 30
 
-Message = dict[str, Any]
-
 CPU_BATCHED_TOKENS = 4096
-
-
-class Refused(Exception):
-    """This request cannot be served; the engine is well."""
-
-
-class Gone(Exception):
-    """The engine is dead."""
-
-
-class Engine(Protocol):
-    """What the worker needs of an engine; requests and answers are the fields of the messages."""
-
-    drawn: int
-
-    async def draw(self, request: Message) -> Message: ...
-    async def probe(self, request: Message) -> Message: ...
-    async def load(self, request: Message) -> Message: ...
-    async def sleep(self, request: Message) -> Message: ...
-    async def wake(self, request: Message) -> Message: ...
 
 
 class Worker:
     """Serves the requests of one connection until it closes or the engine dies."""
 
     def __init__(
-        self, engine: Engine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, engine: VllmEngine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self._engine = engine
         self._reader = reader
@@ -100,7 +80,7 @@ class Worker:
                 answer = {"ok": await getattr(self._engine, op)(request)}
         except Refused as error:
             answer = {"refused": str(error)}
-        except Gone as error:
+        except ServerDown as error:
             answer = {"gone": str(error)}
             self._dead.set()
         except Exception as error:  # whatever it is, the trainer waits for an answer
@@ -120,43 +100,19 @@ def send(writer: asyncio.StreamWriter, message: Mapping[str, object]) -> None:
         writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
 
-def engine_arguments(settings: Message, known: set[str], cpu: bool) -> dict[str, object]:
-    """vLLM's engine arguments.
-
-    Args:
-        settings: those of ``VllmSettings``, as ``vllm_engine.worker_settings`` sends them.
-        known: the arguments that this vLLM has.
+def fitted(arguments: Message, known: set[str], cpu: bool) -> Message:
+    """Those of ``vllm_engine.engine_arguments`` for this vLLM, whose arguments are ``known``.
 
     Raises:
         Refused: it lacks one that is needed.
     """
-    needed: dict[str, object] = {
-        "model": settings["local_dir"],
-        "dtype": settings["dtype"],
-        "max_model_len": settings["max_model_len"],
-        "gpu_memory_utilization": settings["gpu_memory_utilization"],
-        "max_num_seqs": settings["max_num_seqs"],
-        "tensor_parallel_size": settings["tensor_parallel_size"],
-        "enforce_eager": settings["enforce_eager"],
-        "enable_prefix_caching": settings["enable_prefix_caching"],
-        "trust_remote_code": settings["trust_remote_code"],
-        "enable_lora": True,
-        "max_loras": 1,
-        "max_lora_rank": settings["max_lora_rank"],
-        "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",
-        "skip_tokenizer_init": True,
-        "worker_extension_cls": settings["worker_extension"],
-    }
-    if settings["quantization"] == "nf4":
-        needed["quantization"] = "bitsandbytes"
+    needed = dict(arguments)
     if cpu:
+        del needed["enable_sleep_mode"]
         # A prompt prefilled in two parts makes vLLM rewind the request's random generator, which a CPU's cannot: the
         # engine dies ("CPU Generator does not use offset").
         needed["enable_chunked_prefill"] = False
-        needed["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, settings["max_model_len"] or 0)
-    else:
-        needed["enable_sleep_mode"] = settings["enable_sleep"]
+        needed["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, needed["max_model_len"] or 0)
     if missing := needed.keys() - known:
         raise Refused(
             f"this vLLM has no {', '.join(sorted(missing))}; rnow needs vLLM 0.26 or newer"
@@ -172,7 +128,7 @@ def engine_arguments(settings: Message, known: set[str], cpu: bool) -> dict[str,
 class VllmEngine:
     """vLLM's AsyncLLM behind the worker's messages."""
 
-    def __init__(self, settings: Message) -> None:
+    def __init__(self, arguments: Message) -> None:
         import vllm.inputs  # pyright: ignore[reportMissingImports]
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
@@ -191,17 +147,14 @@ class VllmEngine:
         # Prompts that need no rendering have a type of their own from some version on; older ones take the plain dict.
         self._prompt = getattr(vllm.inputs, "tokens_input", lambda ids: {"prompt_token_ids": ids})
         cpu = current_platform.is_cpu()
-        self.supports_sleep = settings["enable_sleep"] and not cpu
+        self.supports_sleep = arguments["enable_sleep_mode"] and not cpu
         known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-        if cpu and settings["max_model_len"] is None:
-            model = AsyncEngineArgs(
-                model=settings["local_dir"],
-                trust_remote_code=settings["trust_remote_code"],
-                skip_tokenizer_init=True,
-            ).create_model_config()
-            settings = {**settings, "max_model_len": model.max_model_len}
-        arguments = engine_arguments(settings, known, cpu)
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        if cpu and arguments["max_model_len"] is None:
+            about = ("model", "trust_remote_code", "skip_tokenizer_init")
+            model = AsyncEngineArgs(**{name: arguments[name] for name in about})
+            window = model.create_model_config().max_model_len
+            arguments = {**arguments, "max_model_len": window}
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**fitted(arguments, known, cpu)))
 
     async def mask_padding(self, vocabulary: int) -> None:
         """Take the padded rows out of the distribution."""
@@ -216,40 +169,36 @@ class VllmEngine:
         self._engine.shutdown()
 
     async def draw(self, request: Message) -> Message:
-        """``prompt, max_tokens, stop, temperature, top_p, top_k, seed, adapter`` -> ``tokens, logprobs, finish, adapter``."""
+        """``token_ids, params, seed, adapter`` -> ``token_ids, logprobs, finish_reason, adapter``."""
         named = {"flat_logprobs": True} if self._flat else {}
         params = self._sampling_params(
+            **request["params"],  # rnow's names are vLLM's
             n=1,
-            max_tokens=request["max_tokens"],
             # vLLM's own idea of the end of a turn comes from generation_config; what counts is the list.
             ignore_eos=True,
-            stop_token_ids=request["stop"],
-            temperature=request["temperature"],
-            top_p=request["top_p"],
-            top_k=request["top_k"],
             seed=request["seed"],
             logprobs=0,
             detokenize=False,
             output_kind=self._cumulative,
             **named,
         )
-        output = await self._run(request["prompt"], params, request["adapter"])
+        output = await self._run(request["token_ids"], params, request["adapter"])
         choice = output.outputs[0]
         tokens = list(choice.token_ids)
         used = output.lora_request
         return {
-            "tokens": tokens,
+            "token_ids": tokens,
             "logprobs": sampled_logprobs(tokens, choice.logprobs),
-            "finish": choice.finish_reason,
+            "finish_reason": choice.finish_reason,
             "adapter": used.lora_name if used else None,
         }
 
     async def probe(self, request: Message) -> Message:
-        """``tokens, adapter`` -> ``logprobs`` of all tokens but the first."""
+        """``token_ids, adapter`` -> ``logprobs`` of all ids but the first."""
         params = self._sampling_params(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False
         )
-        tokens = request["tokens"]
+        tokens = request["token_ids"]
         output = await self._run(tokens, params, request["adapter"])
         return {
             "logprobs": [
@@ -302,9 +251,9 @@ class VllmEngine:
         except Exception as error:
             raise self._translated(error) from error
         if last is None or not last.finished:
-            raise Gone("the engine ended a request without finishing it")
+            raise ServerDown("the engine ended a request without finishing it")
         if last.outputs[0].finish_reason in ("abort", "error"):
-            raise Gone(f"the engine ended a request with {last.outputs[0].finish_reason!r}")
+            raise ServerDown(f"the engine ended a request with {last.outputs[0].finish_reason!r}")
         return last
 
     async def _guarded(self, work: Awaitable[object]) -> None:
@@ -317,7 +266,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
 
         if isinstance(error, EngineDeadError) or self._engine.errored:
-            return Gone(f"vLLM's engine died ({error})".strip())
+            return ServerDown(f"vLLM's engine died ({error})".strip())
         cause = error.__cause__ or error
         return Refused(f"{type(cause).__name__}: {cause}")
 
@@ -329,7 +278,7 @@ def sampled_logprobs(tokens: list[int], logprobs: SampleLogprobs | None) -> list
         values = [logprobs.logprobs[start] for start in logprobs.start_indices]
         ids = [logprobs.token_ids[start] for start in logprobs.start_indices]
         if ids != tokens:
-            raise Gone("the engine's log-probabilities are not those of its tokens")
+            raise ServerDown("the engine's log-probabilities are not those of its tokens")
         return [float(value) for value in values]
     return [
         float(entry[token].logprob) for token, entry in zip(tokens, logprobs or (), strict=True)
@@ -345,8 +294,8 @@ async def main(descriptor: int) -> None:
     reader, writer = await asyncio.open_connection(sock=connection, limit=_LINE_LIMIT)
     first = json.loads(await reader.readline())
     try:
-        engine = VllmEngine(first["settings"])
-        await engine.mask_padding(first["settings"]["vocabulary"])
+        engine = VllmEngine(first["arguments"])
+        await engine.mask_padding(first["vocabulary"])
     except Refused as error:
         send(writer, {"id": first["id"], "refused": str(error)})
         await writer.drain()

@@ -40,7 +40,7 @@ _EXCERPT = 200
 
 
 class ServerDown(TemporaryError):
-    """A server did not answer within the deadline, retries included."""
+    """A model server or engine ended, or did not answer within the deadline, retries included."""
 
     default_title = "Model server unreachable"
 
@@ -52,11 +52,11 @@ class BadAnswer(ModelError):
 
 
 class Refused(ModelError):
-    """A server refused a request (4xx). ``status`` is the HTTP status."""
+    """A model server or engine is well and does not take a request. ``status`` is a server's HTTP status (4xx)."""
 
     default_title = "A model server refused a request"
 
-    def __init__(self, message: str, *, status: int, fix: str | None = None) -> None:
+    def __init__(self, message: str, *, status: int | None = None, fix: str | None = None) -> None:
         super().__init__(message, fix=fix)
         self.status = status
 
@@ -282,7 +282,7 @@ class VllmClient:
         Raises:
             ServerDown, Refused, BadAnswer: as ``complete``.
         """
-        entries = await self._prompt_entries(token_ids, model, 0)
+        entries = await self.prompt_top_logprobs(token_ids, model=model, top_k=0)
         return [
             None if entry is None else entry[token]
             for token, entry in zip(token_ids, entries, strict=True)
@@ -293,15 +293,6 @@ class VllmClient:
     ) -> list[dict[int, float] | None]:
         """For each position the ``top_k`` likeliest ids and the given one, with their log-probabilities; the first is
         None. ``top_k`` is at most ``MAX_LOGPROBS``, unless the server was started with more."""
-        entries = await self._prompt_entries(token_ids, model, top_k)
-        for entry in entries[1:]:
-            if entry is None or len(entry) < top_k:
-                raise self._bad(f"it gave fewer than the {top_k} likeliest tokens of a position")
-        return entries
-
-    async def _prompt_entries(
-        self, token_ids: Sequence[int], model: str, top_k: int
-    ) -> list[dict[int, float] | None]:
         body = self._sampling(token_ids, model, 1) | {
             "temperature": 1.0,
             "prompt_logprobs": top_k,
@@ -323,6 +314,8 @@ class VllmClient:
             except (AttributeError, KeyError, TypeError, ValueError):
                 raise self._bad(f"it gave no log-probability for the token at {position}") from None
             entries.append({i: self._logprob(value, position) for i, value in found.items()})
+        if any(entry is not None and len(entry) < top_k for entry in entries):
+            raise self._bad(f"it gave fewer than the {top_k} likeliest tokens of a position")
         return entries
 
     # --- adapters and memory --------------------------------------------------------------------------------------

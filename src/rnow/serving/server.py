@@ -55,7 +55,6 @@ class VllmServer:
         log: its output is appended here.
         arguments: further arguments of the server.
         env: further environment variables.
-        start_timeout: seconds until it must be ready.
         poll: called while it starts; may raise to stop.
         command: what to run instead of this environment's vLLM; the arguments are appended.
     """
@@ -68,7 +67,6 @@ class VllmServer:
         log: Path,
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
-        start_timeout: float = START_TIMEOUT,
         poll: Callable[[], None] = lambda: None,
         command: Sequence[str] | None = None,
     ) -> None:
@@ -77,7 +75,6 @@ class VllmServer:
         self.log = log
         self._arguments = tuple(arguments)
         self._env = dict(env or {})
-        self._start_timeout = start_timeout
         self._poll = poll
         self._command = tuple(command or _serve_command())
         self._process: ManagedProcess | None = None
@@ -130,10 +127,6 @@ class VllmServer:
         """Whether the server's process runs."""
         return self._process is not None and self._process.alive()
 
-    def pids(self) -> set[int]:
-        """Ids of the server's processes."""
-        return self._process.pids() if self._process else set()
-
     def log_tail(self, lines: int = 20) -> list[str]:
         """The last lines of its log since it was last started."""
         return self._process.log_tail(lines) if self._process else []
@@ -180,4 +173,4 @@ class VllmServer:
                 return any(model.id == self.name for model in await client.models())
             return False
 
-        await self._process.wait_until(ready, timeout=self._start_timeout)
+        await self._process.wait_until(ready, timeout=START_TIMEOUT)

@@ -14,10 +14,10 @@ from rnow.models.loading import CausalLM, take_apart
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import RunModel, dtype_name, engine_share
 from rnow.protocols import Sampler
-from rnow.sampling.vllm_engine import VllmEngineSampler
+from rnow.sampling.vllm_engine import EngineBackend
 from rnow.sampling.vllm_probe import MAX_PROBE_TOKENS, Reference, tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
-from rnow.sampling.vllm_server import VllmServerSampler, padded_ids
+from rnow.sampling.vllm_server import ServerBackend, padded_ids
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.setup.objective import build_objective
 from rnow.teacher.transformers import TransformersTeacher
@@ -76,12 +76,14 @@ def build_vllm_sampler(
         probe=probe_ids(prepared),
     )
     if section.url is None:
-        return VllmEngineSampler(settings)
-    return VllmServerSampler(
-        settings,
-        url=section.url,
-        api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
-        served_model=section.served_model,
+        return VllmSampler(EngineBackend(settings))
+    return VllmSampler(
+        ServerBackend(
+            settings,
+            url=section.url,
+            api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
+            served_model=section.served_model,
+        )
     )
 
 

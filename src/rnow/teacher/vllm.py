@@ -57,8 +57,6 @@ class VllmTeacher:
         where: str,
         asking: Asking,
     ) -> None:
-        if (client is None) == (server is None):
-            raise ValueError("a teacher has a client or a server of its own")
         self._asking = asking
         self._server = server
         self._model = model
@@ -179,10 +177,6 @@ class VllmTeacher:
             ) from error
         self._asleep = False
 
-    def pids(self) -> set[int]:
-        """Ids of a managed teacher's processes."""
-        return self._server.pids() if self._server else set()
-
     # --- scoring --------------------------------------------------------------------------------------------------
 
     async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
@@ -196,12 +190,8 @@ class VllmTeacher:
             for sample in samples
             if not any(sample.loss_mask)
         }
-
-        async def rest() -> None:
-            await self._score_into(evidence, [s for s in samples if s.id not in evidence])
-
         try:
-            await self.surviving(rest)
+            await self.surviving(lambda: self._score_into(evidence, samples))
         except (BadAnswer, Refused) as error:
             raise TemporaryError(
                 error.message,
@@ -262,14 +252,15 @@ class VllmTeacher:
         self._starting = asyncio.create_task(bring_up())
 
     async def _score_into(self, evidence: dict[str, Evidence], samples: Sequence[Sample]) -> None:
-        """Adds each answer as it comes, so that what was answered before a failure is not asked again."""
+        """Add what ``evidence`` lacks, each answer as it comes: what was answered before a failure is not asked again."""
         client = await self._ready()
         model = await self._name(client)
 
         async def one(sample: Sample) -> None:
             evidence[sample.id] = await self._judge(client, model, sample)
 
-        waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in samples}
+        missing = [sample for sample in samples if sample.id not in evidence]
+        waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in missing}
         try:
             while waiting:
                 self._asking.poll()
@@ -284,14 +275,10 @@ class VllmTeacher:
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _judge(self, client: VllmClient, model: str, sample: Sample) -> Evidence:
-        ids, top_k = _scored_part(sample), self._asking.top_k
-        if not top_k:
-            values = await client.prompt_logprobs(ids, model=model)
-            pairs = zip(ids, values, strict=True)
-            entries = [{} if value is None else {token: value} for token, value in pairs]
-        else:
-            found = await client.prompt_top_logprobs(ids, model=model, top_k=top_k)
-            entries = [entry or {} for entry in found]
+        # What follows the last loss token changes nothing.
+        last = max(position for position, on in enumerate(sample.loss_mask) if on)
+        ids, top_k = sample.token_ids[: last + 1], self._asking.top_k
+        entries = await client.prompt_top_logprobs(ids, model=model, top_k=top_k)
         judged = {
             position: entry
             for position, entry in enumerate(entries)
@@ -347,7 +334,7 @@ class VllmTeacher:
                 # Concurrent prompt log-probabilities have killed engines with LoRA enabled (CPU build).
                 self._client = client.limited(1)
             checks = ServedTeacherChecks(
-                client, served, where=self._where, top_k=self._asking.top_k
+                client=client, served=served, where=self._where, top_k=self._asking.top_k
             )
             return await checks.run(tokenizer, vocabulary, longest)
         except ServerDown as error:
@@ -361,12 +348,6 @@ class VllmTeacher:
         except (BadAnswer, Refused) as error:
             error.where = error.where or self._where
             raise
-
-
-def _scored_part(sample: Sample) -> Sequence[int]:
-    """The ids up to the last loss token: what follows it changes nothing."""
-    last = max(position for position, on in enumerate(sample.loss_mask) if on)
-    return sample.token_ids[: last + 1]
 
 
 def _aligned(sample: Sample, judged: Mapping[int, Mapping[int, float]], top_k: int) -> Evidence:

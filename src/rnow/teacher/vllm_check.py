@@ -26,23 +26,14 @@ class TeacherCheck:
     """What ``VllmTeacher.check`` found.
 
     Attributes:
-        model: the name it is served under; ``root``: the folder or id that the server says it is.
-        max_model_len: tokens of the longest sequence it takes, if it says so.
-        padding_mass: mean probability of the ids that no tokenizer produces, over a few contexts. A served teacher cannot
-            leave them out of its softmax, so its log-probabilities are too low by about this much. 0 without such ids,
-            None where the server is too old to be asked.
-        padding_rows: how many such ids there are (at most 1,024 are counted), None as above.
-        repeat_gap: nats between two answers to the same request.
+        padding_mass: mean probability of the ids that no tokenizer produces (at most 1,024 are counted), over a few contexts.
+            A served teacher cannot leave them out of its softmax, so its log-probabilities are too low by about this much.
+            0 without such ids, None where the server is too old to be asked.
         warnings: what could not be checked.
     """
 
-    model: str
-    root: str | None
-    max_model_len: int | None
     padding_mass: float | None
-    padding_rows: int | None
-    repeat_gap: float
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
 
 
 async def find_served_model(client: VllmClient, wanted: str | None, where: str) -> ServedModel:
@@ -69,22 +60,19 @@ async def find_served_model(client: VllmClient, wanted: str | None, where: str) 
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedTeacherChecks:
     """The questions, to one model on one server.
 
-    Args:
+    Attributes:
         where: the setting that names the server.
         top_k: how many of the likeliest tokens will be asked for.
     """
 
-    def __init__(
-        self, client: VllmClient, served: ServedModel, *, where: str, top_k: int = 0
-    ) -> None:
-        self._client = client
-        self._served = served
-        self._model = served.id
-        self._where = where
-        self._top_k = top_k
+    client: VllmClient
+    served: ServedModel
+    where: str
+    top_k: int
 
     async def run(self, tokenizer: Tokenizer, vocabulary: int, longest: int | None) -> TeacherCheck:
         """All of them; arguments as of ``VllmTeacher.check``.
@@ -93,39 +81,30 @@ class ServedTeacherChecks:
             ServerDown, ModelError: no answer; another tokenizer; log-probabilities that cannot be right, or that change when
                 asked again; sequences too long for it.
         """
-        served = self._served
-        self._check_window(served, longest)
+        self._check_window(longest)
         spread = range(0, vocabulary, max(1, vocabulary // _SPREAD_IDS))
         controls = sorted(tokenizer.get_added_vocab())
         probes = [_PROBE, "".join(controls), tokenizer.decode(list(spread))]
         warnings = await self._compare_tokenizers(tokenizer, probes)
         ids = tokenizer.encode(_PROBE, add_special_tokens=False)[:_PROBE_TOKENS]
-        if served.max_model_len is not None:
-            ids = ids[: served.max_model_len - 1]
-        gap = await self._repeat(ids)
-        if self._top_k:
+        if self.served.max_model_len is not None:
+            ids = ids[: self.served.max_model_len - 1]
+        await self._check_repeat(ids)
+        if self.top_k:
             await self._check_top_k(ids)
-        rows, mass = await self._padding(ids, vocabulary)
-        if rows is None:
+        mass = await self._padding_mass(ids, vocabulary)
+        if mass is None:
             warnings.append(
                 "the teacher's server cannot say how much probability it gives to padding ids"
             )
-        return TeacherCheck(
-            model=served.id,
-            root=served.root,
-            max_model_len=served.max_model_len,
-            padding_mass=mass,
-            padding_rows=rows,
-            repeat_gap=gap,
-            warnings=tuple(warnings),
-        )
+        return TeacherCheck(padding_mass=mass, warnings=tuple(warnings))
 
-    def _check_window(self, served: ServedModel, longest: int | None) -> None:
-        window = served.max_model_len
+    def _check_window(self, longest: int | None) -> None:
+        window = self.served.max_model_len
         if longest is not None and window is not None and longest >= window:
             raise ModelError(
                 f"the teacher's server takes sequences of up to {window - 1} tokens, the run has up to {longest}",
-                where=self._where,
+                where=self.where,
                 fix=f"start it with --max-model-len {longest + 1}, or lower rollout.max_context_window to {window - 1}",
             )
 
@@ -135,7 +114,7 @@ class ServedTeacherChecks:
                 continue
             ours = tokenizer.encode(text, add_special_tokens=False)
             try:
-                theirs = await self._client.tokenize(text, model=self._model)
+                theirs = await self.client.tokenize(text, model=self.served.id)
             except Refused as error:
                 if error.status not in (404, 405, 501):
                     raise
@@ -150,7 +129,7 @@ class ServedTeacherChecks:
                 raise ModelError(
                     f"the teacher's server reads text differently from token {at} on",
                     title="Student and teacher tokenizers differ",
-                    where=self._where,
+                    where=self.where,
                     details=[
                         f"student: {ours[at : at + 5]}",
                         f"teacher: {theirs[at : at + 5]}",
@@ -161,9 +140,9 @@ class ServedTeacherChecks:
                 )
         return []
 
-    async def _repeat(self, ids: Sequence[int]) -> float:
-        first = await self._client.prompt_logprobs(ids, model=self._model)
-        second = await self._client.prompt_logprobs(ids, model=self._model)
+    async def _check_repeat(self, ids: Sequence[int]) -> None:
+        first = await self.client.prompt_logprobs(ids, model=self.served.id)
+        second = await self.client.prompt_logprobs(ids, model=self.served.id)
         gap = max(
             (
                 abs(a - b)
@@ -174,32 +153,29 @@ class ServedTeacherChecks:
         )
         if gap > REPEAT_TOLERANCE:
             raise BadAnswer(
-                f"the server at {self._client.url} gives the same tokens log-probabilities that differ by {gap:.3g} nats",
+                f"the server at {self.client.url} gives the same tokens log-probabilities that differ by {gap:.3g} nats",
                 why="several models may stand behind one address",
                 fix="name a server that serves one model",
             )
-        return gap
 
     async def _check_top_k(self, ids: Sequence[int]) -> None:
         try:
-            await self._client.prompt_top_logprobs(ids, model=self._model, top_k=self._top_k)
+            await self.client.prompt_top_logprobs(ids, model=self.served.id, top_k=self.top_k)
         except Refused as error:
-            error.fix = f"start the server with --max-logprobs {self._top_k}"
+            error.fix = f"start the server with --max-logprobs {self.top_k}"
             raise
 
-    async def _padding(
-        self, ids: Sequence[int], vocabulary: int
-    ) -> tuple[int | None, float | None]:
-        """How many ids at or above ``vocabulary`` the model has, and their mean probability after a few prefixes."""
+    async def _padding_mass(self, ids: Sequence[int], vocabulary: int) -> float | None:
+        """Mean probability of the model's ids at or above ``vocabulary``, after a few prefixes."""
         prefixes = [ids[:length] for length in {1, len(ids) // 2 or 1, len(ids)}]
         mass, rows, size = 0.0, 0, MAX_LOGPROBS
         while rows < _MAX_PADDING:
             wanted = range(vocabulary + rows, vocabulary + rows + size)
             try:
                 for prefix in prefixes:
-                    found = await self._client.next_logprobs(prefix, wanted, model=self._model)
+                    found = await self.client.next_logprobs(prefix, wanted, model=self.served.id)
                     if found is None:
-                        return None, None
+                        return None
                     values = torch.tensor(list(found.values()), dtype=torch.float64)
                     mass += values.exp().sum().item() / len(prefixes)
             except Refused as error:
@@ -209,4 +185,4 @@ class ServedTeacherChecks:
                 size //= 2
                 continue
             rows += size
-        return rows, mass
+        return mass
