@@ -41,7 +41,7 @@ def rehearse_rollouts(
 
     limit = None if every or chosen is not None else count or DEFAULT_PROMPTS
     with placed(loaded):
-        summary = rehearse(
+        rehearse(
             loaded.config,
             folder=folder,
             limit=limit,
@@ -49,7 +49,6 @@ def rehearse_rollouts(
             verbose=verbose,
             console=console(),
         )
-    raise typer.Exit(summary.exit_code)
 
 
 def parse_rows(text: str) -> tuple[int, ...]:
