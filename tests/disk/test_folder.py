@@ -114,16 +114,3 @@ def test_a_folder_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
     RunFolder(tmp_path / "runs" / "first").make()
     assert list((tmp_path / "runs" / "first").iterdir()) == []
-
-
-@pytest.mark.parametrize("text", [None, "", "{", "[1]", "3"])
-def test_half_a_summary_is_none(tmp_path: Path, text: str | None) -> None:
-    folder = RunFolder(tmp_path)
-    if text is not None:
-        folder.summary.write_text(text)
-    assert folder.finished_summary() is None
-
-
-def test_a_summary(tmp_path: Path) -> None:
-    RunFolder(tmp_path).summary.write_text('{"steps": 3}')
-    assert RunFolder(tmp_path).finished_summary() == {"steps": 3}

@@ -54,7 +54,7 @@ def test_sparkline_spans_its_range() -> None:
     assert sparkline([math.nan]) == " "
     assert sparkline([]) == ""
     assert sparkline([5, 0, 1], width=2) == "▁█"
-    assert sparkline([5.0], low=0, high=10) == "▅"
+    assert sparkline([5.0], scale=[0, 10]) == "▅"
 
 
 @given(st.lists(st.floats(), max_size=50), st.integers(0, 30), st.booleans())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rnow.disk.folder import RunFolder
 from rnow.setup.facts import build_values, versions
 
 
@@ -15,18 +16,14 @@ def values(folder: Path, kls: list[float | None], **changes: Any) -> dict[str, A
     metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": 1, "teacher_kl": kl}) + "\n" for kl in kls))
     fields: dict[str, Any] = {
-        "run_dir": folder,
-        "adapter": folder / "adapter",
         "steps": len(kls),
-        "seconds": 12.3456,
-        "counters": {"completion_tokens": 99.0, "seconds": 12.3},
-        "metrics_file": metrics,
+        "counters": {"completion_tokens": 99.0, "seconds": 12.3456},
         "evaluations": [],
         "facts": {"student": "a", "teacher": "b", "config_hash": "c", "versions": {"torch": "2"}},
         "device": "cpu",
         "sampler": {"backend": "transformers", "mode": "merged"},
     }
-    return build_values(**fields | changes)
+    return build_values(RunFolder(folder), **fields | changes)
 
 
 def test_all_fields_of_a_run_without_held_out_prompts(tmp_path: Path) -> None:

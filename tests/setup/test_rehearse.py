@@ -80,7 +80,6 @@ def prompt_of(sample: dict[str, Any]) -> str:
 
 def test_files_and_their_fields(project: Project) -> None:
     done, output = rehearsed(project, limit=2)
-    assert done.exit_code == 0
     assert done.folder == project.folder / "rollouts"
     found = samples(project)
     assert list(found) == [f"rollout_{n}/sample_{k}.json" for n in (0, 1) for k in (0, 1)]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from importlib import metadata
 
-_HOSTED_DISTRIBUTION = "rnow"
-
 
 def hosted_client_note() -> str | None:
     """One line when the hosted client's distribution is installed in this environment, None otherwise."""
     try:
-        version = metadata.version(_HOSTED_DISTRIBUTION)
+        version = metadata.version("rnow")
     except metadata.PackageNotFoundError:
         return None
     return (

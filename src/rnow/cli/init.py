@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,15 +81,9 @@ def _report(
     lines += ["", "Next:"]
     place = os.path.relpath(plan.folder)
     if place != os.curdir:
-        lines.append(f"    cd {_quoted(place)}")
+        lines.append(f"    cd {shlex.quote(place)}")
     return [
         *lines,
         "    rnow check    validate everything and show the plan",
         "    rnow run      train",
     ]
-
-
-def _quoted(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)

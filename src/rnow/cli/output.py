@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from rnow.display.terminal import escape_control
 from rnow.errors import RnowError
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ def print_error(error: RnowError) -> None:
     """The report of an error on standard error: no traceback, nothing that could control the terminal."""
     from rich.text import Text
 
-    from rnow.display.terminal import escape_control
-
     title, _, rest = escape_control(error.render()).partition(":")
     text = Text.assemble((title, "bold red"), ":", rest)
     text.highlight_regex(r"(?m)^  (where|why|fix):", "bold")
@@ -35,8 +34,6 @@ def print_error(error: RnowError) -> None:
 def print_note(line: str) -> None:
     """One line on standard error that the user should know."""
     from rich.text import Text
-
-    from rnow.display.terminal import escape_control
 
     console(stderr=True).print(
         Text(escape_control(line), style="yellow"), soft_wrap=True, highlight=False
@@ -51,8 +48,6 @@ def print_warning(line: str) -> None:
 def print_lines(lines: Iterable[str]) -> None:
     """Plain lines on standard output."""
     from rich.text import Text
-
-    from rnow.display.terminal import escape_control
 
     out = console()
     for line in lines:

@@ -41,7 +41,7 @@ def rehearse_rollouts(
 
     limit = None if every or chosen is not None else count or DEFAULT_PROMPTS
     with placed(loaded):
-        summary = rehearse(
+        rehearse(
             loaded.config,
             folder=folder,
             limit=limit,
@@ -49,7 +49,6 @@ def rehearse_rollouts(
             verbose=verbose,
             console=console(),
         )
-    raise typer.Exit(summary.exit_code)
 
 
 def parse_rows(text: str) -> tuple[int, ...]:
@@ -61,13 +60,11 @@ def parse_rows(text: str) -> tuple[int, ...]:
     rows: dict[int, None] = {}
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isascii() and first.isdigit()):
-            raise _bad_rows(text)
-        if dash and not (last.isascii() and last.isdigit() and int(last) >= int(first)):
-            raise _bad_rows(text)
-        rows.update(dict.fromkeys(range(int(first), int(last or first) + 1)))
+        last = last if dash else first
+        numbers = all(number.isascii() and number.isdigit() for number in (first, last))
+        if not numbers or int(last) < int(first):
+            raise InputError(
+                f"-e {text!r} is not a list of rows", fix="write rows like 0,2,5 or 3-6"
+            )
+        rows.update(dict.fromkeys(range(int(first), int(last) + 1)))
     return tuple(rows)
-
-
-def _bad_rows(text: str) -> InputError:
-    return InputError(f"-e {text!r} is not a list of rows", fix="write rows like 0,2,5 or 3-6")

@@ -55,5 +55,4 @@ def run(
     finally:
         display.close()
     if as_json:
-        print_json(summary.to_dict())
-    raise typer.Exit(summary.exit_code)
+        print_json(summary.values)

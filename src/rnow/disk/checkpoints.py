@@ -19,7 +19,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from rnow.disk.files import replace_file, sha256_of, sync_folder, to_json, write_synced
+from rnow.disk.files import (
+    readable_json,
+    replace_file,
+    sha256_of,
+    sync_folder,
+    unused,
+    write_synced,
+)
 from rnow.errors import InputError, TemporaryError
 from rnow.types import Adapter
 
@@ -73,7 +80,7 @@ class CheckpointStore:
         files = {
             **peft_files(adapter),
             MOMENTS: _safetensors(moments),
-            STATE: (to_json(state, indent=2) + "\n").encode(),
+            STATE: readable_json(state),
         }
         aside = self._folder / f".tmp-{step}-{os.getpid()}"
         try:
@@ -105,7 +112,7 @@ class CheckpointStore:
             fault = self._fault(folder)
             if fault is None:
                 return self._load(folder)
-            aside = _unused(folder.with_name(f"damaged-{folder.name}"))
+            aside = unused(folder.with_name(f"damaged-{folder.name}"))
             folder.rename(aside)
             damaged.append(f"{folder.name}: {fault}; kept as {aside.name}")
             self._warn(f"checkpoint {folder.name} is damaged ({fault}); moved to {aside.name}")
@@ -149,8 +156,8 @@ class CheckpointStore:
             name: {"size": len(data), "sha256": sha256_of(aside / name)}
             for name, data in files.items()
         }
-        manifest = to_json({"format": 1, "step": step, "files": entries}, indent=2) + "\n"
-        write_synced(aside / MANIFEST, manifest.encode())
+        manifest = {"format": 1, "step": step, "files": entries}
+        write_synced(aside / MANIFEST, readable_json(manifest))
         sync_folder(aside)
 
     def _committed(self) -> list[Path]:
@@ -206,7 +213,7 @@ def peft_files(adapter: Adapter) -> dict[str, bytes]:
     """An adapter as the files that PEFT and vLLM load, by name."""
     return {
         ADAPTER_WEIGHTS: _safetensors(adapter.tensors),
-        ADAPTER_CONFIG: (to_json(adapter.config, indent=2) + "\n").encode(),
+        ADAPTER_CONFIG: readable_json(adapter.config),
     }
 
 
@@ -227,11 +234,3 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
-
-
-def _unused(path: Path) -> Path:
-    candidate, count = path, 1
-    while candidate.exists():
-        count += 1
-        candidate = path.with_name(f"{path.name}-{count}")
-    return candidate

@@ -38,14 +38,32 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
+def unused(path: Path) -> Path:
+    """The first of ``name``, ``name-2``, ``name-3`` ... that does not exist."""
+    candidate, count = path, 1
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.name}-{count}")
+    return candidate
+
+
+def to_json(value: object, *, indent: int | None = None) -> str:
     """Strict JSON: NaN and infinities become null, keys keep their order."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def replace_json(path: Path, value: Mapping[str, Any]) -> None:
-    """``replace_file`` with readable JSON."""
-    replace_file(path, (to_json(value, indent=2) + "\n").encode())
+def readable_json(value: Mapping[str, object]) -> bytes:
+    """The content of a JSON file for people to read."""
+    return (to_json(value, indent=2) + "\n").encode()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none, or it is not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def sha256_of(path: Path) -> str:
@@ -68,11 +86,12 @@ def map_text(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: object) -> object:
+    """A copy of JSON-like data with None for every float that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from filelock import FileLock, Timeout
+
+from rnow.disk.files import unused
 from rnow.errors import InputError
 
 MAX_NAME = 100
@@ -20,56 +20,32 @@ MAX_NAME = 100
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Where the parts of a run are kept."""
+    """Where the parts of a run are kept.
 
-    path: Path
+    Attributes:
+        config: the resolved config.
+        facts: what the run was started with; decides what a restart without a checkpoint may reuse.
+        metrics: one JSON object per step.
+        evaluations: one JSON object per evaluation.
+        summary: written when the run is done.
+        checkpoints: what a resume starts from.
+        transcripts: every rollout, token by token.
+        journal: rollouts of a step in progress.
+        adapter: the trained adapter, as PEFT loads it.
+    """
 
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.path / "config.yml"
-
-    @property
-    def facts(self) -> Path:
-        """What the run was started with; decides what a restart without a checkpoint may reuse."""
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def evaluations(self) -> Path:
-        """One JSON object per evaluation."""
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """Written when the run is done."""
-        return self.path / "summary.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """What a resume starts from."""
-        return self.path / "checkpoints"
-
-    @property
-    def transcripts(self) -> Path:
-        """Every rollout, token by token."""
-        return self.path / "transcripts"
-
-    @property
-    def journal(self) -> Path:
-        """Rollouts of a step in progress."""
-        return self.path / "journal"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, as PEFT loads it."""
-        return self.path / "adapter"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yml"
+        self.facts = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.transcripts = path / "transcripts"
+        self.journal = path / "journal"
+        self.adapter = path / "adapter"
 
     def wandb_id(self) -> str:
         """An id for W&B, made once, so that a resumed run continues the same W&B run."""
@@ -115,8 +91,6 @@ class RunFolder:
         Raises:
             InputError: another process holds it.
         """
-        from filelock import FileLock, Timeout
-
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -133,14 +107,6 @@ class RunFolder:
         finally:
             lock.release()
 
-    def finished_summary(self) -> dict[str, Any] | None:
-        """The summary of a run that came to its end, or None."""
-        try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return None
-        return summary if isinstance(summary, dict) else None
-
     def _not_writable(self, error: OSError) -> InputError:
         return InputError(
             f"cannot write to the run folder: {error.strerror}",
@@ -152,8 +118,5 @@ class RunFolder:
 def choose_run_folder(output_dir: Path, name: str, *, fresh: bool) -> RunFolder:
     """``output_dir/name``; with ``fresh`` the first of ``name``, ``name-2``, ``name-3`` ... that does not exist."""
     safe = _UNSAFE.sub("-", name)[:MAX_NAME].strip("-.") or "run"
-    path, count = output_dir / safe, 1
-    while fresh and path.exists():
-        count += 1
-        path = output_dir / f"{safe}-{count}"
-    return RunFolder(path)
+    path = output_dir / safe
+    return RunFolder(unused(path) if fresh else path)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import netrc
 import os
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from rnow.disk.files import replace_file, to_json
+from rnow.disk.files import finite, replace_file, to_json
 
 Warn = Callable[[str], None]
 
@@ -59,8 +58,7 @@ class JsonlSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.log``. A full disk loses the line, not the run."""
-        record = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        line = (json.dumps(finite({"step": step, **metrics}), allow_nan=False) + "\n").encode()
         try:
             _append_whole(self._metrics, line)
         except OSError as error:
@@ -214,10 +212,6 @@ def has_wandb_key(base_url: str, environment: Mapping[str, str]) -> bool:
         except (OSError, netrc.NetrcParseError):
             continue
     return False
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _append_whole(path: Path, line: bytes) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rnow.algorithm.records import Evidence, StepData
+from rnow.algorithm.batching import at_loss_tokens
+from rnow.algorithm.records import StepData
 from rnow.disk.files import map_text, to_json
 from rnow.types import Prompt, RewardResult, Rollout
 
@@ -42,7 +43,13 @@ class TranscriptWriter:
     def write(self, step: int, data: StepData, streams: Mapping[str, Mapping[str, Tensor]]) -> None:
         """All rollouts of one step, replacing what an interrupted run left for it."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        evidence = {item.sample.id: item.evidence for item in data.training}
+        judged = {
+            item.sample.id: list(
+                at_loss_tokens(item.sample, item.evidence.teacher_logprobs.tolist())
+            )
+            for item in data.training
+            if item.evidence is not None
+        }
         live = streams.get("logprobs", {})
         lines = [
             self._line(
@@ -50,7 +57,7 @@ class TranscriptWriter:
                 group.prompt,
                 rollout,
                 data.rewards.get(rollout.id),
-                self._tokens(rollout, evidence.get(rollout.id), live.get(rollout.id)),
+                self._tokens(rollout, judged.get(rollout.id), live.get(rollout.id)),
             )
             for group in data.groups
             for rollout in group.rollouts
@@ -97,7 +104,7 @@ class TranscriptWriter:
         )
 
     def _tokens(
-        self, rollout: Rollout, evidence: Evidence | None, logprobs: Tensor | None
+        self, rollout: Rollout, judged: list[float] | None, logprobs: Tensor | None
     ) -> list[dict[str, object]]:
         written = [
             (number, token, logprob)
@@ -106,8 +113,8 @@ class TranscriptWriter:
                 turn.completion.token_ids, turn.completion.logprobs, strict=True
             )
         ]
-        live = [None] * len(written) if logprobs is None else logprobs.tolist()
-        judged = [None] * len(written) if evidence is None else _judged(rollout, evidence)
+        unknown = [None] * len(written)
+        live = unknown if logprobs is None else logprobs.tolist()
         return [
             {
                 "turn": number,
@@ -117,23 +124,12 @@ class TranscriptWriter:
                 "teacher_logprob": theirs,
                 "kl": None if theirs is None or ours is None else ours - theirs,
             }
-            for (number, token, logprob), ours, theirs in zip(written, live, judged, strict=True)
+            for (number, token, logprob), ours, theirs in zip(
+                written, live, unknown if judged is None else judged, strict=True
+            )
         ]
 
     def _text(self, token_id: int) -> str:
         if token_id not in self._texts:
             self._texts[token_id] = self._redact(self._decode([token_id]))
         return self._texts[token_id]
-
-
-def _judged(rollout: Rollout, evidence: Evidence) -> list[float]:
-    """The teacher's log-probability of each token that the student wrote."""
-    values = evidence.teacher_logprobs.tolist()
-    found: list[float] = []
-    position = 0
-    for turn in rollout.turns:
-        position += len(turn.observation_token_ids)
-        end = position + len(turn.completion.token_ids)
-        found += values[position:end]
-        position = end
-    return found

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rnow.display.history import StepHistory, StepRow, stage_seconds
-from rnow.display.tables import headline, result_table
+from rnow.display.tables import headline_text, quiet_table, result_table
 from rnow.display.terminal import (
     escape_control,
     format_clock,
@@ -42,9 +41,12 @@ class _Column:
     title: str
     width: int
     rank: int
+    always: bool = True
+    """Also when no step has such a metric."""
 
 
 _GAP = 2
+_LONGEST_LABEL = 16
 _STAGES = ("rollout", "teacher", "update", "other")
 
 
@@ -85,9 +87,7 @@ class LiveTable:
 
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._evaluations[name] = dict(results)
-        shown = "  ".join(
-            f"{key} {format_number(value)}" for key, value in headline(results).items()
-        )
+        shown = headline_text(results)
         mark = "● " if self._unicode else "* "
         line = Text.assemble((mark, "cyan"), f"{name}  ", (shown, "bold"))
         self._console.print(Text(escape_control(line.plain), spans=line.spans), highlight=False)
@@ -143,14 +143,7 @@ class LiveTable:
 
     def _table(self, width: int) -> Table:
         columns = choose_columns(width, self._history)
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, _GAP - 1, 0, 0),
-            header_style="dim",
-            border_style="dim",
-        )
+        table = quiet_table()
         for column in columns:
             table.add_column(
                 column.title,
@@ -174,14 +167,15 @@ class LiveTable:
             return f"{row.number}/{self._history.total}"
         if column.key == "trend":
             values = self._history.values("teacher_kl", up_to=row.number)
-            scale = [value for value in self._recent_kl() if math.isfinite(value)]
-            return sparkline(
-                values,
-                width=min(column.width, _TREND_STEPS),
-                low=min(scale, default=None),
-                high=max(scale, default=None),
-                unicode=self._unicode,
-            ).rjust(column.width)
+            # Every step that a trend in the table can show: one scale for all of them.
+            first = self._history.thinned(_ROWS)[0].number - _TREND_STEPS
+            recent = [
+                row.metrics.get("teacher_kl", math.nan)
+                for row in self._history.rows
+                if row.number > first
+            ]
+            trend = sparkline(values, scale=recent, width=column.width, unicode=self._unicode)
+            return trend.rjust(column.width)
         if column.key in _STAGES:
             stages = stage_seconds(metrics)
             return format_seconds(stages[column.key]) if column.key in stages else "-"
@@ -191,15 +185,6 @@ class LiveTable:
         if column.key == "completions/mean_length":
             return f"{value:.1f}"
         return format_rate(value) if column.key.startswith("throughput/") else format_number(value)
-
-    def _recent_kl(self) -> list[float]:
-        """teacher_kl of every step a trend in the table can show: one scale for all of them."""
-        first = self._history.thinned(_ROWS)[0].number - _TREND_STEPS
-        return [
-            row.metrics.get("teacher_kl", math.nan)
-            for row in self._history.rows
-            if row.number > first
-        ]
 
     def _progress(self, width: int) -> Table:
         history = self._history
@@ -232,22 +217,18 @@ def choose_columns(width: int, history: StepHistory) -> list[_Column]:
         _Column(key="step", title="step", width=max(5, 2 * total_digits + 1), rank=0),
         _Column(key="teacher_kl", title="teacher_kl", width=10, rank=1),
         _Column(key="trend", title="trend", width=_TREND_STEPS if width >= 100 else 10, rank=4),
-        _Column(key="reward/mean", title="reward", width=7, rank=2),
-        _Column(key="throughput/completion_tokens_per_s", title="tok/s", width=5, rank=3),
+        _Column(key="reward/mean", title="reward", width=7, rank=2, always=False),
+        _Column(
+            key="throughput/completion_tokens_per_s", title="tok/s", width=5, rank=3, always=False
+        ),
         *(
             _Column(key=name, title=name, width=7 if name != "other" else 6, rank=5 + index)
             for index, name in enumerate(_STAGES)
         ),
-        _Column(key="entropy", title="entropy", width=7, rank=9),
-        _Column(key="completions/mean_length", title="length", width=6, rank=10),
+        _Column(key="entropy", title="entropy", width=7, rank=9, always=False),
+        _Column(key="completions/mean_length", title="length", width=6, rank=10, always=False),
     ]
-    optional = {
-        "reward/mean",
-        "throughput/completion_tokens_per_s",
-        "entropy",
-        "completions/mean_length",
-    }
-    columns = [column for column in columns if column.key not in optional or column.key in metrics]
+    columns = [column for column in columns if column.always or column.key in metrics]
     while len(columns) > 1 and sum(column.width + _GAP for column in columns) > width:
         columns.remove(max(columns, key=lambda column: column.rank))
     return columns
@@ -255,19 +236,16 @@ def choose_columns(width: int, history: StepHistory) -> list[_Column]:
 
 def _header(plan_lines: Sequence[str]) -> Panel:
     """``label: value`` lines as two columns in a frame; other lines as they are."""
-    rows = [escape_control(line).partition(": ") for line in plan_lines]
-    label_width = max(
-        (len(label) for label, colon, _ in rows if colon and len(label) <= 16), default=0
-    )
+    rows = [_labelled(line) for line in plan_lines]
     body = Table.grid(padding=(0, 2, 0, 0))
-    body.add_column(no_wrap=True, min_width=label_width, style="dim")
+    body.add_column(
+        no_wrap=True, min_width=max((len(label) for label, _ in rows), default=0), style="dim"
+    )
     body.add_column(overflow="fold")
-    loose: list[Text] = []
-    for label, colon, value in rows:
-        if colon and len(label) <= 16:
+    for label, value in rows:
+        if label:
             body.add_row(Text(label), Text(value))
-        else:
-            loose.append(Text(label + colon + value))
+    loose = [Text(value) for label, value in rows if not label]
     return Panel(
         Group(body, *loose),
         title=Text("rnow", style="bold cyan"),
@@ -280,7 +258,12 @@ def _header(plan_lines: Sequence[str]) -> Panel:
 def _closing_line(line: str) -> Text:
     if line.startswith("    "):
         return Text(escape_control(line), style="bold cyan")
-    label, colon, value = escape_control(line).partition(": ")
-    if colon and len(label) <= 16:
-        return Text.assemble((f"{label:<10}", "dim"), "  ", value)
-    return Text(escape_control(line))
+    label, value = _labelled(line)
+    return Text.assemble((f"{label:<10}", "dim"), "  ", value) if label else Text(value)
+
+
+def _labelled(line: str) -> tuple[str, str]:
+    """``label: value`` as two safe texts; a line of another form as the value of an empty label."""
+    line = escape_control(line)
+    label, colon, value = line.partition(": ")
+    return (label, value) if colon and len(label) <= _LONGEST_LABEL else ("", line)

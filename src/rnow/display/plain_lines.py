@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rnow.display.history import StepHistory, stage_seconds
-from rnow.display.tables import headline, result_table
+from rnow.display.tables import headline_text, result_table
 from rnow.display.terminal import (
     escape_control,
     format_clock,
@@ -32,9 +33,9 @@ class PlainLines:
         self._clock = clock
         self._history = StepHistory(clock)
         self._last_stage = ""
-        self._last_line_at: float | None = None
+        self._last_line_at = -math.inf
         self._evaluations: dict[str, Mapping[str, float]] = {}
-        self._pending: str | None = None
+        self._pending = ""
 
     def start(self, plan_lines: Sequence[str]) -> None:
         for line in plan_lines:
@@ -48,15 +49,11 @@ class PlainLines:
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._history.add(step, total, metrics)
-        line = self._step_line(step, total, metrics)
+        self._pending = self._step_line(step, total, metrics)
         now = self._clock()
-        due = self._last_line_at is None or now - self._last_line_at >= _SECONDS_BETWEEN_LINES
-        if due or step >= total:
+        if now - self._last_line_at >= _SECONDS_BETWEEN_LINES or step >= total:
             self._last_line_at = now
-            self._pending = None
-            self._print(line)
-        else:
-            self._pending = line
+            self._flush()
 
     def note(self, text: str) -> None:
         self._print(text)
@@ -67,10 +64,7 @@ class PlainLines:
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._flush()
         self._evaluations[name] = dict(results)
-        shown = "  ".join(
-            f"{key} {format_number(value)}" for key, value in headline(results).items()
-        )
-        self._print(f"evaluation {name}:  {shown}")
+        self._print(f"evaluation {name}:  {headline_text(results)}")
 
     def finish(self, lines: Sequence[str]) -> None:
         self._flush()
@@ -84,9 +78,9 @@ class PlainLines:
 
     def _flush(self) -> None:
         """Print the newest step line that was held back, so that an early end shows where it ended."""
-        if self._pending is not None:
-            line, self._pending = self._pending, None
-            self._print(line)
+        if self._pending:
+            self._print(self._pending)
+        self._pending = ""
 
     def _print(self, line: str) -> None:
         self._console.print(Text(escape_control(line)), soft_wrap=True, highlight=False)
@@ -102,8 +96,7 @@ class PlainLines:
             parts.append(f"{format_rate(rate)} tok/s")
         stages = stage_seconds(metrics)
         if stages:
-            shown = ", ".join(f"{name} {format_seconds(value)}" for name, value in stages.items())
-            parts.append(shown)
+            parts.append(", ".join(f"{name} {format_seconds(stages[name])}" for name in stages))
         if step < total:
             parts.append(f"ETA {format_clock(self._history.seconds_left())}")
         return "  ".join(parts)

@@ -16,6 +16,18 @@ _MAX_ROWS = 10
 _MAX_METRICS = 4
 
 
+def quiet_table() -> Table:
+    """An empty table with a line below its header and no frame."""
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+        border_style="dim",
+    )
+
+
 def headline(results: Mapping[str, float]) -> dict[str, float]:
     """The few metrics of an evaluation that are worth a line: ``pass@k``, teacher_kl, and the mean reward when there is
     no ``pass@k``. An evaluation with none of these shows what it has.
@@ -26,6 +38,11 @@ def headline(results: Mapping[str, float]) -> dict[str, float]:
         chosen.append("reward/mean")
     shown = {name: results[name] for name in chosen if name in results}
     return shown or dict(list(results.items())[:_MAX_METRICS])
+
+
+def headline_text(results: Mapping[str, float]) -> str:
+    """``headline`` in one line."""
+    return "  ".join(f"{key} {format_number(value)}" for key, value in headline(results).items())
 
 
 def _pass_order(name: str) -> tuple[int, str]:
@@ -50,14 +67,7 @@ def result_table(evaluations: Mapping[str, Mapping[str, float]], console: Consol
     bars = 2 if spare >= 44 and len(metrics) > 1 else 1 if spare >= 8 else 0
     bar_width = min(24, spare // bars - 3) if bars else 0
 
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        header_style="dim",
-        border_style="dim",
-    )
+    table = quiet_table()
     table.add_column("evaluation", no_wrap=True)
     for index, metric in enumerate(metrics):
         table.add_column(Text(escape_control(metric)), justify="right", no_wrap=True)
@@ -67,12 +77,12 @@ def result_table(evaluations: Mapping[str, Mapping[str, float]], console: Consol
         style = "bold green" if name == "after" else "cyan" if name == "teacher" else ""
         cells = [Text(escape_control(name), style=style)]
         for index, metric in enumerate(metrics):
-            value = evaluations[name].get(metric, math.nan)
-            known = metric in evaluations[name]
-            cells.append(Text(format_number(value) if known else "-", style=style))
+            value = evaluations[name].get(metric)
+            cells.append(Text("-" if value is None else format_number(value), style=style))
             if index < bars:
                 top = _full_scale([evaluations[other].get(metric, math.nan) for other in names])
-                cells.append(Text(bar(value / top, bar_width, unicode=unicode), style=style))
+                share = math.nan if value is None else value / top
+                cells.append(Text(bar(share, bar_width, unicode=unicode), style=style))
         table.add_row(*cells)
     return table
 

@@ -32,30 +32,25 @@ def sparkline(
     values: Sequence[float],
     *,
     width: int = 20,
-    low: float | None = None,
-    high: float | None = None,
+    scale: Sequence[float] = (),
     unicode: bool = True,
 ) -> str:
-    """The last ``width`` values as one character each, scaled to [low, high] (their own range when not given).
+    """The last ``width`` values as one character each, scaled to the range of ``scale``, or their own without.
 
     A value that is not finite shows as a space. A flat series is drawn at the lowest level.
     """
     shown = list(values)[-width:] if width > 0 else []
-    finite = [value for value in shown if math.isfinite(value)]
-    if not finite:
-        return " " * len(shown)
-    low = min(finite) if low is None else low
-    high = max(finite) if high is None else high
+    finite = [value for value in scale or shown if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
     marks = _SPARKS[unicode]
-    span = high - low
-    line = []
-    for value in shown:
+
+    def mark(value: float) -> str:
         if not math.isfinite(value):
-            line.append(" ")
-            continue
-        level = (value - low) / span if span > 0 else 0.0
-        line.append(marks[min(len(marks) - 1, max(0, int(level * len(marks))))])
-    return "".join(line)
+            return " "
+        level = (value - low) / (high - low) if high > low else 0.0
+        return marks[min(len(marks) - 1, max(0, int(level * len(marks))))]
+
+    return "".join(map(mark, shown))
 
 
 def bar(fraction: float, width: int, *, unicode: bool = True) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rnow.display.tables import quiet_table
 from rnow.display.terminal import bar, escape_control
 from rnow.plan.memory import Residence, Stage
 from rnow.plan.plan import DevicePlan, ModelPlan, Plan, format_bytes
@@ -86,14 +86,7 @@ def _model(model: ModelPlan) -> str:
 
 
 def _memory_table(device: DevicePlan, unicode: bool) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        header_style="dim",
-        border_style="dim",
-    )
+    table = quiet_table()
     table.add_column(Text(f"memory on {device.info.device}"), no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("held", style="dim", no_wrap=True)

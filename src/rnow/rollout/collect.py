@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from rnow.errors import RnowError
@@ -103,21 +104,30 @@ async def collect_rollouts(
 
     An environment that raises makes a rollout of status ``failed``, which is data; a sampler that raises ends the step.
     """
-    tasks: dict[tuple[int, int], asyncio.Task[Rollout]] = {}
     places = asyncio.Semaphore(settings.max_live or max(1, len(prompts) * settings.group_size))
+
+    async def one(prompt: Prompt, index: int) -> Rollout:
+        known = store.finished(prompt.id, index) if store else None
+        if known is not None:
+            return known
+        # A rollout that waits for its place is not live: a batching sampler does not wait for it.
+        async with places:
+            with sampler.live_rollout():
+                episode = _Episode(prompt, index, sampler, settings, step)
+                rollout = await episode.run(environments)
+        if store is not None:
+            store.add(rollout)
+        return rollout
+
     try:
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(_watch(settings.poll))
-            for position, prompt in enumerate(prompts):
-                for index in range(settings.group_size):
-                    if store is None or store.finished(prompt.id, index) is None:
-                        tasks[position, index] = group.create_task(
-                            _run_rollout(
-                                prompt, index, sampler, environments, settings, step, store, places
-                            )
-                        )
-            if tasks:
-                await asyncio.wait(tasks.values())
+            tasks = [
+                [group.create_task(one(prompt, index)) for index in range(settings.group_size)]
+                for prompt in prompts
+            ]
+            if started := list(chain.from_iterable(tasks)):
+                await asyncio.wait(started)
             watch.cancel()
     except BaseExceptionGroup as failures:
         error = first_cause(failures)
@@ -125,14 +135,8 @@ async def collect_rollouts(
             error = error.__cause__
         raise error from failures
     return [
-        RolloutGroup(
-            prompt=prompt,
-            rollouts=tuple(
-                _rollout_of(tasks, store, position, prompt, index)
-                for index in range(settings.group_size)
-            ),
-        )
-        for position, prompt in enumerate(prompts)
+        RolloutGroup(prompt=prompt, rollouts=tuple(task.result() for task in own))
+        for prompt, own in zip(prompts, tasks, strict=True)
     ]
 
 
@@ -141,39 +145,6 @@ async def _watch(poll: Callable[[], None]) -> None:
     while True:
         poll()
         await asyncio.sleep(POLL_SECONDS)
-
-
-def _rollout_of(
-    tasks: Mapping[tuple[int, int], asyncio.Task[Rollout]],
-    store: RolloutStore | None,
-    position: int,
-    prompt: Prompt,
-    index: int,
-) -> Rollout:
-    if task := tasks.get((position, index)):
-        return task.result()
-    finished = store.finished(prompt.id, index) if store else None
-    assert finished is not None
-    return finished
-
-
-async def _run_rollout(
-    prompt: Prompt,
-    index: int,
-    sampler: Sampler,
-    environments: Callable[[Prompt, int], Environment],
-    settings: RolloutSettings,
-    step: int,
-    store: RolloutStore | None,
-    places: asyncio.Semaphore,
-) -> Rollout:
-    # A rollout that waits for its place is not live: a batching sampler does not wait for it.
-    async with places:
-        with sampler.live_rollout():
-            rollout = await _Episode(prompt, index, sampler, settings, step).run(environments)
-    if store is not None:
-        store.add(rollout)
-    return rollout
 
 
 class _Episode:

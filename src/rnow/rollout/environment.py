@@ -11,7 +11,7 @@ from typing import Literal
 from rnow.errors import InputError
 from rnow.protocols import Environment, Tokenizer
 from rnow.rollout.observation import Observations
-from rnow.rollout.rendering import ToolDescription, template_shows_tools
+from rnow.rollout.rendering import ToolDescription, decode_all, template_shows_tools
 from rnow.rollout.tool_calls import (
     THINK_CLOSE,
     THINK_OPEN,
@@ -97,13 +97,7 @@ class SingleTurn:
     async def step(self, completion: Completion) -> EnvironmentStep:
         """See ``Environment.step``."""
         answer = {"role": "assistant", "content": self._decode(list(completion.token_ids))}
-        cut = completion.finish_reason == "length"
-        return EnvironmentStep(
-            observation_token_ids=(),
-            messages=(answer,),
-            done=True,
-            end_reason="length" if cut else "answer",
-        )
+        return _end(answer, "length" if completion.finish_reason == "length" else "answer")
 
     async def close(self) -> None:
         """Nothing is held."""
@@ -135,9 +129,7 @@ class Dialogue:
         ids = completion.token_ids
         ids = ids[:-1] if completion.finish_reason == "stop" else ids
         shown = [token for token in ids if token not in self._hidden]
-        return self._tokenizer.decode(
-            shown, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return decode_all(self._tokenizer, shown)
 
     def parse(self, text: str, *, turn: int, inside_thinking: bool) -> ParsedTurn:
         """The calls of one turn: see ``parse_turn``."""
@@ -151,12 +143,7 @@ class Dialogue:
 
     def opens_thinking(self, token_ids: Sequence[int]) -> bool:
         """Whether a context that ends with these ids has the student begin inside ``<think>``."""
-        text = self._tokenizer.decode(
-            list(token_ids[-_OPENING:]),
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
-        return text.rstrip().endswith(THINK_OPEN)
+        return decode_all(self._tokenizer, token_ids[-_OPENING:]).rstrip().endswith(THINK_OPEN)
 
 
 def load_dialogue(

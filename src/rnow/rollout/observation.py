@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rnow.errors import InputError
 from rnow.protocols import Tokenizer
 from rnow.rollout.probe import USER, assistant_turns, new_mark
-from rnow.rollout.rendering import ToolDescription, render_text, template_text
+from rnow.rollout.rendering import ToolDescription, decode_all, render_text, template_text
 from rnow.types import Message
 
 CONTINUE: Message = {"role": "user", "content": "Continue."}
@@ -62,7 +62,7 @@ class Observations:
         self._added = frozenset(tokenizer.get_added_vocab().values())
         # A stop id that is ordinary text (a newline) does not show where the template ends a turn.
         stops = [token for token in stop_token_ids if token in self._added] or stop_token_ids
-        self._stops = tuple(self._text_of(token) for token in stops)
+        self._stops = tuple(decode_all(tokenizer, [token]) for token in stops)
         self._mark = new_mark()
         self._answer: tuple[_Tail, tuple[Message, ...]] | None = None
         # For turns with so many calls: the first form of them that the template takes, and the end it writes.
@@ -190,7 +190,7 @@ class Observations:
         Llama 3). Behind one that it does not know (Qwen's ``<|endoftext|>``) the template's own follows, as observation,
         so that every turn closes the way the model was taught.
         """
-        end = self._text_of(ended_by) if ended_by is not None else ""
+        end = decode_all(self._tokenizer, [ended_by]) if ended_by is not None else ""
         text = tail.text
         if tail.end and end != tail.end and (not end or end not in self._source):
             text = tail.end + text
@@ -205,8 +205,3 @@ class Observations:
             if ended_by in ids[:2]:
                 return tuple(ids[ids.index(ended_by) + 1 :])
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def _text_of(self, token_id: int) -> str:
-        return self._tokenizer.decode(
-            [token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )

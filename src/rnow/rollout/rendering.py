@@ -78,6 +78,13 @@ def render_text(
     return str(text)
 
 
+def decode_all(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of these ids, control tokens and blanks as they are."""
+    return tokenizer.decode(
+        list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+
+
 def template_text(tokenizer: Tokenizer, *, tools: bool) -> str:
     """The source of the chat template that is used for prompts with, or without, tools: a tokenizer may have two."""
     return str(tokenizer.get_chat_template(tools=[{}] if tools else None))

@@ -45,23 +45,43 @@ class ParsedTurn:
     calls: tuple[ToolCall, ...]
 
 
+def _plain_id(turn: int, index: int) -> str:
+    return f"call_{turn}_{index}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCallFormat:
     """How one family of models writes calls.
 
     Attributes:
         name: for error messages and tests.
-        markers: control tokens of the format, which decoding must keep.
-        find: (text, position, whether only blanks precede) -> where the next call opens, or -1.
-        read: (text, where it opens, schemas) -> what was written there.
+        markers: control tokens of the format, which decoding must keep; the first opens a call, or a list of them.
+        reader: (text, where it opens, schemas) -> what was written there; _Malformed when it cannot be read.
+        closer: what ends a call; "" when only the next opening does.
         call_id: (turn, index) -> the id of a call.
+        unmarked: (text, position) -> whether a turn that begins there is a call without a marker.
     """
 
     name: str
     markers: tuple[str, ...]
-    find: Callable[[str, int, bool], int]
-    read: Callable[[str, int, Schemas], _Block]
-    call_id: Callable[[int, int], str]
+    reader: Callable[[str, int, Schemas], _Block]
+    closer: str = ""
+    call_id: Callable[[int, int], str] = _plain_id
+    unmarked: Callable[[str, int], bool] = lambda text, position: False
+
+    def find(self, text: str, position: int, blank: bool) -> int:
+        """Where the next call opens, or -1. ``blank``: only blanks precede ``position``."""
+        start = _skip_blank(text, position) if blank else position
+        if blank and self.unmarked(text, start):
+            return start
+        return text.find(self.markers[0], position)
+
+    def read(self, text: str, start: int, schemas: Schemas) -> _Block:
+        """What is written where a call opens."""
+        try:
+            return self.reader(text, start, schemas)
+        except _Malformed as error:
+            return _broken(error, text, start, self.closer, self.markers[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +219,6 @@ def _numbered(written: Sequence[_Call], format: ToolCallFormat, turn: int) -> tu
     return tuple(calls)
 
 
-def _finder(marker: str) -> Callable[[str, int, bool], int]:
-    return lambda text, position, blank: text.find(marker, position)
-
-
-def _plain_id(turn: int, index: int) -> str:
-    return f"call_{turn}_{index}"
-
-
 def _nine_letters(turn: int, index: int) -> str:
     return f"c{turn % 10_000:04d}{index % 10_000:04d}"
 
@@ -231,17 +243,13 @@ def _object(value: object, name: str, key: str = "arguments") -> Mapping[str, ob
     if value is None:
         return {}
     if isinstance(value, str):  # JSON inside JSON, as some models write it
-        value = _json(value, name)
+        try:
+            value = read_json(value.strip(), max_depth=MAX_DEPTH)
+        except JsonError as error:
+            raise _Malformed(f"the call is not valid JSON: {error}", name) from error
     if not isinstance(value, dict):
         raise _Malformed(f'"{key}" must be a JSON object', name)
     return value
-
-
-def _json(text: str, name: str = "") -> object:
-    try:
-        return read_json(text.strip(), max_depth=MAX_DEPTH)
-    except JsonError as error:
-        raise _Malformed(f"the call is not valid JSON: {error}", name) from error
 
 
 def _json_at(text: str, position: int, name: str = "") -> tuple[object, int]:
@@ -251,8 +259,8 @@ def _json_at(text: str, position: int, name: str = "") -> tuple[object, int]:
         raise _Malformed(f"the call is not valid JSON: {error}", name) from error
 
 
-def _skip_blank(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
+def _skip_blank(text: str, position: int, also: str = "") -> int:
+    while position < len(text) and (text[position].isspace() or text[position] in also):
         position += 1
     return position
 
@@ -265,14 +273,13 @@ def _expect(text: str, position: int, token: str, name: str = "") -> int:
     return position + len(token)
 
 
-def _broken(error: _Malformed, text: str, start: int, stops: Sequence[str]) -> _Block:
-    """A block for a call that cannot be read: up to the end of the first of ``stops``, or to the next opening (the last of
-    them), which is left for the next round."""
-    *closers, opener = stops
+def _broken(error: _Malformed, text: str, start: int, closer: str, opener: str) -> _Block:
+    """A block for a call that cannot be read: up to the end of its ``closer``, or to the next ``opener``, which is left for
+    the next round."""
     following = text.find(opener, start + 1)
-    limit = len(text) if following < 0 else following
-    ends = [at + len(stop) for stop in closers if (at := text.find(stop, start, limit)) >= 0]
-    end = min(ends, default=limit)
+    end = len(text) if following < 0 else following
+    if closer and (at := text.find(closer, start, end)) >= 0:
+        end = at + len(closer)
     return _Block((_Call(name=error.name, error=str(error), raw=text[start:end]),), end)
 
 
@@ -282,12 +289,9 @@ _CALL, _END_CALL = "<tool_call>", "</tool_call>"
 
 
 def _read_hermes(text: str, start: int, schemas: Schemas) -> _Block:
-    try:
-        value, end = _json_at(text, _skip_blank(text, start + len(_CALL)))
-        call = _call_of(value, "arguments", "parameters")
-        return _Block((call,), _expect(text, end, _END_CALL, call.name))
-    except _Malformed as error:
-        return _broken(error, text, start, (_END_CALL, _CALL))
+    value, end = _json_at(text, _skip_blank(text, start + len(_CALL)))
+    call = _call_of(value, "arguments", "parameters")
+    return _Block((call,), _expect(text, end, _END_CALL, call.name))
 
 
 # --- Qwen 3 Coder, Qwen 3.5; GLM: arguments as tagged text --------------------------------------------------------
@@ -309,37 +313,30 @@ def _read_tagged(
     """A reader of calls whose head names the tool, and whose arguments are a key and text up to ``value_end``."""
 
     def read(text: str, start: int, schemas: Schemas) -> _Block:
-        try:
-            match = head.match(text, start + len(_CALL))
-            if match is None:
-                raise _Malformed("the call does not start with the name of a tool")
-            name = match.group(1).strip()
-            known = _mapping(_mapping(schemas.get(name)).get("properties"))
-            arguments: dict[str, object] = {}
-            position = match.end()
-            while match := key.match(text, position):
-                argument = match.group(1).strip()
-                end = text.find(value_end, match.end())
-                if end < 0:
-                    raise _Malformed("an argument is not closed", name)
-                if argument in arguments:
-                    raise _Malformed(f"the argument {argument[:MAX_NAME]!r} is given twice", name)
-                value = _unpadded(text[match.end() : end])
-                arguments[argument] = _typed(value, known.get(argument))
-                position = end + len(value_end)
-            match = close.match(text, position)
-            if match is None:
-                raise _Malformed("the call is not closed where its arguments end", name)
-            return _Block((_Call(name, arguments),), match.end())
-        except _Malformed as error:
-            return _broken(error, text, start, (_END_CALL, _CALL))
+        match = head.match(text, start + len(_CALL))
+        if match is None:
+            raise _Malformed("the call does not start with the name of a tool")
+        name = match.group(1).strip()
+        known = _mapping(_mapping(schemas.get(name)).get("properties"))
+        arguments: dict[str, object] = {}
+        position = match.end()
+        while match := key.match(text, position):
+            argument = match.group(1).strip()
+            end = text.find(value_end, match.end())
+            if end < 0:
+                raise _Malformed("an argument is not closed", name)
+            if argument in arguments:
+                raise _Malformed(f"the argument {argument[:MAX_NAME]!r} is given twice", name)
+            # The format puts line breaks around a value.
+            value = text[match.end() : end].removeprefix("\n").removesuffix("\n")
+            arguments[argument] = _typed(value, known.get(argument))
+            position = end + len(value_end)
+        match = close.match(text, position)
+        if match is None:
+            raise _Malformed("the call is not closed where its arguments end", name)
+        return _Block((_Call(name, arguments),), match.end())
 
     return read
-
-
-def _unpadded(text: str) -> str:
-    """Without the line breaks that the format puts around a value."""
-    return text.removeprefix("\n").removesuffix("\n")
 
 
 def _typed(text: str, schema: object) -> object:
@@ -353,7 +350,7 @@ def _typed(text: str, schema: object) -> object:
     if "boolean" in types and word in {"True", "False"}:
         return word == "True"
     try:
-        return read_json(text.strip(), max_depth=MAX_DEPTH)
+        return read_json(word, max_depth=MAX_DEPTH)
     except JsonError:
         return text
 
@@ -383,20 +380,13 @@ _PYTHON_TAG = "<|python_tag|>"
 _LOOKS_LIKE_A_CALL = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?(?:"function"|"name")\s*:\s*"[^"]*"\s*,\s*"(?:parameters|arguments)"'
 )
-_BETWEEN = re.compile(r"[\s;,]*")
-
-
-def _find_llama(text: str, position: int, blank: bool) -> int:
-    """A tag, or a turn that begins with a JSON object of a call's keys: the format has no other sign, and a JSON answer
-    is no call."""
-    tag = text.find(_PYTHON_TAG, position)
-    start = _skip_blank(text, position)
-    if blank and text.startswith("{", start) and _is_llama_call(text, start):
-        return start
-    return tag
 
 
 def _is_llama_call(text: str, start: int) -> bool:
+    """Whether a JSON object of a call's keys begins there: without a tag the format has no other sign, and a JSON answer is
+    no call."""
+    if not text.startswith("{", start):
+        return False
     try:
         value, _ = read_json_at(text, start, max_depth=MAX_DEPTH)
     except JsonError:
@@ -410,23 +400,20 @@ def _read_llama(text: str, start: int, schemas: Schemas) -> _Block:
     calls: list[_Call] = []
     end = position
     try:
-        while not calls or (
-            text.startswith("{", position) and (tagged or _is_llama_call(text, position))
+        while (
+            not calls
+            or (tagged and text.startswith("{", position))
+            or _is_llama_call(text, position)
         ):
             value, end = _json_at(text, position)
             calls.append(_call_of(value, "parameters", "arguments"))
-            position = _between(text, end)
+            position = _skip_blank(text, end, also=";,")
         return _Block(tuple(calls), end)
     except _Malformed as error:
         # The rest of the turn belongs to it: there is no mark to go on from.
         raw = text[position if calls else start :]
         calls.append(_Call(name=error.name, error=str(error), raw=raw))
         return _Block(tuple(calls), len(text))
-
-
-def _between(text: str, position: int) -> int:
-    match = _BETWEEN.match(text, position)
-    return match.end() if match else position
 
 
 # --- DeepSeek -----------------------------------------------------------------------------------------------------
@@ -469,7 +456,7 @@ def _read_deepseek_call(
             end = _expect(text, end, fence, name)
         return call, _expect(text, end, _CALL_END, name)
     except _Malformed as error:
-        block = _broken(error, text, start, (_CALL_END, _CALL_BEGIN))
+        block = _broken(error, text, start, _CALL_END, _CALL_BEGIN)
         end = text.find(_CALLS_END, start)
         if 0 <= end < block.end:  # never over the end of the list
             raw = text[start:end]
@@ -484,12 +471,9 @@ _V11_HEAD = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\s\[{]*\s*)?\[ARGS\]")
 
 
 def _read_mistral(text: str, start: int, schemas: Schemas) -> _Block:
-    try:
-        values, end = _json_at(text, _skip_blank(text, start + len(_TOOL_CALLS)))
-        if not isinstance(values, list) or not values:
-            raise _Malformed("calls must be a JSON array of objects")
-    except _Malformed as error:
-        return _broken(error, text, start, (_TOOL_CALLS,))
+    values, end = _json_at(text, _skip_blank(text, start + len(_TOOL_CALLS)))
+    if not isinstance(values, list) or not values:
+        raise _Malformed("calls must be a JSON array of objects")
     calls: list[_Call] = []
     for value in values:
         try:
@@ -500,72 +484,51 @@ def _read_mistral(text: str, start: int, schemas: Schemas) -> _Block:
 
 
 def _read_mistral_v11(text: str, start: int, schemas: Schemas) -> _Block:
-    try:
-        match = _V11_HEAD.match(text, start + len(_TOOL_CALLS))
-        if match is None:
-            raise _Malformed("the call does not name a tool where it should")
-        name = match.group(1)
-        value, end = _json_at(text, _skip_blank(text, match.end()), name)
-        return _Block((_Call(name, _object(value, name)),), end)
-    except _Malformed as error:
-        return _broken(error, text, start, (_TOOL_CALLS,))
+    match = _V11_HEAD.match(text, start + len(_TOOL_CALLS))
+    if match is None:
+        raise _Malformed("the call does not name a tool where it should")
+    name = match.group(1)
+    value, end = _json_at(text, _skip_blank(text, match.end()), name)
+    return _Block((_Call(name, _object(value, name)),), end)
 
 
 # --- the formats, and how a rendered call is told -----------------------------------------------------------------
 
 
-def _tagged(name: str, read: Callable[[str, int, Schemas], _Block]) -> ToolCallFormat:
-    return ToolCallFormat(
-        name=name,
-        markers=(_CALL, _END_CALL, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
-        find=_finder(_CALL),
-        read=read,
-        call_id=_plain_id,
-    )
-
-
-def _deepseek(name: str, head: re.Pattern[str], fence: str) -> ToolCallFormat:
-    return ToolCallFormat(
-        name=name,
-        markers=(_CALLS_BEGIN, _CALLS_END, _CALL_BEGIN, _CALL_END, _SEP),
-        find=_finder(_CALLS_BEGIN),
-        read=_read_deepseek(head, fence),
-        call_id=_plain_id,
-    )
-
-
-def _mistral(name: str, read: Callable[[str, int, Schemas], _Block]) -> ToolCallFormat:
-    return ToolCallFormat(
-        name=name,
-        markers=(_TOOL_CALLS, _ARGS, "[CALL_ID]"),
-        find=_finder(_TOOL_CALLS),
-        read=read,
-        call_id=_nine_letters,
-    )
-
+_TAGGED = (_CALL, _END_CALL, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+_LISTED = (_CALLS_BEGIN, _CALLS_END, _CALL_BEGIN, _CALL_END, _SEP)
+_BRACKETED = (_TOOL_CALLS, _ARGS, "[CALL_ID]")
 
 HERMES = ToolCallFormat(
-    name="hermes",
-    markers=(_CALL, _END_CALL),
-    find=_finder(_CALL),
-    read=_read_hermes,
-    call_id=_plain_id,
+    name="hermes", markers=(_CALL, _END_CALL), reader=_read_hermes, closer=_END_CALL
 )
-QWEN3_CODER = _tagged(
-    "qwen3_coder", _read_tagged(_FUNCTION, _PARAMETER, "</parameter>", _CLOSE_FUNCTION)
+QWEN3_CODER = ToolCallFormat(
+    name="qwen3_coder",
+    markers=_TAGGED,
+    reader=_read_tagged(_FUNCTION, _PARAMETER, "</parameter>", _CLOSE_FUNCTION),
+    closer=_END_CALL,
 )
-GLM = _tagged("glm", _read_tagged(_GLM_NAME, _GLM_KEY, "</arg_value>", _GLM_CLOSE))
+GLM = ToolCallFormat(
+    name="glm",
+    markers=_TAGGED,
+    reader=_read_tagged(_GLM_NAME, _GLM_KEY, "</arg_value>", _GLM_CLOSE),
+    closer=_END_CALL,
+)
 LLAMA3 = ToolCallFormat(
-    name="llama3",
-    markers=(_PYTHON_TAG,),
-    find=_find_llama,
-    read=_read_llama,
-    call_id=_plain_id,
+    name="llama3", markers=(_PYTHON_TAG,), reader=_read_llama, unmarked=_is_llama_call
 )
-DEEPSEEK = _deepseek("deepseek", _FENCED_HEAD, "```")
-DEEPSEEK_V31 = _deepseek("deepseek_v3.1", _BARE_HEAD, "")
-MISTRAL = _mistral("mistral", _read_mistral)
-MISTRAL_V11 = _mistral("mistral_v11", _read_mistral_v11)
+DEEPSEEK = ToolCallFormat(
+    name="deepseek", markers=_LISTED, reader=_read_deepseek(_FENCED_HEAD, "```")
+)
+DEEPSEEK_V31 = ToolCallFormat(
+    name="deepseek_v3.1", markers=_LISTED, reader=_read_deepseek(_BARE_HEAD, "")
+)
+MISTRAL = ToolCallFormat(
+    name="mistral", markers=_BRACKETED, reader=_read_mistral, call_id=_nine_letters
+)
+MISTRAL_V11 = ToolCallFormat(
+    name="mistral_v11", markers=_BRACKETED, reader=_read_mistral_v11, call_id=_nine_letters
+)
 
 _SIGNS: tuple[tuple[re.Pattern[str], ToolCallFormat], ...] = (
     (re.compile(rf"{_SEP}lookup\s*```json"), DEEPSEEK),

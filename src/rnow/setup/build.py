@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 from rnow.algorithm.advantages import rollout_advantages
 from rnow.config import Config, config_hash, to_yaml
 from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
-from rnow.disk.files import replace_file, replace_json, to_json
+from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
 from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
 from rnow.disk.sinks import JsonlSink, Sink, WandbSink
@@ -111,7 +112,8 @@ def run(
         if locked:
             stack.enter_context(run_folder.lock())
         try:
-            return _Run(prepared, run_folder, display, stack, locked=locked).run()
+            work = _Run(prepared, run_folder, display, stack, locked=locked)
+            return run_anywhere(work.load_and_train())
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -123,10 +125,9 @@ def run(
 
 
 def _finished(run_folder: RunFolder, prepared: Prepared) -> dict[str, Any] | None:
-    summary = run_folder.finished_summary()
-    if summary is None or summary.get("config_hash") != config_hash(prepared.config):
-        return None
-    return summary if summary.get("steps", 0) >= prepared.num_steps else None
+    summary = read_json_object(run_folder.summary)
+    same = summary.get("config_hash") == config_hash(prepared.config)
+    return summary if same and summary.get("steps", 0) >= prepared.num_steps else None
 
 
 class _Run:
@@ -135,29 +136,28 @@ class _Run:
     def __init__(
         self,
         prepared: Prepared,
-        run_folder: RunFolder,
+        folder: RunFolder,
         display: Display,
         stack: ExitStack,
         *,
         locked: bool,
     ) -> None:
-        self._locked = locked
-        self._reuse_rollouts = True
-        self._reuse_evaluations = True
         self._prepared = prepared
         self._config = prepared.config
-        self._folder = run_folder
+        self._folder = folder
         self._display = display
         self._stack = stack
+        self._locked = locked
         self._stop = StopFlag()
         self._facts = build_facts(prepared)
+        self._store = CheckpointStore(
+            folder.checkpoints, keep=self._config.trainer.keep_checkpoints, warn=display.warn
+        )
+        # Of a run that continues: so long before now as its earlier attempts took.
         self._started = time.monotonic()
-        self._seconds_before = 0.0
 
-    def run(self) -> RunSummary:
-        return run_anywhere(self._load_and_train(self._find_checkpoint()))
-
-    async def _load_and_train(self, checkpoint: Checkpoint | None) -> RunSummary:
+    async def load_and_train(self) -> RunSummary:
+        checkpoint = self._find_checkpoint()
         if uses_vllm(self._config):
             self._make_folder()  # the engines log there
         backends = await load_backends(
@@ -176,29 +176,41 @@ class _Run:
 
     def _make_folder(self) -> None:
         self._folder.make()
-        if not self._locked:
-            self._stack.enter_context(self._folder.lock())
-            self._refuse_newcomer()
-            self._locked = True
+        if self._locked:
+            return
+        self._stack.enter_context(self._folder.lock())
+        self._locked = True
+        if self._folder.checkpoints.exists():
+            raise InputError(
+                "another rnow process made this run folder while this one was loading",
+                where=str(self._folder.path),
+                fix="run the same command again to continue that run, or use --fresh",
+            )
 
     async def _train(
         self, backends: Backends, checkpoint: Checkpoint | None, code: UserCode
     ) -> RunSummary:
-        if not self._reuse_rollouts:
-            JournalFolder(self._folder.journal).forget(keep=set())
-        if not self._reuse_evaluations:
-            self._folder.evaluations.unlink(missing_ok=True)
-        replace_json(self._folder.facts, self._facts)
+        journals = self._build_journals()
+        self._forget_outdated(journals, checkpoint)
+        replace_file(self._folder.facts, readable_json(self._facts))
         recorder = self._build_recorder()
         self._stack.callback(recorder.close)
-        saver = self._build_saver(backends, recorder)
+        saver = Saver(
+            self._store,
+            journals,
+            backends.policy,
+            every_steps=self._config.trainer.save_step,
+            every_minutes=self._config.trainer.save_minutes,
+            facts=self._facts,
+            counters=partial(self._counters, recorder),
+        )
         async with backends.gpu.only("trainer"):
             done = saver.restore(checkpoint)
         recorder.forget_after(done)
         if checkpoint is not None:
             saved = checkpoint.state.get("counters", {})
             recorder.completion_tokens = int(saved.get("completion_tokens", 0))
-            self._seconds_before = float(saved.get("seconds", 0.0))
+            self._started -= float(saved.get("seconds", 0.0))
         text = redactor(self._prepared)(to_yaml(self._config))
         replace_file(self._folder.config, text.encode())
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
@@ -210,53 +222,33 @@ class _Run:
             raise
         return self._finish(backends, recorder, max(done, self._prepared.num_steps))
 
-    def _refuse_newcomer(self) -> None:
-        if self._folder.checkpoints.exists():
-            raise InputError(
-                "another rnow process made this run folder while this one was loading",
-                where=str(self._folder.path),
-                fix="run the same command again to continue that run, or use --fresh",
-            )
-
     def _finish(self, backends: Backends, recorder: Recorder, steps: int) -> RunSummary:
         self._display.stage("writing the adapter")
         export_adapter(backends.policy.adapter(), self._folder.adapter)
         self._prepared.rendered.tokenizer.save_pretrained(str(self._folder.adapter))
-        counters = self._counters(recorder)
         values = build_values(
-            run_dir=self._folder.path,
-            adapter=self._folder.adapter,
+            self._folder,
             steps=steps,
-            seconds=counters["seconds"],
-            counters=counters,
-            metrics_file=self._folder.metrics,
+            counters=self._counters(recorder),
             evaluations=recorder.evaluations(),
             facts=self._facts,
             device=backends.student.device,
             sampler=backends.sampler_facts,
         )
-        replace_json(self._folder.summary, values)
+        replace_file(self._folder.summary, readable_json(values))
         self._display.finish(closing_lines(self._folder.adapter))
         return RunSummary(values=values)
 
     def _counters(self, recorder: Recorder) -> dict[str, float]:
-        """Totals of the whole run, earlier attempts included; ``seconds`` leaves loading out."""
-        seconds = self._seconds_before + time.monotonic() - self._started
+        """Totals of the whole run, earlier attempts included."""
+        seconds = time.monotonic() - self._started
         return {"completion_tokens": recorder.completion_tokens, "seconds": seconds}
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        checkpoint = None
-        if self._folder.checkpoints.is_dir():
-            checkpoint = self._build_store().latest()
-        readers = find_readers(self._config, agentic=self._prepared.project.agentic)
-        facts = json.loads(to_json(self._facts))  # as the earlier ones were read
-        started = changes.compare(self._facts_of_last_start(), facts, readers)
-        self._reuse_rollouts = started.rollouts_hold
+        checkpoint = self._store.latest()
         if checkpoint is None:
-            # With a checkpoint they are its history, and could not be made again.
-            self._reuse_evaluations = started.evaluations_hold
             return None
-        found = changes.compare(checkpoint.state, facts, readers)
+        found = self._compare(checkpoint.state)
         changes.refuse(found, where=str(self._folder.path))
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
@@ -265,13 +257,19 @@ class _Run:
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
 
-    def _facts_of_last_start(self) -> dict[str, object]:
-        """Those under which the journal and the evaluations were written; empty when there are none."""
-        try:
-            facts = json.loads(self._folder.facts.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return facts if isinstance(facts, dict) else {}
+    def _forget_outdated(self, journals: JournalFolder, checkpoint: Checkpoint | None) -> None:
+        """Delete what an earlier start sampled and measured, and this one would not."""
+        found = self._compare(read_json_object(self._folder.facts))
+        if not found.rollouts_hold:
+            journals.forget(keep=set())
+        # With a checkpoint they are its history, and could not be made again.
+        if checkpoint is None and not found.evaluations_hold:
+            self._folder.evaluations.unlink(missing_ok=True)
+
+    def _compare(self, earlier: Mapping[str, object]) -> changes.Changes:
+        readers = find_readers(self._config, agentic=self._prepared.project.agentic)
+        facts = json.loads(to_json(self._facts))  # as the earlier ones were read
+        return changes.compare(earlier, facts, readers)
 
     async def _selfcheck(self, backends: Backends) -> None:
         async with backends.gpu.only("trainer"):
@@ -295,54 +293,36 @@ class _Run:
         self._display.note(gap + kl)
 
     def _build_recorder(self) -> Recorder:
-        tokenizer = self._prepared.rendered.tokenizer
-        folder = self._folder
-        sinks: list[Sink] = [JsonlSink(folder.metrics, folder.evaluations, warn=self._display.note)]
+        folder, note = self._folder, self._display.note
+        redact = redactor(self._prepared)
+        sinks: list[Sink] = [JsonlSink(folder.metrics, folder.evaluations, warn=note)]
         if self._config.wandb_project is not None:
             sinks.append(
                 WandbSink(
                     self._config.wandb_project,
-                    self._config.wandb_name or self._folder.path.name,
+                    self._config.wandb_name or folder.path.name,
                     redacted_config(self._prepared),
-                    self._folder.path,
-                    run_id=self._folder.wandb_id(),
-                    warn=self._display.note,
+                    folder.path,
+                    run_id=folder.wandb_id(),
+                    warn=note,
                 )
             )
+        decode = self._prepared.rendered.tokenizer.decode
         return Recorder(
-            self._folder,
+            folder,
             display=self._display,
-            transcripts=TranscriptWriter(
-                self._folder.transcripts,
-                decode=tokenizer.decode,
-                redact=redactor(self._prepared),
-            ),
+            transcripts=TranscriptWriter(folder.transcripts, decode=decode, redact=redact),
             sinks=sinks,
             num_steps=self._prepared.num_steps,
             agentic=self._prepared.project.agentic,
         )
 
-    def _build_store(self) -> CheckpointStore:
-        return CheckpointStore(
-            self._folder.checkpoints,
-            keep=self._config.trainer.keep_checkpoints,
-            warn=self._display.warn,
-        )
-
-    def _build_saver(self, backends: Backends, recorder: Recorder) -> Saver:
+    def _build_journals(self) -> JournalFolder:
         data = self._config.data
         embedded = sampler_backend(self._config) == "transformers"
         in_company = self._prepared.project.agentic and embedded
         whole = data.batch_size * data.group_size if in_company else None
-        return Saver(
-            self._build_store(),
-            JournalFolder(self._folder.journal, whole=whole),
-            backends.policy,
-            every_steps=self._config.trainer.save_step,
-            every_minutes=self._config.trainer.save_minutes,
-            facts=self._facts,
-            counters=partial(self._counters, recorder),
-        )
+        return JournalFolder(self._folder.journal, whole=whole)
 
     def _build_parts(
         self, backends: Backends, recorder: Recorder, saver: Saver, code: UserCode

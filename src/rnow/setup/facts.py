@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rnow.config import config_hash, to_dict
 from rnow.disk.files import map_text, sha256_of
+from rnow.disk.folder import RunFolder
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import weights_fingerprint
 from rnow.plan.choices import DEFAULT_MAX_TURNS
@@ -64,6 +65,9 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     if student.quantization != "none":
         base = f"{student.quantization}, {base}"
     sampler = ", ".join(value for value in backends.sampler_facts.values() if value)
+    turns = config.rollout.max_turns or DEFAULT_MAX_TURNS
+    named = ", ".join(prepared.tools)
+    tools = [f"tools: {named}; at most {turns} turns"] if named else []
     lines = [
         f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
         f"teacher: {_teacher_name(prepared)}",
@@ -72,7 +76,7 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
         f"data: {len(prepared.project.dataset.prompts)} prompts, "
         f"{data.batch_size} x {data.group_size} rollouts per step, {prepared.num_steps} steps",
         f"sampler: {sampler}",
-        *_tool_lines(prepared),
+        *tools,
         f"device: {student.device}",
         f"run folder: {run_dir}",
     ]
@@ -84,13 +88,6 @@ def _teacher_name(prepared: Prepared) -> str:
         return ", ".join(model.resolved.name for model in teachers)
     held = prepared.config.dataset_type == "rl" and prepared.config.algorithm.kl_penalty_coef > 0
     return "none; the rewards teach, and the base model holds the student near" if held else "none"
-
-
-def _tool_lines(prepared: Prepared) -> list[str]:
-    if not prepared.tools:
-        return []
-    turns = prepared.config.rollout.max_turns or DEFAULT_MAX_TURNS
-    return [f"tools: {', '.join(prepared.tools)}; at most {turns} turns"]
 
 
 def closing_lines(adapter: Path) -> list[str]:
@@ -108,21 +105,13 @@ class RunSummary:
     """The outcome of ``rnow run``. ``values`` is the content of summary.json."""
 
     values: Mapping[str, object]
-    exit_code: int = 0
-
-    def to_dict(self) -> dict[str, object]:
-        """A plain copy of ``values``."""
-        return dict(self.values)
 
 
 def build_values(
+    folder: RunFolder,
     *,
-    run_dir: Path,
-    adapter: Path,
     steps: int,
-    seconds: float,
     counters: Mapping[str, float],
-    metrics_file: Path,
     evaluations: Sequence[Mapping[str, object]],
     facts: Mapping[str, object],
     device: str,
@@ -133,16 +122,16 @@ def build_values(
     ``teacher_kl`` first and last are means over the first and last tenth of the steps (at least one): a single step is
     a handful of rollouts.
     """
-    series = _series(metrics_file, "teacher_kl")
+    series = _series(folder.metrics, "teacher_kl")
     tenth = max(1, len(series) // 10)
-    last = {row["name"]: _without(row, "name") for row in evaluations}
+    last = {row["name"]: {key: row[key] for key in row if key != "name"} for row in evaluations}
     return {
         "status": "finished",
-        "run_dir": str(run_dir),
-        "adapter": str(adapter),
+        "run_dir": str(folder.path),
+        "adapter": str(folder.adapter),
         "steps": steps,
-        "wall_seconds": round(seconds, 2),
-        "completion_tokens": int(counters.get("completion_tokens", 0)),
+        "wall_seconds": round(counters["seconds"], 2),
+        "completion_tokens": int(counters["completion_tokens"]),
         "teacher_kl": {"first": _mean(series[:tenth]), "last": _mean(series[-tenth:])},
         "evaluation": {
             "before": last.get(BEFORE),
@@ -170,17 +159,10 @@ def versions() -> dict[str, str]:
 
 
 def _series(path: Path, name: str) -> list[float]:
-    values = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        value = json.loads(line).get(name)
-        if value is not None:
-            values.append(value)
-    return values
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    values = [json.loads(line).get(name) for line in lines]
+    return [value for value in values if value is not None]
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _without(row: Mapping[str, object], key: str) -> dict[str, object]:
-    return {name: value for name, value in row.items() if name != key}

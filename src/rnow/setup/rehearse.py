@@ -48,7 +48,6 @@ class Rehearsal:
 
     folder: Path
     metrics: Mapping[str, float]
-    exit_code: int = 0
 
 
 def rehearse(
