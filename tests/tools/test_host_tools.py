@@ -90,7 +90,7 @@ def test_what_wants_a_sandbox_runs_there_and_nowhere_else(tmp_path: Path) -> Non
     class Sandboxes:
         async def call(self, name: str, payload: object, **options: object) -> CallOutcome:
             asked.append((name, options))
-            return CallOutcome(status="ok", value="from inside", seconds=0.1)
+            return CallOutcome(status="ok", value="from inside")
 
     async def body(sandboxed: Sandboxes | None) -> ToolResult:
         source = HostTools(CodeHost(file, "tools"), 5.0, sandboxed=sandboxed)

@@ -19,7 +19,9 @@ Schema = Mapping[str, object]
 INJECTED = "args"
 """The parameter that receives ToolArgs instead of a value from the model."""
 
-_PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+"""Python's plain types as JSON schema names them."""
+
 _UNSUPPORTED = "a tool's parameters may be str, int, float, bool, list[T], dict[str, T], Literal, Optional and Union of these"
 
 
@@ -195,8 +197,8 @@ def _bare_schema(hint: object, function: Callable[..., object]) -> Schema:
     if hint is None:
         hint = type(None)
     try:
-        if hint in _PLAIN:
-            return {"type": _PLAIN[hint]}
+        if hint in PLAIN:
+            return {"type": PLAIN[hint]}
     except TypeError:
         raise _Unusable(f"{hint!r} is not a type") from None
     if hint is Any:
@@ -224,9 +226,9 @@ def _bare_schema(hint: object, function: Callable[..., object]) -> Schema:
 
 def _literal(values: tuple[object, ...]) -> Schema:
     for value in values:
-        if type(value) not in _PLAIN:
+        if type(value) not in PLAIN:
             raise _Unusable(f"Literal[{value!r}] cannot be written as JSON")
-    kinds = list(dict.fromkeys(_PLAIN[type(value)] for value in values))
+    kinds = list(dict.fromkeys(PLAIN[type(value)] for value in values))
     return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": list(values)}
 
 

@@ -15,7 +15,7 @@ from rnow.rollout.rendering import ToolDescription
 from rnow.tasks import run_anywhere
 from rnow.tools.host_tools import HostTool, HostTools
 from rnow.tools.limits import TokenLimit
-from rnow.tools.mcp import mcp_servers
+from rnow.tools.mcp_server import mcp_servers
 from rnow.tools.toolbox import Toolbox, ToolSource
 from rnow.types import Prompt, ToolContext, rollout_id
 from rnow.usercode.environment import plainly_secret
@@ -71,7 +71,7 @@ def build_toolbox(
             decode=partial(tokenizer.decode, clean_up_tokenization_spaces=False),
         )
     return Toolbox(
-        sources=sources,
+        sources,
         tokens=tokens,
         # Of what the student reads, only what is plainly a secret: LOG_LEVEL=info must not take "info" out of a page.
         redact=lambda text: redact(text, plainly_secret(secrets)),
