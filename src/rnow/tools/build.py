@@ -21,7 +21,7 @@ from rnow.types import Prompt, ToolContext, rollout_id
 from rnow.usercode.environment import plainly_secret
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
+from rnow.usercode.sandbox import Sandboxes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,7 @@ def build_toolbox(
     if (folder / TOOLS_FILE).is_file():
         log = None if log_dir is None else log_dir / "tools.log"
         host = CodeHost(folder / TOOLS_FILE, "tools", secrets=secrets, log=log)
-        sandboxed = None if sandboxes is None else SandboxedHosts(host, sandboxes)
-        sources.append(HostTools(host, rollout.tool_timeout, sandboxed=sandboxed))
+        sources.append(HostTools(host, rollout.tool_timeout, sandboxes=sandboxes))
     sources += mcp_servers(
         rollout.mcp_url, timeout=rollout.tool_timeout, secrets=secrets, log_dir=log_dir, warn=warn
     )
