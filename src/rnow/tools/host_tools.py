@@ -31,22 +31,13 @@ class HostTool:
         sandboxes: Sandboxes | None,
     ) -> None:
         self.info = info
+        self.name = info.name
+        self.description = info.description
+        self.parameters = info.parameters
         self.timeout = default_timeout if info.timeout is None else info.timeout
         self.starting = STARTING_SANDBOXED if info.sandbox else STARTING
         self._host = host
         self._sandboxes = sandboxes
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def description(self) -> str:
-        return self.info.description
-
-    @property
-    def parameters(self) -> Mapping[str, object]:
-        return self.info.parameters
 
     async def call(self, arguments: Mapping[str, object], context: ToolContext) -> ToolResult:
         outcome = await call_function(

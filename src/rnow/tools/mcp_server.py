@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +25,7 @@ from rnow.tools.patience import look_at
 from rnow.types import ToolContext, ToolResult
 
 if TYPE_CHECKING:
-    from mcp import Client
     from mcp.client import Transport
-    from mcp_types import ListToolsResult
     from mcp_types import Tool as ServerTool
 
 MAX_TOOLS = 256
@@ -154,9 +151,12 @@ class McpServer:
         deadline = time.monotonic() + self.timeout
         try:
             connection = await self._current(deadline)
-            refusal = self._refusal(name)
-            if refusal:
-                return _failed(refusal)
+            if name in self._gone:
+                return _failed(f"{name} is no longer offered by its server")
+            if name in self._changed:
+                return _failed(
+                    f"{name} has changed on its server since this run began and is not called any more"
+                )
             result = await connection.request(
                 lambda client: client.call_tool(name, dict(arguments)), deadline - time.monotonic()
             )
@@ -184,15 +184,6 @@ class McpServer:
         if code is not None:
             return _failed(f"the server refused the call of {name}: {error}", detail)
         return _failed(f"the server's answer to {name} could not be read", detail)
-
-    def _refusal(self, name: str) -> str | None:
-        if name in self._gone:
-            return f"{name} is no longer offered by its server"
-        if name in self._changed:
-            return (
-                f"{name} has changed on its server since this run began and is not called any more"
-            )
-        return None
 
     async def _current(self, deadline: float) -> Connection:
         """A connection that works as far as we know, with the list looked at lately."""
@@ -276,9 +267,14 @@ class McpServer:
             if left <= 0:
                 break
             statuses: list[int] = []
-            connection = Connection(
-                self._transport(url, statuses.append), on_change=self._list_changed
-            )
+            if url is None:
+                transport: Transport = open_command(
+                    self.address, log_dir=self._log_dir, number=self._number
+                )
+            else:
+                patience = self.timeout + _READ_SLACK
+                transport = open_http(url, read_timeout=patience, on_status=statuses.append)
+            connection = Connection(transport, on_change=self._list_changed)
             start = time.monotonic()
             try:
                 await connection.start(left)
@@ -291,18 +287,14 @@ class McpServer:
                 raise
         raise _Unreachable(tried)
 
-    def _transport(self, url: str | None, on_status: Callable[[int], None]) -> Transport:
-        if url is not None:
-            return open_http(url, read_timeout=self.timeout + _READ_SLACK, on_status=on_status)
-        return open_command(self.address, log_dir=self._log_dir, number=self._number)
-
     async def _list(self, connection: Connection, timeout: float) -> list[ServerTool]:
         deadline = time.monotonic() + timeout
         tools: list[ServerTool] = []
         cursor: str | None = None
         for _ in range(MAX_PAGES):
             page = await connection.request(
-                partial(_page, cursor=cursor), deadline - time.monotonic()
+                lambda client, cursor=cursor: client.list_tools(cursor=cursor),
+                deadline - time.monotonic(),
             )
             tools += page.tools
             cursor = page.next_cursor
@@ -393,10 +385,6 @@ class _Unreachable(Exception):
     def __init__(self, tried: Sequence[str]) -> None:
         super().__init__("; ".join(tried))
         self.tried = list(tried) or ["no time was left to try"]
-
-
-async def _page(client: Client, *, cursor: str | None) -> ListToolsResult:
-    return await client.list_tools(cursor=cursor)
 
 
 def _failed(message: str, detail: str | None = None) -> ToolResult:

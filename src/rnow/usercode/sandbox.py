@@ -169,11 +169,6 @@ class Sandboxes:
                 (folder / "nothing").mkdir(mode=0o555)
             return Path(self._scratch.name)
 
-    @property
-    def logs(self) -> Path:
-        """Where logs go."""
-        return self._log_dir or self.scratch
-
     async def host(self, host: CodeHost, context: ToolContext) -> CodeHost:
         """``host`` for the sandboxed calls of this rollout: in its container where its row names an image; else in bubblewrap,
         or in a container of ``DEFAULT_IMAGE`` where there is none, shared by all rollouts.
@@ -237,7 +232,7 @@ class Sandboxes:
         return lease is not None and _living(lease)
 
     async def release(self, rollout_id: str) -> None:
-        """The rollout is over: end its container and what runs in it. No container: nothing. Never raises."""
+        """The rollout is over: end its container, if it has one, and what runs in it. Never raises."""
         lease = self._leases.pop(rollout_id, None)
         if lease is not None:
             await _end(lease)
@@ -341,7 +336,7 @@ class Sandboxes:
                 name,
                 file=file,
                 arguments=[*limits, *mounts],
-                log=self.logs / "containers.log",
+                log=(self._log_dir or self.scratch) / "containers.log",
             )
             try:
                 container.start(timeout=_START_SECONDS, where=where)
@@ -368,7 +363,7 @@ class Sandboxes:
                 sweep(found)
                 self._engine = found
             if self._images is None:
-                self._images = Images(self._engine, self.folder, self.logs)
+                self._images = Images(self._engine, self.folder, (self._log_dir or self.scratch))
             return self._engine, self._images
 
 

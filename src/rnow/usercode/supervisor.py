@@ -27,7 +27,7 @@ if __name__ == "__main__":
     # By path and isolated, so that neither PYTHONPATH nor the folder we stand in gets in the way.
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # noqa: PTH100, PTH120
 
-from rnow.processes.leash import descendants, end_all
+from rnow.processes.leash import descendants, end_all, reaped
 from rnow.usercode import frames
 from rnow.usercode.inbox import make_inbox, put, take
 from rnow.usercode.processes import end_family, family, processes
@@ -448,14 +448,7 @@ class Supervisor:
         self._status = {pid: status for pid, status in self._status.items() if pid == zygote}
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            self._status[pid] = status
+        self._status |= reaped()
 
     def _wait_for(self, pid: int) -> int | None:
         """How ``pid`` ended, in the words of waitpid; None when it did not within a moment, and was killed."""

@@ -75,7 +75,9 @@ class _Worker:
             try:
                 value = self.invoke(function, body)
                 if inspect.isawaitable(value):
-                    value = _run_awaitable(value)
+                    import asyncio
+
+                    value = asyncio.run(_awaited(value))
                 answer = self.answer(value)
             except BaseException as error:
                 answer = self.failure(error, function)
@@ -196,12 +198,6 @@ async def _awaited(value: object) -> object:
     while inspect.isawaitable(value):
         value = await value
     return value
-
-
-def _run_awaitable(value: object) -> object:
-    import asyncio
-
-    return asyncio.run(_awaited(value))
 
 
 def _json(value: object) -> bytes:
