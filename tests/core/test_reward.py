@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rnow.core import RewardArgs, get_response, reward
-from rnow.core.reward import collect_rewards, reward_spec
+from rnow.core.reward import REWARDS
 
 IMPORT_ORDERS = {
     "package first": "from rnow.core import reward\nfrom rnow.core.reward import reward as inner, RewardArgs",
@@ -39,7 +39,7 @@ def test_a_decorated_function_stays_itself() -> None:
         return 0.25
 
     assert reward(f) is f
-    spec = reward_spec(f)
+    spec = REWARDS.spec_of(f)
     assert spec is not None
     assert (spec.name, spec.precondition, spec.sandbox, spec.timeout) == ("f", False, False, None)
     assert not spec.is_async
@@ -50,7 +50,7 @@ def test_options() -> None:
     async def g(args: RewardArgs, messages: list) -> float:
         return 1.0
 
-    spec = reward_spec(g)
+    spec = REWARDS.spec_of(g)
     assert spec is not None
     assert spec.precondition
     assert spec.is_async
@@ -89,11 +89,11 @@ def test_a_wrapper_is_not_a_reward_by_itself() -> None:
     def wrapper(*args: object) -> float:
         return f(*args)
 
-    assert reward_spec(wrapper) is None
+    assert REWARDS.spec_of(wrapper) is None
 
 
 def test_collecting_ends_with_its_block() -> None:
-    with collect_rewards() as outer:
+    with REWARDS.collect() as outer:
 
         @reward
         def inside(args: RewardArgs, messages: list) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rnow.core import ToolArgs, tool
-from rnow.core.tool import collect_tools, tool_spec
+from rnow.core.tool import TOOLS
 
 IMPORT_ORDERS = {
     "package first": "from rnow.core import tool\nfrom rnow.core.tool import tool as inner, ToolArgs",
@@ -43,7 +43,7 @@ def test_a_decorated_function_stays_itself() -> None:
         return query
 
     assert tool(f) is f
-    spec = tool_spec(f)
+    spec = TOOLS.spec_of(f)
     assert spec is not None
     assert (spec.name, spec.sandbox, spec.timeout, spec.is_async) == ("f", False, None, False)
 
@@ -53,7 +53,7 @@ def test_options() -> None:
     async def g() -> str:
         return ""
 
-    spec = tool_spec(g)
+    spec = TOOLS.spec_of(g)
     assert spec is not None
     assert (spec.sandbox, spec.timeout, spec.is_async) == (True, 5.0, True)
 
@@ -89,19 +89,19 @@ def test_a_wrapper_of_a_tool_is_not_the_tool() -> None:
     def wrapper() -> str:
         return f()
 
-    assert tool_spec(wrapper) is None
-    assert tool_spec(f) is not None
-    assert tool_spec("f") is None
+    assert TOOLS.spec_of(wrapper) is None
+    assert TOOLS.spec_of(f) is not None
+    assert TOOLS.spec_of("f") is None
 
 
 def test_tools_are_collected_while_asked_for() -> None:
-    with collect_tools() as outer:
+    with TOOLS.collect() as outer:
 
         @tool
         def one() -> str:
             return ""
 
-        with collect_tools() as inner:
+        with TOOLS.collect() as inner:
             tool(timeout=1)(lambda: "")
     tool(one)
     assert [spec.name for spec in outer] == ["one"]

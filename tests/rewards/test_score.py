@@ -82,9 +82,10 @@ def test_a_prompt_without_rewards_gives_none() -> None:
     assert list(asyncio.run(score_rewards(make_groups(2, 2), Silent()))) == ["d/0#0", "d/0#1"]
 
 
-def test_no_more_at_once_than_allowed() -> None:
+def test_no_more_at_once_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnow.rewards.score.MAX_CONCURRENT", 3)
     recorder = Recorder()
-    asyncio.run(score_rewards(make_groups(6, 4), recorder, max_concurrent=3))
+    asyncio.run(score_rewards(make_groups(6, 4), recorder))
     assert recorder.most == 3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.tools.conformance import CONTEXT, check_tool
@@ -11,7 +12,7 @@ from tests.tools.conformance import CONTEXT, check_tool
 from rnow.errors import InputError
 from rnow.tools.host_tools import HostTools
 from rnow.tools.toolbox import Toolbox
-from rnow.types import ToolCall, ToolResult
+from rnow.types import ToolCall, ToolContext, ToolResult
 from rnow.usercode.host import CallOutcome, CodeHost
 
 CODE = '''
@@ -85,25 +86,27 @@ def test_limits_rows_and_two_loops(host: CodeHost) -> None:
 def test_what_wants_a_sandbox_runs_there_and_nowhere_else(tmp_path: Path) -> None:
     file = tmp_path / "tools.py"
     file.write_text(CODE.replace("@tool(timeout=0.5)", "@tool(timeout=0.5, sandbox=True)"))
-    asked: list[tuple[str, dict[str, object]]] = []
+    asked: list[tuple[str, float]] = []
 
-    class Sandboxes:
-        async def call(self, name: str, payload: object, **options: object) -> CallOutcome:
-            asked.append((name, options))
-            return CallOutcome(status="ok", value="from inside", seconds=0.1)
+    class Inside:
+        async def call(self, name: str, payload: object, *, timeout: float) -> CallOutcome:
+            asked.append((name, timeout))
+            return CallOutcome(status="ok", value="from inside")
 
-    async def body(sandboxed: Sandboxes | None) -> ToolResult:
-        source = HostTools(CodeHost(file, "tools"), 5.0, sandboxed=sandboxed)
+    class Fakes:
+        async def host(self, host: CodeHost, context: ToolContext) -> Inside:
+            assert context == CONTEXT
+            return Inside()
+
+    async def body(sandboxes: Any) -> ToolResult:
+        source = HostTools(CodeHost(file, "tools"), 5.0, sandboxes=sandboxes)
         async with Toolbox(sources=[source]) as toolbox:
             assert "wait" in toolbox.names
             assert (await run(toolbox, "act", text="outside")).content == "outside"
             return await run(toolbox, "wait")
 
-    assert asyncio.run(body(Sandboxes())).content == "from inside"
-    ((name, options),) = asked
-    assert name == "wait"
-    assert options["rollout_id"] == CONTEXT.rollout_id
-    assert options["timeout"] == 0.5
+    assert asyncio.run(body(Fakes())).content == "from inside"
+    assert asked == [("wait", 0.5)]
     refused = asyncio.run(body(None))
     assert refused.failed
     assert "no sandbox" in refused.content

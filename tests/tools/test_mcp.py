@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ from tests.tools.conformance import CONTEXT, check_tool
 from rnow.errors import ConfigError, InputError
 from rnow.processes.process import free_port
 from rnow.protocols import Tool
-from rnow.tools.mcp import McpServer, mcp_servers
 from rnow.tools.mcp_address import parse_address
+from rnow.tools.mcp_content import read_result
+from rnow.tools.mcp_server import McpServer, mcp_servers
 from rnow.tools.toolbox import Toolbox
 from rnow.types import ToolCall, ToolResult
 
@@ -37,8 +39,16 @@ REAL = shlex.join([sys.executable, str(HERE / "servers.py")])
 
 async def list_mcp_tools(urls: Sequence[str], *, timeout: float = 60.0) -> Sequence[Tool]:
     """What `rnow check` does: connect to every server, see what they offer, and leave."""
-    async with Toolbox(sources=mcp_servers(urls, connect_timeout=timeout)) as toolbox:
-        return toolbox.tools
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rnow.tools.mcp_server._CONNECT_SECONDS", timeout)
+        async with Toolbox(sources=mcp_servers(urls)) as toolbox:
+            return toolbox.tools
+
+
+def test_content_of_an_unknown_kind_is_named() -> None:
+    block = types.SimpleNamespace(type="hologram")
+    answer = types.SimpleNamespace(content=[block], structured_content=None, is_error=False)
+    assert read_result(answer).content == "[hologram]"  # type: ignore[arg-type]
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:
@@ -53,13 +63,15 @@ def scripted(**script: Any) -> str:
 
 @contextlib.asynccontextmanager
 async def opened(
-    entry: str, *, look_again: float = 60.0, **options: Any
+    entry: str, *, look_again: float = 60.0, connect_timeout: float = 10.0, **options: Any
 ) -> AsyncIterator[tuple[Toolbox, McpServer, list[str]]]:
     warned: list[str] = []
-    options = {"timeout": 2.0, "connect_timeout": 10.0} | options
-    server = McpServer(parse_address(entry), look_again=look_again, warn=warned.append, **options)
-    async with Toolbox(sources=[server]) as toolbox:
-        yield toolbox, server, warned
+    server = McpServer(parse_address(entry), warn=warned.append, **({"timeout": 2.0} | options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rnow.tools.mcp_server._CONNECT_SECONDS", connect_timeout)
+        patch.setattr("rnow.tools.mcp_server._LOOK_AGAIN", look_again)
+        async with Toolbox(sources=[server]) as toolbox:
+            yield toolbox, server, warned
 
 
 async def run(toolbox: Toolbox, name: str, /, **arguments: Any) -> ToolResult:
@@ -621,7 +633,7 @@ def test_a_command_and_its_children_end_with_us(tmp_path: Path) -> None:
 
     program = f"""
 import asyncio, os, signal, sys
-from rnow.tools.mcp import mcp_servers
+from rnow.tools.mcp_server import mcp_servers
 from rnow.types import ToolContext
 async def main():
     (server,) = mcp_servers([{scripted(tools=[tool("child")])!r}])

@@ -8,21 +8,37 @@ import time
 import pytest
 
 from rnow.tools.mcp_connection import Connection
-from rnow.tools.patience import done_within
+from rnow.tools.patience import ended_within
 
 
 def test_in_time_too_late_and_no_time_at_all() -> None:
     async def body() -> None:
         start = time.monotonic()
-        task = asyncio.ensure_future(asyncio.sleep(0.6))
-        assert not await done_within(task, 0.0)
-        assert not await done_within(task, -1.0)
-        assert not await done_within(task, 0.3)
+        late = [asyncio.create_task(asyncio.sleep(0.6)) for _ in range(3)]
+        assert not await ended_within(late[0], 0.0)
+        assert not await ended_within(late[1], -1.0)
+        assert not await ended_within(late[2], 0.3)
         assert 0.3 <= time.monotonic() - start < 0.55
+        await asyncio.sleep(0)
+        assert all(task.cancelled() for task in late)
+        task = asyncio.create_task(asyncio.sleep(0.1))
+        assert await ended_within(task, 5.0)
         assert not task.cancelled()
-        assert await done_within(task, 5.0)
         assert time.monotonic() - start < 1.0
-        assert await done_within(task, 0.0)
+        assert await ended_within(task, 0.0)
+
+    asyncio.run(body())
+
+
+def test_whoever_waits_takes_the_task_along() -> None:
+    async def body() -> None:
+        task = asyncio.create_task(asyncio.sleep(60))
+        waiting = asyncio.create_task(ended_within(task, 60))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting, task}, timeout=1)
+        assert waiting.cancelled()
+        assert task.cancelled()
 
     asyncio.run(body())
 

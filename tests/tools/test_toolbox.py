@@ -33,7 +33,7 @@ def call(name: str = "fake", /, **arguments: Any) -> ToolCall:
 
 def run_one(tool: Tool, request: ToolCall | None = None, **options: Any) -> ToolResult:
     async def body() -> ToolResult:
-        async with Toolbox([tool], **options) as toolbox:
+        async with toolbox_of(tool, **options) as toolbox:
             return await toolbox.run(request or call(), CONTEXT)
 
     return asyncio.run(body())
@@ -56,6 +56,10 @@ class Source:
 
     async def close(self) -> None:
         self.state.append("close")
+
+
+def toolbox_of(*tools: Tool, **options: Any) -> Toolbox:
+    return Toolbox([Source("tools.py", tools)], **options)
 
 
 def test_the_fake_is_a_tool() -> None:
@@ -94,7 +98,7 @@ def test_the_student_is_told(request_: ToolCall, says: str) -> None:
     browse, hidden = FakeTool("browse", parameters=parameters), FakeTool("hidden")
 
     async def body() -> ToolResult:
-        async with Toolbox([browse, hidden]) as toolbox:
+        async with toolbox_of(browse, hidden) as toolbox:
             return await toolbox.run(request_, CONTEXT, ["browse"])
 
     answer = asyncio.run(body())
@@ -108,7 +112,7 @@ def test_the_student_is_told(request_: ToolCall, says: str) -> None:
 
 def test_a_row_may_have_no_tools() -> None:
     async def body() -> ToolResult:
-        async with Toolbox([FakeTool()]) as toolbox:
+        async with toolbox_of(FakeTool()) as toolbox:
             assert toolbox.schemas([]) == []
             return await toolbox.run(call(), CONTEXT, [])
 
@@ -129,7 +133,7 @@ def test_faults_of_ours_and_cancellation_pass() -> None:
         run_one(FakeTool(replies=[StopRequested()]))
 
     async def cancelled() -> None:
-        async with Toolbox([FakeTool(seconds=60)]) as toolbox:
+        async with toolbox_of(FakeTool(seconds=60)) as toolbox:
             task = asyncio.create_task(toolbox.run(call(), CONTEXT))
             await asyncio.sleep(0.02)
             task.cancel()
@@ -156,7 +160,8 @@ def test_a_tool_that_gives_something_else(value: Any) -> None:
     assert "gave no result" in run_one(tool).content
 
 
-def test_a_tool_without_a_limit_is_given_up() -> None:
+def test_a_tool_without_a_limit_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnow.tools.toolbox._GRACE", 0.02)
     tool = FakeTool()
 
     async def stubborn(arguments: Any, context: Any) -> Any:
@@ -171,7 +176,7 @@ def test_a_tool_without_a_limit_is_given_up() -> None:
     tool.call = stubborn  # type: ignore[method-assign]
 
     async def body() -> ToolResult:
-        async with Toolbox([tool], timeout=0.02, grace=0.02) as toolbox:
+        async with toolbox_of(tool, timeout=0.02) as toolbox:
             start = time.monotonic()
             answer = await toolbox.run(call(), CONTEXT)
             assert time.monotonic() - start < 0.4
@@ -180,8 +185,9 @@ def test_a_tool_without_a_limit_is_given_up() -> None:
     assert "given up" in asyncio.run(body()).content
 
 
-def test_a_blocked_event_loop_is_not_a_slow_tool() -> None:
+def test_a_blocked_event_loop_is_not_a_slow_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a model samples on the CPU while calls are on their way."""
+    monkeypatch.setattr("rnow.tools.toolbox._GRACE", 0.3)
     tool = FakeTool("turns")
 
     async def turns(arguments: Any, context: ToolContext) -> ToolResult:
@@ -192,7 +198,7 @@ def test_a_blocked_event_loop_is_not_a_slow_tool() -> None:
     tool.call = turns  # type: ignore[method-assign]
 
     async def body() -> ToolResult:
-        async with Toolbox([tool], timeout=0.1, grace=0.3) as toolbox:
+        async with toolbox_of(tool, timeout=0.1) as toolbox:
             running = asyncio.ensure_future(toolbox.run(call("turns"), CONTEXT))
             for _ in range(3):
                 await asyncio.sleep(0)
@@ -204,20 +210,22 @@ def test_a_blocked_event_loop_is_not_a_slow_tool() -> None:
     assert asyncio.run(body()).content == "done"
 
 
-def test_a_tool_may_say_that_it_has_to_come_up_first() -> None:
+def test_a_tool_may_say_that_it_has_to_come_up_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnow.tools.toolbox._GRACE", 0.02)
     tool = FakeTool("slow", replies=["up"], seconds=lambda _: 0.3)
-    assert "given up" in run_one(tool, call("slow"), timeout=0.02, grace=0.02).content
+    assert "given up" in run_one(tool, call("slow"), timeout=0.02).content
     tool.starting = 5.0
-    assert run_one(tool, call("slow"), timeout=0.02, grace=0.02).content == "up"
+    assert run_one(tool, call("slow"), timeout=0.02).content == "up"
 
 
 def hide(text: str) -> str:
     return text.replace("sk-12345", "[KEY]")
 
 
-def test_a_secret_does_not_survive_in_halves() -> None:
+def test_a_secret_does_not_survive_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnow.tools.toolbox.MAX_BYTES", 100)
     for before in range(92, 101):
-        answer = run_one(FakeTool(replies=["x" * before + "sk-12345"]), redact=hide, max_bytes=100)
+        answer = run_one(FakeTool(replies=["x" * before + "sk-12345"]), redact=hide)
         assert "sk-" not in answer.content
 
 
@@ -293,7 +301,7 @@ def test_sixty_four_calls_overlap() -> None:
     tool = FakeTool(seconds=0.2)
 
     async def body(count: int) -> float:
-        async with Toolbox([tool], max_calls=64) as toolbox:
+        async with toolbox_of(tool) as toolbox:
             start = time.monotonic()
             await asyncio.gather(*(toolbox.run(call(), CONTEXT) for _ in range(count)))
             return time.monotonic() - start
@@ -307,7 +315,9 @@ def test_sixty_four_calls_overlap() -> None:
 def test_schemas_keep_their_order() -> None:
     async def body() -> None:
         source = Source("a server", [FakeTool("zeta"), FakeTool("alpha")])
-        async with Toolbox([FakeTool("own", parameters=PARAMETERS)], sources=[source]) as toolbox:
+        async with Toolbox(
+            [Source("tools.py", [FakeTool("own", parameters=PARAMETERS)]), source]
+        ) as toolbox:
             assert toolbox.names == ("own", "zeta", "alpha")
             assert toolbox.schemas()[0] == {
                 "type": "function",
@@ -337,7 +347,7 @@ def test_a_clash_names_both_places_and_closes_what_was_opened() -> None:
 
     asyncio.run(body(Toolbox(sources=sources)))
     assert [source.state[-1] for source in sources] == ["close", "close"]
-    asyncio.run(body(Toolbox([FakeTool("a")], sources=sources[1:])))
+    asyncio.run(body(Toolbox([Source("tools.py", [FakeTool("a")]), sources[1]])))
 
 
 def test_a_source_that_does_not_open() -> None:
@@ -356,8 +366,9 @@ def test_an_unusable_schema() -> None:
         run_one(FakeTool(parameters={"type": "array"}))
 
 
-def test_a_toolbox_opens_again_in_another_loop() -> None:
-    toolbox = Toolbox(sources=[Source("s", [FakeTool(seconds=0.01)])], max_calls=1)
+def test_a_toolbox_opens_again_in_another_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnow.tools.toolbox._MAX_CALLS", 1)
+    toolbox = Toolbox(sources=[Source("s", [FakeTool(seconds=0.01)])])
 
     async def body() -> None:
         async with toolbox:
@@ -371,7 +382,7 @@ def test_a_toolbox_opens_again_in_another_loop() -> None:
 
 def test_five_hundred_calls() -> None:
     async def body() -> None:
-        async with Toolbox([FakeTool()]) as toolbox:
+        async with toolbox_of(FakeTool()) as toolbox:
             requests = [call("fake" if n % 2 else "none", **{f"a{n}": n}) for n in range(500)]
             answers = await asyncio.gather(*(toolbox.run(r, CONTEXT) for r in requests))
             assert sum(answer.failed for answer in answers) == 250

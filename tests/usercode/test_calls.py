@@ -100,8 +100,7 @@ def test_what_it_offers(host: CodeHost) -> None:
 def test_arguments_and_defaults(host: CodeHost) -> None:
     assert call(host, "add", a=1).value == "3"
     outcome = call(host, "add", a=1, b=40)
-    assert outcome == CallOutcome(status="ok", value="41", seconds=outcome.seconds)
-    assert 0 < outcome.seconds < 1
+    assert outcome == CallOutcome(status="ok", value="41")
 
 
 @pytest.mark.parametrize(

@@ -76,23 +76,20 @@ def test_a_full_inbox_does_not_wait() -> None:
         fill()
 
 
-def outcome_of(
-    body: bytes, limit: int = 99, hidden_in_value: Mapping[str, str] | None = None
-) -> CallOutcome:
+def outcome_of(body: bytes, hidden_in_value: Mapping[str, str] | None = None) -> CallOutcome:
     return read_outcome(
         body,
-        seconds=1,
         timeout=1,
-        limit=limit,
         file="tools.py",
         hidden={},
         hidden_in_value=hidden_in_value or {},
     )
 
 
-def test_a_workers_limits_are_held_here_too() -> None:
+def test_a_workers_limits_are_held_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "RESULT_BYTES", 7)
     body = json.dumps({"value": "é" * 10, "omitted": 5}).encode()
-    outcome = outcome_of(body, limit=7)
+    outcome = outcome_of(body)
     assert (outcome.value, outcome.omitted) == ("ééé", 18)
 
 

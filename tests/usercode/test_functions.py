@@ -20,7 +20,7 @@ from rnow.usercode.host import CodeHost, HostLimits, load_functions
 def refused(folder: Path, code: str, **options: object) -> InputError:
     path = write(folder, code)
     with pytest.raises(InputError) as caught:
-        load_functions(path, "tools", **options)  # type: ignore[arg-type]
+        CodeHost(path, "tools", **options).start()  # type: ignore[arg-type]
     assert caught.value.exit_code == 2
     assert caught.value.title == "Invalid tools"
     return caught.value
@@ -171,7 +171,8 @@ def test_a_fault_in_a_helper_is_shown_there(tmp_path: Path) -> None:
 
 def test_what_it_prints_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, "print('loading')\n")
-    load_functions(path, "tools", log=tmp_path / "out" / "tools.log")
+    with CodeHost(path, "tools", log=tmp_path / "out" / "tools.log", warm=False):
+        pass
     assert (tmp_path / "out" / "tools.log").read_text() == "loading\n"
     assert capfd.readouterr() == ("", "")
 

@@ -18,11 +18,12 @@ import pytest
 from tests.usercode.fake_engines import FakeEngines, is_alive
 
 from rnow.errors import InputError, TemporaryError
+from rnow.types import ToolContext
 from rnow.usercode import engines
-from rnow.usercode.containers import ContainerLimits, owner, sweep
+from rnow.usercode.containers import owner, sweep
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CallOutcome, CodeHost
-from rnow.usercode.sandbox import DEFAULT_IMAGE, SandboxedHosts, Sandboxes, check_sandbox
+from rnow.usercode.sandbox import DEFAULT_IMAGE, Sandboxes, call_function, check_sandbox
 
 TOOLS = '''
 import os
@@ -79,6 +80,7 @@ IMAGE = "tools:1"
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngines:
     found = FakeEngines(tmp_path)
     monkeypatch.setenv("PATH", str(found.programs))
+    monkeypatch.setattr("rnow.usercode.sandbox._START_SECONDS", 20)
     engines.forget()
     return found
 
@@ -103,12 +105,10 @@ class Bench:
 
     def __init__(self, project: Path, **options: Any) -> None:
         self.warnings: list[str] = []
-        self.boxes = Sandboxes(project, warn=self.warnings.append, start_timeout=20, **options)
+        self.boxes = Sandboxes(project, warn=self.warnings.append, **options)
         secrets = {"CITY_KEY": "paris-paris", "OTHER_KEY": "london"}
-        self.tools = SandboxedHosts(
-            CodeHost(project / "tools.py", "tools", secrets=secrets), self.boxes
-        )
-        self.rewards = SandboxedHosts(CodeHost(project / "rewards.py", "rewards"), self.boxes)
+        self.tools = CodeHost(project / "tools.py", "tools", secrets=secrets)
+        self.rewards = CodeHost(project / "rewards.py", "rewards")
 
     async def __aenter__(self) -> Bench:
         return self
@@ -119,9 +119,15 @@ class Bench:
     async def call(
         self, name: str, rollout: str = "a", *, image: str | None = IMAGE, timeout: float = 20, env: Any = None, **arguments: Any
     ) -> CallOutcome:  # fmt: skip
-        return await self.tools.call(
-            name, {"arguments": arguments}, timeout=timeout, rollout_id=rollout, docker=image, docker_env=env
-        )  # fmt: skip
+        context = ToolContext(rollout_id=rollout, docker=image, docker_env=env or {})
+        return await self.ask(self.tools, name, {"arguments": arguments}, context, timeout=timeout)
+
+    async def ask(
+        self, host: CodeHost, name: str, given: Any, context: ToolContext, *, timeout: float = 20
+    ) -> CallOutcome:
+        return await call_function(
+            function(name=name), given, context, host=host, sandboxes=self.boxes, timeout=timeout
+        )
 
     async def value(self, name: str, rollout: str = "a", **options: Any) -> Any:
         outcome = await self.call(name, rollout, **options)
@@ -234,7 +240,7 @@ def test_rollouts_share_one_bubblewrap(fakes: FakeEngines, project: Path) -> Non
 
     async def work() -> None:
         async with Bench(project) as bench:
-            await bench.tools.prepare({})
+            await bench.boxes.prepare(bench.tools, {})
             first = await bench.value("who", "a", image=None)
             assert await bench.value("who", "b", image=None) == first
             await bench.boxes.release("a")  # the rollout's end is not the host's
@@ -267,11 +273,14 @@ def test_an_older_bubblewrap(fakes: FakeEngines, project: Path) -> None:
     assert "--size" not in fakes.calls()[-1]
 
 
-def test_without_bubblewrap_a_container_of_python(fakes: FakeEngines, project: Path) -> None:
+def test_without_bubblewrap_a_container_of_python(
+    fakes: FakeEngines, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnow.usercode.sandbox.MAX_CONTAINERS", 1)
     fakes.install("docker")
 
     async def work() -> None:
-        async with Bench(project, max_containers=1) as bench:
+        async with Bench(project) as bench:
             assert await bench.value("note", "a", image=None, text="x") == "x"
             first = fakes.containers()
             await bench.value("note", "b", image=None, text="y")
@@ -296,9 +305,8 @@ def test_one_container_for_a_rollout(fakes: FakeEngines, project: Path) -> None:
             assert len(set(values)) == 1
             assert other not in values
             messages = {"messages": [{"role": "user", "content": "x"}]}
-            score = await bench.rewards.call(
-                "long", messages, timeout=20, rollout_id="a", docker=IMAGE
-            )
+            context = ToolContext(rollout_id="a", docker=IMAGE)
+            score = await bench.ask(bench.rewards, "long", messages, context)
             assert score.value == 1.0
             assert len(fakes.containers()) == 2
             pids = fakes.pids()
@@ -317,14 +325,18 @@ def test_one_container_for_a_rollout(fakes: FakeEngines, project: Path) -> None:
     assert sorted(removed) == sorted(names)
 
 
-def test_the_command_line_of_a_container(fakes: FakeEngines, project: Path) -> None:
+def test_the_command_line_of_a_container(
+    fakes: FakeEngines, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnow.usercode.containers.MEMORY_GB", 0.5)
+    monkeypatch.setattr("rnow.usercode.containers.PROCESSES", 99)
+    monkeypatch.setattr("rnow.usercode.containers.CPUS", 0.5)
     fakes.install("docker")
     fakes.have(IMAGE)
     (project / "runs").mkdir()
 
     async def work() -> None:
-        limits = ContainerLimits(memory_gb=0.5, processes=99, cpus=0.5)
-        async with Bench(project, limits=limits) as bench:
+        async with Bench(project) as bench:
             await bench.value("note", text="x", env={"COLOUR": "green-green"})
 
     asyncio.run(work())
@@ -401,12 +413,15 @@ def test_a_container_that_died_is_replaced(fakes: FakeEngines, project: Path) ->
     asyncio.run(work())
 
 
-def test_rollouts_wait_for_a_container(fakes: FakeEngines, project: Path) -> None:
+def test_rollouts_wait_for_a_container(
+    fakes: FakeEngines, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnow.usercode.sandbox.MAX_CONTAINERS", 2)
     fakes.install("docker")
     fakes.have(IMAGE)
 
     async def work() -> None:
-        async with Bench(project, max_containers=2) as bench:
+        async with Bench(project) as bench:
             most = 0
 
             async def rollout(name: str) -> None:
@@ -423,12 +438,16 @@ def test_rollouts_wait_for_a_container(fakes: FakeEngines, project: Path) -> Non
     asyncio.run(work())
 
 
-def test_waiting_has_an_end(fakes: FakeEngines, project: Path) -> None:
+def test_waiting_has_an_end(
+    fakes: FakeEngines, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnow.usercode.sandbox.MAX_CONTAINERS", 1)
+    monkeypatch.setattr("rnow.usercode.sandbox._WAIT_SECONDS", 0.2)
     fakes.install("docker")
     fakes.have(IMAGE)
 
     async def work() -> None:
-        async with Bench(project, max_containers=1, wait_timeout=0.2) as bench:
+        async with Bench(project) as bench:
             await bench.value("note", "a", text="x")
             with pytest.raises(TemporaryError, match="no container became free"):
                 await bench.call("note", "b", text="x")
@@ -438,12 +457,16 @@ def test_waiting_has_an_end(fakes: FakeEngines, project: Path) -> None:
     asyncio.run(work())
 
 
-def test_one_who_is_cancelled_gives_up_the_turn(fakes: FakeEngines, project: Path) -> None:
+def test_one_who_is_cancelled_gives_up_the_turn(
+    fakes: FakeEngines, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnow.usercode.sandbox.MAX_CONTAINERS", 1)
+    monkeypatch.setattr("rnow.usercode.sandbox._WAIT_SECONDS", 10)
     fakes.install("docker")
     fakes.have(IMAGE)
 
     async def work() -> None:
-        async with Bench(project, max_containers=1, wait_timeout=10) as bench:
+        async with Bench(project) as bench:
             await bench.value("note", "a", text="x")
             second = asyncio.ensure_future(bench.call("note", "b", text="x"))
             third = asyncio.ensure_future(bench.value("note", "c", text="x"))
@@ -523,7 +546,7 @@ def test_an_image_that_cannot_be_used(
 
     async def work() -> None:
         async with Bench(project) as bench:
-            await bench.tools.prepare({image: "train.jsonl:9"}, plain=False)
+            await bench.boxes.prepare(bench.tools, {image: "train.jsonl:9"}, plain=False)
 
     with pytest.raises(InputError) as caught:
         asyncio.run(work())
@@ -541,7 +564,7 @@ def test_a_file_that_cannot_be_imported_in_the_image(fakes: FakeEngines, project
 
     async def work() -> None:
         async with Bench(project) as bench:
-            await bench.tools.prepare({IMAGE: "train.jsonl:9"}, plain=False)
+            await bench.boxes.prepare(bench.tools, {IMAGE: "train.jsonl:9"}, plain=False)
 
     with pytest.raises(InputError) as caught:
         asyncio.run(work())
@@ -575,14 +598,22 @@ OWNER = """
 import asyncio, sys
 from pathlib import Path
 from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
+from rnow.usercode.functions import FunctionInfo
+from rnow.usercode.sandbox import Sandboxes, call_function
+from rnow.types import ToolContext
 
 async def main():
     folder = Path(sys.argv[1])
-    tools = SandboxedHosts(CodeHost(folder / "tools.py", "tools"), Sandboxes(folder))
-    call = dict(timeout=60, rollout_id="a", docker=sys.argv[2] or None)
-    print((await tools.call("who", {"arguments": {}}, **call)).value, flush=True)
-    await tools.call("hang", {"arguments": {}}, **call)
+    file = folder / "tools.py"
+    hosts = dict(host=CodeHost(file, "tools"), sandboxes=Sandboxes(folder))
+    context = ToolContext(rollout_id="a", docker=sys.argv[2] or None)
+
+    async def call(name):
+        info = FunctionInfo(kind="tools", name=name, file=file, place="", sandbox=True)
+        return await call_function(info, {"arguments": {}}, context, timeout=60, **hosts)
+
+    print((await call("who")).value, flush=True)
+    await call("hang")
 
 asyncio.run(main())
 """
@@ -655,7 +686,7 @@ def test_a_build_that_fails(fakes: FakeEngines, project: Path, tmp_path: Path) -
 
     async def work() -> None:
         async with Bench(project, log_dir=tmp_path / "logs") as bench:
-            await bench.tools.prepare({"local/shell": "train.jsonl:2"}, plain=False)
+            await bench.boxes.prepare(bench.tools, {"local/shell": "train.jsonl:2"}, plain=False)
 
     with pytest.raises(InputError) as caught:
         asyncio.run(work())
@@ -675,7 +706,7 @@ def test_a_build_that_is_not_waited_for_any_more(fakes: FakeEngines, project: Pa
     async def work() -> None:
         async with Bench(project) as bench:
             images = {"local/shell": "train.jsonl:2"}
-            preparing = asyncio.ensure_future(bench.tools.prepare(images, plain=False))
+            preparing = asyncio.ensure_future(bench.boxes.prepare(bench.tools, images, plain=False))
             while not fakes.calls("build"):
                 await asyncio.sleep(0.05)
             preparing.cancel()

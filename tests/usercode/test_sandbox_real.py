@@ -13,16 +13,19 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.usercode.fake_engines import is_alive
 
+from rnow.types import ToolContext
 from rnow.usercode import engines
-from rnow.usercode.containers import ContainerLimits, sweep
-from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
+from rnow.usercode.containers import sweep
+from rnow.usercode.functions import FunctionInfo
+from rnow.usercode.host import CallOutcome, CodeHost
+from rnow.usercode.sandbox import Sandboxes, call_function
 
 pytestmark = pytest.mark.agents
 
@@ -125,18 +128,30 @@ def fill(folder: Path) -> None:
         (folder / name / "file").write_text(CANARY)
 
 
-def tools_of(project: Path, **options: Any) -> tuple[SandboxedHosts, Sandboxes]:
+@dataclass
+class Tools:
+    host: CodeHost
+    boxes: Sandboxes
+
+    async def call(
+        self, name: str, given: Any, *, timeout: float, docker: str | None = None
+    ) -> CallOutcome:
+        file = self.host.file
+        info = FunctionInfo(kind="tools", name=name, file=file, place="tools.py:1", sandbox=True)
+        context = ToolContext(rollout_id="a", docker=docker)
+        return await call_function(
+            info, given, context, host=self.host, sandboxes=self.boxes, timeout=timeout
+        )
+
+
+def tools_of(project: Path, **options: Any) -> tuple[Tools, Sandboxes]:
     boxes = Sandboxes(project, **options)
     secrets = {"UNUSED_KEY": CANARY}
-    return SandboxedHosts(CodeHost(project / "tools.py", "tools", secrets=secrets), boxes), boxes
+    return Tools(CodeHost(project / "tools.py", "tools", secrets=secrets), boxes), boxes
 
 
-async def call(
-    tools: SandboxedHosts, name: str, *, image: str | None = None, **arguments: Any
-) -> Any:
-    outcome = await tools.call(
-        name, {"arguments": arguments}, timeout=30, rollout_id="a", docker=image
-    )
+async def call(tools: Tools, name: str, *, image: str | None = None, **arguments: Any) -> Any:
+    outcome = await tools.call(name, {"arguments": arguments}, timeout=30, docker=image)
     assert outcome.status == "ok", outcome
     return outcome.value
 
@@ -165,13 +180,17 @@ def wait_until(done: Callable[[], bool], seconds: float = 20) -> None:
 OWNER = """
 import asyncio, sys
 from pathlib import Path
+from rnow.types import ToolContext
+from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
+from rnow.usercode.sandbox import Sandboxes, call_function
 
 folder = Path(sys.argv[1])
-tools = SandboxedHosts(CodeHost(folder / "tools.py", "tools"), Sandboxes(folder))
-work = tools.call("hang", {"arguments": {}}, timeout=90, rollout_id="a", docker=sys.argv[2] or None)
-asyncio.run(work)
+file = folder / "tools.py"
+info = FunctionInfo(kind="tools", name="hang", file=file, place="tools.py:1", sandbox=True)
+context = ToolContext(rollout_id="a", docker=sys.argv[2] or None)
+hosts = dict(host=CodeHost(file, "tools"), sandboxes=Sandboxes(folder))
+asyncio.run(call_function(info, {"arguments": {}}, context, timeout=90, **hosts))
 """
 
 
@@ -267,11 +286,11 @@ def test_a_hang_in_bubblewrap_is_ended(project: Path) -> None:
     async def work() -> None:
         await call(tools, "write", paths=[])
         started = time.monotonic()
-        outcome = await tools.call("hang", {"arguments": {}}, timeout=1, rollout_id="a")
+        outcome = await tools.call("hang", {"arguments": {}}, timeout=1)
         assert outcome.status == "timeout"
         assert time.monotonic() - started < 2
         assert await call(tools, "write", paths=[]) == "{}"
-        pids = (await tools.host("a")).pids()
+        pids = (await boxes.host(tools.host, ToolContext(rollout_id="a"))).pids()
         await boxes.close()
         assert [pid for pid in pids if is_alive(pid)] == []
 
@@ -356,18 +375,21 @@ IMAGE = "local/python"
 @pytest.mark.slow
 @pytest.mark.usefixtures("witness")
 def test_a_real_container(
-    engine: engines.ContainerEngine, container_project: Path, tmp_path: Path
+    engine: engines.ContainerEngine,
+    container_project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("rnow.usercode.containers.MEMORY_GB", 1)
     warnings: list[str] = []
     tools, boxes = tools_of(
         container_project,
         log_dir=tmp_path / "logs",
-        limits=ContainerLimits(memory_gb=1),
         warn=warnings.append,
     )
 
     async def work() -> None:
-        await tools.prepare({IMAGE: "train.jsonl:1"}, plain=False)
+        await boxes.prepare(tools.host, {IMAGE: "train.jsonl:1"}, plain=False)
         seen = json.loads((await call(tools, "look", image=IMAGE))[::-1])
         assert CANARY not in json.dumps(seen)
         assert (seen["dotenv"], seen["runs"], seen["git"], seen["data"]) == ("", [], [], "data")
@@ -379,9 +401,7 @@ def test_a_real_container(
         said = json.loads(await call(tools, "write", image=IMAGE, paths=paths))
         assert list(said.values()) == ["written", "Read-only file system", "Read-only file system"]
         assert await call(tools, "exists", image=IMAGE, path="/tmp/left") == "True"
-        outcome = await tools.call(
-            "hang", {"arguments": {}}, timeout=1, rollout_id="a", docker=IMAGE
-        )
+        outcome = await tools.call("hang", {"arguments": {}}, timeout=1, docker=IMAGE)
         assert outcome.status == "timeout"
         before = listed(engine)
         assert len(before) == 1

@@ -12,7 +12,6 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -29,14 +28,6 @@ _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 
 class JudgeError(RuntimeError):
     """The judge gave no usable score: unreachable, refused, or an answer outside the schema."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    url: str
-    api_key: str | None
-    payload: Mapping[str, object]
-    timeout: float
 
 
 async def llm_judge(
@@ -81,13 +72,11 @@ async def llm_judge(
     }
     if temperature is not None:
         payload["temperature"] = temperature
-    request = _Request(
-        url=address.rstrip("/") + "/chat/completions", api_key=key, payload=payload, timeout=timeout
-    )
     import asyncio
 
+    url = address.rstrip("/") + "/chat/completions"
     loop = asyncio.get_running_loop()
-    answer = await loop.run_in_executor(_executor(), _ask, request)
+    answer = await loop.run_in_executor(_executor(), _ask, url, key, payload, timeout)
     return _read_score(answer, minimum, maximum)
 
 
@@ -117,19 +106,18 @@ def _score_schema(minimum: float, maximum: float) -> dict[str, object]:
     }
 
 
-def _ask(request: _Request) -> str:
+def _ask(url: str, key: str | None, payload: dict[str, object], timeout: float) -> str:
     """The judge's text. Runs in a thread."""
     import http.client
     import urllib.error
 
-    deadline = time.monotonic() + request.timeout
-    payload = dict(request.payload)
+    deadline = time.monotonic() + timeout
     attempt = 0
     while True:
         attempt += 1
         left = deadline - time.monotonic()
         try:
-            return _post(request, payload, timeout=max(left, 0.1))
+            return _post(url, key, payload, timeout=max(left, 0.1))
         except urllib.error.HTTPError as error:
             body = error.read(500).decode("utf-8", "replace").strip()
             if error.code == 400 and "response_format" in body and "response_format" in payload:
@@ -143,24 +131,22 @@ def _ask(request: _Request) -> str:
             final = False
         pause = 0.5 * 2**attempt
         if final or attempt >= _ATTEMPTS or time.monotonic() + pause >= deadline:
-            if request.api_key:
-                problem = problem.replace(request.api_key, "***")
-            raise JudgeError(f"the judge at {request.url} {problem}")
+            if key:
+                problem = problem.replace(key, "***")
+            raise JudgeError(f"the judge at {url} {problem}")
         time.sleep(pause)
 
 
-def _post(request: _Request, payload: Mapping[str, object], *, timeout: float) -> str:
+def _post(url: str, key: str | None, payload: Mapping[str, object], *, timeout: float) -> str:
     import urllib.request
 
-    if not request.url.startswith(("http://", "https://")):
-        raise JudgeError(
-            f"the judge's address must start with http:// or https://, not {request.url}"
-        )
+    if not url.startswith(("http://", "https://")):
+        raise JudgeError(f"the judge's address must start with http:// or https://, not {url}")
     headers = {"Content-Type": "application/json"}
-    if request.api_key:
-        headers["Authorization"] = f"Bearer {request.api_key}"
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     call = urllib.request.Request(
-        request.url, data=json.dumps(payload).encode(), headers=headers, method="POST"
+        url, data=json.dumps(payload).encode(), headers=headers, method="POST"
     )
     with urllib.request.urlopen(call, timeout=timeout) as response:
         raw = response.read(_MAX_ANSWER_BYTES)
@@ -168,9 +154,9 @@ def _post(request: _Request, payload: Mapping[str, object], *, timeout: float) -
         content = json.loads(raw)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):
         shown = raw[:200].decode("utf-8", "replace")
-        raise JudgeError(f"the judge at {request.url} sent no chat completion: {shown!r}") from None
+        raise JudgeError(f"the judge at {url} sent no chat completion: {shown!r}") from None
     if not isinstance(content, str):
-        raise JudgeError(f"the judge at {request.url} sent no text: {content!r:.200}")
+        raise JudgeError(f"the judge at {url} sent no text: {content!r:.200}")
     return content
 
 

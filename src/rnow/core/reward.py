@@ -49,11 +49,9 @@ def reward(
     Raises:
         TypeError: when it does not decorate a function, or an option has the wrong type.
     """
-    return _MARKS.mark(
+    return REWARDS.mark(
         function, flags={"precondition": precondition, "sandbox": sandbox}, timeout=timeout
     )
 
 
-_MARKS = Marks("reward")
-reward_spec = _MARKS.spec_of
-collect_rewards = _MARKS.collect
+REWARDS = Marks("reward")

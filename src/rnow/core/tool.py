@@ -45,9 +45,7 @@ def tool(
     Raises:
         TypeError: when it does not decorate a function, or an option has the wrong type.
     """
-    return _MARKS.mark(function, flags={"sandbox": sandbox}, timeout=timeout)
+    return TOOLS.mark(function, flags={"sandbox": sandbox}, timeout=timeout)
 
 
-_MARKS = Marks("tool")
-tool_spec = _MARKS.spec_of
-collect_tools = _MARKS.collect
+TOOLS = Marks("tool")

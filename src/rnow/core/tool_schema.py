@@ -19,7 +19,9 @@ Schema = Mapping[str, object]
 INJECTED = "args"
 """The parameter that receives ToolArgs instead of a value from the model."""
 
-_PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+PLAIN = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+"""Python's plain types as JSON schema names them."""
+
 _UNSUPPORTED = "a tool's parameters may be str, int, float, bool, list[T], dict[str, T], Literal, Optional and Union of these"
 
 
@@ -45,14 +47,6 @@ class _Unusable(Exception):
     """A type hint that JSON cannot carry."""
 
 
-class _Wrong(Exception):
-    """A parameter that a tool cannot have."""
-
-    def __init__(self, mistake: Mistake) -> None:
-        super().__init__(mistake.message)
-        self.mistake = mistake
-
-
 def describe(function: Callable[..., object]) -> ToolSignature:
     """The description and the schema of ``function``, with everything that is wrong with it; never raises."""
     name = getattr(function, "__name__", "tool")
@@ -74,13 +68,12 @@ def describe(function: Callable[..., object]) -> ToolSignature:
     required: list[str] = []
     injected = False
     for parameter in inspect.signature(function).parameters.values():
-        try:
-            schema = _parameter(parameter, inner, name, documented.parameters)
-        except _Wrong as wrong:
-            mistakes.append(wrong.mistake)
-            continue
+        schema = _parameter(parameter, inner, name, documented.parameters)
         if schema is None:
             injected = True
+            continue
+        if isinstance(schema, Mistake):
+            mistakes.append(schema)
             continue
         properties[parameter.name] = schema
         if parameter.default is inspect.Parameter.empty:
@@ -101,14 +94,11 @@ def _parameter(
     function: Callable[..., object],
     tool: str,
     documented: Mapping[str, str],
-) -> Schema | None:
-    """The schema of one parameter; None for the one that receives ToolArgs.
-
-    Raises _Wrong.
-    """
+) -> Schema | Mistake | None:
+    """The schema of one parameter, or what is wrong with it; None for the one that receives ToolArgs."""
     problem = _check_kind(parameter, tool)
     if problem is not None:
-        raise _Wrong(problem)
+        return problem
     try:
         hint, note = _split_annotated(_resolve(parameter.annotation, function))
         if hint is ToolArgs:
@@ -118,7 +108,7 @@ def _parameter(
         schema = dict(_schema(hint, function))
     except _Unusable as unusable:
         message = f'the parameter "{parameter.name}" of the tool "{tool}": {unusable}'
-        raise _Wrong(Mistake(message=message, fix=_UNSUPPORTED)) from None
+        return Mistake(message=message, fix=_UNSUPPORTED)
     if text := note or documented.get(parameter.name):
         schema["description"] = text
     default = parameter.default
@@ -195,8 +185,8 @@ def _bare_schema(hint: object, function: Callable[..., object]) -> Schema:
     if hint is None:
         hint = type(None)
     try:
-        if hint in _PLAIN:
-            return {"type": _PLAIN[hint]}
+        if hint in PLAIN:
+            return {"type": PLAIN[hint]}
     except TypeError:
         raise _Unusable(f"{hint!r} is not a type") from None
     if hint is Any:
@@ -224,9 +214,9 @@ def _bare_schema(hint: object, function: Callable[..., object]) -> Schema:
 
 def _literal(values: tuple[object, ...]) -> Schema:
     for value in values:
-        if type(value) not in _PLAIN:
+        if type(value) not in PLAIN:
             raise _Unusable(f"Literal[{value!r}] cannot be written as JSON")
-    kinds = list(dict.fromkeys(_PLAIN[type(value)] for value in values))
+    kinds = list(dict.fromkeys(PLAIN[type(value)] for value in values))
     return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": list(values)}
 
 

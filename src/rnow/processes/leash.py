@@ -161,15 +161,16 @@ class _Leash:
         return 9 if self._status is None else self._status
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if pid == self._main:
-                self._status = status
+        self._status = reaped().get(self._main, self._status)
+
+
+def reaped() -> dict[int, int]:
+    """Every child of this process that has ended, with its status in the words of waitpid."""
+    found = {}
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            found[ended[0]] = ended[1]
+    return found
 
 
 def _grace(said: bytes) -> float:

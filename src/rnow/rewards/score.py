@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rnow.core.messages import message_text, strip_thinking
 from rnow.errors import DataError
@@ -15,10 +15,11 @@ from rnow.types import (
     RewardResult,
     Rollout,
     RolloutGroup,
+    ToolContext,
 )
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import SandboxedHosts
+from rnow.usercode.sandbox import Sandboxes, call_function
 
 DEFAULT_TIMEOUT = 60.0
 MAX_CONCURRENT = 256
@@ -29,17 +30,16 @@ async def score_rewards(
     groups: Sequence[RolloutGroup],
     rewarder: Rewarder,
     *,
-    max_concurrent: int = MAX_CONCURRENT,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, RewardResult]:
-    """The reward of every rollout whose prompt names one, by rollout id; at most ``max_concurrent`` are being scored at once.
+    """The reward of every rollout whose prompt names one, by rollout id; at most ``MAX_CONCURRENT`` are being scored at once.
 
     Args:
         poll: asked a few times per second while rewards run; may raise to stop.
 
     Raises what ``rewarder.score`` or ``poll`` raises, after ending the others.
     """
-    slots = asyncio.Semaphore(max_concurrent)
+    slots = asyncio.Semaphore(MAX_CONCURRENT)
 
     async def score(prompt: Prompt, rollout: Rollout) -> RewardResult | None:
         async with slots:
@@ -82,8 +82,7 @@ class RewardRunner:
             started when the first of them is called. A time limit ends the function.
         timeout: seconds for one call of a reward without its own.
         include_thinking: whether rewards see ``<think>`` blocks.
-        sandboxed: runs those with ``sandbox=True``, which cannot be run without it.
-        release: told when the rewards of a rollout are done, for what ``sandboxed`` started for them.
+        sandboxes: where those with ``sandbox=True`` run, which cannot be run without them.
     """
 
     def __init__(
@@ -93,15 +92,13 @@ class RewardRunner:
         *,
         timeout: float = DEFAULT_TIMEOUT,
         include_thinking: bool = False,
-        sandboxed: SandboxedHosts | None = None,
-        release: Callable[[str], Awaitable[None]] | None = None,
+        sandboxes: Sandboxes | None = None,
     ) -> None:
         self._functions = functions
         self._host = host
         self._timeout = timeout
         self._include_thinking = include_thinking
-        self._sandboxed = sandboxed
-        self._release = release
+        self._sandboxes = sandboxes
 
     async def score(self, prompt: Prompt, rollout: Rollout) -> RewardResult | None:
         """The rollout's reward: 0 when a precondition gives 0 (or fails), else the sum of all; None when the prompt
@@ -114,19 +111,21 @@ class RewardRunner:
         if rollout.status == "failed":
             return RewardResult(total=0.0, errors={"rollout": rollout.error or "failed"})
         infos = [self._find(name, prompt) for name in prompt.rewards]
-        payload = {
-            "messages": conversation(prompt, rollout, include_thinking=self._include_thinking),
-            "metadata": dict(prompt.metadata),
-            "variables": dict(prompt.variables),
-        }
-        key = f"rewards of {rollout.id}"
+        messages = conversation(prompt, rollout, include_thinking=self._include_thinking)
+        context = ToolContext(
+            rollout_id=f"rewards of {rollout.id}",
+            metadata=prompt.metadata,
+            variables=prompt.variables,
+            docker=prompt.docker,
+            docker_env=prompt.docker_env,
+        )
         try:
             outcomes = await asyncio.gather(
-                *(self._run(info, payload, prompt, key) for info in infos)
+                *(self._run(info, {"messages": messages}, context) for info in infos)
             )
         finally:
-            if self._release is not None:
-                await self._release(key)
+            if self._sandboxes is not None:
+                await self._sandboxes.release(context.rollout_id)
         breakdown: dict[str, float] = {}
         errors: dict[str, str] = {}
         passed = True
@@ -150,23 +149,17 @@ class RewardRunner:
             raise DataError(f'unknown reward "{name}"', where=prompt.source or prompt.id) from None
 
     async def _run(
-        self, info: FunctionInfo, payload: Mapping[str, object], prompt: Prompt, key: str
+        self, info: FunctionInfo, given: Mapping[str, object], context: ToolContext
     ) -> tuple[float, str | None]:
         """(value, None), or (0, what went wrong: one line, with the line of the file where it was raised)."""
-        timeout = self._timeout if info.timeout is None else info.timeout
-        if not info.sandbox:
-            outcome = await self._host.call(info.name, payload, timeout=timeout)
-        elif self._sandboxed is None:
-            raise RuntimeError(f"{info.name} has sandbox=True and there is no sandbox")
-        else:
-            outcome = await self._sandboxed.call(
-                info.name,
-                payload,
-                timeout=timeout,
-                rollout_id=key,
-                docker=prompt.docker,
-                docker_env=prompt.docker_env,
-            )
+        outcome = await call_function(
+            info,
+            given,
+            context,
+            host=self._host,
+            sandboxes=self._sandboxes,
+            timeout=self._timeout if info.timeout is None else info.timeout,
+        )
         if outcome.status == "ok" and outcome.value is not None:
             return float(outcome.value), None
         error = outcome.error or outcome.status

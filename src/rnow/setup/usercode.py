@@ -21,7 +21,7 @@ from rnow.tools.build import build_toolbox, context_of
 from rnow.tools.toolbox import Toolbox
 from rnow.types import Prompt, Purpose
 from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import MAX_CONTAINERS, SandboxedHosts, Sandboxes
+from rnow.usercode.sandbox import MAX_CONTAINERS, Sandboxes
 
 
 def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -> RolloutSettings:
@@ -100,7 +100,7 @@ async def _try_sandboxes(prepared: Prepared, sandboxes: Sandboxes, log_dir: Path
             file = prepared.project.folder / f"{kind}.py"
             log = _log_of(kind, log_dir)
             host = CodeHost(file, kind, secrets=prepared.project.secrets, log=log)
-            await SandboxedHosts(host, sandboxes).prepare(prepared.images, plain=plain)
+            await sandboxes.prepare(host, prepared.images, plain=plain)
 
 
 def _log_of(kind: str, log_dir: Path | None) -> Path | None:
@@ -127,8 +127,7 @@ def _build_rewarder(
         host,
         timeout=rollout.reward_timeout,
         include_thinking=rollout.include_thinking,
-        sandboxed=None if sandboxes is None else SandboxedHosts(host, sandboxes),
-        release=None if sandboxes is None else sandboxes.release,
+        sandboxes=sandboxes,
     )
 
 

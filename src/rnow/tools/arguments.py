@@ -8,6 +8,7 @@ What is not looked at is left to the tool, which checks its arguments itself.
 
 from __future__ import annotations
 
+import graphlib
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from jsonschema.exceptions import SchemaError, ValidationError
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from rnow.core.tool_schema import Schema
+from rnow.core.tool_schema import PLAIN, Schema
 from rnow.text.strict_json import JsonError, read_json
 from rnow.text.suggest import hint
 
@@ -191,7 +192,12 @@ class ArgumentChecker:
                     break
         value = self._coerce_here(value, schema)
         if isinstance(value, dict):
-            return self._coerce_object(value, schema)
+            properties = schema.get("properties", {})
+            others = schema.get("additionalProperties", True)
+            return {
+                name: self._coerce(item, properties.get(name, others))
+                for name, item in value.items()
+            }
         if isinstance(value, list):
             first = schema.get("prefixItems", ())
             rest = schema.get("items", True)
@@ -200,13 +206,6 @@ class ArgumentChecker:
                 for index, item in enumerate(value)
             ]
         return value
-
-    def _coerce_object(self, value: Part, schema: Part) -> Part:
-        properties = schema.get("properties", {})
-        others = schema.get("additionalProperties", True)
-        return {
-            name: self._coerce(item, properties.get(name, others)) for name, item in value.items()
-        }
 
     def _coerce_here(self, value: object, schema: Part) -> object:
         if "type" in schema:
@@ -300,36 +299,22 @@ class _Subset:
 
 def _refuse_endless(document: Part) -> None:
     """Raise for a schema that leads back to itself without going into the value: checking it would never end."""
-    done: set[int] = set()
-    stack: list[tuple[object, Iterator[object]]] = []
-    active: set[int] = set()
 
-    def enter(node: object) -> None:
-        if isinstance(node, dict) and id(node) not in done:
-            if id(node) in active:
-                raise SchemaProblem("a part of it refers to itself without end")
-            active.add(id(node))
-            stack.append((node, iter(list(_same_value(node)))))
-
-    def _same_value(node: Part) -> Iterator[object]:
+    def below(node: Part) -> Iterator[object]:
         if "$ref" in node:
             yield _at(document, node["$ref"])
         for key in _IN_PLACE:
-            below = node.get(key)
-            yield from below if isinstance(below, list) else (below,)
+            parts = node.get(key)
+            yield from parts if isinstance(parts, list) else (parts,)
 
-    for start in _nodes(document):
-        enter(start)
-        while stack:
-            node, below = stack[-1]
-            for child in below:
-                enter(child)
-                if stack[-1][0] is not node:
-                    break
-            else:
-                stack.pop()
-                active.discard(id(node))
-                done.add(id(node))
+    graph = {
+        id(node): [id(part) for part in below(node) if isinstance(part, dict)]
+        for node in _nodes(document)
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError:
+        raise SchemaProblem("a part of it refers to itself without end") from None
 
 
 def _nodes(schema: object) -> Iterator[Part]:
@@ -405,9 +390,6 @@ def _number(text: str) -> int | float | None:
 
 
 def _parsed(text: str, kind: type) -> object:
-    if text.lstrip()[:1] not in ("{", "["):
-        return _NO
-
     try:
         value = read_json(text, max_depth=MAX_DEPTH)
     except JsonError:
@@ -416,11 +398,10 @@ def _parsed(text: str, kind: type) -> object:
 
 
 def _shallow(value: object, levels: int) -> bool:
-    if isinstance(value, Mapping):
-        return levels > 0 and all(_shallow(item, levels - 1) for item in value.values())
-    if isinstance(value, list):
-        return levels > 0 and all(_shallow(item, levels - 1) for item in value)
-    return True
+    if not isinstance(value, Mapping | list):
+        return True
+    items = value.values() if isinstance(value, Mapping) else value
+    return levels > 0 and all(_shallow(item, levels - 1) for item in items)
 
 
 def _same(left: object, right: object) -> bool:
@@ -428,20 +409,7 @@ def _same(left: object, right: object) -> bool:
 
 
 def _type(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case int():
-            return "integer"
-        case float():
-            return "number"
-        case str():
-            return "string"
-        case list():
-            return "array"
-    return "object"
+    return PLAIN.get(type(value)) or ("array" if isinstance(value, list) else "object")
 
 
 def _kind(value: object) -> str:
@@ -481,17 +449,10 @@ def _problem(error: ValidationError) -> str:
     value = _short(json.dumps(error.instance, ensure_ascii=False, default=str))
     match error.validator:
         case "type" | "enum" | "const" | "anyOf" | "oneOf":
-            wanted = (
-                _KINDS.get(error.validator_value)
-                if isinstance(error.validator_value, str)
-                else None
-            )
-            wanted = wanted or _wanted({str(error.validator): error.validator_value})
+            limit = error.validator_value
+            wanted = _KINDS.get(limit) if isinstance(limit, str) else None
+            wanted = wanted or _wanted({str(error.validator): limit})
             return f"{where or 'the arguments'} must be {wanted}, not {value}"
-        case "required":
-            return f"{where or 'the arguments'}: {_short(error.message)}"
-        case "additionalProperties":
-            return f"{where or 'the arguments'}: {_short(error.message)}"
         case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum" | "multipleOf":
             sign = {
                 "minimum": "at least",

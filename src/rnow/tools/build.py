@@ -15,13 +15,13 @@ from rnow.rollout.rendering import ToolDescription
 from rnow.tasks import run_anywhere
 from rnow.tools.host_tools import HostTool, HostTools
 from rnow.tools.limits import TokenLimit
-from rnow.tools.mcp import mcp_servers
+from rnow.tools.mcp_server import mcp_servers
 from rnow.tools.toolbox import Toolbox, ToolSource
 from rnow.types import Prompt, ToolContext, rollout_id
 from rnow.usercode.environment import plainly_secret
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import SandboxedHosts, Sandboxes
+from rnow.usercode.sandbox import Sandboxes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,7 @@ def build_toolbox(
     if (folder / TOOLS_FILE).is_file():
         log = None if log_dir is None else log_dir / "tools.log"
         host = CodeHost(folder / TOOLS_FILE, "tools", secrets=secrets, log=log)
-        sandboxed = None if sandboxes is None else SandboxedHosts(host, sandboxes)
-        sources.append(HostTools(host, rollout.tool_timeout, sandboxed=sandboxed))
+        sources.append(HostTools(host, rollout.tool_timeout, sandboxes=sandboxes))
     sources += mcp_servers(
         rollout.mcp_url, timeout=rollout.tool_timeout, secrets=secrets, log_dir=log_dir, warn=warn
     )
@@ -71,7 +70,7 @@ def build_toolbox(
             decode=partial(tokenizer.decode, clean_up_tokenization_spaces=False),
         )
     return Toolbox(
-        sources=sources,
+        sources,
         tokens=tokens,
         # Of what the student reads, only what is plainly a secret: LOG_LEVEL=info must not take "info" out of a page.
         redact=lambda text: redact(text, plainly_secret(secrets)),

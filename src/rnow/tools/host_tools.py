@@ -10,7 +10,7 @@ from rnow.tools.limits import CutResult
 from rnow.types import ToolContext, ToolResult
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import SandboxedHosts
+from rnow.usercode.sandbox import Sandboxes, call_function
 
 STARTING = 100.0
 STARTING_SANDBOXED = 300.0
@@ -20,7 +20,7 @@ STARTING_SANDBOXED = 300.0
 class HostTool:
     """One function. The decorator's timeout wins over ``default_timeout`` (``rollout.tool_timeout``), in seconds.
 
-    One with ``sandbox=True`` runs in the sandbox of the rollout that calls; without ``sandboxed`` it can be listed, not called.
+    One with ``sandbox=True`` runs in the sandbox of the rollout that calls; without ``sandboxes`` it can be listed, not called.
     """
 
     def __init__(
@@ -28,45 +28,26 @@ class HostTool:
         info: FunctionInfo,
         host: CodeHost,
         default_timeout: float,
-        sandboxed: SandboxedHosts | None,
+        sandboxes: Sandboxes | None,
     ) -> None:
         self.info = info
+        self.name = info.name
+        self.description = info.description
+        self.parameters = info.parameters
         self.timeout = default_timeout if info.timeout is None else info.timeout
         self.starting = STARTING_SANDBOXED if info.sandbox else STARTING
         self._host = host
-        self._sandboxed = sandboxed
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def description(self) -> str:
-        return self.info.description
-
-    @property
-    def parameters(self) -> Mapping[str, object]:
-        return self.info.parameters
+        self._sandboxes = sandboxes
 
     async def call(self, arguments: Mapping[str, object], context: ToolContext) -> ToolResult:
-        payload = {
-            "arguments": dict(arguments),
-            "metadata": dict(context.metadata),
-            "variables": dict(context.variables),
-        }
-        if not self.info.sandbox:
-            outcome = await self._host.call(self.name, payload, timeout=self.timeout)
-        elif self._sandboxed is None:  # never silently on this machine
-            raise RuntimeError(f"{self.name} has sandbox=True and there is no sandbox")
-        else:
-            outcome = await self._sandboxed.call(
-                self.name,
-                payload,
-                timeout=self.timeout,
-                rollout_id=context.rollout_id,
-                docker=context.docker,
-                docker_env=context.docker_env,
-            )
+        outcome = await call_function(
+            self.info,
+            {"arguments": dict(arguments)},
+            context,
+            host=self._host,
+            sandboxes=self._sandboxes,
+            timeout=self.timeout,
+        )
         if outcome.status == "ok":
             text = "" if outcome.value is None else str(outcome.value)
             return CutResult(content=text, omitted=outcome.omitted)
@@ -80,16 +61,16 @@ class HostTools:
     label = "tools.py"
 
     def __init__(
-        self, host: CodeHost, default_timeout: float, *, sandboxed: SandboxedHosts | None = None
+        self, host: CodeHost, default_timeout: float, *, sandboxes: Sandboxes | None = None
     ) -> None:
         self._host = host
         self._default_timeout = default_timeout
-        self._sandboxed = sandboxed
+        self._sandboxes = sandboxes
 
     async def open(self) -> Sequence[Tool]:
         await asyncio.to_thread(self._host.start)
         return [
-            HostTool(info, self._host, self._default_timeout, self._sandboxed)
+            HostTool(info, self._host, self._default_timeout, self._sandboxes)
             for info in self._host.functions
         ]
 

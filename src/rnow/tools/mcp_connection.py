@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rnow import __version__
 from rnow.errors import InputError
-from rnow.tools.patience import done_within
+from rnow.tools.patience import ended_within
 
 if TYPE_CHECKING:
     from mcp import Client
@@ -117,14 +117,8 @@ class Connection:
 
         task = asyncio.create_task(run())
         self._calls.add(task)
-        task.add_done_callback(self._done)
-        try:
-            done = await done_within(task, timeout)
-        except BaseException:
-            task.cancel()
-            raise
-        if not done:
-            task.cancel()
+        task.add_done_callback(self._calls.discard)
+        if not await ended_within(task, timeout):
             raise TimeoutError
         if task.cancelled():
             raise ConnectionError("the connection was closed")
@@ -147,11 +141,6 @@ class Connection:
             if done:
                 return
             task.cancel()
-
-    def _done(self, call: asyncio.Task[object]) -> None:
-        self._calls.discard(call)
-        if not call.cancelled():
-            call.exception()  # looked at, also where the deadline left it behind
 
     async def _run(self) -> None:
         from mcp import Client

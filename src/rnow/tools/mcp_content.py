@@ -55,7 +55,7 @@ def _part(block: object) -> tuple[str, bool]:
             return f"[{mime}, {_size(_decoded(resource.blob))}: {_name(resource.uri)}]", False
         case ResourceLink():
             return f"[resource {_name(block.name)}: {_name(block.uri)}]", False
-    return "[unknown content]", False
+    return f"[{_name(getattr(block, 'type', None) or 'unknown content')}]", False
 
 
 def _name(value: object) -> str:

@@ -10,24 +10,22 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rnow.errors import InputError
+from rnow.errors import ConfigError, InputError
 from rnow.protocols import Tool
 from rnow.tools.arguments import ArgumentChecker, SchemaProblem
 from rnow.tools.limits import storable
-from rnow.tools.mcp_address import McpAddress, shown
+from rnow.tools.mcp_address import McpAddress, parse_address, shown
 from rnow.tools.mcp_connection import Connection, first_error, require_client
 from rnow.tools.mcp_content import read_result
 from rnow.tools.mcp_transport import CommandEnded, open_command, open_http
+from rnow.tools.patience import look_at
 from rnow.types import ToolContext, ToolResult
 
 if TYPE_CHECKING:
-    from mcp import Client
     from mcp.client import Transport
-    from mcp_types import ListToolsResult
     from mcp_types import Tool as ServerTool
 
 MAX_TOOLS = 256
@@ -37,6 +35,8 @@ MAX_DESCRIPTION_CHARACTERS = 4_000
 
 # What every format of calls and every chat template can carry.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_CONNECT_SECONDS = 60.0  # the command, the first answer and the list
+_LOOK_AGAIN = 10.0
 _LOOK_LIMIT = 10.0
 _MAX_PAUSE = 30.0
 _READ_SLACK = 30.0
@@ -62,14 +62,13 @@ class McpTool:
 class McpServer:
     """A server and its tools. A source of ``rnow.tools.toolbox.Toolbox``.
 
-    The list of tools is pinned when it opens and looked at again before a call when ``look_again`` seconds have passed, the server
+    The list of tools is pinned when it opens and looked at again before a call when ten seconds have passed, the server
     said that it changed, or something went wrong: a tool that is gone, or takes other parameters than the student was shown, is
     answered with a failure and warned of once. New tools are ignored. A lost connection is made again for the next call, never
     for the one that was lost: it may have had its effect.
 
     Args:
         timeout: seconds for one call, everything included (``rollout.tool_timeout``).
-        connect_timeout: seconds for the start: the command, the first answer and the list.
         log_dir: for the stderr of a command (``mcp-<number>.log``); None keeps none.
         number: of this server among the run's, from 0.
         warn: told about what does not stop the run.
@@ -80,16 +79,12 @@ class McpServer:
         address: McpAddress,
         *,
         timeout: float = 60.0,
-        connect_timeout: float = 60.0,
-        look_again: float = 10.0,
         log_dir: Path | None = None,
         number: int = 0,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self.address = address
         self.timeout = timeout
-        self._connect_timeout = connect_timeout
-        self._look_again = look_again
         self._log_dir = log_dir
         self._number = number
         self._warn = warn or _log.warning
@@ -106,12 +101,11 @@ class McpServer:
         """Connect, and pin the tools, sorted by name.
 
         Raises:
-            InputError: the client is not installed, the server is not there, hangs, or offers no tool that can be used.
+            InputError: the server is not there, hangs, or offers no tool that can be used.
         """
-        require_client()
         self._forget_connection()
         try:
-            connection, listed = await self._connect(self._connect_timeout)
+            connection, listed = await self._connect(_CONNECT_SECONDS)
         except _Unreachable as error:
             raise InputError(
                 f"{self.label} cannot be used",
@@ -157,9 +151,12 @@ class McpServer:
         deadline = time.monotonic() + self.timeout
         try:
             connection = await self._current(deadline)
-            refusal = self._refusal(name)
-            if refusal:
-                return _failed(refusal)
+            if name in self._gone:
+                return _failed(f"{name} is no longer offered by its server")
+            if name in self._changed:
+                return _failed(
+                    f"{name} has changed on its server since this run began and is not called any more"
+                )
             result = await connection.request(
                 lambda client: client.call_tool(name, dict(arguments)), deadline - time.monotonic()
             )
@@ -188,20 +185,11 @@ class McpServer:
             return _failed(f"the server refused the call of {name}: {error}", detail)
         return _failed(f"the server's answer to {name} could not be read", detail)
 
-    def _refusal(self, name: str) -> str | None:
-        if name in self._gone:
-            return f"{name} is no longer offered by its server"
-        if name in self._changed:
-            return (
-                f"{name} has changed on its server since this run began and is not called any more"
-            )
-        return None
-
     async def _current(self, deadline: float) -> Connection:
         """A connection that works as far as we know, with the list looked at lately."""
         connection = self._connection
         if connection is not None and connection.alive and not self._broken:
-            due = time.monotonic() - self._looked_at >= self._look_again
+            due = time.monotonic() - self._looked_at >= _LOOK_AGAIN
             if (due or self._suspect) and (self._looking is None or self._looking.done()):
                 self._looking = asyncio.create_task(self._look(connection))
             if not self._suspect or self._looking is None:
@@ -238,7 +226,7 @@ class McpServer:
                 left = self._retry_at - now
                 raise _Unreachable([f"it was lost; the next attempt is in {left:.0f} s"])
             self._connecting = asyncio.create_task(self._connect_again())
-            self._connecting.add_done_callback(_look_at)
+            self._connecting.add_done_callback(look_at)
         task = self._connecting
         done, _ = await asyncio.wait({task}, timeout=max(0.0, deadline - now))
         if not done:
@@ -253,7 +241,7 @@ class McpServer:
         if old is not None:
             await old.stop()
         try:
-            connection, listed = await self._connect(self._connect_timeout)
+            connection, listed = await self._connect(_CONNECT_SECONDS)
         except _Unreachable as error:
             self._pause = min(_MAX_PAUSE, self._pause * 2)
             self._retry_at = time.monotonic() + self._pause
@@ -279,9 +267,14 @@ class McpServer:
             if left <= 0:
                 break
             statuses: list[int] = []
-            connection = Connection(
-                self._transport(url, statuses.append), on_change=self._list_changed
-            )
+            if url is None:
+                transport: Transport = open_command(
+                    self.address, log_dir=self._log_dir, number=self._number
+                )
+            else:
+                patience = self.timeout + _READ_SLACK
+                transport = open_http(url, read_timeout=patience, on_status=statuses.append)
+            connection = Connection(transport, on_change=self._list_changed)
             start = time.monotonic()
             try:
                 await connection.start(left)
@@ -294,18 +287,14 @@ class McpServer:
                 raise
         raise _Unreachable(tried)
 
-    def _transport(self, url: str | None, on_status: Callable[[int], None]) -> Transport:
-        if url is not None:
-            return open_http(url, read_timeout=self.timeout + _READ_SLACK, on_status=on_status)
-        return open_command(self.address, log_dir=self._log_dir, number=self._number)
-
     async def _list(self, connection: Connection, timeout: float) -> list[ServerTool]:
         deadline = time.monotonic() + timeout
         tools: list[ServerTool] = []
         cursor: str | None = None
         for _ in range(MAX_PAGES):
             page = await connection.request(
-                partial(_page, cursor=cursor), deadline - time.monotonic()
+                lambda client, cursor=cursor: client.list_tools(cursor=cursor),
+                deadline - time.monotonic(),
             )
             tools += page.tools
             cursor = page.next_cursor
@@ -398,15 +387,6 @@ class _Unreachable(Exception):
         self.tried = list(tried) or ["no time was left to try"]
 
 
-async def _page(client: Client, *, cursor: str | None) -> ListToolsResult:
-    return await client.list_tools(cursor=cursor)
-
-
-def _look_at(task: asyncio.Task[Connection]) -> None:
-    if not task.cancelled():
-        task.exception()  # looked at, also when nobody waits for it any more
-
-
 def _failed(message: str, detail: str | None = None) -> ToolResult:
     return ToolResult(
         content=f"Error: {' '.join(message.split())[:500]}", failed=True, detail=detail
@@ -429,3 +409,32 @@ def _describe(
         text = str(error) or type(error).__name__
     text = " ".join(text.split())[:300]
     return [f"{place}: {text}" if place else text, *lines]
+
+
+def mcp_servers(
+    urls: Sequence[str],
+    *,
+    timeout: float = 60.0,
+    secrets: Mapping[str, str] | None = None,
+    log_dir: Path | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> list[McpServer]:
+    """The servers of ``rollout.mcp_url``, not connected yet. ``secrets`` as for ``parse_address``, the rest as for McpServer.
+
+    Raises:
+        InputError: the client is not installed.
+        ConfigError: an entry has no meaning, or stands there twice.
+    """
+    if not urls:
+        return []
+    require_client()
+    addresses = [parse_address(url, secrets) for url in urls]
+    for number, address in enumerate(addresses):
+        if address in addresses[:number]:
+            raise ConfigError(
+                f"{address.label} stands there twice", where="rollout.mcp_url", fix="remove one"
+            )
+    return [
+        McpServer(address, timeout=timeout, log_dir=log_dir, number=number, warn=warn)
+        for number, address in enumerate(addresses)
+    ]

@@ -38,7 +38,6 @@ _INHERITED = """
 _CLOSE_GRACE = 1.0
 _KILL_GRACE = 2.0
 _POLL = 0.02
-_CHUNK = 256 * 1024
 _MAX_CONNECTIONS = 256
 
 
@@ -84,7 +83,7 @@ async def open_command(
         reader: asyncio.StreamReader | None = None
         writer: asyncio.StreamWriter | None = None
         try:
-            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_CHUNK)
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE_BYTES)
             received, incoming = anyio.create_memory_object_stream[SessionMessage | Exception](0)
             outgoing, to_send = anyio.create_memory_object_stream[SessionMessage](0)
             async with anyio.create_task_group() as tasks, received, incoming, outgoing, to_send:
@@ -116,7 +115,13 @@ async def _receive(reader: asyncio.StreamReader, received: Incoming) -> None:
     from mcp_types import jsonrpc_message_adapter
 
     async with received:
-        async for line in _lines(reader):
+        while True:
+            try:
+                line = await reader.readline()
+            except (ValueError, OSError):
+                return  # a longer line, or it ended before it had read all that was sent to it
+            if not line:
+                return
             try:
                 message = jsonrpc_message_adapter.validate_json(line, by_name=False)
             except ValueError:
@@ -136,27 +141,6 @@ async def _send(to_send: Outgoing, writer: asyncio.StreamWriter, received: Incom
                 await writer.drain()
         except OSError:
             await received.aclose()  # the session sees the end instead of waiting for answers
-
-
-async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Lines of at most ``MAX_MESSAGE_BYTES``; a longer one ends them, as the end of the stream does."""
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        try:
-            chunk = await reader.read(_CHUNK)
-        except OSError:
-            return  # it ended before it had read all that was sent to it
-        if not chunk:
-            return
-        *ends, rest = chunk.split(b"\n")
-        for end in ends:
-            yield b"".join((*parts, end))
-            parts, size = [], 0
-        parts.append(rest)
-        size += len(rest)
-        if size > MAX_MESSAGE_BYTES:
-            return
 
 
 async def _wait(process: ManagedProcess, seconds: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Protocol, Self
 
 from rnow.errors import InputError, RnowError
@@ -14,12 +13,14 @@ from rnow.rollout.rendering import ToolDescription, describe_tools
 from rnow.text.suggest import closest, did_you_mean
 from rnow.tools.arguments import ArgumentChecker, SchemaProblem
 from rnow.tools.limits import MAX_BYTES, CutResult, TokenLimit, keep_end, shorten, storable
-from rnow.tools.patience import done_within
+from rnow.tools.patience import ended_within
 from rnow.types import ToolCall, ToolContext, ToolResult
 
 _DETAIL_CHARACTERS = 32_000
 _ERROR_CHARACTERS = 500
 _NAMES_SHOWN = 30
+_MAX_CALLS = 64
+_GRACE = 10.0  # seconds
 
 
 class ToolSource(Protocol):
@@ -43,43 +44,31 @@ class Toolbox:
     """The tools of a run.
 
     Args:
-        tools: tools that need no opening, as from ``tools.py``.
-        sources: opened by ``open``; their tools come after ``tools``, in this order.
-        tokens: the longest result in tokens (``rollout.max_tool_response``); None: only ``max_bytes`` counts.
-        max_bytes: the longest result in UTF-8 bytes.
+        sources: opened by ``open``; their tools keep this order.
+        tokens: the longest result in tokens (``rollout.max_tool_response``); None: only ``MAX_BYTES`` counts.
         redact: takes the secrets out of everything that leaves ``run``.
-        max_calls: calls that run at once; others wait their turn, outside their own time limit.
         timeout: seconds for a tool that names no ``timeout`` of its own. Tools hold to their limits themselves, and may wait
-            for a free process besides; the toolbox steps in after three times the limit, ``grace`` seconds, and what the
-            tool says that it may need to come up (``starting``). Time in which the event loop was blocked does not count.
-        label: where ``tools`` come from, in a message.
+            for a free process besides; the toolbox steps in after three times the limit, ten seconds, and what the tool says
+            that it may need to come up (``starting``). Time in which the event loop was blocked does not count.
 
-    >>> async with Toolbox(tools) as toolbox:  # doctest: +SKIP
+    At most 64 calls run at once; others wait their turn, outside their own time limit.
+
+    >>> async with Toolbox(sources) as toolbox:  # doctest: +SKIP
     ...     result = await toolbox.run(call, context)
     """
 
     def __init__(
         self,
-        tools: Sequence[Tool] = (),
+        sources: Sequence[ToolSource],
         *,
-        sources: Sequence[ToolSource] = (),
         tokens: TokenLimit | None = None,
-        max_bytes: int = MAX_BYTES,
-        redact: Callable[[str], str] | None = None,
-        max_calls: int = 64,
+        redact: Callable[[str], str] = lambda text: text,
         timeout: float = 60.0,
-        grace: float = 10.0,
-        label: str = "tools.py",
     ) -> None:
-        self._own = tuple(tools)
         self._sources = tuple(sources)
         self._tokens = tokens
-        self._max_bytes = max_bytes
-        self._redact = redact or (lambda text: text)
-        self._max_calls = max_calls
+        self._redact = redact
         self._timeout = timeout
-        self._grace = grace
-        self._label = label
         self._tools: dict[str, Tool] = {}
         self._checkers: dict[str, ArgumentChecker] = {}
         self._turns: asyncio.Semaphore | None = None
@@ -91,7 +80,7 @@ class Toolbox:
             InputError: a source is not there, two tools share a name, or a tool's schema is not usable. Everything that was
                 opened is closed again.
         """
-        self._turns = asyncio.Semaphore(self._max_calls)
+        self._turns = asyncio.Semaphore(_MAX_CALLS)
         try:
             opening = [asyncio.ensure_future(source.open()) for source in self._sources]
             try:
@@ -100,9 +89,10 @@ class Toolbox:
                 for task in opening:
                     task.cancel()
                 await asyncio.gather(*opening, return_exceptions=True)
-            labelled = [(self._label, self._own)]
-            labelled += [(s.label, tuple(t)) for s, t in zip(self._sources, found, strict=True)]
-            self._take(labelled)
+            origins: dict[str, str] = {}
+            for source, tools in zip(self._sources, found, strict=True):
+                for tool in tools:
+                    self._take(tool, source.label, origins)
         except BaseException:
             await self.close()
             raise
@@ -116,12 +106,7 @@ class Toolbox:
         await self.open()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     @property
@@ -186,21 +171,13 @@ class Toolbox:
         self, tool: Tool, arguments: Mapping[str, object], context: ToolContext
     ) -> ToolResult:
         limit = tool.timeout or self._timeout
-        patience = 3 * limit + self._grace + tool.starting
+        patience = 3 * limit + _GRACE + tool.starting
 
         async def called() -> ToolResult:
             return await tool.call(arguments, context)
 
         task = asyncio.create_task(called())
-        try:
-            # Not wait_for: it would wait for a tool that does not let itself be cancelled.
-            done = await done_within(task, patience)
-        except BaseException:
-            task.cancel()
-            raise
-        if not done:
-            task.cancel()
-            task.add_done_callback(_forget)
+        if not await ended_within(task, patience):
             return _failed(f"{tool.name} took much longer than {limit:g} s and was given up")
         if task.cancelled():
             return _failed(f"{tool.name} was interrupted")  # by itself: nobody cancelled us
@@ -215,28 +192,25 @@ class Toolbox:
         trace = "".join(traceback.format_exception(error))
         return _failed(f"{type(error).__name__}: {error}", trace)
 
-    def _take(self, labelled: Sequence[tuple[str, Sequence[Tool]]]) -> None:
-        origins: dict[str, str] = {}
-        for label, tools in labelled:
-            for tool in tools:
-                if tool.name in origins:
-                    raise InputError(
-                        f"two tools are named {tool.name!r}",
-                        title="Tool names clash",
-                        details=(f"one is from {origins[tool.name]}", f"the other is from {label}"),
-                        why="the student calls a tool by its name alone",
-                        fix="rename one of them, or do without one of the two",
-                    )
-                origins[tool.name] = label
-                try:
-                    self._checkers[tool.name] = ArgumentChecker(tool.parameters)
-                except SchemaProblem as problem:
-                    raise InputError(
-                        f"the schema of the tool {tool.name!r} cannot be used: {problem}",
-                        title="Unusable tool",
-                        where=label,
-                    ) from None
-                self._tools[tool.name] = tool
+    def _take(self, tool: Tool, label: str, origins: dict[str, str]) -> None:
+        if tool.name in origins:
+            raise InputError(
+                f"two tools are named {tool.name!r}",
+                title="Tool names clash",
+                details=(f"one is from {origins[tool.name]}", f"the other is from {label}"),
+                why="the student calls a tool by its name alone",
+                fix="rename one of them, or do without one of the two",
+            )
+        origins[tool.name] = label
+        try:
+            self._checkers[tool.name] = ArgumentChecker(tool.parameters)
+        except SchemaProblem as problem:
+            raise InputError(
+                f"the schema of the tool {tool.name!r} cannot be used: {problem}",
+                title="Unusable tool",
+                where=label,
+            ) from None
+        self._tools[tool.name] = tool
 
     def _fit(self, result: ToolResult) -> ToolResult:
         # Secrets first: a cut could leave half of one.
@@ -245,7 +219,7 @@ class Toolbox:
         if detail is not None:
             detail = keep_end(self._redact(storable(str(detail))), _DETAIL_CHARACTERS)
         omitted = result.omitted if isinstance(result, CutResult) else 0
-        content = shorten(content, max_bytes=self._max_bytes, tokens=self._tokens, omitted=omitted)
+        content = shorten(content, max_bytes=MAX_BYTES, tokens=self._tokens, omitted=omitted)
         return ToolResult(content=content, failed=result.failed, detail=detail)
 
 
@@ -255,11 +229,6 @@ def _failed(message: str, detail: str | None = None) -> ToolResult:
     if len(line) > _ERROR_CHARACTERS:
         line = f"{line[:_ERROR_CHARACTERS]}..."
     return ToolResult(content=f"Error: {line}", failed=True, detail=detail)
-
-
-def _forget(task: asyncio.Task[ToolResult]) -> None:
-    if not task.cancelled():
-        task.exception()  # looked at: nobody else will
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

@@ -25,8 +25,6 @@ def tool_answer(value: object, limit: int) -> dict[str, object]:
 def _tool_text(value: object) -> str:
     if value is None:
         return ""
-    if isinstance(value, str):
-        return str(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value).decode("utf-8", "replace")
     if isinstance(value, dict | list | tuple):

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rnow.errors import InputError, TemporaryError
@@ -26,56 +25,39 @@ OWNER = "rnow.owner"
 """The label that says whose a container is: machine start, process namespace, process, its start."""
 
 MIN_PYTHON = (3, 11)
+MEMORY_GB, PROCESSES, CPUS = 8.0, 1024, 2.0
 _KEEPER = Path(keeper.__file__)
 _REMOVE_SECONDS = 30.0
 _END_SECONDS = 2.0
 _NO_PROGRAM = (125, 126, 127)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContainerLimits:
-    """What one container may take: ``memory_gb`` (no swap beyond it), ``processes`` and ``cpus`` (at most those there are)."""
-
-    memory_gb: float = 8.0
-    processes: int = 1024
-    cpus: float = 2.0
-
-    def arguments(self) -> list[str]:
-        """For ``run``."""
-        memory = f"{int(self.memory_gb * 1024)}m"
-        return [
-            *("--memory", memory, "--memory-swap", memory),
-            *("--pids-limit", str(self.processes)),
-            *("--cpus", f"{min(self.cpus, os.cpu_count() or 1):g}"),
-        ]
+def limit_arguments() -> list[str]:
+    """What one container may take (no swap, and at most the CPUs that there are), for ``run``."""
+    memory = f"{int(MEMORY_GB * 1024)}m"
+    return [
+        *("--memory", memory, "--memory-swap", memory),
+        *("--pids-limit", str(PROCESSES)),
+        *("--cpus", f"{min(CPUS, os.cpu_count() or 1):g}"),
+    ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mounts:
-    """The project and rnow's source, read-only and under their own paths; without ``.env`` and earlier runs. ``empty`` and
-    ``nothing`` are an empty file and folder, shown in place of what is hidden.
+def mount_arguments(folder: Path, *, empty: Path, nothing: Path) -> list[str]:
+    """For ``run``: the project and rnow's source, read-only and under their own paths; without ``.env`` and earlier runs.
+    ``empty`` and ``nothing`` are an empty file and folder, shown in place of what is hidden.
 
     Raises InputError for a project that is a home folder.
     """
-
-    folder: Path
-    empty: Path
-    nothing: Path
-
-    def __post_init__(self) -> None:
-        check_project(self.folder)
-
-    def arguments(self) -> list[str]:
-        """For ``run``."""
-        hidden = hidden_in([self.folder], [self.folder])
-        mounts = [_bind(path, path) for path in (PACKAGE, self.folder)]
-        mounts += [_bind(self.empty, path) for path in hidden.files]
-        mounts += [_bind(self.nothing, path) for path in hidden.folders]
-        return [part for mount in mounts for part in ("--mount", mount)]
+    check_project(folder)
+    hidden = hidden_in([folder], [folder])
+    mounts = [_bind(path, path) for path in (PACKAGE, folder)]
+    mounts += [_bind(empty, path) for path in hidden.files]
+    mounts += [_bind(nothing, path) for path in hidden.folders]
+    return [part for mount in mounts for part in ("--mount", mount)]
 
 
 class Container:
-    """A running container. ``name`` is what the engine calls it."""
+    """A running container. ``name`` is what the engine calls it; ``arguments`` are its mounts and limits."""
 
     def __init__(
         self,
@@ -83,8 +65,7 @@ class Container:
         image: str,
         *,
         file: Path,
-        mounts: Mounts,
-        limits: Sequence[str],
+        arguments: Sequence[str],
         log: Path,
     ) -> None:
         self.name = f"rnow-{secrets.token_hex(8)}"
@@ -93,19 +74,18 @@ class Container:
         self._file = file
         self._lock = threading.Lock()
         self._ours: socket.socket | None = None
-        self._command = [engine.path, *self._run_arguments(mounts, limits)]
+        self._command = [engine.path, *self._run_arguments(arguments)]
         self._log = log
         self._process: ManagedProcess | None = None
 
-    def _run_arguments(self, mounts: Mounts, limits: Sequence[str]) -> list[str]:
+    def _run_arguments(self, arguments: Sequence[str]) -> list[str]:
         # Where SELinux guards files, a container may not read the user's; relabelling those would be worse.
         relaxed = ["--security-opt", "label=disable"] if Path("/sys/fs/selinux/enforce").exists() else []  # fmt: skip
         return [
             *("run", "--rm", "--interactive", "--pull", "never"),
             *("--name", self.name, "--label", f"{OWNER}={owner()}"),
             *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", *relaxed),
-            *limits,
-            *mounts.arguments(),
+            *arguments,
             *("--entrypoint", "python3", self.image),
             *("-I", "-S", str(_KEEPER), str(self._file)),
         ]
@@ -192,8 +172,7 @@ class Container:
 
     def alive(self) -> bool:
         """Whether it runs."""
-        process = self._process
-        return self._ours is not None and process is not None and process.alive()
+        return self._ours is not None and self._process is not None and self._process.alive()
 
     def remove(self) -> None:
         """End and remove it, whatever runs inside; idempotent. Blocks."""
@@ -270,11 +249,8 @@ def sweep(engine: ContainerEngine) -> list[str]:
 
 
 def _bind(source: Path, target: Path) -> str:
-    return _fields("type=bind", f"source={source}", f"destination={target}", "readonly")
-
-
-def _fields(*fields: str) -> str:
     """``--mount`` takes a line of CSV, so a path may hold commas."""
+    fields = ("type=bind", f"source={source}", f"destination={target}", "readonly")
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(fields)
     return line.getvalue()

@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ASK_SECONDS = 20.0
@@ -55,15 +55,13 @@ class Answer:
         """Whether it ended well."""
         return self.code == 0
 
-    def last_lines(self, count: int = 5) -> str:
+    def last_lines(self) -> str:
         """The end of what it said, on one line."""
         lines = [line.strip() for line in self.text.splitlines() if line.strip()]
-        return " / ".join(lines[-count:])[-800:] or f"exit code {self.code}"
+        return " / ".join(lines[-5:])[-800:] or f"exit code {self.code}"
 
 
-def ask(
-    command: Sequence[str], *, timeout: float = ASK_SECONDS, env: Mapping[str, str] | None = None
-) -> Answer:
+def ask(command: Sequence[str], *, timeout: float = ASK_SECONDS) -> Answer:
     """Run a command to its end, with nothing on stdin. Never raises for what it does."""
     try:
         done = subprocess.run(
@@ -71,7 +69,6 @@ def ask(
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout,
-            env=None if env is None else dict(env),
             check=False,
         )
     except subprocess.TimeoutExpired:

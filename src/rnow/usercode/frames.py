@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 
 HEADER = struct.Struct(">IBQHd")
-"""Bytes of the body, kind, id of the call, number of the function, seconds (a call: its time limit; a result: its time)."""
+"""Bytes of the body, kind, id of the call, number of the function, seconds (a call: its time limit)."""
 
 START, CALL, CANCEL, PING = 1, 2, 3, 4
 READY, FAULT, RESULT, LOG, PONG = 10, 11, 12, 13, 14
@@ -23,9 +23,11 @@ Frame = tuple[int, int, int, float, bytes]
 """(kind, call, function, seconds, body)."""
 
 
-def max_answer(result_bytes: int) -> int:
-    """Bytes that the body of an answer may have: JSON writes a byte as up to six, and tracebacks and schemas need room."""
-    return 6 * result_bytes + (4 << 20)
+RESULT_BYTES = 256 * 1024
+"""Bytes of a tool's text."""
+
+MAX_ANSWER = 6 * RESULT_BYTES + (4 << 20)
+"""Bytes that the body of an answer may have: JSON writes a byte as up to six, and tracebacks and schemas need room."""
 
 
 class BadFrame(Exception):

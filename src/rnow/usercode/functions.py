@@ -86,42 +86,36 @@ def _mistaken(mistakes: Sequence[MistakeReport], file: Path, kind: Kind) -> Cann
 
 def import_error(report: Fault, file: Path, *, timeout: float) -> CannotImport:
     """Why a file could not be imported, from a child's report."""
-    title, name = f"Invalid {file.stem}", file.name
-    kind = report.get("kind")
+    kind, name, where, why = report.get("kind"), file.name, file.name, None
     if kind == "timeout":
-        return CannotImport(
-            f"{name} was not imported within {timeout:g} s",
-            title=title,
-            where=name,
-            fix="move work that takes long, or waits for something, out of the top level of the file",
-        )
-    if kind == "processes":
-        return CannotImport(
-            f"{name} started more than {report['limit']} processes while it was imported",
-            title=title,
-            where=name,
-            fix="remove what starts them from the top level of the file",
-        )
-    if kind == "ended":
-        return CannotImport(
+        what = f"{name} was not imported within {timeout:g} s"
+        fix = "move work that takes long, or waits for something, out of the top level of the file"
+    elif kind == "processes":
+        what = f"{name} started more than {report['limit']} processes while it was imported"
+        fix = "remove what starts them from the top level of the file"
+    elif kind == "ended":
+        what, why = (
             f"{name} ends the program while it is imported",
-            title=title,
-            where=name,
-            why=how_it_ended(report.get("status")),
-            fix=f"`python {name}` shows more",
+            how_it_ended(report.get("status")),
         )
-    line, shown = report.get("line"), escape(str(report.get("file") or name))
-    where = f"{shown}:{line}" if line else shown
-    reason = f"{report['type']}: {escape(str(report['message']))}".rstrip(": ")[:500]
-    if module := report.get("module"):
-        what, fix = _missing_module(str(module), file)
-    elif kind == "syntax":
-        what, fix = f"{shown} is not valid Python", "correct this line"
-    elif kind == "exit":
-        what, fix = f"{name} ends the program while it is imported", "remove the exit() call"
+        fix = f"`python {name}` shows more"
     else:
-        what, fix = f"{name} cannot be imported", f"correct it; `python {name}` shows more"
-    return CannotImport(what, title=title, where=where, why=reason, fix=fix)
+        line, shown = report.get("line"), escape(str(report.get("file") or name))
+        where = f"{shown}:{line}" if line else shown
+        why = f"{report['type']}: {escape(str(report['message']))}".rstrip(": ")[:500]
+        what, fix = _raised(report, shown, file)
+    return CannotImport(what, title=f"Invalid {file.stem}", where=where, why=why, fix=fix)
+
+
+def _raised(report: Fault, shown: str, file: Path) -> tuple[str, str]:
+    """What an error that the file raised, in the file ``shown``, means, and what to do."""
+    if module := report.get("module"):
+        return _missing_module(str(module), file)
+    if report.get("kind") == "syntax":
+        return f"{shown} is not valid Python", "correct this line"
+    if report.get("kind") == "exit":
+        return f"{file.name} ends the program while it is imported", "remove the exit() call"
+    return f"{file.name} cannot be imported", f"correct it; `python {file.name}` shows more"
 
 
 def _missing_module(module: str, file: Path) -> tuple[str, str]:

@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 from rnow.errors import InputError
@@ -56,19 +55,16 @@ _MAX_ERROR = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLimits:
-    """What user code may take.
+    """What user code may take, besides 256 async calls at once, 4096 open files of a process and 256 kB of a tool's text.
 
     ``memory_gb``: what one process may write to (RLIMIT_DATA; address space that is only reserved does not count, so
     Chromium lives with it), None for no limit. ``processes``: that one worker may start. ``workers``: for sync functions,
-    one call each. ``async_calls``: at once. ``open_files``: of one process. ``result_bytes``: of a tool's text.
+    one call each.
     """
 
     memory_gb: float | None = 4.0
     processes: int = 256
     workers: int = 32
-    async_calls: int = 256
-    open_files: int = 4096
-    result_bytes: int = 256 * 1024
 
 
 Status = Literal["ok", "raised", "invalid", "timeout", "died"]
@@ -81,7 +77,7 @@ class CallOutcome:
     ``value`` is a tool's text or a reward's number, None unless ``status`` is ``ok``. ``error`` is one line for the model:
     ``raised`` an exception, ``invalid`` result of a reward, ``timeout``, or ``died`` with its process. ``place`` is the
     line of the function's file that raised, ``detail`` the traceback. ``omitted`` counts the bytes cut off the end of
-    ``value``; ``seconds`` is the time the function took (0 when it did not end).
+    ``value``.
     """
 
     status: Status
@@ -90,7 +86,6 @@ class CallOutcome:
     place: str | None = None
     detail: str | None = None
     omitted: int = 0
-    seconds: float = 0.0
 
 
 class _Broken(Exception):
@@ -152,14 +147,14 @@ class CodeHost:
         self._socket: socket.socket | None = None
         self._errors = -1
         self._end: weakref.finalize[..., object] | None = None
-        self._incoming = frames.FrameReader(frames.max_answer(self._limits.result_bytes))
+        self._incoming = frames.FrameReader(frames.MAX_ANSWER)
         self._outgoing = bytearray()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting: asyncio.Future[None] | None = None
         self._flushing = False
         self._writing = False
-        self._pending: dict[int, asyncio.Future[tuple[float, bytes]]] = {}
+        self._pending: dict[int, asyncio.Future[bytes]] = {}
         self._next_call = 0
         self._silent = 0
         self._watch: asyncio.TimerHandle | None = None
@@ -179,11 +174,6 @@ class CodeHost:
             sys_path=sys_path,
             import_timeout=self._import_timeout,
         )
-
-    @property
-    def name(self) -> str:
-        """How it is called in messages."""
-        return f"the process of {self.file.name}"
 
     @property
     def functions(self) -> list[FunctionInfo]:
@@ -219,10 +209,10 @@ class CodeHost:
             only_env=True,
             stdio=theirs.fileno(),
             log=Path(f"/proc/{os.getpid()}/fd/{self._errors}"),
-            name=self.name,
+            name=f"the process of {self.file.name}",
         )
         self._process = process
-        self._incoming = frames.FrameReader(frames.max_answer(self._limits.result_bytes))
+        self._incoming = frames.FrameReader(frames.MAX_ANSWER)
         self._end = weakref.finalize(self, _end_process, process, ours, self._errors)
         with theirs:
             process.start()
@@ -256,13 +246,9 @@ class CodeHost:
             "memory": None if memory is None else int(memory * (1 << 30)),
             "processes": limits.processes,
             "workers": limits.workers,
-            "async_calls": limits.async_calls,
-            "open_files": limits.open_files,
-            "result_bytes": limits.result_bytes,
             "log": self._log is not None,
             "warm": self._warm,
             "names": [],
-            "injected": {},
         }
 
     def _first_word(self, ours: socket.socket, deadline: float) -> tuple[int, bytes]:
@@ -284,7 +270,7 @@ class CodeHost:
     def _start_failed(self, process: ManagedProcess, error: Exception) -> StartFailed:
         details = [escape(redact(line, self._hidden)) for line in process.log_tail()]
         return StartFailed(
-            f"{self.name} did not start",
+            f"the process of {self.file.name} did not start",
             title="User code cannot be run",
             where=self.file.name,
             why=str(error) or None,
@@ -330,12 +316,7 @@ class CodeHost:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # -- calls
@@ -380,7 +361,7 @@ class CodeHost:
             self._silent = 0
             self._watch = loop.call_later(_LOOK, self._look)
         try:
-            seconds, answer = await future
+            answer = await future
         except asyncio.CancelledError:
             if self._pending.pop(call, None) is not None:
                 self._send(frames.pack(frames.CANCEL, call=call))
@@ -388,9 +369,7 @@ class CodeHost:
             raise
         return read_outcome(
             answer,
-            seconds=seconds,
             timeout=timeout,
-            limit=self._limits.result_bytes,
             file=self.file.name,
             hidden=self._hidden,
             hidden_in_value=self._hidden_in_value,
@@ -469,11 +448,11 @@ class CodeHost:
             return
         self._silent = 0
         try:
-            for kind, call, _, seconds, body in self._messages(data):
+            for kind, call, _, _, body in self._messages(data):
                 if kind == frames.RESULT:
                     future = self._pending.pop(call, None)
                     if future is not None and not future.done():
-                        future.set_result((seconds, body))
+                        future.set_result(body)
         except _Broken as error:
             self._lost(str(error))
 
@@ -521,7 +500,7 @@ class CodeHost:
         self._drop()
         for future in pending.values():
             if not future.done():
-                future.set_result((0.0, body))
+                future.set_result(body)
 
 
 def load_functions(
@@ -529,9 +508,6 @@ def load_functions(
     kind: Kind,
     *,
     secrets: Mapping[str, str] | None = None,
-    log: Path | None = None,
-    limits: HostLimits | None = None,
-    import_timeout: float = IMPORT_TIMEOUT,
 ) -> list[FunctionInfo]:
     """The functions of ``file`` and of the helper modules it imports, in the order in which they are decorated.
 
@@ -540,15 +516,7 @@ def load_functions(
     Raises:
         CannotImport: the file cannot be imported in time, or a function is wrong; with the file and line.
     """
-    with CodeHost(
-        file,
-        kind,
-        secrets=secrets,
-        log=log,
-        limits=limits,
-        import_timeout=import_timeout,
-        warm=False,
-    ) as host:
+    with CodeHost(file, kind, secrets=secrets, warm=False) as host:
         return host.functions
 
 
@@ -570,9 +538,7 @@ def _end_process(process: ManagedProcess, ours: socket.socket, errors: int) -> N
 def read_outcome(
     body: bytes,
     *,
-    seconds: float,
     timeout: float,
-    limit: int,
     file: str,
     hidden: Mapping[str, str],
     hidden_in_value: Mapping[str, str],
@@ -580,7 +546,6 @@ def read_outcome(
     """The body of a RESULT.
 
     Args:
-        limit: bytes of a tool's text. The worker has cut it; a worker is not trusted.
         file: the name of the user's file.
         hidden: secrets by name, which are taken out of errors.
         hidden_in_value: those that are taken out of what the model reads.
@@ -589,21 +554,21 @@ def read_outcome(
     if "value" in answer:
         value, omitted = answer["value"], answer.get("omitted", 0)
         if isinstance(value, str):
-            raw = value.encode("utf-8", "replace")
-            if len(raw) > limit:
+            raw, limit = value.encode("utf-8", "replace"), frames.RESULT_BYTES
+            if len(raw) > limit:  # the worker has cut it; a worker is not trusted
                 value, omitted = raw[:limit].decode("utf-8", "ignore"), omitted + len(raw) - limit
             value = redact(value, hidden_in_value)
-        return CallOutcome(status="ok", value=value, omitted=omitted, seconds=seconds)
+        return CallOutcome(status="ok", value=value, omitted=omitted)
     if "bad" in answer:
-        return CallOutcome(status="invalid", error=redact(answer["bad"], hidden), seconds=seconds)
+        return CallOutcome(status="invalid", error=redact(answer["bad"], hidden))
     if "error" in answer:
-        return _raised(answer["error"], seconds, hidden)
+        return _raised(answer["error"], hidden)
     if answer.get("fault") == "timeout":
         return CallOutcome(status="timeout", error=f"took longer than {timeout:g} s")
     return CallOutcome(status="died", error=redact(_ending(answer, file), hidden))
 
 
-def _raised(error: Mapping[str, str], seconds: float, hidden: Mapping[str, str]) -> CallOutcome:
+def _raised(error: Mapping[str, str], hidden: Mapping[str, str]) -> CallOutcome:
     """One line: kind and message."""
     text = redact(escape(" ".join(error["message"].split())), hidden)[:_MAX_ERROR]
     return CallOutcome(
@@ -611,7 +576,6 @@ def _raised(error: Mapping[str, str], seconds: float, hidden: Mapping[str, str])
         error=f"{error['type']}: {text}" if text else error["type"],
         place=error.get("place"),
         detail=redact(error.get("traceback") or "", hidden) or None,
-        seconds=seconds,
     )
 
 

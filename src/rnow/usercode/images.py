@@ -54,19 +54,18 @@ class Images:
         """
         with self._lock:
             if image not in self._ready:
-                local = image.removeprefix(LOCAL)
-                if local == image:
+                dockerfile = dockerfile_of(image, self._folder, where)
+                if dockerfile is None:
                     self._fetch(image, where)
                     self._ready[image] = image
                 else:
-                    self._ready[image] = self._build(local, where)
+                    self._ready[image] = self._build(dockerfile, where)
             return self._ready[image]
 
     def stop(self) -> None:
         """End the build or download that runs, if any: it fails."""
-        running = self._running
-        if running is not None:
-            running.stop()
+        if self._running is not None:
+            self._running.stop()
 
     def _has(self, name: str) -> bool:
         return self._engine.ask("image", "inspect", name).ok
@@ -86,22 +85,15 @@ class Images:
                 fix=f"check the name; `{self._engine.name} pull {image}` shows more",
             )
 
-    def _build(self, name: str, where: str | None) -> str:
-        dockerfile = self._folder / f"Dockerfile.{name}"
-        if not dockerfile.is_file():
-            raise InputError(
-                f'"{LOCAL}{name}" needs a Dockerfile.{name} beside config.yml',
-                title="No such image",
-                where=where,
-                fix="write it, or name an image of a registry",
-            )
+    def _build(self, dockerfile: Path, where: str | None) -> str:
+        name = _file_name(dockerfile.name.removeprefix("Dockerfile."))
+        log = self._log_dir / f"image-{name}.log"
         with tempfile.TemporaryDirectory(prefix="rnow-build-") as scratch:
             context = Path(scratch) / "context"
             digest = _copy(self._folder, context, dockerfile.name)
-            tag = f"rnow/{_file_name(name)}:{digest}"
+            tag = f"rnow/{name}:{digest}"
             if self._has(tag):
                 return tag
-            log = self._log_dir / f"image-{_file_name(name)}.log"
             command = ["build", "--tag", tag, "--file", str(context / dockerfile.name)]
             problem = self._run([*command, str(context)], log)
         if problem is not None:
@@ -129,6 +121,24 @@ class Images:
                 time.sleep(0.05)
             self._running, code = None, process.exit_code()
             return None if code == 0 else (f"exit code {code}", process.log_tail(_TAIL))
+
+
+def dockerfile_of(image: str, folder: Path, where: str | None) -> Path | None:
+    """The project's file that ``image`` is built from; None for an image of a registry.
+
+    Raises InputError when the file is not there.
+    """
+    if not image.startswith(LOCAL):
+        return None
+    name = f"Dockerfile.{image.removeprefix(LOCAL)}"
+    if not (folder / name).is_file():
+        raise InputError(
+            f'"{image}" needs a {name} beside config.yml',
+            title="No such image",
+            where=where,
+            fix="write it, or name an image of a registry",
+        )
+    return folder / name
 
 
 def _file_name(image: str) -> str:

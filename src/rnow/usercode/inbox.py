@@ -37,15 +37,6 @@ def put(inbox: socket.socket, message: bytes) -> None:
 
 def take(inbox: socket.socket, *, wait: bool) -> bytes:
     """The next message; b"" when the other end is closed. Raises BlockingIOError when there is none and not ``wait``."""
-    message, files = _receive(inbox, wait)
-    if not files:
-        return message
-    with os.fdopen(files[0], "rb") as file:
-        file.seek(0)
-        return message + file.read()
-
-
-def _receive(inbox: socket.socket, wait: bool) -> tuple[bytes, list[int]]:
     message, ancillary, _, _ = inbox.recvmsg(
         _MAX_INLINE, socket.CMSG_SPACE(4), 0 if wait else socket.MSG_DONTWAIT
     )
@@ -53,4 +44,8 @@ def _receive(inbox: socket.socket, wait: bool) -> tuple[bytes, list[int]]:
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             files.frombytes(data[: len(data) - len(data) % files.itemsize])
-    return message, list(files)
+    if not files:
+        return message
+    with os.fdopen(files[0], "rb") as file:
+        file.seek(0)
+        return message + file.read()

@@ -17,7 +17,7 @@ Fault = Mapping[str, object]
 
 class Settings(TypedDict):
     """What a host is started with, as JSON. ``memory`` is in bytes, the rest as in ``HostLimits`` and ``CodeHost``; ``names``
-    and ``injected`` are empty until the file has been imported."""
+    are empty until the file has been imported."""
 
     file: str
     kind: str
@@ -28,17 +28,13 @@ class Settings(TypedDict):
     memory: int | None
     processes: int
     workers: int
-    async_calls: int
-    open_files: int
-    result_bytes: int
     log: bool
     warm: bool
     names: list[str]
-    injected: dict[str, bool]
 
 
 class FunctionReport(TypedDict):
-    """A function as ``FunctionInfo`` has it; ``injected``: it wants ``args`` besides its parameters."""
+    """A function as ``FunctionInfo`` has it."""
 
     name: str
     place: str
@@ -47,7 +43,6 @@ class FunctionReport(TypedDict):
     timeout: float | None
     sandbox: bool
     parameters: NotRequired[Schema]
-    injected: NotRequired[bool]
     precondition: NotRequired[bool]
 
 

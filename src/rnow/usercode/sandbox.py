@@ -15,8 +15,15 @@ from pathlib import Path
 
 from rnow.errors import InputError, TemporaryError
 from rnow.processes.process import StartFailed
+from rnow.types import ToolContext
 from rnow.usercode.bubblewrap import BubblewrapView
-from rnow.usercode.containers import Container, ContainerFailed, ContainerLimits, Mounts, sweep
+from rnow.usercode.containers import (
+    Container,
+    ContainerFailed,
+    limit_arguments,
+    mount_arguments,
+    sweep,
+)
 from rnow.usercode.engines import (
     Bubblewrap,
     ContainerEngine,
@@ -25,14 +32,17 @@ from rnow.usercode.engines import (
 )
 from rnow.usercode.functions import CannotImport, FunctionInfo
 from rnow.usercode.host import CallOutcome, CodeHost
-from rnow.usercode.images import LOCAL, Images
+from rnow.usercode.images import Images, dockerfile_of
 from rnow.usercode.visible import check_project
 
 DEFAULT_IMAGE = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
 """For rows without an image where there is no bubblewrap. It has Python and nothing else."""
 
 MAX_CONTAINERS = 32
-"""At once, the one that rollouts without an image may share included."""
+"""At once, the one that rollouts without an image may share included. Rollouts that come later wait for one to be released."""
+
+_START_SECONDS = 120.0  # for a container to come up
+_WAIT_SECONDS = 1800.0  # for one to become free
 
 _SHARED = ""  # the rollout of what all rollouts share
 _TITLE = "No sandbox"
@@ -65,14 +75,7 @@ def check_sandbox(
     for image, where in images.items():
         if isinstance(containers, str):
             raise _no_containers(image, where, containers)
-        local = image.removeprefix(LOCAL)
-        if local != image and not (folder / f"Dockerfile.{local}").is_file():
-            raise InputError(
-                f'"{image}" needs a Dockerfile.{local} beside config.yml',
-                title="No such image",
-                where=where,
-                fix="write it, or name an image of a registry",
-            )
+        dockerfile_of(image, folder, where)
     if images and not sandboxed:
         notices.append(
             "rows name images, but no function has sandbox=True: all of them run on this machine"
@@ -130,9 +133,6 @@ class Sandboxes:
     Args:
         folder: the project.
         log_dir: where the logs of builds and containers go; None keeps none.
-        max_containers: at once; rollouts that come later wait for one to be released.
-        start_timeout: seconds for a container to come up.
-        wait_timeout: seconds to wait for a container to become free.
         warn: told when a container cannot be limited as it should.
     """
 
@@ -141,20 +141,12 @@ class Sandboxes:
         folder: Path,
         *,
         log_dir: Path | None = None,
-        max_containers: int = MAX_CONTAINERS,
-        limits: ContainerLimits | None = None,
-        start_timeout: float = 120.0,
-        wait_timeout: float = 1800.0,
-        warn: Callable[[str], None] | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.folder = folder.absolute()
         self._log_dir = log_dir
-        self._max = max_containers
-        self._start_timeout = start_timeout
-        self._wait_timeout = wait_timeout
-        self._warn = warn or (lambda text: None)
-        wanted = limits or ContainerLimits()
-        every = wanted.arguments()
+        self._warn = warn
+        every = limit_arguments()
         # What rootless engines may not be able to limit is left out from the end, and said.
         self._limits: list[Sequence[str]] = [every, every[:-2], []]
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -165,80 +157,95 @@ class Sandboxes:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._shared: dict[Path, CodeHost] = {}
 
-    # -- what SandboxedHosts asks for
-
     @property
     def scratch(self) -> Path:
         """A folder for what only lives as long as this."""
         with self._finding:
-            return self._make_scratch()
+            if self._scratch is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="rnow-sandbox-")
+                folder = Path(self._scratch.name)
+                folder.chmod(0o755)
+                (folder / "empty").touch(mode=0o444)
+                (folder / "nothing").mkdir(mode=0o555)
+            return Path(self._scratch.name)
 
-    def _make_scratch(self) -> Path:
-        if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="rnow-sandbox-")
-            folder = Path(self._scratch.name)
-            folder.chmod(0o755)
-            (folder / "empty").touch(mode=0o444)
-            (folder / "nothing").mkdir(mode=0o555)
-        return Path(self._scratch.name)
-
-    @property
-    def logs(self) -> Path:
-        """Where logs go."""
-        return self._log_dir or self.scratch
-
-    def bubblewrap_host(self, host: CodeHost) -> CodeHost | None:
-        """``host`` in bubblewrap, which all rollouts share; None where there is no bubblewrap."""
-        file = host.file
-        if file not in self._shared:
-            found = find_bubblewrap()
-            if isinstance(found, str):
-                return None
-            view = BubblewrapView(found, self.folder, self.scratch / "empty")
-            self._shared[file] = host.elsewhere(view.wrap, sys_path=view.sys_path)
-        return self._shared[file]
-
-    async def container_host(
-        self,
-        rollout_id: str,
-        image: str,
-        host: CodeHost,
-        *,
-        env: Mapping[str, str],
-        where: str | None = None,
-    ) -> CodeHost:
-        """``host`` in the container of this rollout, which is started first when it does not run.
+    async def host(self, host: CodeHost, context: ToolContext) -> CodeHost:
+        """``host`` for the sandboxed calls of this rollout: in its container where its row names an image; else in bubblewrap,
+        or in a container of ``DEFAULT_IMAGE`` where there is none, shared by all rollouts.
 
         Raises:
-            InputError: no engine, no such image, or one that cannot run the file.
-            TemporaryError: the container does not come up, or none became free.
+            InputError: there is no sandbox for it, or the image cannot be used.
+            TemporaryError: its container does not come up, or none became free.
         """
-        file = host.file
-        container, lease = await self._container(rollout_id, image, file, where)
-        if file not in lease.hosts:
-            lease.hosts[file] = host.elsewhere(container.wrap, env=env)
-        return lease.hosts[file]
+        if context.docker is not None:
+            key, env = context.rollout_id, context.docker_env
+            return await self._container_host(host, key, context.docker, env)
+        bubblewrap = find_bubblewrap()
+        if isinstance(bubblewrap, str):
+            containers = find_containers()
+            if isinstance(containers, str):
+                raise _no_sandbox(bubblewrap, containers, host.file.name)
+            return await self._container_host(host, _SHARED, DEFAULT_IMAGE, {})
+        if host.file not in self._shared:
+            view = BubblewrapView(bubblewrap, self.folder, self.scratch / "empty")
+            self._shared[host.file] = host.elsewhere(view.wrap, sys_path=view.sys_path)
+        return self._shared[host.file]
 
-    def runs(self, rollout_id: str) -> bool:
-        """Whether this rollout has a container that lives."""
-        lease = self._leases.get(rollout_id)
+    async def prepare(
+        self, host: CodeHost, images: Mapping[str, str], *, plain: bool = True
+    ) -> None:
+        """Import the file of ``host`` once in every sandbox that will be asked for, so that what is wrong shows before training.
+
+        Args:
+            images: those that rows name, with the place of the first.
+            plain: whether there are rows without one.
+
+        Raises:
+            InputError: an image that cannot be built, fetched or used, or the file cannot be imported there.
+        """
+        if plain:
+            inside = await self.host(host, ToolContext(rollout_id=_SHARED))
+            await asyncio.to_thread(inside.start)
+        for image, where in images.items():
+            trial = f"trial of {image}"
+            try:
+                inside = await self._container_host(host, trial, image, {}, where)
+                await asyncio.to_thread(inside.start)
+            except asyncio.CancelledError:
+                self._stop_images()
+                raise
+            except CannotImport as error:
+                raise CannotImport(
+                    f'{error.message}, in the image "{image}"',
+                    title=error.title,
+                    where=error.where,
+                    why=error.why,
+                    details=error.details,
+                    fix=f"install what {host.file.name} imports in the image, or import it in the functions that use it",
+                ) from None
+            finally:
+                await self.release(trial)
+
+    def runs(self, context: ToolContext) -> bool:
+        """Whether the container for the calls of this rollout lives."""
+        lease = self._leases.get(_SHARED if context.docker is None else context.rollout_id)
         return lease is not None and _living(lease)
 
     async def release(self, rollout_id: str) -> None:
-        """The rollout is over: end its container and what runs in it. No container: nothing. Never raises."""
+        """The rollout is over: end its container, if it has one, and what runs in it. Never raises."""
         lease = self._leases.pop(rollout_id, None)
         if lease is not None:
             await _end(lease)
             self._wake()
 
-    def stop_images(self) -> None:
+    def _stop_images(self) -> None:
         """End a build or download that runs: nobody waits for it any more."""
         if self._images is not None:
             self._images.stop()
 
     async def close(self) -> None:
         """End everything; idempotent. What is asked for afterwards starts anew."""
-        self.stop_images()
+        self._stop_images()
         shared, self._shared = self._shared, {}
         leases = list(self._leases)
         await asyncio.gather(
@@ -253,6 +260,20 @@ class Sandboxes:
 
     # -- containers
 
+    async def _container_host(
+        self,
+        host: CodeHost,
+        rollout_id: str,
+        image: str,
+        env: Mapping[str, str],
+        where: str | None = None,
+    ) -> CodeHost:
+        """``host`` in the container of this rollout, which is started first when it does not run."""
+        container, lease = await self._container(rollout_id, image, host.file, where)
+        if host.file not in lease.hosts:
+            lease.hosts[host.file] = host.elsewhere(container.wrap, env=env)
+        return lease.hosts[host.file]
+
     async def _container(
         self, rollout_id: str, image: str, file: Path, where: str | None
     ) -> tuple[Container, _Lease]:
@@ -266,9 +287,7 @@ class Sandboxes:
         try:
             # Shared by the calls of the rollout: one that is cancelled does not end it for the others.
             return await asyncio.shield(lease.starting), lease
-        except asyncio.CancelledError:
-            raise
-        except BaseException:
+        except Exception:
             if self._leases.get(rollout_id) is lease:
                 del self._leases[rollout_id]
                 self._wake()
@@ -276,15 +295,15 @@ class Sandboxes:
 
     async def _room(self, rollout_id: str) -> bool:
         """Wait until there is room for a container. False: look again, things have changed."""
-        if rollout_id == _SHARED or len(self._leases) < self._max:
+        if rollout_id == _SHARED or len(self._leases) < MAX_CONTAINERS:
             return True
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            await asyncio.wait_for(turn, self._wait_timeout)
+            await asyncio.wait_for(turn, _WAIT_SECONDS)
         except TimeoutError:
             raise TemporaryError(
-                f"no container became free within {self._wait_timeout:g} s: {self._max} run at once",
+                f"no container became free within {_WAIT_SECONDS:g} s: {MAX_CONTAINERS} run at once",
                 fix="sample fewer rollouts at a time (data.batch_size, data.group_size)",
             ) from None
         except asyncio.CancelledError:
@@ -307,8 +326,8 @@ class Sandboxes:
         """In a thread."""
         engine, images = self._found(image, where)
         name = images.ready(image, where=where)
-        mounts = Mounts(
-            folder=self.folder, empty=self.scratch / "empty", nothing=self.scratch / "nothing"
+        mounts = mount_arguments(
+            self.folder, empty=self.scratch / "empty", nothing=self.scratch / "nothing"
         )
         while True:
             limits = self._limits[0]
@@ -316,12 +335,11 @@ class Sandboxes:
                 engine,
                 name,
                 file=file,
-                mounts=mounts,
-                limits=limits,
-                log=self.logs / "containers.log",
+                arguments=[*limits, *mounts],
+                log=(self._log_dir or self.scratch) / "containers.log",
             )
             try:
-                container.start(timeout=self._start_timeout, where=where)
+                container.start(timeout=_START_SECONDS, where=where)
             except ContainerFailed as error:
                 said = " ".join(error.details).lower()
                 if len(self._limits) == 1 or not any(word in said for word in _OF_LIMITS):
@@ -345,21 +363,15 @@ class Sandboxes:
                 sweep(found)
                 self._engine = found
             if self._images is None:
-                self._images = Images(self._engine, self.folder, self.logs)
+                self._images = Images(self._engine, self.folder, (self._log_dir or self.scratch))
             return self._engine, self._images
 
 
 def _living(lease: _Lease) -> bool:
     starting = lease.starting
-    if starting.get_loop() is not _loop() and not starting.done():
-        return False  # the loop that started it has ended meanwhile
-    if not starting.done():
-        return True
+    if not starting.done():  # unless the loop that started it has ended meanwhile
+        return starting.get_loop() is asyncio.get_running_loop()
     return not starting.cancelled() and starting.exception() is None and starting.result().alive()
-
-
-def _loop() -> asyncio.AbstractEventLoop:
-    return asyncio.get_running_loop()
 
 
 async def _end(lease: _Lease) -> None:
@@ -368,7 +380,7 @@ async def _end(lease: _Lease) -> None:
     with contextlib.suppress(BaseException):
         if lease.starting.done():
             container = lease.starting.result()
-        elif lease.starting.get_loop() is _loop():
+        elif lease.starting.get_loop() is asyncio.get_running_loop():
             container = await asyncio.shield(lease.starting)
     work = [asyncio.to_thread(host.close) for host in lease.hosts.values()]
     if container is not None:
@@ -376,102 +388,38 @@ async def _end(lease: _Lease) -> None:
     await asyncio.gather(*work, return_exceptions=True)
 
 
-class SandboxedHosts:
-    """Runs the sandboxed functions of one file: in the container of the rollout where its row names an image; else in
-    bubblewrap, or in a container of ``DEFAULT_IMAGE`` where there is none, shared by all rollouts.
+async def call_function(
+    info: FunctionInfo,
+    given: Mapping[str, object],
+    context: ToolContext,
+    *,
+    host: CodeHost,
+    sandboxes: Sandboxes | None,
+    timeout: float,
+) -> CallOutcome:
+    """``CodeHost.call`` where ``info`` has to run: with ``sandbox=True`` in the sandbox of the rollout, else in ``host``. Starting
+    a container does not count against ``timeout``; one that died is replaced.
 
     Args:
-        host: runs the file where there is no sandbox; what this makes is like it, elsewhere.
-        sandboxes: those of the run; they end what this starts.
+        given: what the payload holds besides ``metadata`` and ``variables``.
+        context: of the rollout; one ``rollout_id`` has one container.
+
+    Raises:
+        RuntimeError: ``info`` wants a sandbox and ``sandboxes`` is None.
+        KeyError: there is no such function.
+        InputError, TemporaryError: as ``Sandboxes.host``.
     """
-
-    def __init__(self, host: CodeHost, sandboxes: Sandboxes) -> None:
-        self._host = host
-        self._sandboxes = sandboxes
-
-    async def prepare(self, images: Mapping[str, str], *, plain: bool = True) -> None:
-        """Import the file once in every sandbox that will be asked for, so that what is wrong shows before training.
-
-        Args:
-            images: those that rows name, with the place of the first.
-            plain: whether there are rows without one.
-
-        Raises:
-            InputError: an image that cannot be built, fetched or used, or the file cannot be imported there.
-        """
-        if plain:
-            host = await self.host(_SHARED)
-            await asyncio.to_thread(host.start)
-        for image, where in images.items():
-            trial = f"trial of {image}"
-            try:
-                host = await self._container_host(trial, image, {}, where)
-                await asyncio.to_thread(host.start)
-            except asyncio.CancelledError:
-                self._sandboxes.stop_images()
-                raise
-            except CannotImport as error:
-                raise CannotImport(
-                    f'{error.message}, in the image "{image}"',
-                    title=error.title,
-                    where=error.where,
-                    why=error.why,
-                    details=error.details,
-                    fix=f"install what {self._host.file.name} imports in the image, or import it in the functions that use it",
-                ) from None
-            finally:
-                await self._sandboxes.release(trial)
-
-    async def host(
-        self,
-        rollout_id: str,
-        docker: str | None = None,
-        docker_env: Mapping[str, str] | None = None,
-    ) -> CodeHost:
-        """The host for the calls of this rollout.
-
-        Raises:
-            InputError: there is no sandbox for it, or the image cannot be used.
-            TemporaryError: its container does not come up.
-        """
-        if docker is not None:
-            return await self._container_host(rollout_id, docker, docker_env or {}, None)
-        shared = self._sandboxes.bubblewrap_host(self._host)
-        if shared is not None:
-            return shared
-        containers = find_containers()
-        if isinstance(containers, str):
-            raise _no_sandbox(str(find_bubblewrap()), containers, self._host.file.name)
-        return await self._container_host(_SHARED, DEFAULT_IMAGE, {}, None)
-
-    async def call(
-        self,
-        name: str,
-        payload: Mapping[str, object],
-        *,
-        timeout: float,
-        rollout_id: str,
-        docker: str | None = None,
-        docker_env: Mapping[str, str] | None = None,
-    ) -> CallOutcome:
-        """``CodeHost.call`` in the sandbox of this rollout. Starting a container does not count against ``timeout``; one that
-        died is replaced.
-
-        Raises as ``host``, and KeyError for a name that there is not.
-        """
-        for attempt in (1, 2):
-            host = await self.host(rollout_id, docker, docker_env)
-            try:
-                return await host.call(name, payload, timeout=timeout)
-            except StartFailed:
-                key = _SHARED if docker is None else rollout_id
-                if attempt == 2 or self._sandboxes.runs(key):
-                    raise
-        raise AssertionError("unreachable")
-
-    async def _container_host(
-        self, rollout_id: str, image: str, env: Mapping[str, str], where: str | None
-    ) -> CodeHost:
-        return await self._sandboxes.container_host(
-            rollout_id, image, self._host, env=env, where=where
-        )
+    metadata, variables = dict(context.metadata), dict(context.variables)
+    payload = {**given, "metadata": metadata, "variables": variables}
+    if not info.sandbox:
+        return await host.call(info.name, payload, timeout=timeout)
+    if sandboxes is None:  # never silently on this machine
+        raise RuntimeError(f"{info.name} has sandbox=True and there is no sandbox")
+    inside = await sandboxes.host(host, context)
+    try:
+        return await inside.call(info.name, payload, timeout=timeout)
+    except StartFailed:
+        if sandboxes.runs(context):
+            raise
+    inside = await sandboxes.host(host, context)
+    return await inside.call(info.name, payload, timeout=timeout)

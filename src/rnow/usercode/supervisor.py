@@ -27,7 +27,7 @@ if __name__ == "__main__":
     # By path and isolated, so that neither PYTHONPATH nor the folder we stand in gets in the way.
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # noqa: PTH100, PTH120
 
-from rnow.processes.leash import descendants, end_all
+from rnow.processes.leash import descendants, end_all, reaped
 from rnow.usercode import frames
 from rnow.usercode.inbox import make_inbox, put, take
 from rnow.usercode.processes import end_family, family, processes
@@ -42,6 +42,7 @@ _ACK_OF_CANCEL = 5.0  # the same where nobody waits for the call: a busy loop mu
 _FORK_WITHIN = 20.0
 _GRACE = 2.0
 _CHUNK = 256 * 1024
+_ASYNC_CALLS = 256  # that one event loop has at once
 
 
 class Supervisor:
@@ -174,9 +175,6 @@ class Supervisor:
                 index for index, function in enumerate(functions) if function["is_async"]
             }
             self._settings["names"] = self._names
-            self._settings["injected"] = {
-                function["name"]: function.get("injected", False) for function in functions
-            }
             self._forks = report.get("forks", False)
             self._uplink.send(frames.pack(frames.READY, body=body))
         zygote.ready = True
@@ -212,11 +210,11 @@ class Supervisor:
         outbox, far = socket.socketpair()
         worker = Worker(
             is_async=is_async,
-            most_calls=self._settings["async_calls"] if is_async else 1,
+            most_calls=_ASYNC_CALLS if is_async else 1,
             inbox=inbox,
             back=back,
             outbox=outbox,
-            reader=frames.FrameReader(frames.max_answer(self._settings["result_bytes"])),
+            reader=frames.FrameReader(frames.MAX_ANSWER),
         )
         if self._forks and self._zygote is not None:
             with contextlib.suppress(OSError):  # it died: the sockets close, which says so
@@ -450,14 +448,7 @@ class Supervisor:
         self._status = {pid: status for pid, status in self._status.items() if pid == zygote}
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            self._status[pid] = status
+        self._status |= reaped()
 
     def _wait_for(self, pid: int) -> int | None:
         """How ``pid`` ended, in the words of waitpid; None when it did not within a moment, and was killed."""

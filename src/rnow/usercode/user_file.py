@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rnow.core.marks import Spec
-from rnow.core.reward import collect_rewards, reward_spec
-from rnow.core.tool import collect_tools, tool_spec
+from rnow.core.reward import REWARDS
+from rnow.core.tool import TOOLS
 from rnow.core.tool_schema import describe
 from rnow.usercode.records import Fault, FunctionReport, MistakeReport, Report
 
@@ -34,6 +34,10 @@ class UserFile:
         self.folder = self.file.parent
         self.kind = kind
         self.specs = specs
+        self.injected: set[str] = set()
+        """Names of the tools that want ``args`` besides their parameters."""
+        self.report = self._read()
+        """``functions`` (as FunctionInfo has them) and ``mistakes`` (message, place, why, fix), JSON-ready."""
 
     def named(self, names: list[str]) -> list[Spec]:
         """The functions of these names, in this order.
@@ -43,8 +47,7 @@ class UserFile:
         by_name = {spec.name: spec for spec in self.specs}
         return [by_name[name] for name in names]
 
-    def report(self) -> Report:
-        """``functions`` (as FunctionInfo has them) and ``mistakes`` (message, place, why, fix), JSON-ready."""
+    def _read(self) -> Report:
         functions: list[FunctionReport] = []
         mistakes: list[MistakeReport] = []
         places: dict[str, str] = {}
@@ -69,26 +72,26 @@ class UserFile:
                 "sandbox": spec.sandbox,
             }
             if self.kind == "tools":
-                mistakes += _describe_tool(spec, report)
+                mistakes += self._describe_tool(spec, report)
             else:
                 mistakes += _describe_reward(spec, report)
             functions.append(report)
         return {"functions": functions, "mistakes": mistakes}
 
+    def _describe_tool(self, spec: Spec, report: FunctionReport) -> list[MistakeReport]:
+        signature = describe(spec.function)
+        report["description"] = signature.description
+        report["parameters"] = signature.parameters
+        if signature.injected:
+            self.injected.add(spec.name)
+        return [
+            {"message": mistake.message, "place": report["place"], "fix": mistake.fix}
+            for mistake in signature.mistakes
+        ]
+
     def _place(self, function: Callable[..., object]) -> str:
         code = inspect.unwrap(function).__code__
         return f"{relative(code.co_filename, self.folder)}:{code.co_firstlineno}"
-
-
-def _describe_tool(spec: Spec, report: FunctionReport) -> list[MistakeReport]:
-    signature = describe(spec.function)
-    report["description"] = signature.description
-    report["parameters"] = signature.parameters
-    report["injected"] = signature.injected
-    return [
-        {"message": mistake.message, "place": report["place"], "fix": mistake.fix}
-        for mistake in signature.mistakes
-    ]
 
 
 def _describe_reward(spec: Spec, report: FunctionReport) -> list[MistakeReport]:
@@ -124,24 +127,19 @@ def import_user_file(file: str, kind: str) -> UserFile:
     # Checking a project writes nothing into it, not even __pycache__.
     sys.dont_write_bytecode = True
     sys.argv = [file]
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
+    location = importlib.util.spec_from_file_location(path.stem, path)
+    if location is None or location.loader is None:
         raise ImportFault({"type": "ImportError", "message": f"{path.name} is not a Python file"})
-    module = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(location)
     sys.modules[path.stem] = module
-    with collect_rewards() as rewards, collect_tools() as tools:
+    marks = REWARDS if kind == "rewards" else TOOLS
+    with marks.collect() as decorated:
         try:
-            spec.loader.exec_module(module)
+            location.loader.exec_module(module)
         except BaseException as error:
             raise ImportFault(_fault(path, error)) from None
-    found: dict[int, Spec] = {}
-    read = reward_spec if kind == "rewards" else tool_spec
-    for candidate in rewards if kind == "rewards" else tools:
-        found[id(candidate.function)] = candidate
-    for value in list(vars(module).values()):
-        marked = read(value)
-        if marked is not None:
-            found[id(marked.function)] = marked
+    named = [spec for value in vars(module).values() if (spec := marks.spec_of(value))]
+    found = {id(spec.function): spec for spec in (*decorated, *named)}
     return UserFile(file, kind, list(found.values()))
 
 

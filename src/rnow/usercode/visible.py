@@ -60,7 +60,7 @@ def _seen(real: Iterable[Path], shown: Sequence[Path]) -> tuple[Path, ...]:
 def python_folders() -> list[Path]:
     """The interpreter's own folders."""
     places = (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)
-    return _unique(Path(place) for place in places if not _too_wide(Path(place)))
+    return [path for path in dict.fromkeys(map(Path, places)) if not _too_wide(path)]
 
 
 def python_links() -> list[Path]:
@@ -79,15 +79,17 @@ def import_path(folder: Path) -> list[str]:
     kept = []
     for entry in sys.path:
         path = Path(entry)
-        if entry and path.is_absolute() and path.exists() and not _too_wide(path.resolve()):
-            kept.append(entry)
-    return [entry for entry in kept if Path(entry).resolve() != folder.resolve()]
+        if path.is_absolute() and path.exists():
+            real = path.resolve()
+            if real != folder.resolve() and not _too_wide(real):
+                kept.append(entry)
+    return kept
 
 
 def outermost(paths: Sequence[Path]) -> list[Path]:
     """``paths`` without those that lie in another of them, parents first."""
     kept: list[Path] = []
-    for path in sorted(_unique(paths), key=lambda path: len(path.parts)):
+    for path in sorted(dict.fromkeys(paths), key=lambda path: len(path.parts)):
         if not any(path.is_relative_to(other) for other in kept):
             kept.append(path)
     return kept
@@ -96,7 +98,3 @@ def outermost(paths: Sequence[Path]) -> list[Path]:
 def _too_wide(path: Path) -> bool:
     homes = {Path.home().resolve(), Path("/home"), Path("/tmp"), Path("/var"), Path("/etc")}
     return any(home.is_relative_to(path) for home in homes)
-
-
-def _unique(paths: Iterable[Path]) -> list[Path]:
-    return list(dict.fromkeys(paths))

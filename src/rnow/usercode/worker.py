@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-import time
 
 from rnow.core.marks import Spec
 from rnow.core.reward import RewardArgs
@@ -73,15 +72,16 @@ class _Worker:
             _, call, function, _, body = self.receive(wait=True)
             with contextlib.suppress(OSError):
                 os.chdir(self._folder)  # an earlier call may have gone elsewhere
-            started = time.monotonic()
             try:
                 value = self.invoke(function, body)
                 if inspect.isawaitable(value):
-                    value = _run_awaitable(value)
+                    import asyncio
+
+                    value = asyncio.run(_awaited(value))
                 answer = self.answer(value)
             except BaseException as error:
                 answer = self.failure(error, function)
-            self.reply(call, answer, time.monotonic() - started)
+            self.reply(call, answer)
 
     def receive(self, *, wait: bool) -> frames.Frame:
         """The next message. Ends the process when the inbox is closed."""
@@ -102,7 +102,7 @@ class _Worker:
             )
             return spec.function(args, payload["messages"])
         arguments = dict(payload["arguments"])
-        if self._settings["injected"].get(spec.name):
+        if spec.name in self._code.injected:
             arguments["args"] = ToolArgs(metadata=metadata, variables=variables)
         return spec.function(**arguments)
 
@@ -110,7 +110,7 @@ class _Worker:
         """A result as the body of a message."""
         if self._code.kind == "rewards":
             return _json(reward_answer(value))
-        return _json(tool_answer(value, self._settings["result_bytes"]))
+        return _json(tool_answer(value, frames.RESULT_BYTES))
 
     def failure(self, error: BaseException, function: int) -> bytes:
         """An exception as the body of a message."""
@@ -120,9 +120,9 @@ class _Worker:
         except BaseException:
             return _json({"error": {"type": type(error).__name__, "message": ""}})
 
-    def reply(self, call: int, body: bytes, seconds: float) -> None:
+    def reply(self, call: int, body: bytes) -> None:
         """Send a result. Ends the process when nobody listens."""
-        self.send(frames.pack(frames.RESULT, call=call, seconds=seconds, body=body))
+        self.send(frames.pack(frames.RESULT, call=call, body=body))
 
     def send(self, message: bytes) -> None:
         """Send a message. Ends the process when nobody listens."""
@@ -180,10 +180,8 @@ class _AsyncWorker:
     async def _answer(self, call: int, function: int, body: bytes) -> None:
         import asyncio
 
-        started = time.monotonic()
         try:
-            value = self._worker.invoke(function, body)
-            value = await _awaited(value)
+            value = await _awaited(self._worker.invoke(function, body))
             answer = self._worker.answer(value)
         except asyncio.CancelledError:
             if call not in self._tasks:
@@ -192,7 +190,7 @@ class _AsyncWorker:
         except BaseException as error:
             answer = self._worker.failure(error, function)
         if self._tasks.pop(call, None) is not None:
-            self._worker.reply(call, answer, time.monotonic() - started)
+            self._worker.reply(call, answer)
 
 
 async def _awaited(value: object) -> object:
@@ -200,12 +198,6 @@ async def _awaited(value: object) -> object:
     while inspect.isawaitable(value):
         value = await value
     return value
-
-
-def _run_awaitable(value: object) -> object:
-    import asyncio
-
-    return asyncio.run(_awaited(value))
 
 
 def _json(value: object) -> bytes:

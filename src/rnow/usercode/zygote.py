@@ -24,6 +24,8 @@ from rnow.usercode.user_file import ImportFault, UserFile, import_user_file
 SYNC, ASYNC = b"s", b"a"
 """What the supervisor asks for, with the two sockets of the new worker."""
 
+_OPEN_FILES = 4096
+
 
 def run_zygote(control: socket.socket, settings: Settings, output: int) -> NoReturn:
     """Import, report READY or FAULT on ``control``, then make workers until it closes."""
@@ -31,21 +33,17 @@ def run_zygote(control: socket.socket, settings: Settings, output: int) -> NoRet
     before = _sockets()
     try:
         code = import_user_file(settings["file"], settings["kind"])
-        report = code.report()
     except ImportFault as fault:
         _send(control, frames.FAULT, fault.report)
         leave(1)
     worker.flush_output()  # or every copy would write it again
     forks = len(os.listdir("/proc/self/task")) == 1 and _sockets() <= before  # noqa: PTH208
-    report["forks"] = forks
-    _send(control, frames.READY, report)
+    code.report["forks"] = forks
+    _send(control, frames.READY, code.report)
     if not forks:
         leave(0)
     if not settings["names"]:  # calls are numbered by the names that the first zygote found
-        settings["names"] = [function["name"] for function in report["functions"]]
-        settings["injected"] = {
-            function["name"]: function.get("injected", False) for function in report["functions"]
-        }
+        settings["names"] = [function["name"] for function in code.report["functions"]]
     gc.collect()
     gc.freeze()  # a collection in a worker would otherwise touch, and so copy, every page
     while True:
@@ -161,7 +159,7 @@ def _close_all_but(keep: set[int]) -> None:
 
 def _limit(settings: Settings) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _lower(resource.RLIMIT_NOFILE, settings["open_files"])
+    _lower(resource.RLIMIT_NOFILE, _OPEN_FILES)
     if settings["memory"]:
         # What a process may write to. RLIMIT_AS would count the terabytes that Chromium only reserves.
         _lower(resource.RLIMIT_DATA, settings["memory"])

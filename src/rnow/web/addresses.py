@@ -84,7 +84,6 @@ class WebAddress:
     (IPv6 without brackets), no trailing dot."""
 
     url: str
-    scheme: str
     host: str
     port: int
 
@@ -120,7 +119,7 @@ def parse_url(text: str) -> WebAddress:
     shown = f"[{host}]" if ":" in host else host
     url = f"{name}://{shown}" + (f":{port}" if port != _DEFAULT_PORTS[name] else "")
     path = "/" + (tail[1:] if tail.startswith(("/", "\\")) else tail)
-    return WebAddress(url=url + path, scheme=name, host=host, port=port)
+    return WebAddress(url=url + path, host=host, port=port)
 
 
 def split_port(authority: str, default: int | None = None) -> tuple[str, int]:

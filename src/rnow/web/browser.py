@@ -20,7 +20,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from rnow.web.addresses import Guard, Refused, Resolver, parse_allowed, parse_ur
 from rnow.web.chromium import chromium_arguments, find_chromium, require_packages
 from rnow.web.converter import ConversionError, Converter
 from rnow.web.page_text import render_page
-from rnow.web.proxy import Limits, PinningProxy
+from rnow.web.proxy import PinningProxy
 
 if TYPE_CHECKING:
     from playwright.async_api import (  # pyright: ignore[reportMissingImports]
@@ -121,11 +121,8 @@ class _Found(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class _Visit:
-    url: str
+    found: _Found
     status: int | None
-    title: str
-    base: str
-    html: str
     notes: tuple[str, ...]
 
 
@@ -144,7 +141,6 @@ class Browser:
         executable: path or name of a Chromium; None looks for one.
         max_pages: visits at one time; others wait their turn.
         resolver: how names become addresses (tests).
-        limits: of one connection.
 
     Raises:
         InputError: crawl4ai or a Chromium is missing.
@@ -158,12 +154,10 @@ class Browser:
         executable: str | None = None,
         max_pages: int = 8,
         resolver: Resolver = resolve,
-        limits: Limits | None = None,
     ) -> None:
         require_packages()
         self._executable = find_chromium(executable)
         self._guard = Guard(parse_allowed(allow), resolver=resolver)
-        self._limits = limits
         self._max_pages = max_pages
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
@@ -198,20 +192,18 @@ class Browser:
     def _running(self) -> _Worker:
         with self._lock:
             if self._worker is None or not self._worker.alive:
-                self._worker = _Worker(
-                    lambda: _Visits(self._executable, self._guard, self._limits, self._max_pages)
-                )
+                self._worker = _Worker(_Visits(self._executable, self._guard, self._max_pages))
             return self._worker
 
 
 class _Worker:
     """A thread with an event loop, and the visits that live on it."""
 
-    def __init__(self, make: Callable[[], _Visits]) -> None:
+    def __init__(self, visits: _Visits) -> None:
+        self.visits = visits
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="rnow-browser", daemon=True)
         self._thread.start()
-        self.visits = make()
         atexit.register(self.stop)
 
     @property
@@ -239,11 +231,9 @@ class _Worker:
 class _Visits:
     """Everything that runs on the browser's own loop."""
 
-    def __init__(
-        self, executable: str, guard: Guard, limits: Limits | None, max_pages: int
-    ) -> None:
+    def __init__(self, executable: str, guard: Guard, max_pages: int) -> None:
         self._executable = executable
-        self._proxy = PinningProxy(guard, limits=limits)
+        self._proxy = PinningProxy(guard)
         self._converter = Converter()
         self._slots = asyncio.Semaphore(max_pages)
         self._starting = asyncio.Lock()
@@ -260,8 +250,8 @@ class _Visits:
             async with asyncio.timeout_at(deadline):
                 visit = await self._visit_twice(url, deadline)
                 markdown = await self._converter.convert(
-                    visit.html,
-                    visit.base,
+                    visit.found["html"],
+                    visit.found["base"],
                     timeout=min(_CONVERT_SECONDS, deadline - loop.time() - _ANSWER_SECONDS),
                 )
         except TimeoutError:
@@ -269,9 +259,9 @@ class _Visits:
         except ConversionError as error:
             raise BrowseError(f"the page could not be read: {error}") from None
         return render_page(
-            url=visit.url,
+            url=visit.found["url"],
             status=visit.status,
-            title=visit.title,
+            title=visit.found["title"],
             markdown=markdown,
             max_chars=max_chars,
             notes=visit.notes,
@@ -367,14 +357,7 @@ class _Visits:
             raise BrowseError(f"the page could not be reached: {reason}")
         if found["cut"]:
             notes.append("the page is very long; only its beginning was read")
-        return _Visit(
-            url=found["url"],
-            status=trail.status or status,
-            title=found["title"],
-            base=found["base"],
-            html=found["html"],
-            notes=tuple(notes),
-        )
+        return _Visit(found, trail.status or status, tuple(notes))
 
     async def _contents(self, page: Page, deadline: float) -> _Found:
         """What ``_READ_PAGE`` says. A page that moves on while it is read is read again."""

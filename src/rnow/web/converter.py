@@ -40,13 +40,13 @@ class Converter:
                 async with asyncio.timeout(timeout):
                     answer = await _ask(process, {"html": html, "base": base})
             except TimeoutError:
-                await self._kill()
+                await self.close()
                 raise ConversionError("it takes too long to turn into text") from None
             except (OSError, EOFError):
-                await self._kill()
+                await self.close()
                 raise ConversionError("it is too much to turn into text") from None
             except asyncio.CancelledError:
-                await self._kill()  # its answer would be taken for the next page's
+                await self.close()  # its answer would be taken for the next page's
                 raise
         if "text" not in answer:
             raise ConversionError("it cannot be turned into text")
@@ -56,10 +56,6 @@ class Converter:
         """Have the process running, so that the first page need not wait for it. Raises ConversionError."""
         async with self._lock:
             await self._ready()
-
-    async def close(self) -> None:
-        """End the process."""
-        await self._kill()
 
     async def _ready(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
@@ -79,14 +75,15 @@ class Converter:
         except (OSError, EOFError):  # TimeoutError is an OSError
             hello = {"error": "its process ended"}
         except asyncio.CancelledError:
-            await self._kill()
+            await self.close()
             raise
         if "error" in hello:
-            await self._kill()
+            await self.close()
             raise ConversionError(f"crawl4ai does not start: {hello['error']}")
         return process
 
-    async def _kill(self) -> None:
+    async def close(self) -> None:
+        """End the process."""
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):

@@ -16,13 +16,13 @@ import html
 import re
 import socket
 import struct
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from rnow.web.addresses import Guard, Refused, parse_host, split_port
 
-Dial = Callable[[str, int], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Dial = Callable[[str, int], Awaitable[Stream]]
 
 _MAX_HEAD = 64 * 1024
 _CHUNK = 64 * 1024
@@ -31,15 +31,7 @@ _REQUEST = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,16384}) HTTP/1\.[01]")
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: [^\r\n]*)?")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[^\r\n\0]*")
 _HOP_BY_HOP = frozenset(
-    (
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"upgrade",
-    )
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te upgrade".split()
 )
 _REASONS = {
     400: "Bad Request",
@@ -76,7 +68,7 @@ class _OverLimit(Exception):
     pass
 
 
-async def _dial(address: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _dial(address: str, port: int) -> Stream:
     return await asyncio.open_connection(address, port, limit=_MAX_HEAD)
 
 
@@ -95,7 +87,7 @@ class PinningProxy:
         self._dial = dial
         self._server: asyncio.Server | None = None
         self._live: set[asyncio.Task[None]] = set()
-        self._failures: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._failures: dict[tuple[str, int], str] = {}
         self.port = 0
 
     @property
@@ -177,9 +169,7 @@ class PinningProxy:
         finally:
             upstream[1].close()
 
-    async def _open(
-        self, authority: str, default_port: int | None
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _open(self, authority: str, default_port: int | None) -> Stream:
         try:
             host_text, port = split_port(authority, default_port)
             host = parse_host(host_text)
@@ -198,15 +188,13 @@ class PinningProxy:
         return opened
 
     def _failed(self, host: str, port: int, status: int, reason: str) -> _Answer:
+        self._failures.pop((host, port), None)
         self._failures[(host, port)] = reason
-        self._failures.move_to_end((host, port))
-        while len(self._failures) > _REMEMBERED:
-            self._failures.popitem(last=False)
+        if len(self._failures) > _REMEMBERED:
+            del self._failures[next(iter(self._failures))]  # the oldest
         return _Answer(status, reason)
 
-    async def _dial_first(
-        self, addresses: list[str], port: int
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _dial_first(self, addresses: list[str], port: int) -> Stream:
         last: OSError = OSError("no address")
         for address in addresses:
             try:
@@ -216,13 +204,7 @@ class PinningProxy:
                 last = error
         raise last
 
-    async def _relay(
-        self,
-        client: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-        upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-        *,
-        answer_head: bool = False,
-    ) -> None:
+    async def _relay(self, client: Stream, upstream: Stream, *, answer_head: bool = False) -> None:
         """Pass bytes both ways until one side has ended; a browser that hangs up wants nothing more."""
         active = [asyncio.get_running_loop().time()]
 
