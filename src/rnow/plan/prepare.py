@@ -13,9 +13,9 @@ from rnow.disk.folder import RunFolder, choose_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import ResolvedModel, resolve_model
-from rnow.plan.rendered import Rendered, ToolSchemas, place_of, render_prompts
+from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
-from rnow.project.dataset import Dataset
+from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
 from rnow.serving.nf4 import require_nf4

@@ -11,7 +11,7 @@ from pathlib import Path
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, NotYetSupported
 from rnow.project.faults import MAX_SHOWN, excerpt
-from rnow.project.rows import Row, RowRules
+from rnow.project.rows import RowRules
 from rnow.project.sources import read_source
 from rnow.types import Prompt
 
@@ -115,12 +115,11 @@ def load_dataset(
     for index, source in enumerate(sources):
         file = read_source(source, rules, base_dir)
         warnings += file.warnings
-        rows = [_prompt(source, number, row) for number, row in enumerate(file.rows)]
-        for row in rows:
+        for row in file.rows:
             digest.update(_canonical(index, row))
-        held = _held_out_rows(rows, val_split, seed)
-        prompts += [prompt for prompt in rows if prompt.row not in held]
-        held_out += [prompt for prompt in rows if prompt.row in held]
+        held = _held_out_rows(file.rows, val_split, seed)
+        prompts += [prompt for prompt in file.rows if prompt.row not in held]
+        held_out += [prompt for prompt in file.rows if prompt.row in held]
     return Dataset(
         prompts=tuple(prompts),
         held_out=tuple(held_out),
@@ -142,7 +141,7 @@ def oversized_rows_error(rows: Sequence[tuple[Prompt, int]], limit: int) -> Data
     """The error for prompts of more than ``limit`` tokens: ``rows`` are (prompt, its tokens)."""
     longest = max(tokens for _, tokens in rows)
     details = [
-        f"{_place(prompt)}: {tokens} tokens | {_shown(prompt)}"
+        f"{place_of(prompt)}: {tokens} tokens | {_shown(prompt)}"
         for prompt, tokens in rows[:MAX_SHOWN]
     ]
     if len(rows) > MAX_SHOWN:
@@ -151,38 +150,22 @@ def oversized_rows_error(rows: Sequence[tuple[Prompt, int]], limit: int) -> Data
     return DataError(
         f"{prompts} not fit the window: at most {limit} tokens leave room for an answer",
         title="Prompts too long",
-        where=_place(rows[0][0]),
+        where=place_of(rows[0][0]),
         fix=f"shorten or remove these rows, or raise rollout.max_context_window above {longest}",
         details=details,
     )
 
 
-def _place(prompt: Prompt) -> str:
-    if prompt.line is not None:
+def place_of(prompt: Prompt) -> str:
+    """``train.jsonl:57``, or the prompt's id when it has no line."""
+    if prompt.source and prompt.line is not None:
         return f"{prompt.source}:{prompt.line}"
-    return f"{prompt.source}, row {prompt.row + 1}"
+    return f"{prompt.source}, row {prompt.row + 1}" if prompt.source else prompt.id
 
 
 def _shown(prompt: Prompt) -> str:
     content = prompt.messages[-1].get("content", "")
     return excerpt(content if isinstance(content, str) else json.dumps(content, default=str))
-
-
-def _prompt(source: DatasetSource, number: int, row: Row) -> Prompt:
-    return Prompt(
-        id=f"{source.name}/{number}",
-        dataset=source.name,
-        row=number,
-        messages=row.messages,
-        rewards=row.rewards,
-        tools=row.tools,
-        metadata=row.metadata,
-        variables=row.variables,
-        docker=row.docker,
-        docker_env=row.docker_env,
-        source=source.path,
-        line=row.line,
-    )
 
 
 def _canonical(dataset: int, prompt: Prompt) -> bytes:
