@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rnow.config.schema import DatasetSource
-from rnow.errors import DataError, NotYetSupported
-from rnow.project import Dataset, load_dataset
+from rnow.errors import DataError
+from rnow.project.dataset import Dataset, load_dataset
 from rnow.types import Prompt
 
 
@@ -189,11 +189,6 @@ def test_the_hash_does_not_see_the_split(tmp_path: Path) -> None:
         load(tmp_path, "a.jsonl", val_split=0.3).content_hash
         == load(tmp_path, "a.jsonl").content_hash
     )
-
-
-def test_midtrain_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotYetSupported, match="midtrain"):
-        load(tmp_path, "a.jsonl", dataset_type="midtrain")
 
 
 def test_sft_rows_end_with_an_assistant_message(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, InputError, NotYetSupported
-from rnow.project import load_dataset, oversized_rows_error
+from rnow.project.dataset import load_dataset, oversized_rows_error
 from rnow.project.jsonl import MAX_LINE_BYTES
 
 GOLDEN = Path(__file__).with_name("golden")

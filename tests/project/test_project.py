@@ -10,7 +10,7 @@ import pytest
 
 from rnow.config import Config
 from rnow.errors import DataError, InputError
-from rnow.project import load_project
+from rnow.project.project import load_project
 
 ROW = {"messages": [{"role": "user", "content": "Hi"}]}
 

@@ -10,7 +10,7 @@ import pytest
 
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, NotYetSupported
-from rnow.project import Dataset, load_dataset
+from rnow.project.dataset import Dataset, load_dataset
 
 USER = {"role": "user", "content": "Hi"}
 

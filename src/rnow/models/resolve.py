@@ -55,7 +55,6 @@ def resolve_model(
     path: str,
     *,
     key: str,
-    where: str | None = None,
     base_dir: Path,
     revision: str | None = None,
     weights: bool = True,
@@ -69,7 +68,6 @@ def resolve_model(
     Args:
         path: a folder (relative ones start at ``base_dir``) or a HuggingFace id.
         key: the setting it comes from, ``model.path`` or ``teacher.path``.
-        where: the place of that setting, for messages.
         revision: branch, tag or commit of a hub model.
         weights: False fetches everything but the weights (for ``rnow check``); they are still known to exist.
         trust_remote_code: fetch the repository's Python files too.
@@ -77,7 +75,7 @@ def resolve_model(
     Raises:
         ModelError: there is no such model, it is incomplete, or it is not of a kind that can be used.
     """
-    refusal = Refusal(path=path, key=key, where=where)
+    refusal = Refusal(path=path, key=key)
     folder = base_dir / Path(path).expanduser()
     if folder.is_dir():
         return ResolvedModel(
@@ -87,7 +85,7 @@ def resolve_model(
             source="local",
             weights_bytes=check_folder(folder, refusal),
         )
-    check_model_id(path, key=key, where=where, base_dir=base_dir)
+    check_model_id(path, key=key, base_dir=base_dir)
     if folder.exists():
         raise refusal.error(
             f"'{path}' is a file, not a model folder",

@@ -85,7 +85,7 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     _check_nf4(roles)
     for role in roles.values():
         key = f"{role.key}.path"
-        check_model_id(role.section.path, key=key, where=key, base_dir=folder)
+        check_model_id(role.section.path, key=key, base_dir=folder)
     listed = None
     if is_agentic(folder, config):
         listed = list_tools(config, folder, load_secrets(folder))
@@ -124,7 +124,6 @@ def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
     return resolve_model(
         section.path,
         key=key,
-        where=key,
         base_dir=folder,
         revision=section.revision,
         weights=wanted,

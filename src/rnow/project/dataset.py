@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.config.schema import DatasetSource
-from rnow.errors import DataError, NotYetSupported
+from rnow.errors import DataError
 from rnow.project.faults import MAX_SHOWN, excerpt
 from rnow.project.rows import RowRules
 from rnow.project.sources import read_source
@@ -100,8 +100,6 @@ def load_dataset(
     Raises:
         DataError, NotYetSupported: see ``read_source``.
     """
-    if dataset_type == "midtrain":
-        raise _no_midtrain()
     rules = RowRules(
         dataset_type=dataset_type,
         known_rewards=known_rewards,
@@ -126,14 +124,6 @@ def load_dataset(
         content_hash=digest.hexdigest(),
         warnings=tuple(warnings),
         shuffle=shuffle,
-    )
-
-
-def _no_midtrain() -> NotYetSupported:
-    return NotYetSupported(
-        'midtrain rows ({"text": ...}) are not read yet',
-        where="config.yml (dataset_type)",
-        fix="use dataset_type: distill",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rnow.config.schema import DatasetSource
@@ -85,8 +86,10 @@ class RowCollector:
 
 def _excerpt_of(value: object, path: JsonPath) -> str:
     for step in path:
-        inner = dict(enumerate(value)) if isinstance(value, list) else value
-        if not isinstance(inner, dict) or step not in inner:
+        known: Mapping[object, object] = value if isinstance(value, dict) else {}
+        if isinstance(value, list):
+            known = dict(enumerate(value))
+        if step not in known:
             break
-        value = inner[step]
+        value = known[step]
     return excerpt(json.dumps(value, ensure_ascii=False, default=str)[:200])
