@@ -18,7 +18,7 @@ from rnow.config.notices import find_notices
 from rnow.config.overrides import apply_overrides, describe_changes, parse_override
 from rnow.config.places import Places, parse_key, place
 from rnow.config.problems import InvalidValues
-from rnow.config.reserved import refuse_dataset_type, refuse_reserved
+from rnow.config.reserved import refuse_reserved, refuse_value
 from rnow.config.schema import SECTION_NAMES, Schema
 from rnow.config.strict_yaml import Document, decode, parse_document
 from rnow.errors import ConfigError, NotYetSupported
@@ -141,7 +141,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         overridden=frozenset(setting.path for setting in settings),
         moved=migration.moved,
     )
-    refuse_dataset_type(migration.data.get("dataset_type"), places.find(("dataset_type",)))
+    # Before the rest is read: its rules about other keys would only mislead.
+    kind = "dataset_type"
+    refuse_value(kind, migration.data.get(kind), places.find((kind,)))
     try:
         config = Config(**migration.data)
     except InvalidValues as error:

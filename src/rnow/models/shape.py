@@ -10,7 +10,7 @@ from torch import nn
 
 from rnow.errors import ModelError
 from rnow.models.refusal import one_line
-from rnow.models.resolve import ResolvedModel
+from rnow.models.resolved import ResolvedModel
 
 # What transformers raises for a configuration that it cannot build from, depending on what is odd in it.
 _NOT_A_MODEL = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, RuntimeError)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rnow.errors import ModelError
 from rnow.models.refusal import one_line
-from rnow.models.resolve import ResolvedModel
+from rnow.models.resolved import ResolvedModel
 from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import ToolDescription, render_text
 from rnow.types import Message

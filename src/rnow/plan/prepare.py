@@ -12,7 +12,8 @@ from rnow.config import Config, refuse_reserved
 from rnow.disk.folder import RunFolder, choose_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
-from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.models.resolve import resolve_model
+from rnow.models.resolved import ResolvedModel
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
 from rnow.project.dataset import Dataset, place_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,11 +75,8 @@ class Dataset:
 
 def load_dataset(
     sources: Sequence[DatasetSource],
+    rules: RowRules,
     *,
-    dataset_type: str,
-    known_rewards: Collection[str] = (),
-    known_tools: Collection[str] | None = (),
-    dockerfiles: Collection[str] = (),
     base_dir: Path,
     val_split: float = 0.0,
     seed: int = 0,
@@ -89,10 +86,7 @@ def load_dataset(
 
     Args:
         sources: entries of ``data.train_file``, in order, each with its own name; relative paths start at ``base_dir``.
-        dataset_type: ``distill``, ``sft`` or ``rl``; it decides what a row must end with.
-        known_rewards: names of the project's reward functions.
-        known_tools: names of its tools; None = not known before the run.
-        dockerfiles: the x of its ``Dockerfile.x``.
+        rules: what every row must look like.
         val_split: share of each dataset that is held out, chosen by ``seed``. At least one row of each when above 0, and
             at least one row of each is trained on.
         shuffle: a new order every epoch; False keeps the order of the files.
@@ -100,12 +94,6 @@ def load_dataset(
     Raises:
         DataError, NotYetSupported: see ``read_source``.
     """
-    rules = RowRules(
-        dataset_type=dataset_type,
-        known_rewards=known_rewards,
-        known_tools=known_tools,
-        dockerfiles=dockerfiles,
-    )
     prompts: list[Prompt] = []
     held_out: list[Prompt] = []
     warnings: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 
 from rnow.text.strict_json import JsonError, position_of_fault, read_json
 
@@ -13,22 +14,14 @@ _SURROGATE = re.compile(
 )
 
 
+@dataclass(eq=False)
 class JsonFault(Exception):
     """The text is not strict JSON. ``column`` counts characters from 1; ``cut`` = it ends too early."""
 
-    def __init__(
-        self,
-        message: str,
-        column: int,
-        *,
-        fix: str = "write one JSON object per line",
-        cut: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.column = column
-        self.fix = fix
-        self.cut = cut
+    message: str
+    column: int
+    fix: str = "write one JSON object per line"
+    cut: bool = False
 
 
 def parse(text: str) -> object:

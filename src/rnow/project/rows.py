@@ -42,7 +42,7 @@ _KINDS = {
 class RowRules:
     """What the run expects of its rows.
 
-    ``known_rewards`` are the functions of rewards.py; ``known_tools`` those of tools.py, or None when they cannot be
+    ``dataset_type`` (``distill``, ``sft`` or ``rl``) decides what a row must end with. ``known_rewards`` are the functions of rewards.py; ``known_tools`` those of tools.py, or None when they cannot be
     known before the run (an MCP server lists its own). ``dockerfiles`` are the x of the project's ``Dockerfile.x``.
     """
 
