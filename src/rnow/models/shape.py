@@ -71,13 +71,19 @@ def measure(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> Mode
     return shape_of(model)
 
 
-def shape_of(model: Any) -> ModelShape:
-    """The sizes of a transformers causal LM, with or without its weights."""
+def output_layer(model: Any) -> Any:
+    """The head of a transformers causal LM. Raises ModelError when it has none."""
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(
             f"{type(model).__name__} has no output embedding, so it is no causal language model"
         )
+    return head
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The sizes of a transformers causal LM, with or without its weights."""
+    head = output_layer(model)
     linear = tuple(
         shape
         for module in model.modules()
