@@ -35,6 +35,11 @@ class Places:
         tail = f":{position.column}" if column else ""
         return f"{self.name}:{position.line}{tail}{label}"
 
+    def where(self, key: str) -> str:
+        """The place of a dotted key (``evals[0].step``): ``config.yml:12 (teacher.path)``."""
+        parts = key.replace("]", "").replace("[", ".").split(".")
+        return self.find(tuple(int(part) if part.isdigit() else part for part in parts))
+
     def from_command_line(self, path: KeyPath) -> bool:
         """Whether the key, or something around it, was set by an override."""
         path = self.moved.get(path, path)
@@ -57,12 +62,6 @@ class Places:
         """The offending line and its caret, when the key stands in the file."""
         position = self.position(path, exact=True)
         return excerpt(self.document.lines, position) if position else ()
-
-
-def parse_key(key: str) -> KeyPath:
-    """``evals[0].step`` -> ``("evals", 0, "step")``."""
-    parts = key.replace("]", "").replace("[", ".").split(".")
-    return tuple(int(part) if part.isdigit() else part for part in parts)
 
 
 def place(problems: Sequence[Problem], places: Places) -> ConfigError:
