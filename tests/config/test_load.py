@@ -46,11 +46,11 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 def test_where(load: Load) -> None:
     loaded = load("evals:\n  - step: 3\n", "data.batch_size=8")
-    assert loaded.where("teacher.path") == "config.yml:5 (teacher.path)"
-    assert loaded.where("teacher.revision") == "config.yml:4 (teacher.revision)"
-    assert loaded.where("trainer.num_epochs") == "config.yml (trainer.num_epochs)"
-    assert loaded.where("data.batch_size") == "command line (data.batch_size)"
-    assert loaded.where("evals[0].step") == "config.yml:7 (evals[0].step)"
+    assert loaded.places.where("teacher.path") == "config.yml:5 (teacher.path)"
+    assert loaded.places.where("teacher.revision") == "config.yml:4 (teacher.revision)"
+    assert loaded.places.where("trainer.num_epochs") == "config.yml (trainer.num_epochs)"
+    assert loaded.places.where("data.batch_size") == "command line (data.batch_size)"
+    assert loaded.places.where("evals[0].step") == "config.yml:7 (evals[0].step)"
 
 
 @pytest.mark.parametrize("name", ["config.yml", "config.yaml", "config.json"])
@@ -75,7 +75,7 @@ def test_json_text_with_surrogate_pairs_and_tabs(tmp_path: Path) -> None:
     )
     loaded = load_config(path)
     assert loaded.config.description == "\U0001f600 A/"
-    assert loaded.where("description") == f"{path}:2 (description)"
+    assert loaded.places.where("description") == f"{path}:2 (description)"
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_legacy_eval_step(load: Load, more: str) -> None:
     loaded = load(more + "data:\n  val_split: 0.1\n")
     assert [entry.step for entry in loaded.config.evals] == [7]
     assert len(loaded.warnings) == 1
-    assert loaded.where("evals[0].step").startswith("config.yml:")
+    assert loaded.places.where("evals[0].step").startswith("config.yml:")
 
 
 def test_the_new_key_wins_over_the_old_one(load: Load) -> None:

@@ -12,7 +12,8 @@ from tests.models.conftest import COMMIT, FakeHub
 from tests.models.folders import model_folder, write_safetensors, write_shards
 
 from rnow.errors import ModelError
-from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.models.resolve import resolve_model
+from rnow.models.resolved import ResolvedModel
 
 REPOSITORY = {
     "config.json": 700,
@@ -51,7 +52,7 @@ def test_only_needed_files_are_fetched_at_the_commit_that_was_listed(
 ) -> None:
     hub.files, hub.local = REPOSITORY, downloaded(tmp_path / "snapshot")
     found = resolve("org/model", tmp_path, revision="main")
-    assert (found.revision, found.source, found.weights_bytes) == (COMMIT, "hub", 7000)
+    assert (found.revision, found.weights_bytes) == (COMMIT, 7000)
     (download,) = hub.downloads
     assert download["revision"] == COMMIT
     assert set(download["allow_patterns"]) == {
@@ -162,7 +163,7 @@ def test_without_a_hub_the_cache_will_do(tmp_path: Path, hub: FakeHub) -> None:
     hub.listing_error = ConnectionError("no route")
     hub.cached = downloaded(tmp_path / COMMIT)
     found = resolve("org/model", tmp_path)
-    assert (found.local_dir, found.revision, found.source) == (hub.cached, COMMIT, "hub")
+    assert (found.local_dir, found.revision) == (hub.cached, COMMIT)
 
 
 def test_without_a_hub_half_a_cache_will_not(tmp_path: Path, hub: FakeHub) -> None:

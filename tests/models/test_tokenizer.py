@@ -10,7 +10,8 @@ from tests.models.folders import CHATML, CONTROLS, LETTERS, model_folder, write_
 from tests.rollout.families import render_prompt
 
 from rnow.errors import ModelError
-from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.models.resolve import resolve_model
+from rnow.models.resolved import ResolvedModel
 from rnow.models.tokenizer import (
     TokenizerAgreement,
     compare_tokenizers,

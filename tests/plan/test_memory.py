@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rnow.config import Config
 from rnow.models.shape import ModelShape, shape_of
 from rnow.plan.memory import (
     ENGINE_ASLEEP,
@@ -20,6 +21,7 @@ from rnow.plan.memory import (
     peak_in_turns,
     savings,
 )
+from rnow.plan.roles import roles_of
 
 GB = 10**9
 LAYER_8B = [
@@ -42,17 +44,14 @@ QWEN3_8B = ModelShape(
 )
 
 
+ROLES = roles_of(Config(dataset_type="distill", model={"path": "s"}, teacher={"path": "t"}))
 STUDENT = ModelMemory(
-    key="model",
-    serving_key="sampler",
-    part="sampler",
+    role=ROLES["student"],
     shape=QWEN3_8B,
     width=2,
     quantization="nf4",
 )
-TEACHER = replace(
-    STUDENT, key="teacher", serving_key="teacher", part="teacher", quantization="none"
-)
+TEACHER = replace(STUDENT, role=ROLES["teacher"], quantization="none")
 
 
 def settings_of(
@@ -246,7 +245,7 @@ def test_activations_cover_what_autograd_keeps(
 
 def test_a_second_teacher_is_one_more_of_the_same() -> None:
     one = settings_of()
-    two = replace(one, models={**one.models, "teacher/code": replace(TEACHER, part="teacher")})
+    two = replace(one, models={**one.models, "teacher/code": TEACHER})
     added = memory_parts(two)[len(memory_parts(one)) :]
     assert [part.model for part in added] == ["teacher/code"] * 3
     alone = [part for part in memory_parts(one) if part.model == "teacher"]

@@ -14,7 +14,8 @@ from tests.plan.test_rendered import make_config, prompts_of
 
 from rnow.config import Config
 from rnow.errors import ConfigError, DataError, ModelError
-from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.models.resolve import resolve_model
+from rnow.models.resolved import ResolvedModel
 from rnow.plan import plan as plan_module
 from rnow.plan.devices import DeviceInfo, describe_device
 from rnow.plan.plan import Plan, build_plan, format_bytes, taking_turns

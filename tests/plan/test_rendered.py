@@ -13,7 +13,8 @@ from tests.rollout.families import render_prompt
 
 from rnow.config import Config
 from rnow.errors import EXIT_BAD_INPUT, DataError, InputError, ModelError
-from rnow.models.resolve import ResolvedModel, resolve_model
+from rnow.models.resolve import resolve_model
+from rnow.models.resolved import ResolvedModel
 from rnow.plan.rendered import Rendered, choose_window, model_limit, render_prompts
 from rnow.plan.roles import Models, RunModel, roles_of
 from rnow.types import Prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rnow.config.schema import DatasetSource
-from rnow.errors import DataError, NotYetSupported
-from rnow.project import Dataset, load_dataset
+from rnow.errors import DataError
+from rnow.project.dataset import Dataset, load_dataset
+from rnow.project.rows import RowRules
 from rnow.types import Prompt
 
 
@@ -31,12 +33,19 @@ def write_rows(path: Path, count: int, **keys: Any) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def load(folder: Path, *sources: str | DatasetSource, **options: Any) -> Dataset:
+def load(
+    folder: Path,
+    *sources: str | DatasetSource,
+    dataset_type: str = "distill",
+    known_rewards: Collection[str] = (),
+    **options: Any,
+) -> Dataset:
     found = [
         DatasetSource(path=source, name=f"dataset_{index}") if isinstance(source, str) else source
         for index, source in enumerate(sources)
     ]
-    return load_dataset(found, **({"dataset_type": "distill", "base_dir": folder} | options))
+    rules = RowRules(dataset_type=dataset_type, known_rewards=known_rewards)
+    return load_dataset(found, rules, base_dir=folder, **options)
 
 
 def ids(prompts: Any) -> list[str]:
@@ -193,11 +202,6 @@ def test_the_hash_does_not_see_the_split(tmp_path: Path) -> None:
         load(tmp_path, "a.jsonl", val_split=0.3).content_hash
         == load(tmp_path, "a.jsonl").content_hash
     )
-
-
-def test_midtrain_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotYetSupported, match="midtrain"):
-        load(tmp_path, "a.jsonl", dataset_type="midtrain")
 
 
 def test_sft_rows_end_with_an_assistant_message(tmp_path: Path) -> None:

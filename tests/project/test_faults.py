@@ -12,12 +12,20 @@ import pytest
 
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, InputError, NotYetSupported
-from rnow.project import load_dataset, oversized_rows_error
+from rnow.project.dataset import Dataset, load_dataset, oversized_rows_error
 from rnow.project.jsonl import MAX_LINE_BYTES
+from rnow.project.rows import RowRules
 
 GOLDEN = Path(__file__).with_name("golden")
 USER = {"role": "user", "content": "Hi"}
 GOOD = json.dumps({"messages": [USER]})
+
+
+def load(
+    folder: Path, path: str = "train.jsonl", *, val_split: float = 0.0, **options: Any
+) -> Dataset:
+    rules = RowRules(**({"dataset_type": "distill"} | options))
+    return load_dataset([DatasetSource(path=path)], rules, base_dir=folder, val_split=val_split)
 
 
 def row(**keys: Any) -> str:
@@ -103,10 +111,9 @@ def refused(
         "dataset_type": "distill",
         "known_rewards": {"accuracy", "length"},
         "dockerfiles": {"sandbox"},
-        "base_dir": folder,
     }
     with pytest.raises(InputError) as caught:
-        load_dataset([DatasetSource(path="train.jsonl")], **(fields | options))
+        load(folder, **(fields | options))
     check_golden(name, caught.value)
     return caught.value
 
@@ -169,9 +176,7 @@ def test_a_line_of_200_mb_is_not_read_whole(check_golden: Any, tmp_path: Path) -
     tracemalloc.start()
     try:
         with pytest.raises(DataError) as caught:
-            load_dataset(
-                [DatasetSource(path="train.jsonl")], dataset_type="distill", base_dir=tmp_path
-            )
+            load(tmp_path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -183,13 +188,11 @@ def test_a_line_just_under_the_limit_is_read(tmp_path: Path) -> None:
     empty = len(says("user", ""))
     path = tmp_path / "train.jsonl"
     path.write_bytes(lines(says("user", "x" * (MAX_LINE_BYTES - empty)), GOOD))
-    dataset = load_dataset(
-        [DatasetSource(path="train.jsonl")], dataset_type="distill", base_dir=tmp_path
-    )
+    dataset = load(tmp_path)
     assert len(dataset.prompts) == 2
     path.write_bytes(lines(says("user", "x" * (MAX_LINE_BYTES - empty + 1)), GOOD))
     with pytest.raises(DataError, match="1 fault"):
-        load_dataset([DatasetSource(path="train.jsonl")], dataset_type="distill", base_dir=tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_paths(check_golden: Any, tmp_path: Path, name: str, path: str) -> None:
     (tmp_path / "train.jsonl").write_bytes(lines(GOOD))
     (tmp_path / "other.txt").write_text("x")
     with pytest.raises(DataError) as caught:
-        load_dataset([DatasetSource(path=path)], dataset_type="distill", base_dir=tmp_path)
+        load(tmp_path, path)
     check_golden(name, caught.value)
 
 
@@ -221,12 +224,7 @@ def test_a_batch_larger_than_the_dataset(
     check_golden: Any, tmp_path: Path, name: str, rows: int, val_split: float
 ) -> None:
     (tmp_path / "train.jsonl").write_bytes(lines(*[GOOD] * rows))
-    dataset = load_dataset(
-        [DatasetSource(path="train.jsonl")],
-        dataset_type="distill",
-        base_dir=tmp_path,
-        val_split=val_split,
-    )
+    dataset = load(tmp_path, val_split=val_split)
     with pytest.raises(DataError) as caught:
         dataset.num_steps(8, 1)
     check_golden(name, caught.value)
@@ -237,9 +235,7 @@ def test_a_batch_larger_than_the_dataset(
 def test_prompts_longer_than_the_window(check_golden: Any, tmp_path: Path) -> None:
     rows = [says("user", f"question {n} " + "x" * 100) for n in range(12)]
     (tmp_path / "train.jsonl").write_bytes(lines(*rows))
-    dataset = load_dataset(
-        [DatasetSource(path="train.jsonl")], dataset_type="distill", base_dir=tmp_path
-    )
+    dataset = load(tmp_path)
     oversized = [(prompt, 3000 + prompt.row) for prompt in dataset.prompts]
     check_golden("oversized_rows", oversized_rows_error(oversized, 2048))
     check_golden("oversized_row", oversized_rows_error(oversized[:1], 2048))
@@ -255,5 +251,5 @@ def test_a_dataset_that_cannot_be_fetched(
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError) as caught:
-        load_dataset([DatasetSource(path="org/name")], dataset_type="distill", base_dir=tmp_path)
+        load(tmp_path, "org/name")
     check_golden("hub_unreachable", caught.value)

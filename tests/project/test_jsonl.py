@@ -11,14 +11,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, InputError
 from rnow.project.faults import excerpt
-from rnow.project.json_text import JsonFault, column_of, parse
-from rnow.project.jsonl import read_rows
+from rnow.project.json_text import JsonFault, parse
+from rnow.project.jsonl import read_rows as read_source_rows
+from rnow.project.row_file import RowFile
 from rnow.project.rows import RowRules
+from rnow.text.strict_json import position_of
 
 RULES = RowRules(dataset_type="distill", known_rewards={"accuracy"})
 GOOD = b'{"messages": [{"role": "user", "content": "Hi"}]}'
+
+
+def read_rows(path: Path, rules: RowRules) -> RowFile:
+    return read_source_rows(path, DatasetSource(path=path.name), rules)
 
 
 def write(folder: Path, content: bytes) -> Path:
@@ -209,9 +216,9 @@ def test_a_column_points_at_its_value(value: Any, indent: int | None) -> None:
     text = json.dumps(value, indent=indent)
     decoder = json.JSONDecoder()
     for path, expected in _paths(value):
-        found, _ = decoder.raw_decode(text, column_of(text, path) - 1)
+        found, _ = decoder.raw_decode(text, position_of(text, path))
         assert found == expected
-    assert column_of(text, ("no", "such", "path")) >= 1
+    assert position_of(text, ("no", "such", "path")) >= 0
 
 
 @pytest.mark.parametrize(

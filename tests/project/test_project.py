@@ -10,7 +10,7 @@ import pytest
 
 from rnow.config import Config
 from rnow.errors import DataError, InputError
-from rnow.project import load_project
+from rnow.project.project import load_project
 
 ROW = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -43,7 +43,7 @@ def test_the_parts_of_a_folder(folder: Path) -> None:
     assert list(project.rewards) == ["f"]
     assert project.secrets == {"API_KEY": "sk-secret"}
     assert not project.agentic
-    assert project.warnings == ()
+    assert project.dataset.warnings == ()
     assert "sk-secret" not in repr(project)
     assert {path.name for path in folder.iterdir()} == before
 

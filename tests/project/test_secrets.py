@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rnow.errors import InputError
-from rnow.project import load_secrets, redact
+from rnow.project.secrets import load_secrets
+from rnow.usercode.text import redact
 
 
 def test_values_are_read_and_the_environment_is_left_alone(tmp_path: Path) -> None:

@@ -10,15 +10,16 @@ import pytest
 
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, NotYetSupported
-from rnow.project import Dataset, load_dataset
+from rnow.project.dataset import Dataset, load_dataset
+from rnow.project.rows import RowRules
 
 USER = {"role": "user", "content": "Hi"}
 
 
 def load(folder: Path, source: DatasetSource | str, **options: Any) -> Dataset:
     found = DatasetSource(path=source) if isinstance(source, str) else source
-    fields = {"dataset_type": "distill", "base_dir": folder, "known_rewards": {"r"}}
-    return load_dataset([found], **(fields | options))
+    rules = RowRules(**({"dataset_type": "distill", "known_rewards": {"r"}} | options))
+    return load_dataset([found], rules, base_dir=folder)
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -22,8 +22,9 @@ def show_plan(loaded: LoadedConfig, folder: Path, *, as_json: bool) -> None:
     from rnow.cli.output import console, print_json, print_lines
     from rnow.config import to_dict, to_yaml
     from rnow.plan.view import plan_view
-    from rnow.project.secrets import load_secrets, redact
+    from rnow.project.secrets import load_secrets
     from rnow.setup import build
+    from rnow.usercode.text import redact
 
     with placed(loaded):
         plan = build.check(loaded.config, folder)

@@ -73,5 +73,5 @@ def placed(loaded: LoadedConfig) -> Iterator[None]:
     except RnowError as error:
         match = _KEY.fullmatch(error.where or "")
         if match and hasattr(loaded.config, match[1]):
-            error.where = loaded.where(match[0])
+            error.where = loaded.places.where(match[0])
         raise

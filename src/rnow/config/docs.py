@@ -141,21 +141,15 @@ def _type(schema: JsonSchemaValue, root: JsonSchemaValue) -> str:
 
 def _reserved() -> str:
     rows = [(f"`{key}`", entry.values, _sentence(entry.instead)) for key, entry in RESERVED.items()]
-    return (
-        "## Reserved\n\n"
-        "These values are part of the format and do nothing yet. They are refused (exit code 2), never ignored.\n\n"
-        + _table(("key", "values", "instead"), rows)
-    )
+    note = "These values are part of the format and do nothing yet. They are refused (exit code 2), never ignored."
+    return f"## Reserved\n\n{note}\n\n{_table(('key', 'values', 'instead'), rows)}"
 
 
 def _legacy() -> str:
     rows = [(f"`{dotted(old)}`", f"`{dotted(new)}`{note}") for old, new, _, note in RENAMED]
     rows.append(("`trainer.save_step: 0`", "`trainer.save_step: -1`"))
-    return (
-        "## Old keys\n\n"
-        "Accepted with one warning each. When the new key is set too, the old one is ignored.\n\n"
-        + _table(("old", "new"), rows)
-    )
+    note = "Accepted with one warning each. When the new key is set too, the old one is ignored."
+    return f"## Old keys\n\n{note}\n\n{_table(('old', 'new'), rows)}"
 
 
 def _sentence(text: str) -> str:

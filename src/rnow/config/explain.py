@@ -12,21 +12,15 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
+# A strict schema of sections gives no other kinds of wrong type.
 EXPECTED = {
     "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
     "float_type": "a number",
-    "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
-    "bool_parsing": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
-    "list_type": "a list",
     "model_type": "a section of key: value lines",
-    "model_attributes_type": "a section of key: value lines",
-    "dict_type": "a section of key: value lines",
 }
 
 MISSING: dict[KeyPath, str] = {
@@ -119,7 +113,7 @@ def hint_for(path: KeyPath, kind: str, given: object) -> str | None:
     if kind == "string_type" and isinstance(given, bool | int | float):
         word = in_words(given).removeprefix("the number ")
         return f'for text, write "{word}" with quotes'
-    if kind in ("int_type", "int_from_float") and isinstance(given, float) and given.is_integer():
+    if kind == "int_type" and isinstance(given, float) and given.is_integer():
         return f"write {int(given)}"
     if kind == "bool_type" and isinstance(given, str):
         word = given.strip().lower()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from rnow.config.overrides import lookup
 from rnow.config.problems import KeyPath, dotted
@@ -11,15 +10,6 @@ from rnow.config.problems import KeyPath, dotted
 CHARS_PER_TOKEN = 4
 
 OLD_THINKING_MODES = {"easy": "low", "hard": "high"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Migration:
-    """The config with only today's keys, the warnings, and new key -> old key for the places of errors."""
-
-    data: dict[str, object]
-    warnings: list[str]
-    moved: dict[KeyPath, KeyPath]
 
 
 def _tokens(characters: object) -> object:
@@ -56,8 +46,13 @@ RENAMED: tuple[tuple[KeyPath, KeyPath, Callable[[object], object], str], ...] = 
 """Old path, new path, what becomes of the value, and what the warning adds."""
 
 
-def migrate(data: Mapping[str, object]) -> Migration:
-    """Move every legacy key. A new key that is also set wins over the old one."""
+def migrate(
+    data: Mapping[str, object],
+) -> tuple[dict[str, object], list[str], dict[KeyPath, KeyPath]]:
+    """The config with only today's keys, warnings, and new key -> old key for the places of errors.
+
+    A new key that is also set wins over the old one.
+    """
     result: dict[str, object] = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
     warnings: list[str] = []
     moved: dict[KeyPath, KeyPath] = {}
@@ -85,7 +80,7 @@ def migrate(data: Mapping[str, object]) -> Migration:
     if isinstance(trainer, dict) and (step := trainer.get("save_step")) == 0 and type(step) is int:
         trainer["save_step"] = -1
         warnings.append("trainer.save_step: 0 is an old value: write -1 to save at the end")
-    return Migration(data=result, warnings=warnings, moved=moved)
+    return result, warnings, moved
 
 
 def _remove(data: dict[str, object], path: KeyPath) -> None:

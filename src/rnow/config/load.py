@@ -16,9 +16,9 @@ from rnow.config.json_text import parse_json_document
 from rnow.config.legacy import migrate
 from rnow.config.notices import find_notices
 from rnow.config.overrides import apply_overrides, describe_changes, parse_override
-from rnow.config.places import Places, parse_key, place
+from rnow.config.places import Places, place
 from rnow.config.problems import InvalidValues
-from rnow.config.reserved import refuse_dataset_type, refuse_reserved
+from rnow.config.reserved import refuse_reserved, refuse_value
 from rnow.config.schema import SECTION_NAMES, Schema
 from rnow.config.strict_yaml import Document, decode, parse_document
 from rnow.errors import ConfigError, NotYetSupported
@@ -77,10 +77,6 @@ class LoadedConfig:
     changes: list[str]
     places: Places
 
-    def where(self, key: str) -> str:
-        """The place of a dotted key: ``config.yml:12 (teacher.path)``."""
-        return self.places.find(parse_key(key))
-
 
 def find_config_file(path: Path) -> Path:
     """The config file of a folder, or the file itself.
@@ -134,26 +130,28 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     file = find_config_file(Path(path))
     document = read_document(file)
     settings = [parse_override(text) for text in overrides]
-    migration = migrate(apply_overrides(document.data, settings))
+    data, warnings, moved = migrate(apply_overrides(document.data, settings))
     places = Places(
         name=str(file),
         document=document,
         overridden=frozenset(setting.path for setting in settings),
-        moved=migration.moved,
+        moved=moved,
     )
-    refuse_dataset_type(migration.data.get("dataset_type"), places.find(("dataset_type",)))
+    # Before the rest is read: its rules about other keys would only mislead.
+    kind = "dataset_type"
+    refuse_value(kind, data.get(kind), places.where(kind))
     try:
-        config = Config(**migration.data)
+        config = Config(**data)
     except InvalidValues as error:
         raise place(error.problems, places) from None
     except NotYetSupported as error:
-        error.where = places.find(parse_key(error.where)) if error.where else None
+        error.where = places.where(error.where) if error.where else None
         raise
-    refuse_reserved(config, lambda key: places.find(parse_key(key)))
+    refuse_reserved(config, places.where)
     return LoadedConfig(
         config=config,
         path=file,
-        warnings=migration.warnings + find_notices(config),
+        warnings=warnings + find_notices(config),
         changes=describe_changes(document.data, settings),
         places=places,
     )

@@ -27,7 +27,6 @@ class Places:
         A key that is not in the file is placed at the nearest enclosing section that is.
         """
         label = f" ({dotted(path)})" if path else ""
-        path = self.original(path)
         if self.from_command_line(path):
             return f"{COMMAND_LINE}{label}"
         position = self.position(path)
@@ -36,16 +35,22 @@ class Places:
         tail = f":{position.column}" if column else ""
         return f"{self.name}:{position.line}{tail}{label}"
 
-    def original(self, path: KeyPath) -> KeyPath:
-        """The key as it was written, when a legacy key was moved."""
-        return self.moved.get(path, path)
+    def where(self, key: str) -> str:
+        """The place of a dotted key (``evals[0].step``): ``config.yml:12 (teacher.path)``."""
+        parts = key.replace("]", "").replace("[", ".").split(".")
+        return self.find(tuple(int(part) if part.isdigit() else part for part in parts))
 
     def from_command_line(self, path: KeyPath) -> bool:
         """Whether the key, or something around it, was set by an override."""
+        path = self.moved.get(path, path)
         return any(path[:n] in self.overridden for n in range(1, len(path) + 1))
 
     def position(self, path: KeyPath, *, exact: bool = False) -> Position | None:
-        """The place of the key itself, or (unless ``exact``) of the nearest section around it."""
+        """The place in the file of the key itself, or (unless ``exact``) of the nearest section around it; None for what
+        the command line set."""
+        if self.from_command_line(path):
+            return None
+        path = self.moved.get(path, path)
         while path:
             found = self.document.keys.get(path) or self.document.values.get(path)
             if found or exact:
@@ -53,11 +58,10 @@ class Places:
             path = path[:-1]
         return None
 
-
-def parse_key(key: str) -> KeyPath:
-    """``evals[0].step`` -> ``("evals", 0, "step")``."""
-    parts = key.replace("]", "").replace("[", ".").split(".")
-    return tuple(int(part) if part.isdigit() else part for part in parts)
+    def line_of(self, path: KeyPath) -> tuple[str, ...]:
+        """The offending line and its caret, when the key stands in the file."""
+        position = self.position(path, exact=True)
+        return excerpt(self.document.lines, position) if position else ()
 
 
 def place(problems: Sequence[Problem], places: Places) -> ConfigError:
@@ -68,13 +72,18 @@ def place(problems: Sequence[Problem], places: Places) -> ConfigError:
             name_key(only),
             where=places.find(only.path, column=True),
             fix=only.hint,
-            details=line_of(only, places),
+            details=places.line_of(only.path),
         )
     details: list[str] = []
-    ordered = sorted(problems, key=lambda p: line_number(p, places))
+
+    def line(problem: Problem) -> int:
+        position = places.position(problem.path)
+        return position.line if position else 0  # the command line first
+
+    ordered = sorted(problems, key=line)
     for problem in ordered[:MAX_SHOWN]:
         details.append(f"{places.find(problem.path, column=True)}: {problem.describe()}")
-        details += [f"    {line}" for line in line_of(problem, places)[:1]]
+        details += [f"    {line}" for line in places.line_of(problem.path)[:1]]
     if len(ordered) > MAX_SHOWN:
         details.append(f"... and {len(ordered) - MAX_SHOWN} more")
     return ConfigError(f"{len(problems)} problems", details=details)
@@ -90,19 +99,3 @@ def name_key(problem: Problem) -> str:
         if not key or key in problem.message
         else f"{problem.key}: {problem.message}"
     )
-
-
-def line_number(problem: Problem, places: Places) -> int:
-    """For reading order: the line of the key, with the command line first."""
-    path = places.original(problem.path)
-    position = None if places.from_command_line(path) else places.position(path)
-    return position.line if position else 0
-
-
-def line_of(problem: Problem, places: Places) -> tuple[str, ...]:
-    """The offending line, when the key stands in the file."""
-    path = places.original(problem.path)
-    if places.from_command_line(path):
-        return ()
-    position = places.position(path, exact=True)
-    return excerpt(places.document.lines, position) if position else ()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rnow.config.keys import Reserved
 from rnow.config.schema import KEYS
 from rnow.errors import NotYetSupported
 
@@ -26,24 +25,19 @@ def value_at(config: Config, key: str) -> object:
     return value
 
 
-def refuse_dataset_type(value: object, where: str) -> None:
-    """Refuse a reserved dataset_type before the rest is read: its rules about other keys would only mislead."""
-    reserved = RESERVED.get("dataset_type")
+def refuse_value(key: str, value: object, where: str) -> None:
+    """Raise NotYetSupported for a value that does nothing yet."""
+    reserved = RESERVED.get(key)
     if reserved is not None and reserved.refuses(value):
-        raise refusal("dataset_type", reserved, value, where)
+        raise NotYetSupported(
+            f"{key}: {_shown(value)} is not supported yet",
+            where=where,
+            why="the setting is reserved and would do nothing",
+            fix=reserved.instead,
+        )
 
 
-def refusal(key: str, reserved: Reserved, value: object, where: str) -> NotYetSupported:
-    """The error for one reserved setting."""
-    return NotYetSupported(
-        f"{key}: {_shown(value)} is not supported yet",
-        where=where,
-        why="the setting is reserved and would do nothing",
-        fix=reserved.instead,
-    )
-
-
-def refuse_reserved(config: Config, where: Callable[[str], str] | None = None) -> None:
+def refuse_reserved(config: Config, where: Callable[[str], str] = str) -> None:
     """Refuse a setting that does nothing yet.
 
     Args:
@@ -52,10 +46,8 @@ def refuse_reserved(config: Config, where: Callable[[str], str] | None = None) -
 
     Raises NotYetSupported for the first such setting.
     """
-    for key, reserved in RESERVED.items():
-        value = value_at(config, key)
-        if reserved.refuses(value):
-            raise refusal(key, reserved, value, where(key) if where else key)
+    for key in RESERVED:
+        refuse_value(key, value_at(config, key), where(key))
 
 
 def _shown(value: object) -> str:

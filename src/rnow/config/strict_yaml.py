@@ -98,7 +98,6 @@ def fault(
     position: Position | None,
     *,
     key: str | None = None,
-    why: str | None = None,
     fix: str | None = None,
 ) -> ConfigError:
     """A ConfigError at a place of the file, with the line shown."""
@@ -107,7 +106,6 @@ def fault(
         message,
         where=f"{where} ({key})" if key else where,
         details=excerpt(lines, position) if position else (),
-        why=why,
         fix=fix,
     )
 
@@ -176,33 +174,20 @@ def _syntax_fault(error: yaml.MarkedYAMLError, name: str, lines: tuple[str, ...]
         mark = error.context_mark  # at the end of the file: show what was left open instead
     position = Position(line=mark.line + 1, column=mark.column + 1) if mark else None
     problem = error.problem or error.context or "not valid YAML"
-    if isinstance(error, _Refused):
-        return fault(problem, name, lines, position)
-    if "'\\t'" in problem:
-        return fault(
-            "a tab where YAML wants spaces", name, lines, position, fix="replace the tab by spaces"
-        )
-    if error.context == "expected a single document in the stream":
-        return fault(
-            "several documents in one file",
-            name,
-            lines,
-            position,
-            fix="keep one document and remove the --- line",
-        )
-    if problem.startswith("found undefined alias") or error.context == "while scanning an alias":
-        return fault(
-            "a value starts with *, which YAML reads as an alias",
-            name,
-            lines,
-            position,
-            fix="put quotes around the value",
-        )
     context = f" ({error.context})" if error.context and error.context != problem else ""
-    fix = None
-    if "mapping values are not allowed" in problem:
+    message, fix = f"not valid YAML: {problem}{context}", None
+    if isinstance(error, _Refused):
+        message = problem
+    elif "'\\t'" in problem:
+        message, fix = "a tab where YAML wants spaces", "replace the tab by spaces"
+    elif error.context == "expected a single document in the stream":
+        message, fix = "several documents in one file", "keep one document and remove the --- line"
+    elif problem.startswith("found undefined alias") or error.context == "while scanning an alias":
+        message = "a value starts with *, which YAML reads as an alias"
+        fix = "put quotes around the value"
+    elif "mapping values are not allowed" in problem:
         fix = "check the indentation, and put quotes around a value that contains ': '"
-    return fault(f"not valid YAML: {problem}{context}", name, lines, position, fix=fix)
+    return fault(message, name, lines, position, fix=fix)
 
 
 def parse_document(text: str, name: str) -> Document:

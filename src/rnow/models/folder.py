@@ -19,11 +19,10 @@ def check_folder(folder: Path, refusal: Refusal) -> int:
     names = {entry.name for entry in folder.iterdir()}
     if "adapter_config.json" in names:
         raise adapter_refused(refusal)
-    missing = _missing_parts(names)
-    if "config.json" in missing or len(missing) == 3:
-        raise _not_a_model(folder, names, missing, refusal)
+    if "config.json" not in names:
+        raise _not_a_model(folder, names, refusal)
     read_json(folder / "config.json", refusal)
-    if missing and missing[0].startswith("tokenizer"):
+    if not names.intersection(TOKENIZER_FILES):
         raise refusal.error(
             f"the folder '{refusal.path}' has no tokenizer",
             why="the tokenizer turns the prompts into the ids the model was trained on",
@@ -32,26 +31,18 @@ def check_folder(folder: Path, refusal: Refusal) -> int:
     return check_weights(folder, names, refusal)
 
 
-def _missing_parts(names: set[str]) -> list[str]:
-    missing = []
-    if "config.json" not in names:
-        missing.append("config.json")
-    if not names.intersection(TOKENIZER_FILES):
-        missing.append("tokenizer (tokenizer.json)")
-    if not any(name.endswith((".safetensors", *PICKLED)) for name in names):
-        missing.append(f"weights ({WEIGHTS})")
-    return missing
-
-
-def _not_a_model(
-    folder: Path, names: set[str], missing: Sequence[str], refusal: Refusal
-) -> ModelError:
+def _not_a_model(folder: Path, names: set[str], refusal: Refusal) -> ModelError:
     gguf = sorted(name for name in names if name.endswith(".gguf"))
     if gguf:
         return refusal.error(
             f"the folder '{refusal.path}' holds a GGUF file ({gguf[0]}), which cannot be trained or scored here",
             fix="use the original model: config.json, tokenizer.json and safetensors weights",
         )
+    missing = ["config.json"]
+    if not names.intersection(TOKENIZER_FILES):
+        missing.append("tokenizer (tokenizer.json)")
+    if not any(name.endswith((".safetensors", *PICKLED)) for name in names):
+        missing.append(f"weights ({WEIGHTS})")
     inside = model_folders(folder)
     beside = [] if inside else model_folders(folder.parent)
     suggestions = [f"{refusal.path.rstrip('/')}/{name}" for name in inside]

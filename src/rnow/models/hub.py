@@ -9,12 +9,13 @@ import errno
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 from rnow.errors import ModelError
 from rnow.models.folder import TOKENIZER_FILES, check_folder, model_folders
 from rnow.models.refusal import Refusal, adapter_refused, one_line, read_json, shorten
+from rnow.models.resolved import ResolvedModel
 from rnow.models.weight_files import (
     SHARD,
     WEIGHTS,
@@ -27,15 +28,6 @@ from rnow.text.suggest import closest
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """A repository's files at one commit, on this machine. ``weights_bytes`` counts those not downloaded too."""
-
-    folder: Path
-    commit: str
-    weights_bytes: int
-
-
 def fetch(
     refusal: Refusal,
     *,
@@ -43,7 +35,7 @@ def fetch(
     weights: bool,
     trust_remote_code: bool,
     base_dir: Path,
-) -> Snapshot:
+) -> ResolvedModel:
     """Download what is missing of the model that ``refusal`` names; see ``rnow.models.resolve.resolve_model``.
 
     Args:
@@ -64,35 +56,33 @@ def fetch(
             fix=f"{refusal.key}: organisation/name, or a folder that exists",
         ) from error
     except Exception as error:
-        if not _from_outside(error):
-            raise
         # Anything but "unreachable" is final; what is already on this machine needs no hub.
-        if not _unreachable(error):
-            raise _hub_error(error, path, revision, base_dir, refusal) from error
-        try:
-            return _resolve_from_cache(path, revision, refusal)
-        except (ModelError, OSError, LookupError):
-            raise _hub_error(error, path, revision, base_dir, refusal) from error
+        if _unreachable(error):
+            with suppress(ModelError, OSError, LookupError):
+                return _resolve_from_cache(revision, refusal)
+        raise _hub_error(error, revision, base_dir, refusal) from error
 
     files = _wanted_files(sizes, trust_remote_code, refusal)
     shards = [name for name in files if name.endswith(".safetensors")]
-    small = [name for name in files if name not in shards]
-    _check_free_space(path, sizes, files if weights else small, commit, refusal)
+    if not weights:
+        files = [name for name in files if name not in shards]
+    _check_free_space(sizes, files, commit, refusal)
     try:
         folder = Path(
-            huggingface_hub.snapshot_download(
-                path, revision=commit, allow_patterns=files if weights else small
-            )
+            huggingface_hub.snapshot_download(path, revision=commit, allow_patterns=files)
         )
     except Exception as error:
-        if not _from_outside(error):
-            raise
-        raise _hub_error(error, path, revision, base_dir, refusal) from error
+        raise _hub_error(error, revision, base_dir, refusal) from error
     if weights:
         for name in shards:
             check_safetensors(folder / name, refusal)
     read_json(folder / "config.json", refusal)
-    return Snapshot(folder=folder, commit=commit, weights_bytes=sum(sizes[name] for name in shards))
+    return ResolvedModel(
+        path=path,
+        local_dir=folder,
+        revision=commit,
+        weights_bytes=sum(sizes[name] for name in shards),
+    )
 
 
 def _list_repository(path: str, revision: str | None) -> tuple[dict[str, int], str]:
@@ -141,11 +131,12 @@ def _wanted_files(sizes: dict[str, int], trust_remote_code: bool, refusal: Refus
 
 
 def _check_free_space(
-    path: str, sizes: dict[str, int], files: Sequence[str], commit: str, refusal: Refusal
+    sizes: dict[str, int], files: Sequence[str], commit: str, refusal: Refusal
 ) -> None:
     import huggingface_hub
     from huggingface_hub import constants
 
+    path = refusal.path
     needed = sum(
         sizes[name]
         for name in files
@@ -166,21 +157,14 @@ def _existing_parent(folder: Path) -> Path:
     return folder
 
 
-def _resolve_from_cache(path: str, revision: str | None, refusal: Refusal) -> Snapshot:
+def _resolve_from_cache(revision: str | None, refusal: Refusal) -> ResolvedModel:
     """A model found whole in the cache while the hub cannot be reached."""
     import huggingface_hub
 
+    path = refusal.path
     folder = Path(huggingface_hub.snapshot_download(path, revision=revision, local_files_only=True))
-    return Snapshot(folder=folder, commit=folder.name, weights_bytes=check_folder(folder, refusal))
-
-
-def _from_outside(error: BaseException) -> bool:
-    """Whether the hub, its client or the system raised this, rather than a mistake of ours."""
-    return (
-        isinstance(error, OSError | ValueError)
-        or type(error).__module__.startswith("huggingface_hub")
-        or _unreachable(error)
-    )
+    weights = check_folder(folder, refusal)
+    return ResolvedModel(path=path, local_dir=folder, revision=folder.name, weights_bytes=weights)
 
 
 def _unreachable(error: BaseException) -> bool:
@@ -200,8 +184,9 @@ def _unreachable(error: BaseException) -> bool:
 
 
 def _hub_error(
-    error: BaseException, path: str, revision: str | None, base_dir: Path, refusal: Refusal
+    error: Exception, revision: str | None, base_dir: Path, refusal: Refusal
 ) -> ModelError:
+    """The report about a failure of the hub, its client or the system. Any other error is a mistake of ours and goes on."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -210,6 +195,10 @@ def _hub_error(
         RevisionNotFoundError,
     )
 
+    path = refusal.path
+    from_outside = isinstance(error, OSError | ValueError) or _unreachable(error)
+    if not from_outside and not type(error).__module__.startswith("huggingface_hub"):
+        raise error
     if isinstance(error, GatedRepoError):
         return refusal.error(
             f"'{path}' is gated: its owner grants access by account",

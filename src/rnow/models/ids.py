@@ -11,32 +11,17 @@ from pathlib import Path
 
 from rnow.errors import ModelError
 
-ORGANISATIONS = {
-    "qwen": "Qwen",
+# Some are the same in both spellings: their models are looked at too (meta-llama), or an API's ":free" is cut off.
+_HUB_NAMES = (
+    "Qwen NousResearch HuggingFaceTB EleutherAI TinyLlama ByteDance-Seed LGAI-EXAONE CohereForAI CohereLabs "
+    "meta-llama mistralai deepseek-ai microsoft nvidia google openai allenai ibm-granite moonshotai"
+)
+ORGANISATIONS = {name.lower(): name for name in _HUB_NAMES.split()} | {
     "deepseek": "deepseek-ai",
     "mistral": "mistralai",
     "meta": "meta-llama",
     "z-ai": "zai-org",
-    "nousresearch": "NousResearch",
-    "huggingfacetb": "HuggingFaceTB",
-    "eleutherai": "EleutherAI",
-    "tinyllama": "TinyLlama",
     "minimax": "MiniMaxAI",
-    "bytedance-seed": "ByteDance-Seed",
-    "lgai-exaone": "LGAI-EXAONE",
-    "cohereforai": "CohereForAI",
-    "coherelabs": "CohereLabs",
-    # The same in both spellings: their models are looked at too (meta-llama), or an API's ":free" is cut off.
-    "meta-llama": "meta-llama",
-    "mistralai": "mistralai",
-    "deepseek-ai": "deepseek-ai",
-    "microsoft": "microsoft",
-    "nvidia": "nvidia",
-    "google": "google",
-    "openai": "openai",
-    "allenai": "allenai",
-    "ibm-granite": "ibm-granite",
-    "moonshotai": "moonshotai",
 }
 """Lower-case spelling of an organisation -> its HuggingFace name."""
 
@@ -57,17 +42,8 @@ _API_MODELS = (
 )
 
 _WORDS = {
-    "qwen": "Qwen",
     "qwq": "QwQ",
     "deepseek": "DeepSeek",
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "ministral": "Ministral",
-    "codestral": "Codestral",
-    "devstral": "Devstral",
-    "magistral": "Magistral",
-    "nemo": "Nemo",
     "glm": "GLM",
     "vl": "VL",
     "moe": "MoE",
@@ -79,24 +55,23 @@ _WORDS = {
     "awq": "AWQ",
     "gptq": "GPTQ",
     "fp8": "FP8",
-    "int4": "Int4",
-    "int8": "Int8",
     "gpt": "gpt",
     "oss": "oss",
 }
+"""Words of names whose capitals are not just the first letter."""
 
 _LOWER_CASE_NAMES = re.compile(r"^deepseek-(coder|llm|math|moe|vl)-(?!v\d)")
 
 
-def check_model_id(
-    path: str, *, key: str, where: str | None = None, base_dir: Path | None = None
-) -> None:
+_OFF_POLICY = "or distil off-policy: generate this teacher's answers, then train on them with dataset_type: sft"
+
+
+def check_model_id(path: str, *, key: str, base_dir: Path | None = None) -> None:
     """Refuse the name of a model that only an API serves, or an organisation in the wrong case.
 
     Args:
         path: the value of the setting, a HuggingFace id or a folder.
         key: the setting, e.g. ``teacher.path``; names the role in the report.
-        where: its place, e.g. ``config.yml:12 (teacher.path)``; the key itself when None.
         base_dir: the project folder, where relative folders start. A folder that exists always passes.
 
     Raises:
@@ -104,13 +79,12 @@ def check_model_id(
     """
     if looks_like_a_path(path) or ((base_dir or Path()) / path).is_dir():
         return
-    lowered = path.lower()
     for pattern, provider in _API_MODELS:
-        if pattern.match(lowered):
-            raise _api_only(path, provider, key, where)
+        if pattern.match(path.lower()):
+            raise _api_only(path, provider, key)
     suggestion = suggest_id(path)
     if suggestion is not None:
-        raise _wrong_spelling(path, suggestion, key, where)
+        raise _wrong_spelling(path, suggestion, key)
 
 
 def suggest_id(path: str) -> str | None:
@@ -168,49 +142,33 @@ def _right_word(word: str) -> str:
     return word[:1].upper() + word[1:]
 
 
-def _why(role: str) -> str:
-    if role == "teacher":
-        return (
+def _api_only(path: str, provider: str, key: str) -> ModelError:
+    why = "its weights cannot be downloaded, and the student is trained on this machine"
+    fix = "name a HuggingFace id with open weights (e.g. Qwen/Qwen3-32B) or a local folder"
+    if role_of(key) == "teacher":
+        why = (
             "its API gives no log-probabilities for given tokens, and on-policy distillation "
             "has the teacher score every token the student wrote"
         )
-    return "its weights cannot be downloaded, and the student is trained on this machine"
+        fix += f"; {_OFF_POLICY}"
+    return _unsupported(key, f"'{path}' is only served by {provider}'s API", why, fix)
 
 
-def _api_only(path: str, provider: str, key: str, where: str | None) -> ModelError:
-    role = role_of(key)
-    fix = "name a HuggingFace id with open weights (e.g. Qwen/Qwen3-32B) or a local folder"
-    if role == "teacher":
-        fix += (
-            "; or distil off-policy: generate this teacher's answers, then train on them with "
-            "dataset_type: sft"
-        )
-    return ModelError(
-        f"'{path}' is only served by {provider}'s API",
-        title=f"Unsupported {role} model",
-        where=where or key,
-        why=_why(role),
-        fix=fix,
-    )
-
-
-def _wrong_spelling(path: str, suggestion: str, key: str, where: str | None) -> ModelError:
-    role = role_of(key)
-    fix = f"{key}: {suggestion}"
-    if role == "teacher":
-        fix += (
-            "  (or distil off-policy: generate this teacher's answers, then train on them with "
-            "dataset_type: sft)"
-        )
-    why = "HuggingFace ids are case-sensitive; API spellings name a served model, and " + (
-        "APIs give no log-probabilities for given tokens"
-        if role == "teacher"
-        else "APIs give no weights"
-    )
-    return ModelError(
+def _wrong_spelling(path: str, suggestion: str, key: str) -> ModelError:
+    missing, fix = "weights", f"{key}: {suggestion}"
+    if role_of(key) == "teacher":
+        missing = "log-probabilities for given tokens"
+        fix += f"  ({_OFF_POLICY})"
+    return _unsupported(
+        key,
         f"'{path}' is an API provider's spelling, not a HuggingFace id; did you mean '{suggestion}'?",
-        title=f"Unsupported {role} model",
-        where=where or key,
-        why=why,
-        fix=fix,
+        "HuggingFace ids are case-sensitive; API spellings name a served model, and "
+        f"APIs give no {missing}",
+        fix,
+    )
+
+
+def _unsupported(key: str, message: str, why: str, fix: str) -> ModelError:
+    return ModelError(
+        message, title=f"Unsupported {role_of(key)} model", where=key, why=why, fix=fix
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rnow.algorithm.head import Head
 from rnow.errors import ModelError, RnowError
 from rnow.models.refusal import one_line
+from rnow.models.shape import output_layer
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -142,11 +143,7 @@ def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[s
 
 def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "none") -> CausalLM:
     """Find body and head of a HuggingFace causal LM already in memory."""
-    output = model.get_output_embeddings()
-    if output is None:
-        raise ModelError(
-            f"{type(model).__name__} has no output embedding, so it is no causal language model"
-        )
+    output = output_layer(model)
     weight: Tensor = output.weight.detach()
     rows = min(vocabulary, weight.shape[0])
     bias = getattr(output, "bias", None)

@@ -19,7 +19,6 @@ class Refusal:
 
     path: str
     key: str
-    where: str | None
 
     def error(
         self,
@@ -28,13 +27,12 @@ class Refusal:
         why: str | None = None,
         fix: str | None = None,
         details: Sequence[str] = (),
-        title: str | None = None,
     ) -> ModelError:
         """The report; its title and place come from the setting."""
         return ModelError(
             message,
-            title=title or f"Unusable {role_of(self.key)} model",
-            where=self.where or self.key,
+            title=f"Unusable {role_of(self.key)} model",
+            where=self.key,
             why=why,
             fix=fix,
             details=details,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rnow.models.folder import check_folder, no_such_folder
 from rnow.models.hub import fetch
 from rnow.models.ids import check_model_id, looks_like_a_path
 from rnow.models.refusal import Refusal
+from rnow.models.resolved import ResolvedModel
 
 _HASHED_FILES = (
     "added_tokens.json",
@@ -26,36 +25,10 @@ _HASHED_FILES = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResolvedModel:
-    """A model whose files are on this machine.
-
-    Attributes:
-        path: what the config says.
-        local_dir: the folder to load from. Without ``weights`` a hub model's folder holds its configuration and
-            tokenizer only.
-        revision: the commit of a hub model; None for a local folder.
-        source: where it came from.
-        weights_bytes: size of its safetensors files, downloaded or not.
-    """
-
-    path: str
-    local_dir: Path
-    revision: str | None
-    source: Literal["local", "hub"]
-    weights_bytes: int
-
-    @property
-    def name(self) -> str:
-        """A short name for messages: the last part of the path."""
-        return self.path.rstrip("/").rsplit("/", 1)[-1] or self.local_dir.name
-
-
 def resolve_model(
     path: str,
     *,
     key: str,
-    where: str | None = None,
     base_dir: Path,
     revision: str | None = None,
     weights: bool = True,
@@ -69,7 +42,6 @@ def resolve_model(
     Args:
         path: a folder (relative ones start at ``base_dir``) or a HuggingFace id.
         key: the setting it comes from, ``model.path`` or ``teacher.path``.
-        where: the place of that setting, for messages.
         revision: branch, tag or commit of a hub model.
         weights: False fetches everything but the weights (for ``rnow check``); they are still known to exist.
         trust_remote_code: fetch the repository's Python files too.
@@ -77,17 +49,16 @@ def resolve_model(
     Raises:
         ModelError: there is no such model, it is incomplete, or it is not of a kind that can be used.
     """
-    refusal = Refusal(path=path, key=key, where=where)
+    refusal = Refusal(path=path, key=key)
     folder = base_dir / Path(path).expanduser()
     if folder.is_dir():
         return ResolvedModel(
             path=path,
             local_dir=folder.resolve(),
             revision=None,
-            source="local",
             weights_bytes=check_folder(folder, refusal),
         )
-    check_model_id(path, key=key, where=where, base_dir=base_dir)
+    check_model_id(path, key=key, base_dir=base_dir)
     if folder.exists():
         raise refusal.error(
             f"'{path}' is a file, not a model folder",
@@ -95,19 +66,12 @@ def resolve_model(
         )
     if looks_like_a_path(path) or path.count("/") > 1 or ("/" in path and folder.parent.is_dir()):
         raise no_such_folder(folder, refusal)
-    snapshot = fetch(
+    return fetch(
         refusal,
         revision=revision,
         weights=weights,
         trust_remote_code=trust_remote_code,
         base_dir=base_dir,
-    )
-    return ResolvedModel(
-        path=path,
-        local_dir=snapshot.folder,
-        revision=snapshot.commit,
-        source="hub",
-        weights_bytes=snapshot.weights_bytes,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rnow.errors import ModelError
 from rnow.models.refusal import one_line
-from rnow.models.resolve import ResolvedModel
+from rnow.models.resolved import ResolvedModel
 
 # What transformers raises for a configuration that it cannot build from, depending on what is odd in it.
 _NOT_A_MODEL = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -71,13 +71,19 @@ def measure(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> Mode
     return shape_of(model)
 
 
-def shape_of(model: Any) -> ModelShape:
-    """The sizes of a transformers causal LM, with or without its weights."""
+def output_layer(model: Any) -> Any:
+    """The head of a transformers causal LM. Raises ModelError when it has none."""
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(
             f"{type(model).__name__} has no output embedding, so it is no causal language model"
         )
+    return head
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The sizes of a transformers causal LM, with or without its weights."""
+    head = output_layer(model)
     linear = tuple(
         shape
         for module in model.modules()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rnow.errors import ModelError
 from rnow.models.refusal import one_line
-from rnow.models.resolve import ResolvedModel
+from rnow.models.resolved import ResolvedModel
 from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import ToolDescription, render_text
 from rnow.types import Message
@@ -172,15 +172,6 @@ def describe_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return ", ".join(f"{i} {_token_text(tokenizer, i)!r}" for i in ids) or "none"
 
 
-def read_config(file: Path) -> dict[str, object]:
-    """A JSON object from a model folder, empty when there is no such file or it holds something else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def config_value(local_dir: Path, *keys: str) -> int | None:
     """The first of ``keys`` that config.json gives as a number, its ``text_config`` included; None without any."""
     for section in _sections(local_dir / "config.json"):
@@ -192,12 +183,15 @@ def config_value(local_dir: Path, *keys: str) -> int | None:
 
 
 def _sections(file: Path) -> Iterator[Mapping[str, object]]:
-    """The file's object and its ``text_config``, where a model of several kinds of input describes its language model."""
-    config = read_config(file)
-    yield config
-    text = config.get("text_config")
-    if isinstance(text, Mapping):
-        yield text
+    """The object in a JSON file and its ``text_config``, where a model of several kinds of input describes its language
+    model; nothing when there is no such file or it holds something else."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for section in (config, config.get("text_config")) if isinstance(config, dict) else ():
+        if isinstance(section, Mapping):
+            yield section
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,8 @@ DEFAULT_MAX_TURNS = 10
 def uses_vllm(config: Config) -> bool:
     """Whether any part of the run talks to vLLM, whose logs need a place."""
     teacher = config.teacher
-    return sampler_backend(config) == "vllm" or (
-        teacher is not None and teacher_backend(teacher) == "vllm"
-    )
+    backends = sampler_backend(config), teacher and teacher_backend(teacher)
+    return "vllm" in backends
 
 
 def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:

@@ -6,14 +6,14 @@ so a run usually stays below them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from rnow.models.loading import Quantization
 from rnow.models.shape import ModelShape
-from rnow.plan.roles import STUDENT
+from rnow.plan.roles import STUDENT, Role
 from rnow.training.residency import Part
 
 Stage = Literal["always", "sampling", "teacher", "update"]
@@ -44,15 +44,11 @@ class ModelMemory:
     """One model and how it is stored.
 
     Attributes:
-        key, serving_key: the config sections of its role.
-        part: who has the card while it answers or scores.
         width: bytes of an unquantised number.
         engine: bytes that a vLLM takes for its weights and caches: 0 where a server elsewhere holds it, None without one.
     """
 
-    key: str
-    serving_key: str
-    part: Part
+    role: Role
     shape: ModelShape
     width: int
     quantization: Quantization
@@ -174,7 +170,7 @@ def _trainer_parts(role: str, model: ModelMemory, settings: MemorySettings) -> l
 
 
 def _scoring_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
-    part = partial(_part, role, model.part)
+    part = partial(_part, role, model.role.part)
     return [
         part("weights", "always", model.weight_bytes),
         part("activations", "teacher", _scoring_activations(model, settings)),
@@ -185,7 +181,7 @@ def _scoring_parts(role: str, model: ModelMemory, settings: MemorySettings) -> l
 def _engine_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
     if not model.engine:
         return []
-    part = partial(_part, role, model.part)
+    part = partial(_part, role, model.role.part)
     cache = engine_cache(model, model.engine, settings)
     return [
         part("vLLM weights", "always", model.weight_bytes, "engine weights"),
@@ -262,31 +258,22 @@ def savings(
     return sorted(worthwhile, key=lambda item: item[1])
 
 
-def _alternatives(settings: MemorySettings) -> list[tuple[str, MemorySettings]]:
-    options: list[tuple[str, MemorySettings]] = []
+def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySettings]]:
     for role in reversed([*settings.models]):  # the student last: it is what the run is for
         model = settings.models[role]
         if model.quantization != "nf4":
-            options.append((f"{model.key}.quantization: nf4", with_nf4(settings, role)))
+            yield f"{model.role.key}.quantization: nf4", with_nf4(settings, role)
     if not settings.gradient_checkpointing:
-        options.append(
-            ("trainer.gradient_checkpointing: true", replace(settings, gradient_checkpointing=True))
-        )
+        checkpointed = replace(settings, gradient_checkpointing=True)
+        yield "trainer.gradient_checkpointing: true", checkpointed
     if settings.pass_tokens > settings.sequence_tokens:
         tokens = max(settings.sequence_tokens, settings.pass_tokens // 4)
-        options.append(
-            (f"trainer.micro_batch_tokens: {tokens}", replace(settings, micro_batch_tokens=tokens))
-        )
+        yield f"trainer.micro_batch_tokens: {tokens}", replace(settings, micro_batch_tokens=tokens)
     if settings.completion_tokens >= 64:
         tokens = settings.completion_tokens // 4
-        options.append(
-            (f"rollout.max_tokens: {tokens}", replace(settings, completion_tokens=tokens))
-        )
+        yield f"rollout.max_tokens: {tokens}", replace(settings, completion_tokens=tokens)
     smaller = settings.cache_budget // 4
-    options.append(
-        (f"sampler.batch_memory_gb: {smaller / 1e9:.2g}", replace(settings, cache_budget=smaller))
-    )
-    return options
+    yield f"sampler.batch_memory_gb: {smaller / 1e9:.2g}", replace(settings, cache_budget=smaller)
 
 
 def _cache_bytes(settings: MemorySettings) -> float:

@@ -31,11 +31,19 @@ from rnow.plan.memory import (
     with_nf4,
 )
 from rnow.plan.prepare import Prepared
-from rnow.plan.roles import STUDENT, TEACHER, RunModel, dtype_name, engine_share, roles_of, sharers
+from rnow.plan.roles import (
+    STUDENT,
+    TEACHER,
+    Role,
+    RunModel,
+    dtype_name,
+    engine_share,
+    roles_of,
+    sharers,
+)
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
-_KINDS: tuple[Residence, ...] = ("resident", "time_shared")
 MOMENTS_AND_ADAPTER = 3
 MAX_ADVICE = 4
 
@@ -165,10 +173,7 @@ def build_plan(
         name: measure(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
         for name, model in prepared.models.items()
     }
-    models = {
-        name: _model_plan(model, shapes[name], _placement(model))
-        for name, model in prepared.models.items()
-    }
+    models = {name: _model_plan(model, shapes[name]) for name, model in prepared.models.items()}
     turns = may_take_turns(config)
     plans = _device_plans(prepared, models, shapes, turns, completion, devices or {})
     adapter = shapes[STUDENT].lora_parameters(config.model.qlora_rank)
@@ -256,7 +261,7 @@ def _placement(model: RunModel) -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def _model_plan(model: RunModel, shape: ModelShape, placement: str) -> ModelPlan:
+def _model_plan(model: RunModel, shape: ModelShape) -> ModelPlan:
     role, resolved = model.role, model.resolved
     return ModelPlan(
         path=resolved.path,
@@ -266,7 +271,7 @@ def _model_plan(model: RunModel, shape: ModelShape, placement: str) -> ModelPlan
         weights_bytes=resolved.weights_bytes,
         dtype=dtype_name(role.dtype),
         quantization=role.quantization,
-        device=placement,
+        device=_placement(model),
     )
 
 
@@ -278,33 +283,25 @@ def _device_plans(
     completion: int,
     known: Mapping[str, DeviceInfo],
 ) -> tuple[DevicePlan, ...]:
-    """One plan per device, that of the student first."""
-    residency = prepared.config.residency
+    """One plan per device, that of the student first: only there is a choice between all at once and taking turns."""
     owners: dict[str, list[str]] = {}
     for name, model in models.items():
         owners.setdefault(model.device, []).append(name)
     infos = {device: known.get(device) or describe_device(device) for device in owners}
     shared = models[STUDENT].device
-    settings = {
-        kind: _settings(
-            prepared, shapes, infos[shared], completion, time_shared=kind == "time_shared"
+    held, info = owners[shared], infos[shared]
+    settings = _settings(prepared, shapes, info, completion, time_shared=False)
+    first, *others = (_device_plan(settings, infos[device], owners[device]) for device in owners)
+    if turns:
+        in_turns = _settings(prepared, shapes, info, completion, time_shared=True)
+        alternative = _device_plan(in_turns, info, held, turns)
+        preferred = prepared.config.residency == "time_shared" or not first.fits
+        first = replace(
+            alternative if preferred else first,
+            peaks={"resident": first.peak_bytes, "time_shared": alternative.peak_bytes},
+            with_nf4_teacher=_with_nf4_teachers(settings, held),
         )
-        for kind in _KINDS
-    }
-    plans = []
-    for device, held in owners.items():
-        here = turns if device == shared else frozenset()
-        kinds = _KINDS if here else _KINDS[:1]
-        found = {
-            kind: _device_plan(settings[kind], infos[device], held, kind, here) for kind in kinds
-        }
-        chosen = found["resident"]
-        if here and (residency == "time_shared" or not chosen.fits):
-            chosen = found["time_shared"]
-        peaks = {kind: plan.peak_bytes for kind, plan in found.items()} if here else {}
-        smaller = _with_nf4_teachers(settings["resident"], held) if here else None
-        plans.append(replace(chosen, peaks=peaks, with_nf4_teacher=smaller))
-    return tuple(plans)
+    return (first, *others)
 
 
 def _settings(
@@ -326,7 +323,7 @@ def _settings(
     return MemorySettings(
         models={
             name: _model_memory(
-                model, shapes[name], prepared.models[STUDENT], device, time_shared=time_shared
+                model.role, shapes[name], prepared.student.role, device, time_shared=time_shared
             )
             for name, model in prepared.models.items()
         },
@@ -343,36 +340,20 @@ def _settings(
 
 
 def _model_memory(
-    model: RunModel,
-    shape: ModelShape,
-    student: RunModel,
-    device: DeviceInfo,
-    *,
-    time_shared: bool,
+    role: Role, shape: ModelShape, student: Role, device: DeviceInfo, *, time_shared: bool
 ) -> ModelMemory:
-    role = model.role
     memory = ModelMemory(
-        key=role.key,
-        serving_key=role.serving_key,
-        part=role.part,
-        shape=shape,
-        width=role.dtype.itemsize,
-        quantization=role.quantization,
+        role=role, shape=shape, width=role.dtype.itemsize, quantization=role.quantization
     )
     if role.serving.url is not None:
         return replace(memory, engine=0)
     if role.backend != "vllm":
         return memory
-    share = engine_share(role, student.role, time_shared=time_shared)
-    return replace(memory, engine=_engine_bytes(share, memory, device))
-
-
-def _engine_bytes(share: float, model: ModelMemory, device: DeviceInfo) -> int:
-    """What a vLLM process takes: its share of a card at once, on a CPU its weights and VLLM_CPU_KVCACHE_SPACE."""
     if device.on_gpu:
-        return round(share * device.total_bytes)
+        share = engine_share(role, student, time_shared=time_shared)
+        return replace(memory, engine=round(share * device.total_bytes))
     cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")) * 2**30
-    return round(model.weight_bytes) + cache + ENGINE_WORK
+    return replace(memory, engine=round(memory.weight_bytes) + cache + ENGINE_WORK)
 
 
 def _with_nf4_teachers(settings: MemorySettings, held: Collection[str]) -> int | None:
@@ -392,10 +373,8 @@ def _device_plan(
     settings: MemorySettings,
     info: DeviceInfo,
     held: Sequence[str],
-    kind: Residence,
-    taking_turns: frozenset[Part],
+    turns: frozenset[Part] = frozenset(),
 ) -> DevicePlan:
-    turns = taking_turns if kind == "time_shared" else frozenset()
     parts = tuple(part for part in memory_parts(settings) if part.model in held)
     most, stage = peak_in_turns(parts, turns)
     advice: tuple[str, ...] = ()
@@ -410,7 +389,7 @@ def _device_plan(
         peak_bytes=most,
         peak_stage=stage,
         advice=advice,
-        residency=kind,
+        residency="time_shared" if turns else "resident",
         least_bytes=least(parts, turns),
         lacking=_lacking(settings, held) if info.on_gpu else (),
     )
@@ -423,7 +402,7 @@ def _lacking(settings: MemorySettings, held: Sequence[str]) -> tuple[str, ...]:
         total = model.engine
         if total and total < (needed := engine_least(model, settings)):
             lines.append(
-                f"{model.serving_key}.gpu_memory_utilization gives vLLM {format_bytes(total)}; its weights and one sequence of "
+                f"{model.role.serving_key}.gpu_memory_utilization gives vLLM {format_bytes(total)}; its weights and one sequence of "
                 f"{settings.window:,} tokens need {format_bytes(needed)}"
             )
     return tuple(lines)
@@ -431,18 +410,16 @@ def _lacking(settings: MemorySettings, held: Sequence[str]) -> tuple[str, ...]:
 
 def _host_warnings(plans: tuple[DevicePlan, ...], turns: frozenset[Part]) -> tuple[str, ...]:
     """What sleeps must find room in main memory."""
-    warnings = []
-    for plan in plans:
-        if plan.residency == "time_shared":
-            kept = [part for part in plan.parts if part.owner in turns and part.stage == "always"]
-            needed = sum(part.bytes for part in kept if part.kind != "engine cache")
-            free = cpu_memory()[1]
-            if needed > free:
-                warnings.append(
-                    f"the parts that sleep need up to {format_bytes(needed)} of main memory, and {format_bytes(free)} "
-                    "are free"
-                )
-    return tuple(warnings)
+    plan = plans[0]
+    if plan.residency != "time_shared":
+        return ()
+    kept = [part for part in plan.parts if part.owner in turns and part.stage == "always"]
+    needed = sum(part.bytes for part in kept if part.kind != "engine cache")
+    free = cpu_memory()[1]
+    if needed <= free:
+        return ()
+    sizes = f"{format_bytes(needed)} of main memory, and {format_bytes(free)}"
+    return (f"the parts that sleep need up to {sizes} are free",)
 
 
 def format_bytes(amount: float) -> str:

@@ -12,10 +12,11 @@ from rnow.config import Config, refuse_reserved
 from rnow.disk.folder import RunFolder, choose_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
-from rnow.models.resolve import ResolvedModel, resolve_model
-from rnow.plan.rendered import Rendered, ToolSchemas, place_of, render_prompts
+from rnow.models.resolve import resolve_model
+from rnow.models.resolved import ResolvedModel
+from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
-from rnow.project.dataset import Dataset
+from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
 from rnow.serving.nf4 import require_nf4
@@ -85,7 +86,7 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     _check_nf4(roles)
     for role in roles.values():
         key = f"{role.key}.path"
-        check_model_id(role.section.path, key=key, where=key, base_dir=folder)
+        check_model_id(role.section.path, key=key, base_dir=folder)
     listed = None
     if is_agentic(folder, config):
         listed = list_tools(config, folder, load_secrets(folder))
@@ -124,7 +125,6 @@ def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
     return resolve_model(
         section.path,
         key=key,
-        where=key,
         base_dir=folder,
         revision=section.revision,
         weights=wanted,

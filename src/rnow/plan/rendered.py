@@ -20,7 +20,7 @@ from rnow.models.tokenizer import (
     vocabulary_size,
 )
 from rnow.plan.roles import STUDENT, Models, RunModel, teachers_of
-from rnow.project.dataset import oversized_rows_error
+from rnow.project.dataset import oversized_rows_error, place_of
 from rnow.protocols import Tokenizer
 from rnow.rollout.environment import Dialogue, load_dialogue
 from rnow.rollout.rendering import ToolDescription, render_text
@@ -209,13 +209,6 @@ def choose_window(asked: int | None, models: Models) -> int:
 def model_limit(local_dir: Path) -> int | None:
     """The longest sequence a model was made for, from its config.json; None when that does not say."""
     return config_value(local_dir, *_LIMIT_KEYS)
-
-
-def place_of(prompt: Prompt) -> str:
-    """``train.jsonl:57``, or the prompt's id when it has no line."""
-    if prompt.source and prompt.line is not None:
-        return f"{prompt.source}:{prompt.line}"
-    return f"{prompt.source}, row {prompt.row + 1}" if prompt.source else prompt.id
 
 
 def _render(

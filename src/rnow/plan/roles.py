@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rnow.config import Config, ModelSection, SamplerSection, TeacherSection
 from rnow.models.loading import Quantization, choose_device, choose_dtype
-from rnow.models.resolve import ResolvedModel
+from rnow.models.resolved import ResolvedModel
 from rnow.plan.choices import sampler_backend, teacher_backend
 from rnow.training.residency import Part
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.config.schema import DatasetSource
-from rnow.errors import DataError, NotYetSupported
+from rnow.errors import DataError
 from rnow.project.faults import MAX_SHOWN, excerpt
-from rnow.project.rows import Row, RowRules
+from rnow.project.rows import RowRules
 from rnow.project.sources import read_source
 from rnow.types import Prompt
 
@@ -75,11 +75,8 @@ class Dataset:
 
 def load_dataset(
     sources: Sequence[DatasetSource],
+    rules: RowRules,
     *,
-    dataset_type: str,
-    known_rewards: Collection[str] = (),
-    known_tools: Collection[str] | None = (),
-    dockerfiles: Collection[str] = (),
     base_dir: Path,
     val_split: float = 0.0,
     seed: int = 0,
@@ -89,10 +86,7 @@ def load_dataset(
 
     Args:
         sources: entries of ``data.train_file``, in order, each with its own name; relative paths start at ``base_dir``.
-        dataset_type: ``distill``, ``sft`` or ``rl``; it decides what a row must end with.
-        known_rewards: names of the project's reward functions.
-        known_tools: names of its tools; None = not known before the run.
-        dockerfiles: the x of its ``Dockerfile.x``.
+        rules: what every row must look like.
         val_split: share of each dataset that is held out, chosen by ``seed``. At least one row of each when above 0, and
             at least one row of each is trained on.
         shuffle: a new order every epoch; False keeps the order of the files.
@@ -100,14 +94,6 @@ def load_dataset(
     Raises:
         DataError, NotYetSupported: see ``read_source``.
     """
-    if dataset_type == "midtrain":
-        raise _no_midtrain()
-    rules = RowRules(
-        dataset_type=dataset_type,
-        known_rewards=known_rewards,
-        known_tools=known_tools,
-        dockerfiles=dockerfiles,
-    )
     prompts: list[Prompt] = []
     held_out: list[Prompt] = []
     warnings: list[str] = []
@@ -115,12 +101,11 @@ def load_dataset(
     for index, source in enumerate(sources):
         file = read_source(source, rules, base_dir)
         warnings += file.warnings
-        rows = [_prompt(source, number, row) for number, row in enumerate(file.rows)]
-        for row in rows:
+        for row in file.rows:
             digest.update(_canonical(index, row))
-        held = _held_out_rows(rows, val_split, seed)
-        prompts += [prompt for prompt in rows if prompt.row not in held]
-        held_out += [prompt for prompt in rows if prompt.row in held]
+        held = _held_out_rows(file.rows, val_split, seed)
+        prompts += [prompt for prompt in file.rows if prompt.row not in held]
+        held_out += [prompt for prompt in file.rows if prompt.row in held]
     return Dataset(
         prompts=tuple(prompts),
         held_out=tuple(held_out),
@@ -130,19 +115,11 @@ def load_dataset(
     )
 
 
-def _no_midtrain() -> NotYetSupported:
-    return NotYetSupported(
-        'midtrain rows ({"text": ...}) are not read yet',
-        where="config.yml (dataset_type)",
-        fix="use dataset_type: distill",
-    )
-
-
 def oversized_rows_error(rows: Sequence[tuple[Prompt, int]], limit: int) -> DataError:
     """The error for prompts of more than ``limit`` tokens: ``rows`` are (prompt, its tokens)."""
     longest = max(tokens for _, tokens in rows)
     details = [
-        f"{_place(prompt)}: {tokens} tokens | {_shown(prompt)}"
+        f"{place_of(prompt)}: {tokens} tokens | {_shown(prompt)}"
         for prompt, tokens in rows[:MAX_SHOWN]
     ]
     if len(rows) > MAX_SHOWN:
@@ -151,38 +128,22 @@ def oversized_rows_error(rows: Sequence[tuple[Prompt, int]], limit: int) -> Data
     return DataError(
         f"{prompts} not fit the window: at most {limit} tokens leave room for an answer",
         title="Prompts too long",
-        where=_place(rows[0][0]),
+        where=place_of(rows[0][0]),
         fix=f"shorten or remove these rows, or raise rollout.max_context_window above {longest}",
         details=details,
     )
 
 
-def _place(prompt: Prompt) -> str:
-    if prompt.line is not None:
+def place_of(prompt: Prompt) -> str:
+    """``train.jsonl:57``, or the prompt's id when it has no line."""
+    if prompt.source and prompt.line is not None:
         return f"{prompt.source}:{prompt.line}"
-    return f"{prompt.source}, row {prompt.row + 1}"
+    return f"{prompt.source}, row {prompt.row + 1}" if prompt.source else prompt.id
 
 
 def _shown(prompt: Prompt) -> str:
     content = prompt.messages[-1].get("content", "")
     return excerpt(content if isinstance(content, str) else json.dumps(content, default=str))
-
-
-def _prompt(source: DatasetSource, number: int, row: Row) -> Prompt:
-    return Prompt(
-        id=f"{source.name}/{number}",
-        dataset=source.name,
-        row=number,
-        messages=row.messages,
-        rewards=row.rewards,
-        tools=row.tools,
-        metadata=row.metadata,
-        variables=row.variables,
-        docker=row.docker,
-        docker_env=row.docker_env,
-        source=source.path,
-        line=row.line,
-    )
 
 
 def _canonical(dataset: int, prompt: Prompt) -> bytes:

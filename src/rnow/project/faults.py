@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from rnow.errors import DataError, InputError, NotYetSupported
@@ -13,54 +12,53 @@ _EXCERPT_WIDTH = 60
 _EXCERPT_BEFORE = 24
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """One fault. ``column`` counts characters from 1, None where a row has no text of its own (parquet)."""
-
-    place: str
-    column: int | None
-    message: str
-    excerpt: str
-    fix: str | None = None
-    unsupported: bool = False
-
-    def render(self) -> str:
-        """One line: ``line 57, column 12: expecting ',' delimiter | {"a": 1 "b"``."""
-        where = self.place if self.column is None else f"{self.place}, column {self.column}"
-        return f"{where}: {self.message}" + (f" | {self.excerpt}" if self.excerpt else "")
-
-
 @dataclass(slots=True)
 class FaultList:
-    """Keeps the first ten faults and counts the rest, so that memory stays small however bad a file is."""
+    """Keeps the first ten faults as lines and counts the rest, so that memory stays small however bad a file is."""
 
-    shown: list[Fault] = field(default_factory=list)
     total: int = 0
-    _fixes: Counter[str | None] = field(default_factory=Counter)
+    _lines: list[str] = field(default_factory=list)
+    _first_place: str = ""
+    _fixes: set[str | None] = field(default_factory=set)
     _supported: int = 0
 
-    def add(self, fault: Fault) -> None:
-        """Record one fault."""
+    def add(
+        self,
+        place: str,
+        message: str,
+        *,
+        column: int | None = None,
+        shown: str = "",
+        fix: str | None = None,
+        unsupported: bool = False,
+    ) -> None:
+        """Record one fault: ``line 57, column 12: expecting ',' delimiter | {"a": 1 "b"``.
+
+        Args:
+            column: counts characters from 1, None where a row has no text of its own (parquet).
+            shown: an excerpt of the text at fault.
+        """
         self.total += 1
-        self._supported += not fault.unsupported
-        self._fixes[fault.fix] += 1
-        if len(self.shown) < MAX_SHOWN:
-            self.shown.append(fault)
+        self._supported += not unsupported
+        self._fixes.add(fix)
+        self._first_place = self._first_place or place
+        if self.total <= MAX_SHOWN:
+            where = place if column is None else f"{place}, column {column}"
+            self._lines.append(f"{where}: {message}" + (f" | {shown}" if shown else ""))
 
     def error(self, label: str, *, stopped_early: bool = False) -> InputError:
         """The error that lists them: NotYetSupported when nothing else is wrong, DataError otherwise."""
-        details = [fault.render() for fault in self.shown]
-        if self.total > len(self.shown):
-            details.append(f"... and {self.total - len(self.shown)} more")
+        details = [*self._lines]
+        if self.total > MAX_SHOWN:
+            details.append(f"... and {self.total - MAX_SHOWN} more")
         if stopped_early:
             details.append("... the rest of the file was not read")
         faults = "1 fault" if self.total == 1 else f"{self.total} faults"
-        fixes = [fix for fix in self._fixes if fix]
-        fix = fixes[0] if len(fixes) == 1 and len(self._fixes) == 1 else None
+        fix = next(iter(self._fixes)) if len(self._fixes) == 1 else None
         kind = DataError if self._supported else NotYetSupported
         return kind(
             f"{label} has {faults}",
-            where=f"{label}, {self.shown[0].place}",
+            where=f"{label}, {self._first_place}",
             fix=fix or "correct these rows and run again",
             details=details,
         )

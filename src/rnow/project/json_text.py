@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 
-from rnow.text.strict_json import JsonError, JsonPath, position_of, position_of_fault, read_json
-
-__all__ = ["JsonFault", "JsonPath", "column_of", "parse"]
+from rnow.text.strict_json import JsonError, position_of_fault, read_json
 
 _SURROGATE = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -15,22 +14,14 @@ _SURROGATE = re.compile(
 )
 
 
+@dataclass(eq=False)
 class JsonFault(Exception):
     """The text is not strict JSON. ``column`` counts characters from 1; ``cut`` = it ends too early."""
 
-    def __init__(
-        self,
-        message: str,
-        column: int,
-        *,
-        fix: str = "write one JSON object per line",
-        cut: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.column = column
-        self.fix = fix
-        self.cut = cut
+    message: str
+    column: int
+    fix: str = "write one JSON object per line"
+    cut: bool = False
 
 
 def parse(text: str) -> object:
@@ -46,11 +37,6 @@ def parse(text: str) -> object:
                 fix = "write the whole character, or remove the escape"
                 raise JsonFault(message, match.start() + 1, fix=fix)
     return value
-
-
-def column_of(text: str, path: JsonPath) -> int:
-    """The column (from 1) of the value at ``path`` in valid JSON, or of the nearest parent that exists."""
-    return position_of(text, path) + 1
 
 
 def _fault(text: str, error: JsonError) -> JsonFault:

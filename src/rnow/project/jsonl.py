@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import codecs
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from rnow.config.schema import DatasetSource
 from rnow.errors import DataError
-from rnow.project.faults import Fault, FaultList, excerpt
-from rnow.project.json_text import JsonFault, column_of, parse
-from rnow.project.rows import ROW_KEYS, Row, RowRules, check_row, unknown_keys
-from rnow.text.suggest import hint
+from rnow.project.faults import FaultList, excerpt
+from rnow.project.json_text import JsonFault, parse
+from rnow.project.row_file import RowCollector, RowFile
+from rnow.project.rows import RowRules
 
 MAX_LINE_BYTES = 16 * 2**20
 _FOREIGN_BOMS = {
@@ -24,169 +21,82 @@ _FOREIGN_BOMS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowFile:
-    """The rows of one file in order, and what should be told about them though it is no fault."""
-
-    rows: tuple[Row, ...]
-    warnings: tuple[str, ...] = ()
-
-
-class UnknownKeys:
-    """Counts the unknown keys of a file's rows, for one warning at the end."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-
-    def see(self, row: object) -> None:
-        """Take note of one row."""
-        if isinstance(row, dict):
-            self._counts.update(unknown_keys(row))
-
-    def warnings(self, label: str) -> tuple[str, ...]:
-        """At most one sentence."""
-        if not self._counts:
-            return ()
-        shown = sorted(self._counts)[:5]
-        names = ", ".join(f'"{excerpt(name)}"{hint(name, ROW_KEYS)}' for name in shown)
-        more = (
-            f" and {len(self._counts) - len(shown)} more" if len(self._counts) > len(shown) else ""
-        )
-        return (f"{label}: these keys of its rows are ignored: {names}{more}",)
-
-
-def read_rows(path: Path, rules: RowRules, *, label: str | None = None) -> RowFile:
+def read_rows(path: Path, source: DatasetSource, rules: RowRules) -> RowFile:
     """Every row of ``path``. Blank lines are skipped; a byte-order mark and CRLF are accepted.
 
     Args:
-        path: a local file.
+        path: a local file, that of ``source``.
         rules: what the rows must look like.
-        label: the file's name in messages; default the path's last part.
 
     Raises:
         DataError: listing up to 10 faults with line, column and excerpt; reading stops at a line over 16 MB.
         NotYetSupported: when the only faults are features that this version lacks.
     """
-    label = label or path.name
-    faults = FaultList()
-    unknown = UnknownKeys()
-    rows: list[Row] = []
+    rows = RowCollector(source=source, rules=rules)
     stopped_early = False
     try:
         with path.open("rb") as stream:
-            for line in _lines(stream):
-                encoding = _foreign_encoding(line)
-                if line.too_long or encoding:
-                    faults.add(_wrong_encoding(encoding) if encoding else _too_long(line))
-                    stopped_early = True
+            for number, line in enumerate(
+                iter(lambda: stream.readline(MAX_LINE_BYTES + 2), b""), 1
+            ):
+                stopped_early = _no_row_can_follow(number, line, rows.faults)
+                if stopped_early:
                     break
-                row = _read_line(line, rules, faults, unknown)
-                if row is not None and not faults.total:
-                    rows.append(row)
+                _read_line(number, line, rows)
     except OSError as error:
         raise DataError(
-            f"{label} cannot be read", where=label, why=error.strerror or str(error)
+            f"{source.path} cannot be read", where=source.path, why=error.strerror or str(error)
         ) from None
-    if faults.total:
-        raise faults.error(label, stopped_early=stopped_early)
-    if not rows:
-        raise DataError(
-            f"{label} is empty",
-            where=label,
-            fix='write one JSON object per line, e.g. {"messages": [{"role": "user", "content": "Hi"}]}',
-        )
-    return RowFile(rows=tuple(rows), warnings=unknown.warnings(label))
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    number: int
-    data: bytes
-    ended: bool
-    too_long: bool = False
-
-
-def _lines(stream: BinaryIO) -> Iterator[_Line]:
-    number = 0
-    while data := stream.readline(MAX_LINE_BYTES + 2):
-        number += 1
-        ended = data.endswith(b"\n")
-        body = data.rstrip(b"\r\n") if ended else data
-        if number == 1:
-            body = body.removeprefix(codecs.BOM_UTF8)
-        yield _Line(number, body, ended, too_long=len(body) > MAX_LINE_BYTES)
-
-
-def _too_long(line: _Line) -> Fault:
-    return Fault(
-        place=f"line {line.number}",
-        column=MAX_LINE_BYTES + 1,
-        message="the line is longer than 16 MB",
-        excerpt=excerpt(line.data[:200].decode("utf-8", "backslashreplace")),
-        fix="one row per line: is this file an array, or does it lack line ends?",
+    return rows.finish(
+        empty="is empty",
+        fix='write one JSON object per line, e.g. {"messages": [{"role": "user", "content": "Hi"}]}',
+        stopped_early=stopped_early,
     )
 
 
-def _wrong_encoding(encoding: str) -> Fault:
-    return Fault(
-        place="line 1",
-        column=1,
-        message=f"the file is {encoding}, not UTF-8",
-        excerpt="",
-        fix="save the file as UTF-8",
-    )
-
-
-def _read_line(line: _Line, rules: RowRules, faults: FaultList, unknown: UnknownKeys) -> Row | None:
-    """The row of one line; None after adding its faults, and for a blank line."""
-    place = f"line {line.number}"
-
-    def add(
-        column: int, message: str, text: str, fix: str | None, unsupported: bool = False
-    ) -> None:
+def _no_row_can_follow(number: int, line: bytes, faults: FaultList) -> bool:
+    """Whether the file is not one of lines in UTF-8, after adding that as a fault."""
+    foreign = [
+        name for mark, name in _FOREIGN_BOMS.items() if number == 1 and line.startswith(mark)
+    ]
+    if foreign:
+        message = f"the file is {foreign[0]}, not UTF-8"
+        faults.add("line 1", message, column=1, fix="save the file as UTF-8")
+    elif len(line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")) > MAX_LINE_BYTES:
         faults.add(
-            Fault(
-                place=place,
-                column=column,
-                message=message,
-                excerpt=excerpt(text, column),
-                fix=fix,
-                unsupported=unsupported,
-            )
+            f"line {number}",
+            "the line is longer than 16 MB",
+            column=MAX_LINE_BYTES + 1,
+            shown=excerpt(line[:200].decode("utf-8", "backslashreplace")),
+            fix="one row per line: is this file an array, or does it lack line ends?",
         )
+    else:
+        return False
+    return True
+
+
+def _read_line(number: int, line: bytes, rows: RowCollector) -> None:
+    """Add the row of one line, or its faults; nothing for a blank line."""
+    place, ended = f"line {number}", line.endswith(b"\n")
+    data = line.rstrip(b"\r\n") if ended else line
+    if number == 1:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    text = data.decode("utf-8", "backslashreplace")
+
+    def add(column: int, message: str, fix: str) -> None:
+        rows.faults.add(place, message, column=column, shown=excerpt(text, column), fix=fix)
 
     try:
-        text = line.data.decode("utf-8")
+        data.decode("utf-8")
+        if text and not text.isspace():
+            rows.add(parse(text), place, text=text, line=number)
     except UnicodeDecodeError as error:
-        text = line.data.decode("utf-8", "backslashreplace")
-        column = len(line.data[: error.start].decode("utf-8")) + 1
-        add(column, _bad_bytes(line, error), text, "save the file as UTF-8")
-        return None
-    if not text or text.isspace():
-        return None
-    try:
-        value = parse(text)
+        at = f"byte 0x{data[error.start]:02x} (byte {error.start + 1} of the line)"
+        column = len(data[: error.start].decode("utf-8")) + 1
+        add(column, f"{at} is not UTF-8", "save the file as UTF-8")
     except JsonFault as fault:
-        if fault.cut and not line.ended:
+        if fault.cut and not ended:
             message = f"the last line is cut short ({fault.message})"
-            add(fault.column, message, text, "complete or remove the last line")
+            add(fault.column, message, "complete or remove the last line")
         else:
-            add(fault.column, fault.message, text, fault.fix)
-        return None
-    unknown.see(value)
-    result = check_row(value, rules, line=line.number)
-    if isinstance(result, Row):
-        return result
-    for fault in result:
-        add(column_of(text, fault.path), fault.message, text, fault.fix, fault.unsupported)
-    return None
-
-
-def _bad_bytes(line: _Line, error: UnicodeDecodeError) -> str:
-    return f"byte 0x{line.data[error.start]:02x} (byte {error.start + 1} of the line) is not UTF-8"
-
-
-def _foreign_encoding(line: _Line) -> str | None:
-    if line.number != 1:
-        return None
-    return next((name for mark, name in _FOREIGN_BOMS.items() if line.data.startswith(mark)), None)
+            add(fault.column, fault.message, fault.fix)

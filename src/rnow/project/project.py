@@ -9,6 +9,7 @@ from pathlib import Path
 from rnow.config import Config
 from rnow.errors import InputError
 from rnow.project.dataset import Dataset, load_dataset
+from rnow.project.rows import RowRules
 from rnow.project.secrets import load_secrets
 from rnow.project.user_code import load_rewards
 from rnow.usercode.functions import FunctionInfo
@@ -26,11 +27,6 @@ class Project:
     rewards: Mapping[str, FunctionInfo] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     agentic: bool = False
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What should be told about the data though it is no fault."""
-        return self.dataset.warnings
 
 
 def is_agentic(folder: Path, config: Config) -> bool:
@@ -69,13 +65,16 @@ def load_project(folder: Path, config: Config, *, tools: Collection[str] = ()) -
     secrets = load_secrets(folder)
     rewards = load_rewards(folder, secrets=secrets)
     data = config.data
-    dataset = load_dataset(
-        data.sources,
+    rules = RowRules(
         dataset_type=config.dataset_type,
         known_rewards=rewards,
         # With the tools switched off, the names in the rows are neither used nor checked.
         known_tools=tools if agentic or not _has_tools(folder, config) else None,
         dockerfiles=[path.name.removeprefix("Dockerfile.") for path in folder.glob("Dockerfile.*")],
+    )
+    dataset = load_dataset(
+        data.sources,
+        rules,
         base_dir=folder,
         val_split=data.val_split,
         seed=config.seed,

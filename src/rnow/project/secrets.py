@@ -1,13 +1,10 @@
-"""The project's ``.env``: reading it, and keeping its values out of everything that is written."""
+"""The project's ``.env``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from rnow.errors import InputError
-from rnow.usercode.text import redact
-
-__all__ = ["load_secrets", "redact"]
 
 
 def load_secrets(folder: Path) -> dict[str, str]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, InputError
-from rnow.project.faults import Fault, FaultList, excerpt
+from rnow.project.faults import FaultList, excerpt
 from rnow.project.json_text import JsonFault, parse
-from rnow.project.jsonl import RowFile, UnknownKeys, read_rows
-from rnow.project.rows import Row, RowRules, check_row
+from rnow.project.jsonl import read_rows
+from rnow.project.row_file import RowCollector, RowFile
+from rnow.project.rows import RowRules
 from rnow.text.suggest import closest, did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
@@ -53,10 +53,10 @@ def _read_local(source: DatasetSource, path: Path, rules: RowRules) -> RowFile:
         raise _missing(source.path, path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _check_table(_parquet_rows(path, source.path), rules, source.path)
+        return _check_table(_parquet_rows(path, source.path), rules, source)
     if suffix == ".json" and _starts_with_array(path):
-        return _check_table(_array_rows(path, source.path), rules, source.path)
-    return read_rows(path, rules, label=source.path)
+        return _check_table(_array_rows(path, source.path), rules, source)
+    return read_rows(path, source, rules)
 
 
 def _missing(name: str, path: Path) -> DataError:
@@ -78,41 +78,20 @@ def _missing(name: str, path: Path) -> DataError:
     return DataError(f"{name} does not exist", where=_KEY, why=f"looked for {path}", fix=fix)
 
 
-def _check_table(rows: Iterable[object], rules: RowRules, label: str) -> RowFile:
+def _check_table(rows: Iterable[object], rules: RowRules, source: DatasetSource) -> RowFile:
     """Rows that have no text of their own: places are ``row N`` (from 1), and there is no column."""
-    faults = FaultList()
-    unknown = UnknownKeys()
-    checked: list[Row] = []
+    checked = RowCollector(source=source, rules=rules)
     mapped: set[str] = set()
     for number, raw in enumerate(rows, start=1):
         value, column = _with_messages(raw)
         if column:
             mapped.add(column)
-        unknown.see(value)
-        result = check_row(value, rules)
-        if isinstance(result, Row):
-            if not faults.total:
-                checked.append(result)
-            continue
-        for fault in result:
-            faults.add(
-                Fault(
-                    place=f"row {number}",
-                    column=None,
-                    message=fault.message,
-                    excerpt=_value_excerpt(value, fault.path),
-                    fix=fault.fix,
-                    unsupported=fault.unsupported,
-                )
-            )
-    if faults.total:
-        raise faults.error(label)
-    if not checked:
-        raise DataError(f"{label} has no rows", where=label, fix="give it at least one row")
+        checked.add(value, f"row {number}")
     notes = tuple(
-        f'{label}: the column "{column}" is used as the user message' for column in sorted(mapped)
+        f'{source.path}: the column "{column}" is used as the user message'
+        for column in sorted(mapped)
     )
-    return RowFile(rows=tuple(checked), warnings=notes + unknown.warnings(label))
+    return checked.finish(empty="has no rows", fix="give it at least one row", notes=notes)
 
 
 def _with_messages(raw: object) -> tuple[object, str | None]:
@@ -130,17 +109,6 @@ def _with_messages(raw: object) -> tuple[object, str | None]:
         rest = {key: item for key, item in raw.items() if key not in (column, "messages")}
         return {**rest, "messages": messages}, column
     return raw, None
-
-
-def _value_excerpt(value: object, path: tuple[str | int, ...]) -> str:
-    for step in path:
-        inner: Mapping[object, object] = value if isinstance(value, dict) else {}
-        if isinstance(value, list):
-            inner = dict(enumerate(value))
-        if step not in inner:
-            break
-        value = inner[step]
-    return excerpt(json.dumps(value, ensure_ascii=False, default=str)[:200])
 
 
 def _without_nulls(row: Mapping[str, object]) -> dict[str, object]:
@@ -192,14 +160,9 @@ def _array_rows(path: Path, label: str) -> list[object]:
         start = text.rfind("\n", 0, fault.column - 1) + 1
         column = fault.column - start
         end = text.find("\n", start)
-        shown = Fault(
-            place=f"line {line}",
-            column=column,
-            message=fault.message,
-            excerpt=excerpt(text[start : end if end >= 0 else len(text)], column),
-        )
+        shown = excerpt(text[start : end if end >= 0 else len(text)], column)
         faults = FaultList()
-        faults.add(shown)
+        faults.add(f"line {line}", fault.message, column=column, shown=shown)
         raise faults.error(label) from None
     return rows if isinstance(rows, list) else []
 
@@ -220,7 +183,7 @@ def _read_hub(source: DatasetSource, rules: RowRules) -> RowFile:
         table = datasets.load_dataset(name, config or None, split=source.split)
     except Exception as error:
         raise _hub_error(label, source.split, error) from None
-    return _check_table((_without_nulls(dict(row)) for row in table), rules, label)
+    return _check_table((_without_nulls(dict(row)) for row in table), rules, source)
 
 
 def _hub_error(label: str, split: str, error: Exception) -> DataError:

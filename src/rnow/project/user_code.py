@@ -13,7 +13,7 @@ METRIC_NAMES = frozenset({"mean", "failure_fraction"})
 
 
 def load_rewards(
-    folder: Path, filename: str = "rewards.py", *, secrets: Mapping[str, str] | None = None
+    folder: Path, *, secrets: Mapping[str, str] | None = None
 ) -> Mapping[str, FunctionInfo]:
     """Name -> reward function of ``folder/rewards.py``; empty when there is no such file.
 
@@ -23,7 +23,7 @@ def load_rewards(
     Raises:
         InputError: the file cannot be imported, or a reward has the wrong parameters or a name twice.
     """
-    path = folder / filename
+    path = folder / "rewards.py"
     if not path.is_file():
         return {}
     rewards = {info.name: info for info in load_functions(path, "rewards", secrets=secrets)}

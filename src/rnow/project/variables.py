@@ -19,9 +19,7 @@ def substitute(text: str, variables: Mapping[str, object]) -> str:
 
     def value(match: re.Match[str]) -> str:
         name = match["name"]
-        if name is None or name not in variables:
-            return match.group()
-        return str(variables[name])
+        return str(variables[name]) if name in variables else match.group()
 
     return _NAME.sub(value, text)
 

@@ -93,7 +93,7 @@ def run(
         warn=display.warn,
     )
     found = (
-        prepared.project.warnings,
+        prepared.project.dataset.warnings,
         prepared.rendered.warnings,
         unread_settings(config, agentic=prepared.project.agentic),
     )

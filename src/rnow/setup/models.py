@@ -135,7 +135,7 @@ def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]
         alpha=model.lora_alpha,
         seed=config.seed,
         # An adapter outlives the folder it was trained from: a local base is named by its full path.
-        base_name=str(resolved.local_dir.resolve()) if resolved.source == "local" else model.path,
+        base_name=str(resolved.local_dir.resolve()) if resolved.revision is None else model.path,
         objective=build_objective(config),
         optimizer=OptimizerSettings(
             learning_rate=trainer.learning_rate,

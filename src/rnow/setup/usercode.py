@@ -13,7 +13,6 @@ from rnow.plan.choices import DEFAULT_MAX_TOKENS, DEFAULT_MAX_TURNS
 from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import tool_names
 from rnow.project.project import TOOLS_FILE
-from rnow.project.secrets import redact
 from rnow.rewards.score import RewardRunner
 from rnow.rollout.collect import RolloutSettings
 from rnow.rollout.environment import Episodes, RunCall
@@ -22,6 +21,7 @@ from rnow.tools.toolbox import Toolbox
 from rnow.types import Prompt, Purpose
 from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import MAX_CONTAINERS, Sandboxes
+from rnow.usercode.text import redact
 
 
 def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -> RolloutSettings:

@@ -36,9 +36,9 @@ def load_teacher(
     from rnow.models.tokenizer import load_tokenizer, vocabulary_size
     from rnow.teacher.transformers import TransformersTeacher
 
-    check_model_id(path, key="teacher", where=None)
+    check_model_id(path, key="teacher")
     resolved = resolve_model(
-        path, revision=revision, key="teacher", where=None, weights=True, base_dir=Path.cwd()
+        path, revision=revision, key="teacher", weights=True, base_dir=Path.cwd()
     )
     tokenizer = load_tokenizer(resolved, trust_remote_code=trust_remote_code)
     target = choose_device(device)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rnow.config import Config
 from rnow.project.project import TOOLS_FILE
-from rnow.project.secrets import redact
 from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import ToolDescription
 from rnow.tasks import run_anywhere
@@ -22,6 +21,7 @@ from rnow.usercode.environment import plainly_secret
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import Sandboxes
+from rnow.usercode.text import redact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
