@@ -183,7 +183,7 @@ def shared(
         max_model_len=256,
         max_num_seqs=16,
         gpu_memory_utilization=SHARE,
-        enforce_eager=True,
+        engine={"enforce_eager": True},
         enable_sleep=True,
         max_lora_rank=RANK,
         probe=IDS,

@@ -19,9 +19,10 @@ from rnow.models.resolved import ResolvedModel
 from rnow.plan import plan as plan_module
 from rnow.plan.devices import DeviceInfo, describe_device
 from rnow.plan.plan import Plan, build_plan, format_bytes, taking_turns
-from rnow.plan.prepare import Prepared, count_steps
+from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import render_prompts
 from rnow.plan.roles import RunModel, roles_of
+from rnow.plan.sources import plan_source
 from rnow.plan.view import plan_view
 from rnow.project.dataset import Dataset
 from rnow.project.project import Project
@@ -56,7 +57,7 @@ def prepared_of(
         project=Project(folder=models[0].local_dir.parent, dataset=dataset),
         models=found,
         rendered=render_prompts(config, dataset.prompts, found),
-        num_steps=count_steps(config, dataset),
+        source=plan_source(config, dataset),
         tools=tools or {},
     )
 
@@ -111,7 +112,7 @@ def test_the_plan_counts_steps_as_the_run_does(
 ) -> None:
     dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 10)))
     config = make_config(trainer=trainer, data={"batch_size": 4})
-    assert count_steps(config, dataset) == steps
+    assert plan_source(config, dataset).num_steps == steps
     assert plan_of(models, trainer=trainer, data={"batch_size": 4}).steps == steps
 
 

@@ -181,7 +181,7 @@ def vllm(
                     work_dir=work,
                     log=work.with_suffix(".log"),
                     dtype="float32",
-                    enforce_eager=True,
+                    engine={"enforce_eager": True},
                     max_num_seqs=64,
                     max_lora_rank=policy.adapter().config["r"],
                     probe=prompt(16),

@@ -105,7 +105,7 @@ def setup(
         work_dir=folder / "adapters",
         log=folder / "vllm.log",
         dtype="float32",
-        enforce_eager=True,
+        engine={"enforce_eager": True},
         enable_sleep=True,  # which a CPU does not have
         max_num_seqs=32,
         max_model_len=256,
@@ -444,7 +444,7 @@ def test_nothing_is_left_after_kill_9_of_the_parent(tmp_path: Path) -> None:
         here = pathlib.Path({str(tmp_path)!r})
         sampler = VllmSampler(EngineBackend(VllmSettings(
             local_dir=pathlib.Path({str(STUDENT)!r}), vocabulary=200, work_dir=here / "w",
-            log=here / "log", dtype="float32", enforce_eager=True, max_num_seqs=8, max_model_len=256)))
+            log=here / "log", dtype="float32", engine={"enforce_eager": True}, max_num_seqs=8, max_model_len=256)))
         sampler.start().result()
         async def draw():
             params = SamplingParams(max_tokens=200, stop_token_ids=())

@@ -83,7 +83,7 @@ def test_the_students_base_and_adapter(folder: Path, tmp_path: Path) -> None:
         dtype="bfloat16",
         quantization="nf4",
         max_model_len=256,
-        enforce_eager=True,
+        engine={"enforce_eager": True},
         max_num_seqs=8,
         max_lora_rank=8,
         probe=tuple(IDS[:24]),

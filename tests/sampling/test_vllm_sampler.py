@@ -651,7 +651,11 @@ def arguments_of(
     return fitted(engine_arguments(settings), KNOWN if known is None else known, cpu)
 
 
-SETTINGS = settings_of(quantization="nf4", enable_sleep=True)
+SETTINGS = settings_of(
+    quantization="nf4",
+    enable_sleep=True,
+    engine={"tensor_parallel_size": 2, "enforce_eager": False, "enable_prefix_caching": True},
+)
 CUDA_ONLY = {"enable_sleep_mode"}
 CPU_ONLY = {"enable_chunked_prefill", "max_num_batched_tokens"}
 COMMON = {
@@ -676,6 +680,7 @@ def test_engine_arguments_say_how_tokens_are_drawn_and_judged() -> None:
     arguments = arguments_of(SETTINGS)
     assert arguments["logprobs_mode"] == "processed_logprobs"
     assert arguments["generation_config"] == "vllm"
+    assert arguments["tensor_parallel_size"] == 2
     assert arguments["quantization"] == "bitsandbytes"
     assert "quantization" not in arguments_of(settings_of())
 

@@ -16,7 +16,7 @@ from rnow.errors import EXIT_TEMPORARY, ConfigError, TemporaryError
 from rnow.rollout.collect import RolloutSettings
 from rnow.setup.build import run
 from rnow.training.evaluations import Evaluations, Evaluator, Scheduled
-from rnow.training.loop import OnPolicy, Parts, train
+from rnow.training.loop import OnPolicy, Parts, Workers, train
 from rnow.training.residency import Part, Residency, StageClock
 from rnow.types import Prompt
 
@@ -266,14 +266,16 @@ class Watched:
             num_steps=num_steps,
             source=OnPolicy(
                 prompts_of=lambda step: PROMPTS,
-                environments=lambda *_: FakeEnvironment((1, 2)),
-                settings=SETTINGS,
-                journal=lambda step: None,
-                sampler=self.sampler,
-                rewarder=FakeRewarder(),
                 advantages=lambda groups, rewards: dict.fromkeys(rewards, 0.0),
-                teacher=self.teacher,
-                gpu=self.card.gpu,
+                workers=Workers(
+                    environments=lambda *_: FakeEnvironment((1, 2)),
+                    settings=SETTINGS,
+                    journal=lambda step: None,
+                    sampler=self.sampler,
+                    rewarder=FakeRewarder(),
+                    teacher=self.teacher,
+                    gpu=self.card.gpu,
+                ),
             ),
             policy=self.policy,
             sampler=self.sampler,

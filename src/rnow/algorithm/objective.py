@@ -69,7 +69,12 @@ class Objective(Protocol):
 
     @property
     def summaries(self) -> Mapping[str, Summary]:
-        """Metric name -> the stream it sums up, in the order in which they are logged."""
+        """Metric name -> the stream it sums up, in the order in which they are logged. ``loss`` is among them: an update
+        whose loss is not finite is skipped."""
+        ...
+
+    def describe(self) -> str:
+        """What is minimised, in a few words for the header of a run."""
         ...
 
     def terms(self, hidden: Tensor, head: Head, micro: MicroBatch) -> Terms:

@@ -63,6 +63,10 @@ class PolicyGradient:
         """See ``Objective.summaries``."""
         return SUMMARIES
 
+    def describe(self) -> str:
+        """See ``Objective.describe``."""
+        return f"{self.loss_fn}, kl_penalty_coef {self.kl_penalty_coef:g}"
+
     def terms(self, hidden: Tensor, head: Head, micro: MicroBatch) -> Terms:
         """See ``Objective.terms``."""
         selected = selected_logprobs(

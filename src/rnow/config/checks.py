@@ -29,8 +29,10 @@ def find_contradictions(config: Config) -> Iterator[Problem]:
             message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
             hint="remove the teacher section, or set dataset_type: distill",
         )
-    coefficients = (config.algorithm.kl_penalty_coef, config.algorithm.reward_coef)
-    if config.dataset_type in ("distill", "rl") and coefficients == (0, 0):
+    algorithm = config.algorithm
+    coefficients = (algorithm.kl_penalty_coef, algorithm.reward_coef)
+    sampled = config.dataset_type in ("distill", "rl") and algorithm.kl_estimator == "sampled"
+    if sampled and coefficients == (0, 0):
         yield Problem(
             path=("algorithm", "kl_penalty_coef"),
             message="kl_penalty_coef and reward_coef are both 0, so nothing would be learned",

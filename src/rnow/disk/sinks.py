@@ -33,7 +33,8 @@ class Sink(Protocol):
         ...
 
     def forget_from(self, step: int) -> None:
-        """A resumed run writes this step and the later ones again; called once, before anything is logged."""
+        """The run is about to write this step and the later ones: what an earlier start logged of them goes. Called once,
+        before anything is logged, with 1 where a run begins."""
         ...
 
     def close(self) -> None:

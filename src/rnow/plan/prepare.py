@@ -16,6 +16,7 @@ from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
+from rnow.plan.sources import SourcePlan, plan_source
 from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
@@ -30,7 +31,7 @@ class Prepared:
 
     Attributes:
         models: by role, the student first; the student alone when nothing is to be trained (``rnow test``).
-        num_steps: 0 when nothing is to be trained.
+        source: of the samples to train on; None when nothing is to be trained.
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
         images: those that rows name, each with the place of the first.
@@ -41,7 +42,7 @@ class Prepared:
     project: Project
     models: Models
     rendered: Rendered
-    num_steps: int
+    source: SourcePlan | None
     tools: ToolSchemas
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
@@ -52,6 +53,11 @@ class Prepared:
     def student(self) -> RunModel:
         """The model that is trained."""
         return self.models[STUDENT]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run; 0 when nothing is to be trained."""
+        return 0 if self.source is None else self.source.num_steps
 
     def secret(self, name: str) -> str | None:
         """A value of the project's ``.env``, else of the environment."""
@@ -96,9 +102,9 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
     notices = check_sandbox(functions, images, folder)
-    num_steps = 0
+    source = None
     if training:
-        num_steps = count_steps(config, dataset)
+        source = plan_source(config, dataset)
         _check_evals(config, held_out=len(dataset.held_out))
     models = {
         name: RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
@@ -110,7 +116,7 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
         project=project,
         models=models,
         rendered=render_prompts(config, [*dataset.prompts, *dataset.held_out], models, tools),
-        num_steps=num_steps,
+        source=source,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
@@ -183,14 +189,3 @@ def _check_evals(config: Config, *, held_out: int) -> None:
             where="data.val_split",
             fix="raise it, or set it to 0",
         )
-
-
-def count_steps(config: Config, dataset: Dataset) -> int:
-    """Steps of the run: those of all epochs, or ``trainer.max_steps`` if that is less.
-
-    Raises:
-        DataError: a batch is larger than the dataset.
-    """
-    trainer = config.trainer
-    steps = dataset.num_steps(config.data.batch_size, trainer.num_epochs)
-    return min(steps, trainer.max_steps or steps)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ class VllmSettings:
         gpu_memory_utilization: share of the card for weights and KV cache. On a CPU the environment variable
             VLLM_CPU_KVCACHE_SPACE (GiB, 2 by default) counts instead.
         max_num_seqs: completions in flight at once.
+        engine: further arguments of the engine that is started, by vLLM's own names (``enforce_eager``, ...).
         max_lora_rank: the adapter's rank; vLLM is told the next one it knows.
         enable_sleep: reserve what ``sleep`` needs; no use on a CPU.
         probe: a short text's ids, scored to see that vLLM still has the right weights; without any nothing is probed.
@@ -46,9 +48,7 @@ class VllmSettings:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
-    tensor_parallel_size: int = 1
-    enforce_eager: bool = False
-    enable_prefix_caching: bool = True
+    engine: Mapping[str, object] = field(default_factory=dict)
     enable_sleep: bool = False
     trust_remote_code: bool = False
     max_lora_rank: int = 32

@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rnow.algorithm.advantages import rollout_advantages
 from rnow.config import Config, config_hash, to_yaml
 from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
@@ -48,7 +47,7 @@ from rnow.setup.usercode import (
     single_turns,
 )
 from rnow.tasks import run_anywhere
-from rnow.training.loop import OnPolicy, Parts, train
+from rnow.training.loop import Parts, Workers, train
 from rnow.training.recorder import Recorder
 from rnow.training.saver import Saver
 from rnow.training.selfcheck import run_selfcheck
@@ -327,28 +326,23 @@ class _Run:
     def _build_parts(
         self, backends: Backends, recorder: Recorder, saver: Saver, code: UserCode
     ) -> Parts:
-        config, dataset = self._config, self._prepared.project.dataset
-        estimator = config.algorithm.adv_estimator
-        assert estimator != "gae", "refused by refuse_reserved"
-        source = OnPolicy(
-            prompts_of=partial(dataset.batch, batch_size=config.data.batch_size, seed=config.seed),
+        assert self._prepared.source is not None, "prepared for training"
+        group_size = self._config.data.group_size
+        workers = Workers(
             environments=build_episodes(self._prepared, code),
             settings=replace(
-                rollout_settings(self._prepared, "train", group_size=config.data.group_size),
+                rollout_settings(self._prepared, "train", group_size=group_size),
                 poll=self._stop.poll,
             ),
             journal=saver.journal,
             sampler=backends.sampler,
             rewarder=code.rewarder,
-            advantages=partial(
-                rollout_advantages, estimator=estimator, scale=config.algorithm.scale_rewards
-            ),
             teacher=backends.teacher,
             gpu=backends.gpu,
         )
         return Parts(
             num_steps=self._prepared.num_steps,
-            source=source,
+            source=self._prepared.source.open(workers),
             policy=backends.policy,
             sampler=backends.sampler,
             gpu=backends.gpu,

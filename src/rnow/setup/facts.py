@@ -19,6 +19,7 @@ from rnow.plan.prepare import Prepared
 from rnow.plan.roles import TEACHER, teachers_of
 from rnow.project.project import TOOLS_FILE
 from rnow.setup.backends import Backends
+from rnow.setup.objective import build_objective
 from rnow.setup.usercode import redactor
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
@@ -39,7 +40,7 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
         **models,
         "student_weights": weights_fingerprint(trained),
         "tokenizer_hash": tokenizer_hash(trained),
-        "dataset_hash": prepared.project.dataset.content_hash,
+        "dataset_hash": prepared.source and prepared.source.content_hash,
         "rewards_hash": _hash_of(folder / "rewards.py"),
         "tools_hash": _hash_of(folder / TOOLS_FILE) if prepared.project.agentic else None,
         "tools": prepared.tools,
@@ -59,7 +60,6 @@ def redacted_config(prepared: Prepared) -> dict[str, object]:
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:
     """``label: value`` lines shown when training begins."""
     config = prepared.config
-    data, algorithm = config.data, config.algorithm
     student = backends.student
     base = student.dtype
     if student.quantization != "none":
@@ -71,10 +71,9 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     lines = [
         f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
         f"teacher: {_teacher_name(prepared)}",
-        f"objective: {algorithm.loss_fn}, kl_penalty_coef {algorithm.kl_penalty_coef:g}, "
+        f"objective: {build_objective(config).describe()}, "
         f"learning rate {config.trainer.learning_rate:g}",
-        f"data: {len(prepared.project.dataset.prompts)} prompts, "
-        f"{data.batch_size} x {data.group_size} rollouts per step, {prepared.num_steps} steps",
+        f"data: {prepared.source.summary}" if prepared.source else "data: none",
         f"sampler: {sampler}",
         *tools,
         f"device: {student.device}",

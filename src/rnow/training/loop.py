@@ -73,37 +73,41 @@ async def train_step(parts: Parts, step: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnPolicy:
-    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens."""
+class Workers:
+    """What a source may ask for the samples of a step, once everything is loaded."""
 
-    prompts_of: Callable[[int], Sequence[Prompt]]
     environments: Callable[[Prompt, int], Environment]
     settings: RolloutSettings
     journal: Callable[[int], RolloutStore]
     sampler: Sampler
     rewarder: Rewarder
-    advantages: Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], Mapping[str, float]]
     teacher: Teacher | None
     gpu: Residency
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnPolicy:
+    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens."""
+
+    prompts_of: Callable[[int], Sequence[Prompt]]
+    advantages: Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], Mapping[str, float]]
+    workers: Workers
+
     async def batch(self, step: int, clock: StageClock) -> StepData:
         """See ``Source.batch``."""
-        async with self.gpu.only("sampler", clock):
+        at, gpu, poll = self.workers, self.workers.gpu, self.workers.settings.poll
+        async with gpu.only("sampler", clock):
             with clock.stage("rollout"):
+                prompts, store = self.prompts_of(step), at.journal(step)
                 groups = await collect_rollouts(
-                    self.prompts_of(step),
-                    self.sampler,
-                    self.environments,
-                    self.settings,
-                    step=step,
-                    store=self.journal(step),
+                    prompts, at.sampler, at.environments, at.settings, step=step, store=store
                 )
         with clock.stage("reward"):
-            rewards = await score_rewards(groups, self.rewarder, poll=self.settings.poll)
+            rewards = await score_rewards(groups, at.rewarder, poll=poll)
             samples = build_samples(groups)
-        async with self.gpu.only("teacher", clock):
+        async with gpu.only("teacher", clock):
             with clock.stage("teacher"):
-                evidence = await self.teacher.score(samples) if self.teacher else None
+                evidence = await at.teacher.score(samples) if at.teacher else None
                 advantages = self.advantages(groups, rewards)
                 training = build_training_samples(samples, advantages, evidence)
         return StepData(training=training, groups=groups, rewards=rewards)

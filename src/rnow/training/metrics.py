@@ -34,6 +34,8 @@ def reward_metrics(
 def rollout_metrics(groups: Sequence[RolloutGroup], *, agentic: bool = False) -> dict[str, float]:
     """``completions/*`` and ``tokens/*`` of a step; with ``agentic``, ``tools/*`` and how the rollouts ended."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if not rollouts:
+        return {}
     usable = [rollout for rollout in rollouts if rollout.status != "failed"]
     completion = sum(rollout.completion_tokens for rollout in usable)
     total = sum(rollout.total_tokens for rollout in usable)

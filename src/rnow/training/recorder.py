@@ -78,7 +78,7 @@ class Recorder:
             metrics["skipped_updates"] = float(self._skipped)
         metrics |= clock.metrics()
         metrics |= throughput_metrics(metrics) | memory_metrics()
-        self.completion_tokens += int(metrics["tokens/completion"])
+        self.completion_tokens += int(metrics.get("tokens/completion", 0))
         self._transcripts.write(step, data, update.streams)
         for sink in self._sinks:
             sink.log(step, metrics)
