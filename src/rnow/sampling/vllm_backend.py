@@ -28,8 +28,13 @@ class Backend(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Start or reach it, and wait until it answers. Raises ServerDown when it does not come up, ModelError when it cannot
-        serve this model."""
+        """Start or reach it, and wait until it answers.
+
+        Raises:
+            ServerDown: it does not come up.
+            ModelError: vLLM is not installed, does not serve this model, or gives other log-probabilities than those it draws
+                from.
+        """
 
     @abstractmethod
     def stop(self) -> None:
