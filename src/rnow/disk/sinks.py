@@ -130,7 +130,28 @@ class WandbSink:
         self._warn = warn
         self._run: Any = None
         try:
-            self._run = self._start(project, name, config, dir, run_id)
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE") or None
+            if mode is None and not has_wandb_key(wandb.Settings().base_url, os.environ):
+                mode = "offline"
+                warn(
+                    f"no Weights & Biases key found: recording offline in {dir / 'wandb'}; "
+                    "send it later with `wandb sync`"
+                )
+            settings = wandb.Settings(
+                console="off", silent=True, disable_git=True, save_code=False, init_timeout=30
+            )
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                config=dict(config),
+                dir=str(dir),
+                id=run_id,
+                resume="allow" if run_id else None,
+                mode=mode,  # pyright: ignore[reportArgumentType]
+                settings=settings,
+            )
         except ImportError:
             warn("wandb_project is set but wandb is not installed: pip install 'rnow-local[wandb]'")
         except Exception as error:
@@ -161,37 +182,6 @@ class WandbSink:
             run.finish()
         except Exception as error:
             self._give_up("did not finish cleanly", error)
-
-    def _start(
-        self,
-        project: str,
-        name: str | None,
-        config: Mapping[str, Any],
-        dir: Path,
-        run_id: str | None,
-    ) -> Any:
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE") or None
-        if mode is None and not has_wandb_key(wandb.Settings().base_url, os.environ):
-            mode = "offline"
-            self._warn(
-                f"no Weights & Biases key found: recording offline in {dir / 'wandb'}; "
-                "send it later with `wandb sync`"
-            )
-        settings = wandb.Settings(
-            console="off", silent=True, disable_git=True, save_code=False, init_timeout=30
-        )
-        return wandb.init(
-            project=project,
-            name=name,
-            config=dict(config),
-            dir=str(dir),
-            id=run_id,
-            resume="allow" if run_id else None,
-            mode=mode,  # pyright: ignore[reportArgumentType]
-            settings=settings,
-        )
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None

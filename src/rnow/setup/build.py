@@ -215,7 +215,7 @@ class _Run:
         replace_file(self._folder.config, text.encode())
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
         try:
-            await train(self._build_parts(backends, recorder, saver, code), done)
+            await train(self._build_parts(backends, recorder, saver, journals, code), done)
         except (StopRequested, TemporaryError) as stop:
             stop.where = stop.where or str(self._folder.path)
             stop.fix = stop.fix or "run the same command again to continue"
@@ -325,7 +325,12 @@ class _Run:
         return JournalFolder(self._folder.journal, whole=whole)
 
     def _build_parts(
-        self, backends: Backends, recorder: Recorder, saver: Saver, code: UserCode
+        self,
+        backends: Backends,
+        recorder: Recorder,
+        saver: Saver,
+        journals: JournalFolder,
+        code: UserCode,
     ) -> Parts:
         config, dataset = self._config, self._prepared.project.dataset
         estimator = config.algorithm.adv_estimator
@@ -337,7 +342,7 @@ class _Run:
                 rollout_settings(self._prepared, "train", group_size=config.data.group_size),
                 poll=self._stop.poll,
             ),
-            journal=saver.journal,
+            journal=journals.open,
             sampler=backends.sampler,
             rewarder=code.rewarder,
             advantages=partial(

@@ -29,20 +29,7 @@ from rnow.teacher.vllm_server import Asking, TeacherServerSettings
 def start_vllm_sampler(
     prepared: Prepared, run_folder: RunFolder, stack: ExitStack, *, time_shared: bool
 ) -> VllmSampler:
-    """The vLLM that draws from the student, starting or started; ``stack`` closes it."""
-    sampler = build_vllm_sampler(prepared, run_folder, time_shared=time_shared)
-    stack.callback(sampler.close)
-    started = sampler.start()
-    if prepared.student.role.device.type == "cuda":
-        # vLLM measures what is free on the card while it starts: no other model may be loading meanwhile.
-        started.result()
-    return sampler
-
-
-def build_vllm_sampler(
-    prepared: Prepared, run_folder: RunFolder, *, time_shared: bool = False
-) -> VllmSampler:
-    """The vLLM sampler of the config; nothing is started yet.
+    """The vLLM that draws from the student, starting or started; ``stack`` closes it.
 
     Args:
         time_shared: it takes turns on its card, and must be able to sleep.
@@ -76,13 +63,20 @@ def build_vllm_sampler(
         probe=probe_ids(prepared),
     )
     if section.url is None:
-        return VllmEngineSampler(settings)
-    return VllmServerSampler(
-        settings,
-        url=section.url,
-        api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
-        served_model=section.served_model,
-    )
+        sampler = VllmEngineSampler(settings)
+    else:
+        sampler = VllmServerSampler(
+            settings,
+            url=section.url,
+            api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
+            served_model=section.served_model,
+        )
+    stack.callback(sampler.close)
+    started = sampler.start()
+    if student.role.device.type == "cuda":
+        # vLLM measures what is free on the card while it starts: no other model may be loading meanwhile.
+        started.result()
+    return sampler
 
 
 async def start_vllm_teacher(
