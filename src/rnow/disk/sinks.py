@@ -6,7 +6,6 @@ The numbers of a step never stop a run: what cannot be written is reported once,
 from __future__ import annotations
 
 import json
-import logging
 import netrc
 import os
 from collections.abc import Callable, Mapping
@@ -17,8 +16,6 @@ from urllib.parse import urlsplit
 from rnow.disk.files import finite, replace_file, to_json
 
 Warn = Callable[[str], None]
-
-_log = logging.getLogger("rnow")
 
 
 class Sink(Protocol):
@@ -50,7 +47,7 @@ class JsonlSink:
         warn: called once when the metrics cannot be written, and once more when they can again.
     """
 
-    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn = _log.warning) -> None:
+    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn) -> None:
         self._metrics = metrics
         self._evaluations = evaluations
         self._warn = warn
@@ -125,7 +122,7 @@ class WandbSink:
         dir: Path,
         *,
         run_id: str | None = None,
-        warn: Warn = _log.warning,
+        warn: Warn,
     ) -> None:
         self._warn = warn
         self._run: Any = None
