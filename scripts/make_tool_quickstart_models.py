@@ -50,7 +50,7 @@ from rnow.core import get_response
 from rnow.core.tool_schema import describe
 from rnow.models.loading import load_causal_lm
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
-from rnow.rollout.environment import ToolEnvironment, load_dialogue
+from rnow.rollout.environment import Dialogue, ToolEnvironment
 from rnow.rollout.rendering import render_text
 from rnow.sampling.transformers import TransformersSampler
 from rnow.types import Prompt, ToolCall, ToolResult
@@ -271,7 +271,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, tool: dict[str, Any]) -> None:
         self.end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         self.pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-        self.dialogue = load_dialogue(tokenizer, [tool], stop_token_ids=[self.end, self.pad])
+        self.dialogue = Dialogue(tokenizer, [tool], stop_token_ids=[self.end, self.pad])
         self.vocabulary = len(tokenizer)
         self._tokenizer, self.tool = tokenizer, tool
         rendered = render_text(tokenizer, [call_message("7")], generation_prompt=False)

@@ -19,7 +19,7 @@ from rnow.disk.sinks import JsonlSink, WandbSink, has_wandb_key, read_evaluation
 
 
 def make_sink(path: Path, **arguments: Any) -> JsonlSink:
-    return JsonlSink(path, path.with_name("evaluations.jsonl"), **arguments)
+    return JsonlSink(path, path.with_name("evaluations.jsonl"), **{"warn": pytest.fail} | arguments)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

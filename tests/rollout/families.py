@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rnow.rollout.environment import Dialogue, load_dialogue
+from rnow.rollout.environment import Dialogue
 from rnow.rollout.rendering import ToolDescription, render_text
 from rnow.types import Message
 
@@ -160,7 +160,7 @@ class Family:
         return tuple(self.tokenizer.convert_tokens_to_ids(t) for t in (self.eos, *self.stops))
 
     def dialogue(self, tools: Sequence[Mapping[str, Any]] = TOOLS) -> Dialogue:
-        return load_dialogue(self.tokenizer, tools, stop_token_ids=self.stop_token_ids)
+        return Dialogue(self.tokenizer, tools, stop_token_ids=self.stop_token_ids)
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))

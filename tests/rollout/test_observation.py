@@ -9,7 +9,7 @@ import pytest
 from tests.rollout.families import BY_NAME, SUPPORTED, TOOLS, Family, byte_tokenizer, trl_template
 
 from rnow.errors import InputError
-from rnow.rollout.environment import load_dialogue
+from rnow.rollout.environment import Dialogue
 from rnow.rollout.observation import CONTINUE, Observations
 
 QWEN = (
@@ -117,7 +117,7 @@ def test_where_a_template_cannot_open_it_the_user_says_continue(name: str, text:
 
 def test_thinking_switches_reach_the_next_turn() -> None:
     family = BY_NAME["qwen3"]
-    dialogue = load_dialogue(
+    dialogue = Dialogue(
         family.tokenizer, TOOLS, stop_token_ids=family.stop_token_ids, reasoning_mode="none"
     )
     ids = dialogue.observations.after_tools(answers(family, "x"), eos_id(family))
@@ -178,7 +178,7 @@ def test_a_newline_that_the_end_token_swallows_is_not_written() -> None:
 def test_a_stop_id_that_is_ordinary_text_is_no_end_of_turn() -> None:
     family = BY_NAME["qwen3"]
     newline, end = family.encode("\n")[0], eos_id(family)
-    dialogue = load_dialogue(family.tokenizer, TOOLS, stop_token_ids=[newline, end])
+    dialogue = Dialogue(family.tokenizer, TOOLS, stop_token_ids=[newline, end])
     ids = dialogue.observations.after_tools(answers(family, "x"), end)
     assert family.tokenizer.decode(ids) == QWEN.format("x")
     ids = dialogue.observations.after_tools(answers(family, "x"), newline)
@@ -236,7 +236,7 @@ def test_a_template_without_tool_messages_is_refused(template: str) -> None:
 def test_a_template_that_does_not_show_tools_is_refused(name: str) -> None:
     tokenizer = byte_tokenizer(trl_template(name), "<|end|>")
     with pytest.raises(InputError, match="does not show tools"):
-        load_dialogue(tokenizer, TOOLS, stop_token_ids=[tokenizer.eos_token_id])
+        Dialogue(tokenizer, TOOLS, stop_token_ids=[tokenizer.eos_token_id])
 
 
 def test_the_quickstart_student_has_no_tools() -> None:
@@ -244,4 +244,4 @@ def test_the_quickstart_student_has_no_tools() -> None:
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer = byte_tokenizer(template, "<|im_end|>")
     with pytest.raises(InputError, match="does not show tools"):
-        load_dialogue(tokenizer, TOOLS, stop_token_ids=[tokenizer.eos_token_id])
+        Dialogue(tokenizer, TOOLS, stop_token_ids=[tokenizer.eos_token_id])

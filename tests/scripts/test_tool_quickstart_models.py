@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rnow.core import RewardArgs
-from rnow.rollout.environment import load_dialogue
+from rnow.rollout.environment import Dialogue
 from rnow.rollout.rendering import render_text
 from rnow.usercode.host import load_functions
 
@@ -271,7 +271,7 @@ def test_chat_template_reads_parts_and_refuses_unknown_roles() -> None:
 
 def test_calls_are_read_as_hermes(encoder: Any) -> None:
     name = tokenizer("student")
-    dialogue = load_dialogue(name, [encoder.tool], stop_token_ids=[encoder.end, encoder.pad])
+    dialogue = Dialogue(name, [encoder.tool], stop_token_ids=[encoder.end, encoder.pad])
     text = name.decode(encoder.call("37+58")[:-1])
     (call,) = dialogue.parse(text, turn=0, inside_thinking=False).calls
     assert dialogue.format.name == "hermes"

@@ -45,7 +45,10 @@ class Desk:
             transcripts=TranscriptWriter(
                 self.folder.transcripts, decode=str, redact=lambda text: text
             ),
-            sinks=[JsonlSink(self.folder.metrics, self.folder.evaluations), self.sink],
+            sinks=[
+                JsonlSink(self.folder.metrics, self.folder.evaluations, warn=pytest.fail),
+                self.sink,
+            ],
             num_steps=9,
         )
 

@@ -31,18 +31,11 @@ def show_plan(loaded: LoadedConfig, folder: Path, *, as_json: bool) -> None:
     secrets = load_secrets(folder)
     if as_json:
         text = json.dumps({**plan.to_dict(), "config": to_dict(loaded.config)})
-        print_json(json.loads(redact(text, {name: _in_json(secrets[name]) for name in secrets})))
+        as_in_json = {name: json.dumps(secret)[1:-1] for name, secret in secrets.items()}
+        print_json(json.loads(redact(text, as_in_json)))
         return
     # The plan last: it is what the user looks at, and the config would push it off the screen.
-    print_lines(["resolved config:", *_indented(redact(to_yaml(loaded.config), secrets)), ""])
+    resolved = redact(to_yaml(loaded.config), secrets).splitlines()
+    print_lines(["resolved config:", *(f"  {line}" for line in resolved), ""])
     out = console()
     out.print(plan_view(plan, out))
-
-
-def _in_json(text: str) -> str:
-    """``text`` as it looks inside a JSON string."""
-    return json.dumps(text)[1:-1]
-
-
-def _indented(text: str) -> list[str]:
-    return [f"  {line}" for line in text.splitlines()]

@@ -6,7 +6,6 @@ The numbers of a step never stop a run: what cannot be written is reported once,
 from __future__ import annotations
 
 import json
-import logging
 import netrc
 import os
 from collections.abc import Callable, Mapping
@@ -17,8 +16,6 @@ from urllib.parse import urlsplit
 from rnow.disk.files import finite, replace_file, to_json
 
 Warn = Callable[[str], None]
-
-_log = logging.getLogger("rnow")
 
 
 class Sink(Protocol):
@@ -51,7 +48,7 @@ class JsonlSink:
         warn: called once when the metrics cannot be written, and once more when they can again.
     """
 
-    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn = _log.warning) -> None:
+    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn) -> None:
         self._metrics = metrics
         self._evaluations = evaluations
         self._warn = warn
@@ -126,12 +123,33 @@ class WandbSink:
         dir: Path,
         *,
         run_id: str | None = None,
-        warn: Warn = _log.warning,
+        warn: Warn,
     ) -> None:
         self._warn = warn
         self._run: Any = None
         try:
-            self._run = self._start(project, name, config, dir, run_id)
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE") or None
+            if mode is None and not has_wandb_key(wandb.Settings().base_url, os.environ):
+                mode = "offline"
+                warn(
+                    f"no Weights & Biases key found: recording offline in {dir / 'wandb'}; "
+                    "send it later with `wandb sync`"
+                )
+            settings = wandb.Settings(
+                console="off", silent=True, disable_git=True, save_code=False, init_timeout=30
+            )
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                config=dict(config),
+                dir=str(dir),
+                id=run_id,
+                resume="allow" if run_id else None,
+                mode=mode,  # pyright: ignore[reportArgumentType]
+                settings=settings,
+            )
         except ImportError:
             warn("wandb_project is set but wandb is not installed: pip install 'rnow-local[wandb]'")
         except Exception as error:
@@ -162,37 +180,6 @@ class WandbSink:
             run.finish()
         except Exception as error:
             self._give_up("did not finish cleanly", error)
-
-    def _start(
-        self,
-        project: str,
-        name: str | None,
-        config: Mapping[str, Any],
-        dir: Path,
-        run_id: str | None,
-    ) -> Any:
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE") or None
-        if mode is None and not has_wandb_key(wandb.Settings().base_url, os.environ):
-            mode = "offline"
-            self._warn(
-                f"no Weights & Biases key found: recording offline in {dir / 'wandb'}; "
-                "send it later with `wandb sync`"
-            )
-        settings = wandb.Settings(
-            console="off", silent=True, disable_git=True, save_code=False, init_timeout=30
-        )
-        return wandb.init(
-            project=project,
-            name=name,
-            config=dict(config),
-            dir=str(dir),
-            id=run_id,
-            resume="allow" if run_id else None,
-            mode=mode,  # pyright: ignore[reportArgumentType]
-            settings=settings,
-        )
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None

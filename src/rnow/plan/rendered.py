@@ -22,7 +22,7 @@ from rnow.models.tokenizer import (
 from rnow.plan.roles import STUDENT, Models, RunModel, teachers_of
 from rnow.project.dataset import oversized_rows_error, place_of
 from rnow.protocols import Tokenizer
-from rnow.rollout.environment import Dialogue, load_dialogue
+from rnow.rollout.environment import Dialogue
 from rnow.rollout.rendering import ToolDescription, render_text
 from rnow.types import Prompt
 
@@ -163,7 +163,7 @@ def _load_dialogues(
     """One for each set of tools that prompts may use."""
     used = dict.fromkeys(tool_names(prompt, tools) for prompt in prompts)
     return {
-        names: load_dialogue(
+        names: Dialogue(
             tokenizer,
             [tools[name] for name in names],
             stop_token_ids=stops,

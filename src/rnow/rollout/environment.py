@@ -16,7 +16,6 @@ from rnow.rollout.tool_calls import (
     THINK_CLOSE,
     THINK_OPEN,
     ParsedTurn,
-    ToolCallFormat,
     detect_format,
     parse_turn,
 )
@@ -104,25 +103,51 @@ class SingleTurn:
 
 
 class Dialogue:
-    """How the student and one set of tools talk: shared by all rollouts that have these tools. See ``load_dialogue``."""
+    """How the student and one set of tools talk: shared by all rollouts that have these tools.
+
+    Args:
+        tokenizer: the student's, with a chat template.
+        tools: as rendered in the prompts that this is for: see ``describe_tools``. May be empty.
+        stop_token_ids: every id that ends the student's turn.
+        reasoning_mode: as in ``render_text``.
+
+    Raises:
+        InputError: the template does not show tools, writes calls in a format that rnow does not read, or has no way
+            to express the answers of tools.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         tools: Sequence[ToolDescription],
-        format: ToolCallFormat,
-        observations: Observations,
+        *,
+        stop_token_ids: Sequence[int],
+        reasoning_mode: str | None = None,
     ) -> None:
+        if not template_shows_tools(tokenizer, tools):
+            raise InputError(
+                "the student's chat template does not show tools to the student",
+                title="Template without tools",
+                where="model.path",
+                why="the student would never learn which tools it has",
+                fix="use a model that was made for tools, or give a local copy of it a chat_template.jinja that prints `tools`",
+            )
         self._tokenizer = tokenizer
-        self.format = format
+        self.format = detect_format(tokenizer, tools)
+        self.observations = Observations(
+            tokenizer,
+            tools,
+            call_id=self.format.call_id,
+            stop_token_ids=stop_token_ids,
+            reasoning_mode=reasoning_mode,
+        )
         self._schemas: Mapping[str, Mapping[str, object]] = {
             str(tool["function"]["name"]): tool["function"]["parameters"] for tool in tools
         }
         self._hidden = _special_ids(tokenizer) - {
             tokenizer.convert_tokens_to_ids(marker)
-            for marker in (*format.markers, THINK_OPEN, THINK_CLOSE)
+            for marker in (*self.format.markers, THINK_OPEN, THINK_CLOSE)
         }
-        self.observations = observations
 
     def text_of(self, completion: Completion) -> str:
         """What the student wrote: control tokens left out but those that mark calls and thinking."""
@@ -144,44 +169,6 @@ class Dialogue:
     def opens_thinking(self, token_ids: Sequence[int]) -> bool:
         """Whether a context that ends with these ids has the student begin inside ``<think>``."""
         return decode_all(self._tokenizer, token_ids[-_OPENING:]).rstrip().endswith(THINK_OPEN)
-
-
-def load_dialogue(
-    tokenizer: Tokenizer,
-    tools: Sequence[ToolDescription],
-    *,
-    stop_token_ids: Sequence[int],
-    reasoning_mode: str | None = None,
-) -> Dialogue:
-    """Everything a ``ToolEnvironment`` needs of the student's tokenizer.
-
-    Args:
-        tokenizer: with a chat template.
-        tools: as rendered in the prompts that this is for: see ``describe_tools``. May be empty.
-        stop_token_ids: every id that ends the student's turn.
-        reasoning_mode: as in ``render_text``.
-
-    Raises:
-        InputError: the template does not show tools, writes calls in a format that rnow does not read, or has no way
-            to express the answers of tools.
-    """
-    if not template_shows_tools(tokenizer, tools):
-        raise InputError(
-            "the student's chat template does not show tools to the student",
-            title="Template without tools",
-            where="model.path",
-            why="the student would never learn which tools it has",
-            fix="use a model that was made for tools, or give a local copy of it a chat_template.jinja that prints `tools`",
-        )
-    format = detect_format(tokenizer, tools)
-    observations = Observations(
-        tokenizer,
-        tools,
-        call_id=format.call_id,
-        stop_token_ids=stop_token_ids,
-        reasoning_mode=reasoning_mode,
-    )
-    return Dialogue(tokenizer, tools, format, observations)
 
 
 class ToolEnvironment:

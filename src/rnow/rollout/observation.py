@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from rnow.errors import InputError
 from rnow.protocols import Tokenizer
@@ -66,8 +67,7 @@ class Observations:
         self._mark = new_mark()
         self._answer: tuple[_Tail, tuple[Message, ...]] | None = None
         # For turns with so many calls: the first form of them that the template takes, and the end it writes.
-        self._forms: dict[int, int] = {}
-        self._ends: dict[int, str] = {}
+        self._forms: dict[int, tuple[int, str]] = {}
         for count in (1, 2):
             self._check(call_id, count)
 
@@ -122,13 +122,13 @@ class Observations:
     def _tail_of_tools(self, messages: Sequence[Message]) -> _Tail | None:
         answers = [self._plain(message) for message in messages]
         calls = [(str(m.get("tool_call_id", "")), str(m["name"])) for m in answers]
-        for number, turn in enumerate(assistant_turns(calls, self._mark)):
-            if number >= self._forms.get(len(calls), 0):
-                end = self._ends.get(len(calls))
-                tail = self._after_end(turn, answers, end) if end else self._tail(turn, answers)
-                if tail is not None:
-                    self._forms[len(calls)], self._ends[len(calls)] = number, tail.end
-                    return tail
+        first, end = self._forms.get(len(calls), (0, ""))
+        turns = enumerate(assistant_turns(calls, self._mark))
+        for number, turn in islice(turns, first, None):
+            tail = self._after_end(turn, answers, end) if end else self._tail(turn, answers)
+            if tail is not None:
+                self._forms[len(calls)] = number, tail.end
+                return tail
         return None
 
     def _tail_of_answer(self) -> tuple[_Tail, tuple[Message, ...]]:

@@ -115,7 +115,7 @@ def neutralise(text: str, controls: re.Pattern[str] | None) -> str:
     reads the same and encodes as ordinary text. Text without one is returned unchanged."""
     if controls is None:
         return text
-    # Again until none is left: two control tokens may share letters, and one pass breaks only the first of them.
+    # Repeated until none is left: two control tokens may share letters, and one pass breaks only the first of them.
     while controls.search(text):
         text = controls.sub(lambda match: match.group()[0] + ZERO_WIDTH + match.group()[1:], text)
     return text

@@ -259,6 +259,16 @@ def _json_at(text: str, position: int, name: str = "") -> tuple[object, int]:
         raise _Malformed(f"the call is not valid JSON: {error}", name) from error
 
 
+def _headed_call(head: re.Pattern[str], text: str, position: int) -> tuple[_Call, int]:
+    """A call whose ``head`` names the tool and whose arguments follow as a JSON object, and where that ends."""
+    match = head.match(text, position)
+    if match is None:
+        raise _Malformed("the call does not name a tool where it should")
+    name = match.group(1).strip()
+    value, end = _json_at(text, _skip_blank(text, match.end()), name)
+    return _Call(name, _object(value, name)), end
+
+
 def _skip_blank(text: str, position: int, also: str = "") -> int:
     while position < len(text) and (text[position].isspace() or text[position] in also):
         position += 1
@@ -446,15 +456,10 @@ def _read_deepseek_call(
     text: str, start: int, head: re.Pattern[str], fence: str
 ) -> tuple[_Call, int]:
     try:
-        match = head.match(text, start + len(_CALL_BEGIN))
-        if match is None:
-            raise _Malformed("the call does not name a tool where it should")
-        name = match.group(1).strip()
-        value, end = _json_at(text, _skip_blank(text, match.end()), name)
-        call = _Call(name, _object(value, name))
+        call, end = _headed_call(head, text, start + len(_CALL_BEGIN))
         if fence:
-            end = _expect(text, end, fence, name)
-        return call, _expect(text, end, _CALL_END, name)
+            end = _expect(text, end, fence, call.name)
+        return call, _expect(text, end, _CALL_END, call.name)
     except _Malformed as error:
         block = _broken(error, text, start, _CALL_END, _CALL_BEGIN)
         end = text.find(_CALLS_END, start)
@@ -484,12 +489,8 @@ def _read_mistral(text: str, start: int, schemas: Schemas) -> _Block:
 
 
 def _read_mistral_v11(text: str, start: int, schemas: Schemas) -> _Block:
-    match = _V11_HEAD.match(text, start + len(_TOOL_CALLS))
-    if match is None:
-        raise _Malformed("the call does not name a tool where it should")
-    name = match.group(1)
-    value, end = _json_at(text, _skip_blank(text, match.end()), name)
-    return _Block((_Call(name, _object(value, name)),), end)
+    call, end = _headed_call(_V11_HEAD, text, start + len(_TOOL_CALLS))
+    return _Block((call,), end)
 
 
 # --- the formats, and how a rendered call is told -----------------------------------------------------------------

@@ -27,7 +27,7 @@ from rnow.setup.vllm import (
     teacher_sampler,
     trainer_tolerance,
 )
-from rnow.training.residency import Part, Residency, Sleeper
+from rnow.training.residency import Part, Residency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +85,16 @@ async def load_backends(
     )
     vllm = loader.start_sampler()
     student = await loader.load_student(vllm)
-    sampler, facts = _sampler_of(prepared, student, vllm)
+    config = prepared.config
+    sampler: Sampler
+    if vllm is not None:
+        sampler, mode = vllm, "server" if config.sampler.url else "engine"
+    else:
+        assert student.sampler is not None, "built where no vLLM draws"
+        sampler, mode = student.sampler, f"{student.sampler.mode} weights"
+    facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
     if loader.turns:
         facts["residency"] = "time_shared"
-    config = prepared.config
     teacher, answering = None, None
     if TEACHER in prepared.models:
         teacher, answering = await loader.load_teacher(prepared.models[TEACHER])
@@ -105,21 +111,6 @@ async def load_backends(
         sampler_facts=facts,
         poll=poll,
     )
-
-
-def _sampler_of(
-    prepared: Prepared, student: LocalStudent, vllm: VllmSampler | None
-) -> tuple[Sampler, dict[str, str | None]]:
-    """What draws from the student, and what the summary says of it."""
-    section = prepared.config.sampler
-    if vllm is not None:
-        kind = "server" if section.url else "engine"
-        return vllm, {"backend": "vllm", "mode": kind}
-    assert student.sampler is not None, "built where no vLLM draws"
-    return student.sampler, {
-        "backend": "transformers",
-        "mode": f"{student.sampler.mode} weights",
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,36 +155,24 @@ class _Loader:
 
     async def load_teacher(self, model: RunModel) -> tuple[Teacher, Sampler | None]:
         """A teacher, and what answers with it where it is to be evaluated."""
-        part = model.role.part
-        by_vllm = model.role.backend == "vllm"
-        name = model.role.name
+        prepared, name, part = self.prepared, model.role.name, model.role.part
+        by_vllm, in_turns = model.role.backend == "vllm", part in self.turns
+        evaluated = prepared.config.evaluation.teacher
         self.stage(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
-        if part in self.turns:
+        if in_turns:
             await self.gpu.clear()
-        load = self._start_teacher if by_vllm else self._load_teacher
-        teacher, answering, sleeper = await load(model)
-        if part in self.turns:
-            self.gpu.add(part, sleeper)
+        answering = None
+        if by_vllm:
+            teacher = await start_vllm_teacher(
+                prepared, model, self.run_folder, self.stack, self.poll, time_shared=in_turns
+            )
+            if evaluated:
+                answering = teacher_sampler(prepared, model, teacher)
+        else:
+            lm = load_model(model, prepared.rendered.vocabulary)
+            teacher = score_with(prepared, lm, self.poll)
+            if evaluated:
+                answering = answer_with(prepared, lm, self.poll)
+        if in_turns:
+            self.gpu.add(part, teacher)
         return teacher, answering
-
-    async def _start_teacher(self, model: RunModel) -> tuple[Teacher, Sampler | None, Sleeper]:
-        prepared = self.prepared
-        served = await start_vllm_teacher(
-            prepared,
-            model,
-            self.run_folder,
-            self.stack,
-            self.poll,
-            time_shared=model.role.part in self.turns,
-        )
-        evaluated = prepared.config.evaluation.teacher
-        answering = teacher_sampler(prepared, model, served) if evaluated else None
-        return served, answering, served
-
-    async def _load_teacher(self, model: RunModel) -> tuple[Teacher, Sampler | None, Sleeper]:
-        prepared = self.prepared
-        lm = load_model(model, prepared.rendered.vocabulary)
-        teacher = score_with(prepared, lm, self.poll)
-        evaluated = prepared.config.evaluation.teacher
-        answering = answer_with(prepared, lm, self.poll) if evaluated else None
-        return teacher, answering, teacher

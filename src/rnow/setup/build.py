@@ -214,7 +214,7 @@ class _Run:
         replace_file(self._folder.config, text.encode())
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
         try:
-            await train(self._build_parts(backends, recorder, saver, code), done)
+            await train(self._build_parts(backends, recorder, saver, journals, code), done)
         except (StopRequested, TemporaryError) as stop:
             stop.where = stop.where or str(self._folder.path)
             stop.fix = stop.fix or "run the same command again to continue"
@@ -324,7 +324,12 @@ class _Run:
         return JournalFolder(self._folder.journal, whole=whole)
 
     def _build_parts(
-        self, backends: Backends, recorder: Recorder, saver: Saver, code: UserCode
+        self,
+        backends: Backends,
+        recorder: Recorder,
+        saver: Saver,
+        journals: JournalFolder,
+        code: UserCode,
     ) -> Parts:
         assert self._prepared.source is not None, "prepared for training"
         group_size = self._config.data.group_size
@@ -334,7 +339,7 @@ class _Run:
                 rollout_settings(self._prepared, "train", group_size=group_size),
                 poll=self._stop.poll,
             ),
-            journal=saver.journal,
+            journal=journals.open,
             sampler=backends.sampler,
             rewarder=code.rewarder,
             teacher=backends.teacher,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,21 +167,18 @@ def _choose(prepared: Prepared, limit: int | None, rows: Sequence[int] | None) -
 
 
 def _earlier(target: Path) -> list[Path]:
-    """The files of an earlier call. Raises InputError where files of another origin would be replaced or mixed in."""
+    """The folders of an earlier call. Raises InputError where files of another origin would be replaced or mixed in."""
     if not target.is_dir():
         if target.exists() or target.is_symlink():
             raise _in_the_way(target)
         return []
-    found: list[Path] = []
-    for folder in sorted(target.iterdir()):
-        if not _ROLLOUT.fullmatch(folder.name):
-            continue
+    found = [path for path in sorted(target.iterdir()) if _ROLLOUT.fullmatch(path.name)]
+    for folder in found:
         if folder.is_symlink() or not folder.is_dir():
             raise _in_the_way(folder)
         for file in sorted(folder.iterdir()):
             if not _SAMPLE.fullmatch(file.name) or file.is_symlink() or not file.is_file():
                 raise _in_the_way(file)
-            found.append(file)
     return found
 
 
@@ -200,10 +198,7 @@ def _write(
     redact: Redact,
 ) -> None:
     for old in _earlier(target):
-        old.unlink()
-    for folder in target.glob("rollout_*"):
-        if _ROLLOUT.fullmatch(folder.name):
-            folder.rmdir()
+        shutil.rmtree(old)
     for number, group in enumerate(groups):
         folder = target / f"rollout_{number}"
         folder.mkdir(parents=True)

@@ -14,6 +14,7 @@ from rnow.models.loading import CausalLM, take_apart
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import RunModel, dtype_name, engine_share
 from rnow.protocols import Sampler
+from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_engine import EngineBackend
 from rnow.sampling.vllm_probe import MAX_PROBE_TOKENS, Reference, tolerance_of
 from rnow.sampling.vllm_sampler import VllmSampler
@@ -29,8 +30,28 @@ from rnow.teacher.vllm_server import Asking, TeacherServerSettings
 def start_vllm_sampler(
     prepared: Prepared, run_folder: RunFolder, stack: ExitStack, *, time_shared: bool
 ) -> VllmSampler:
-    """The vLLM that draws from the student, starting or started; ``stack`` closes it."""
-    sampler = build_vllm_sampler(prepared, run_folder, time_shared=time_shared)
+    """The vLLM that draws from the student, starting or started; ``stack`` closes it.
+
+    Args:
+        time_shared: it takes turns on its card, and must be able to sleep.
+    """
+    section = prepared.config.sampler
+    if section.url is None and find_spec("vllm") is None:
+        raise ConfigError(
+            "sampler.backend is vllm, but vLLM is not installed here",
+            where="sampler.backend",
+            fix="pip install 'rnow-local[vllm]', or set sampler.backend: transformers",
+        )
+    settings = sampler_settings(prepared, run_folder, time_shared=time_shared)
+    backend: Backend = EngineBackend(settings)
+    if section.url is not None:
+        backend = ServerBackend(
+            settings,
+            url=section.url,
+            api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
+            served_model=section.served_model,
+        )
+    sampler = VllmSampler(backend)
     stack.callback(sampler.close)
     started = sampler.start()
     if prepared.student.role.device.type == "cuda":
@@ -39,25 +60,15 @@ def start_vllm_sampler(
     return sampler
 
 
-def build_vllm_sampler(
-    prepared: Prepared, run_folder: RunFolder, *, time_shared: bool = False
-) -> VllmSampler:
-    """The vLLM sampler of the config; nothing is started yet.
-
-    Args:
-        time_shared: it takes turns on its card, and must be able to sleep.
-    """
-    config, section = prepared.config, prepared.config.sampler
-    if section.url is None and find_spec("vllm") is None:
-        raise ConfigError(
-            "sampler.backend is vllm, but vLLM is not installed here",
-            where="sampler.backend",
-            fix="pip install 'rnow-local[vllm]', or set sampler.backend: transformers",
-        )
-    student = prepared.student
+def sampler_settings(
+    prepared: Prepared, run_folder: RunFolder, *, time_shared: bool
+) -> VllmSettings:
+    """What the config says to the student's vLLM. A key that only the engine reads goes into ``engine``, under its name in
+    vLLM."""
+    config, section, student = prepared.config, prepared.config.sampler, prepared.student
     quantization, dtype = student.role.serving_format
     assert quantization != "int8", "no setting of the student or the sampler"
-    settings = VllmSettings(
+    return VllmSettings(
         local_dir=student.resolved.local_dir,
         vocabulary=prepared.rendered.vocabulary,
         work_dir=run_folder.path / "vllm",
@@ -76,16 +87,6 @@ def build_vllm_sampler(
         trust_remote_code=config.model.trust_remote_code,
         max_lora_rank=config.model.qlora_rank,
         probe=probe_ids(prepared),
-    )
-    if section.url is None:
-        return VllmSampler(EngineBackend(settings))
-    return VllmSampler(
-        ServerBackend(
-            settings,
-            url=section.url,
-            api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
-            served_model=section.served_model,
-        )
     )
 
 

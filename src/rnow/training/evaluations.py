@@ -140,12 +140,9 @@ class Evaluations:
         if done > 0:
             await self.after_step(done)
             return
-        if self.main is None:
-            return
-        if not self._known(BEFORE, 0):
-            await self._run(BEFORE, self.main, 0, self.sampler, self.teacher)
-        if self.teacher_sampler is not None and not self._known(TEACHER, 0):
-            await self._run(TEACHER, self.main, 0, self.teacher_sampler, None, answering="teacher")
+        await self._run(BEFORE, 0, self.sampler, self.teacher)
+        if self.teacher_sampler is not None:
+            await self._run(TEACHER, 0, self.teacher_sampler, None, answering="teacher")
 
     async def after_step(self, step: int) -> None:
         """The scheduled ones that are due."""
@@ -160,8 +157,7 @@ class Evaluations:
 
     async def after(self, step: int) -> None:
         """The student after the last step, unless an earlier attempt got that far."""
-        if self.main is not None and not self._known(AFTER, step):
-            await self._run(AFTER, self.main, step, self.sampler, self.teacher)
+        await self._run(AFTER, step, self.sampler, self.teacher)
 
     def _known(self, name: str, step: int) -> bool:
         return any((name, step) == (r["name"], r["step"]) for r in self.recorder.evaluations())
@@ -169,13 +165,14 @@ class Evaluations:
     async def _run(
         self,
         name: str,
-        evaluator: Evaluator,
         step: int,
         sampler: Sampler,
         teacher: Teacher | None,
         *,
         answering: Part = "sampler",
     ) -> None:
+        if self.main is None or self._known(name, step):
+            return
         self.recorder.stage(f"evaluating: {name}")
-        metrics = await evaluator.evaluate(sampler, teacher, self.gpu, answering=answering)
+        metrics = await self.main.evaluate(sampler, teacher, self.gpu, answering=answering)
         self.recorder.evaluated(name, step, metrics)

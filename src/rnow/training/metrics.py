@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rnow.types import RewardResult, Rollout, RolloutGroup
+from rnow.types import Message, RewardResult, Rollout, RolloutGroup
 
 TROUBLE = 8
 
@@ -15,12 +15,8 @@ def reward_metrics(
 ) -> dict[str, float]:
     """``reward/mean``, ``reward/<name>`` and ``reward/failure_fraction``; empty when no prompt names a reward.
     Failed rollouts are counted in ``rollouts/failed_fraction``, not here."""
-    results = [
-        rewards[rollout.id]
-        for group in groups
-        for rollout in group.rollouts
-        if rollout.id in rewards and rollout.status != "failed"
-    ]
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    results = [rewards[r.id] for r in rollouts if r.id in rewards and r.status != "failed"]
     if not results:
         return {}
     metrics = {"reward/mean": _mean([result.total for result in results])}
@@ -40,11 +36,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, agentic: bool = False) ->
     completion = sum(rollout.completion_tokens for rollout in usable)
     total = sum(rollout.total_tokens for rollout in usable)
     count = max(1, len(usable))
+    ended = [r for r in usable if r.turns and r.turns[-1].completion.finish_reason == "stop"]
     metrics = _agent_metrics(usable) if agentic else {}
     return metrics | {
         "completions/mean_length": completion / count,
         "completions/truncated_fraction": _count(usable, "truncated") / count,
-        "completions/eos_fraction": _ended(usable) / count,
+        "completions/eos_fraction": len(ended) / count,
         "rollouts/failed_fraction": _count(rollouts, "failed") / max(1, len(rollouts)),
         "tokens/prompt": float(total - completion),
         "tokens/completion": float(completion),
@@ -55,9 +52,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, agentic: bool = False) ->
 def _agent_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """``tools/failure_fraction`` is of the calls, the ``rollouts/`` ones of the rollouts; ``last_tool`` is the end by an
     answer without a call."""
-    answers = [
-        message for rollout in rollouts for message in rollout.messages if message["role"] == "tool"
-    ]
+    answers = _tool_answers(rollouts)
     count = max(1, len(rollouts))
     failed = sum(bool(message.get("failed")) for message in answers)
     return {
@@ -72,13 +67,7 @@ def _agent_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def tool_trouble(groups: Sequence[RolloutGroup]) -> str | None:
     """A sentence for the user when more than half of at least ``TROUBLE`` tool calls failed: such a step or evaluation says
     more of the tools than of the student."""
-    answers = [
-        message
-        for group in groups
-        for rollout in group.rollouts
-        for message in rollout.messages
-        if message["role"] == "tool"
-    ]
+    answers = _tool_answers([rollout for group in groups for rollout in group.rollouts])
     failed = [str(message.get("content", "")) for message in answers if message.get("failed")]
     if len(answers) < TROUBLE or 2 * len(failed) <= len(answers):
         return None
@@ -106,8 +95,8 @@ def memory_metrics() -> dict[str, float]:
     return {"memory/peak_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9}
 
 
-def _ended(rollouts: Sequence[Rollout]) -> int:
-    return sum(bool(r.turns) and r.turns[-1].completion.finish_reason == "stop" for r in rollouts)
+def _tool_answers(rollouts: Sequence[Rollout]) -> list[Message]:
+    return [message for r in rollouts for message in r.messages if message["role"] == "tool"]
 
 
 def _count(rollouts: Sequence[Rollout], status: str) -> int:
@@ -115,4 +104,4 @@ def _count(rollouts: Sequence[Rollout], status: str) -> int:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values)

@@ -104,21 +104,16 @@ class Recorder:
             return
         saved = sorted(self._folder.checkpoints.glob("step-??????"))
         good = f"the last good checkpoint is {saved[-1].name}" if saved else "nothing was saved yet"
-        message = f"{MAX_SKIPPED} steps in a row were skipped, the last because it {what}; {good}"
-        if why == "no tokens":
-            errors = [rollout.error for group in groups for rollout in group.rollouts]
-            raise RnowError(
-                message,
-                title="No rollout succeeds",
-                where=str(self._folder.path),
-                why=next((error for error in errors if error), None),
-                fix="look at the last file of transcripts/, and try `rnow test`",
-            )
+        diverged = why == "non-finite"
+        errors = [rollout.error for group in groups for rollout in group.rollouts if rollout.error]
         raise RnowError(
-            message,
-            title="Training diverged",
+            f"{MAX_SKIPPED} steps in a row were skipped, the last because it {what}; {good}",
+            title="Training diverged" if diverged else "No rollout succeeds",
             where=str(self._folder.path),
-            fix="lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh",
+            why=None if diverged else next(iter(errors), None),
+            fix="lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh"
+            if diverged
+            else "look at the last file of transcripts/, and try `rnow test`",
         )
 
     def evaluations(self) -> list[dict[str, Any]]:

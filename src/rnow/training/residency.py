@@ -1,4 +1,4 @@
-"""Who has the card: one part at a time where it is shared in turns, everybody where it is not; and how long each stage takes."""
+"""Who has the card: one part at a time where it is shared in turns, all of them where it is not; and how long each stage takes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Residency:
             self._user = None
 
     async def clear(self) -> None:
-        """Everybody to sleep: the part that is about to be loaded needs the card."""
+        """Put every part to sleep: the one that is about to be loaded needs the card."""
         await self._sleep(None, but=None)
 
     async def _sleep(self, clock: StageClock | None, *, but: Sleeper | None) -> None:

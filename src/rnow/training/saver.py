@@ -13,7 +13,7 @@ from rnow.disk.checkpoints import (
     random_state,
     restore_random_state,
 )
-from rnow.disk.journal import Journal, JournalFolder
+from rnow.disk.journal import JournalFolder
 from rnow.errors import InputError, TemporaryError
 from rnow.protocols import Policy
 
@@ -74,10 +74,6 @@ class Saver:
         self._saved_step = checkpoint.step
         self._updates_of_step = self._policy.updates
         return checkpoint.step
-
-    def journal(self, step: int) -> Journal:
-        """The journal of a step about to begin."""
-        return self._journals.open(step)
 
     def after_step(self, step: int) -> None:
         """Save if it is time to."""
