@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rnow.disk import sinks
-from rnow.disk.sinks import JsonlSink, WandbSink, has_wandb_key, read_evaluations
+from rnow.disk.sinks import JsonlSink, Sink, WandbSink, has_wandb_key, read_evaluations
 
 
 def make_sink(path: Path, **arguments: Any) -> JsonlSink:
@@ -156,6 +156,25 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, run: FakeRun) -> dict[str, Any]:
 
 def make(tmp_path: Path, warnings: list[str], **options: Any) -> WandbSink:
     return WandbSink("project", "name", {"a": 1}, tmp_path, warn=warnings.append, **options)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "wandb", "wandb that does not start"])
+def test_what_every_sink_keeps_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    warnings: list[str] = []
+    fake_wandb(monkeypatch, FakeRun("init" if "not" in kind else ""))
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    jsonl = make_sink(tmp_path / "metrics.jsonl", warn=warnings.append)
+    sink: Sink = jsonl if kind == "jsonl" else make(tmp_path, warnings)
+    sink.forget_from(1)
+    sink.log(1, {"loss": 0.5, "teacher_kl": math.nan})
+    sink.evaluated("often", 1, {"pass@1": 0.5})
+    sink.forget_from(1)
+    sink.log(1, {"loss": 0.5})
+    sink.close()
+    sink.close()
+    assert len(warnings) == (kind == "wandb that does not start")
 
 
 def test_wandb_with_a_key_is_online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -181,11 +181,11 @@ TABLE: dict[Change, str] = {
         teacher.tensor_parallel_size|local vllm teacher
         teacher.gpu_memory_utilization|local vllm teacher
         teacher.max_num_batched_tokens|local vllm teacher
-        sampler.gpu_memory_utilization|vllm sampler
+        sampler.gpu_memory_utilization|local vllm sampler
         sampler.max_num_seqs|vllm sampler
-        sampler.tensor_parallel_size|vllm sampler
-        sampler.enforce_eager|vllm sampler
-        sampler.enable_prefix_caching|vllm sampler
+        sampler.tensor_parallel_size|local vllm sampler
+        sampler.enforce_eager|local vllm sampler
+        sampler.enable_prefix_caching|local vllm sampler
         sampler.batch_memory_gb|embedded sampler
     """,
     "length": "trainer.num_epochs trainer.max_steps",

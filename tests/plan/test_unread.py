@@ -30,6 +30,10 @@ def test_nothing_to_warn_of() -> None:
     [
         ({"sampler": {"max_num_seqs": 7}}, "sampler.max_num_seqs has no effect"),
         ({"sampler": {"backend": "vllm", "batch_memory_gb": 1.0}}, "sampler.batch_memory_gb"),
+        (
+            {"sampler": {"url": "http://h:1", "enforce_eager": True, "max_num_seqs": 7}},
+            "sampler.enforce_eager has no effect with a sampler at sampler.url",
+        ),
         ({"teacher": {"tensor_parallel_size": 2}}, "teacher.tensor_parallel_size"),
         ({"teacher": {"url": "http://h:1", "quantization": "nf4"}}, "teacher.quantization"),
     ],

@@ -20,12 +20,12 @@ refuse: the checkpoint would be meaningless.
 """
 
 Reader = Literal[
-    "every run", "tools", "several turns", "vllm sampler", "embedded sampler",
+    "every run", "tools", "several turns", "vllm sampler", "local vllm sampler", "embedded sampler",
     "local teacher", "vllm teacher", "local vllm teacher",
 ]  # fmt: skip
 """Who reads a key. ``plan.unread`` tells which of them a run has; to the others a key makes no difference.
 
-several turns: rollouts that can have more than one. local: loaded by this run, not behind a given url.
+several turns: rollouts that can have more than one. local: loaded or started by this run, not behind a given url.
 """
 
 

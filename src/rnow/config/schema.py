@@ -308,25 +308,28 @@ class SamplerSection(Section):
         "vllm: share of the card for its weights and KV cache.",
         "0.9 with a card of its own, 0.35 on a shared one, 0.8 in turns",
         change="free",
-        reader="vllm sampler",
+        reader="local vllm sampler",
     )
     max_num_seqs: Positive = key(
         256, "vllm: completions in flight at once.", change="free", reader="vllm sampler"
     )
     tensor_parallel_size: Positive = key(
-        1, "vllm: GPUs over which the student is spread.", change="free", reader="vllm sampler"
+        1,
+        "vllm: GPUs over which the student is spread.",
+        change="free",
+        reader="local vllm sampler",
     )
     enforce_eager: bool = key(
         False,
         "vllm: no CUDA graphs; starts faster, samples slower.",
         change="free",
-        reader="vllm sampler",
+        reader="local vllm sampler",
     )
     enable_prefix_caching: bool = key(
         True,
         "vllm: the rollouts of a prompt share its cache.",
         change="free",
-        reader="vllm sampler",
+        reader="local vllm sampler",
     )
     batch_memory_gb: Above0 | None = key(
         None,

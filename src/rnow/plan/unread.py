@@ -21,6 +21,8 @@ def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
         found.add("embedded sampler")
     else:
         found.add("vllm sampler")
+        if config.sampler.url is None:
+            found.add("local vllm sampler")
     if teacher is not None:
         if teacher.url is None:
             found.add("local teacher")
@@ -33,7 +35,9 @@ def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
 
 def unread_settings(config: Config, *, agentic: bool) -> list[str]:
     """One warning for each section with settings that nothing reads: the chosen backend does not, or there are no tools."""
-    why = {"rollout": "without tools", "sampler": f"with sampler.backend {sampler_backend(config)}"}
+    backend = f"with sampler.backend {sampler_backend(config)}"
+    given = "with a sampler at sampler.url"
+    why = {"rollout": "without tools", "sampler": given if config.sampler.url else backend}
     if config.teacher is not None:
         backend = f"with teacher.backend {teacher_backend(config.teacher)}"
         why["teacher"] = "with a teacher at teacher.url" if config.teacher.url else backend
