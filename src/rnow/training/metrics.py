@@ -1,4 +1,4 @@
-"""The numbers of a step that come from its rollouts and rewards. Names as in NUMERICS: ``family/name``."""
+"""The numbers of a step that come from its rollouts and rewards. Names are ``family/name``."""
 
 from __future__ import annotations
 
