@@ -194,6 +194,66 @@ def test_all_damaged_is_an_input_error_that_names_each(shelf: Shelf) -> None:
     assert shelf.names == ["damaged-step-000001", "damaged-step-000002"], "nothing is deleted"
 
 
+def test_all_damaged_stays_an_error_when_it_is_asked_again(shelf: Shelf) -> None:
+    """A restart loop repeats the command: the run must not begin again over its own files."""
+    shelf.save(1)
+    flip(shelf.step(1) / ADAPTER_WEIGHTS)
+    for _ in range(3):
+        with pytest.raises(InputError, match="every checkpoint of this run is damaged") as caught:
+            shelf.store.latest()
+        assert "step-000001" in caught.value.render()
+    (shelf.folder / "damaged-step-000001").rename(shelf.step(1))
+    flip(shelf.step(1) / ADAPTER_WEIGHTS)
+    found = shelf.store.latest()
+    assert found is not None, "the file was mended and put back"
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def nest(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("damage", [make_folder, nest, loop])
+def test_a_manifest_that_cannot_be_read_is_damage(
+    shelf: Shelf, damage: Callable[[Path], None]
+) -> None:
+    shelf.save(1, 2)
+    damage(shelf.step(2) / MANIFEST)
+    found = shelf.store.latest()
+    assert found is not None
+    assert found.step == 1
+    assert shelf.names == ["damaged-step-000002", "step-000001"]
+
+
+def test_a_checkpoint_under_another_name_is_not_that_step(shelf: Shelf) -> None:
+    shelf.save(1, 2)
+    shelf.step(1).rename(shelf.step(3))
+    found = shelf.store.latest()
+    assert found is not None
+    assert found.step == 2
+    assert "it is step 1 under another name" in shelf.warnings[0]
+
+
+def test_folders_of_other_names_are_left_alone(shelf: Shelf) -> None:
+    shelf.save(1, 2)
+    shutil.copytree(shelf.step(2), shelf.folder / "step-backup")
+    (shelf.folder / "step-1").mkdir()
+    found = shelf.store.latest()
+    assert found is not None
+    assert found.step == 2
+    shelf.save(3, 4)
+    assert {"step-backup", "step-1"} <= set(shelf.names)
+
+
 def test_a_second_damaged_one_gets_a_name_of_its_own(shelf: Shelf) -> None:
     for _ in range(2):
         shelf.save(1, 2)

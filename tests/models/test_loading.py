@@ -101,6 +101,43 @@ def test_a_head_that_does_something_else_is_refused(
         load(tiny_model_dir(seed=3))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: {k: v for k, v in tensors.items() if "layers.1.self_attn.q" not in k},
+            r"tensors are missing .* first is model\.layers\.1\.self_attn\.q",
+        ),
+        (
+            lambda tensors: {f"backbone.{k}": v for k, v in tensors.items()},
+            r"tensors are missing",
+        ),
+        (
+            lambda tensors: tensors | {"model.norm.weight": torch.ones(7)},
+            r"does not load|another shape",
+        ),
+    ],
+    ids=["one lacks", "a prefix too much", "another shape"],
+)
+def test_weights_that_would_be_made_up_are_refused(
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    message: str,
+) -> None:
+    """transformers fills what is missing with random numbers and only logs it."""
+    folder = shutil.copytree(tiny_model_dir(num_hidden_layers=2), tmp_path / "model")
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_not_missing(tiny_model_dir: Callable[..., Path], tied: bool) -> None:
+    load(tiny_model_dir(tie_word_embeddings=tied))
+
+
 def test_weights_with_nan_are_refused_as_such(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -290,6 +290,55 @@ class BrokenTeacher:
         monkeypatch.setattr(TransformersTeacher, "score", broken)
 
 
+def test_a_fault_of_any_kind_saves_first(project: Project) -> None:
+    """Not only our own errors: what ends a run must not cost the steps since the last checkpoint."""
+
+    def fail() -> None:
+        raise RuntimeError("something nobody thought of")
+
+    config = project.config()
+    with pytest.raises(RuntimeError, match="nobody thought of"):
+        run(config, folder=project.folder, display=Watcher().at("update", 3, fail))
+    watcher = Watcher()
+    summary = run(config, folder=project.folder, display=watcher)
+    assert any("continuing after step 2" in note for note in watcher.notes)
+    assert summary.values["steps"] == 4
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.EPERM, errno.EACCES])
+def test_a_disk_that_fails_otherwise_is_temporary_too(
+    project: Project, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    write_bytes = Path.write_bytes
+
+    def written(self: Path, data: Any) -> int:
+        if self.parent.name == "transcripts" and "step-000003" in self.name:
+            raise OSError(code, "the disk's own words", str(self))
+        return write_bytes(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", written)
+    config = project.config(trainer={"save_step": 1})
+    with pytest.raises(TemporaryError, match="the disk's own words") as caught:
+        run(config, folder=project.folder)
+    assert caught.value.exit_code == EXIT_TEMPORARY
+    monkeypatch.undo()
+    assert run(config, folder=project.folder).values["steps"] == 4
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_over(project: Project) -> None:
+    run(project.config(trainer={"max_steps": 2}), folder=project.folder)
+    shutil.rmtree(project.run_dir / "checkpoints")
+    before = {path.name: path.stat().st_mtime_ns for path in project.run_dir.iterdir()}
+    for _ in range(2):
+        with pytest.raises(InputError, match="its checkpoints are gone") as caught:
+            run(project.config(trainer={"max_steps": 3}), folder=project.folder)
+        assert "--fresh" in caught.value.render()
+    after = {path.name: path.stat().st_mtime_ns for path in project.run_dir.iterdir()}
+    assert {name: after[name] for name in before if name != ".lock"} == {
+        name: before[name] for name in before if name != ".lock"
+    }
+
+
 def test_one_step_of_nan_is_skipped(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     BrokenTeacher(monkeypatch, first=2, times=1)
     watcher = Watcher()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MOMENTS, STATE)
 FREE_SPACE_MARGIN = 1.1
+
+_NAME = re.compile(r"step-\d{6,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,8 @@ class CheckpointStore:
             folder.rename(aside)
             damaged.append(f"{folder.name}: {fault}; kept as {aside.name}")
             self._warn(f"checkpoint {folder.name} is damaged ({fault}); moved to {aside.name}")
+        # Those that an earlier start moved aside: without them this run would begin again, over its own files.
+        damaged = damaged or sorted(path.name for path in self._folder.glob("damaged-step-*"))
         if damaged:
             raise InputError(
                 "every checkpoint of this run is damaged",
@@ -161,24 +166,32 @@ class CheckpointStore:
         sync_folder(aside)
 
     def _committed(self) -> list[Path]:
-        return sorted(self._folder.glob("step-??????"), key=_step_of)
+        return sorted(
+            (path for path in self._folder.glob("step-*") if _NAME.fullmatch(path.name)),
+            key=_step_of,
+        )
 
     def _fault(self, folder: Path) -> str | None:
         try:
-            entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            entries = manifest["files"]
             expected = [(name, entries[name]["size"], entries[name]["sha256"]) for name in FILES]
+            if manifest["step"] != _step_of(folder):
+                return f"it is step {manifest['step']} under another name"
+            for name, size, digest in expected:
+                path = folder / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != size:
+                    return f"{name} has {path.stat().st_size} bytes, not {size}"
+                if sha256_of(path) != digest:
+                    return f"{name} was changed"
         except (FileNotFoundError, NotADirectoryError):
             return "no manifest"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return "unreadable manifest"
-        for name, size, digest in expected:
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, not {size}"
-            if sha256_of(path) != digest:
-                return f"{name} was changed"
+        except OSError as error:
+            return f"it cannot be read: {error.strerror}"
         return None
 
     def _load(self, folder: Path) -> Checkpoint:
@@ -187,7 +200,7 @@ class CheckpointStore:
             folder=folder,
             adapter=load_file(folder / ADAPTER_WEIGHTS),
             moments=load_file(folder / MOMENTS),
-            state=json.loads((folder / STATE).read_text()),
+            state=json.loads((folder / STATE).read_text(encoding="utf-8")),
         )
 
     def _prune(self) -> None:

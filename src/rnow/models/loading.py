@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,8 +124,12 @@ def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[s
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(local_dir), use_safetensors=True, local_files_only=True, **arguments
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(local_dir),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **arguments,
         )
     except torch.OutOfMemoryError as error:
         raise ModelError(
@@ -139,6 +143,30 @@ def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[s
             why=one_line(error),
             fix="check the folder with AutoModelForCausalLM.from_pretrained, or name another model",
         ) from error
+    model, report = loaded
+    _refuse_made_up(local_dir, report)
+    return model
+
+
+def _refuse_made_up(local_dir: Path, report: Mapping[str, Collection[object]]) -> None:
+    """transformers fills what a file lacks with random numbers: a model of which a part was never trained."""
+    missing = sorted(map(str, report["missing_keys"]))
+    wrong = sorted(
+        str(item[0] if isinstance(item, tuple) else item) for item in report["mismatched_keys"]
+    )
+    if not missing and not wrong:
+        return
+    what = "are missing from" if missing else "have another shape in"
+    names = missing or wrong
+    unknown = sorted(map(str, report["unexpected_keys"]))
+    raise ModelError(
+        f"{len(names)} tensors {what} the weights of {local_dir.name}, the first is {names[0]}",
+        details=[
+            f"the weights hold {name}, which the model has no place for" for name in unknown[:3]
+        ],
+        why="they would be random numbers",
+        fix="fetch the model anew; if its tensors are only named otherwise, rename them as its architecture does",
+    )
 
 
 def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "none") -> CausalLM:

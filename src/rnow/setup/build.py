@@ -54,6 +54,9 @@ from rnow.training.selfcheck import run_selfcheck
 from rnow.training.signals import StopFlag
 
 SELFCHECK_TOKENS = 64
+DISK_FAULTS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPERM, errno.EACCES}
+)
 
 
 def check(config: Config, folder: str | Path = ".") -> Plan:
@@ -114,12 +117,14 @@ def run(
             work = _Run(prepared, run_folder, display, stack, locked=locked)
             return run_anywhere(work.load_and_train())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_FAULTS:
                 raise
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "the disk is full" if full else f"the disk does not take it ({error.strerror})"
             raise TemporaryError(
-                "the disk is full; the run continues from its last checkpoint",
+                f"{what}; the run continues from its last checkpoint",
                 where=str(error.filename or run_folder.path),
-                fix="free some space, then run the same command again",
+                fix=f"{'free some space' if full else 'mend that'}, then run the same command again",
             ) from error
 
 
@@ -246,6 +251,7 @@ class _Run:
     def _find_checkpoint(self) -> Checkpoint | None:
         checkpoint = self._store.latest()
         if checkpoint is None:
+            self._refuse_to_begin_over()
             return None
         found = self._compare(checkpoint.state)
         changes.refuse(found, where=str(self._folder.path))
@@ -255,6 +261,16 @@ class _Run:
             self._display.warn(f"changed since the checkpoint, and it shapes the result: {line}")
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
+
+    def _refuse_to_begin_over(self) -> None:
+        """Without a checkpoint a run begins at step 1: not over the result of one that came to its end."""
+        for kept in (self._folder.summary, self._folder.adapter):
+            if kept.exists():
+                raise InputError(
+                    "this run came to its end and its checkpoints are gone: it cannot be continued",
+                    where=str(kept),
+                    fix="start over in a new folder with --fresh or -n NAME",
+                )
 
     def _forget_outdated(self, journals: JournalFolder, checkpoint: Checkpoint | None) -> None:
         """Delete what an earlier start sampled and measured, and this one would not."""

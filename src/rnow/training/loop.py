@@ -8,7 +8,6 @@ from typing import Protocol
 
 from rnow.algorithm.batching import build_batch, build_samples, build_training_samples
 from rnow.algorithm.records import StepData
-from rnow.errors import RnowError
 from rnow.protocols import Environment, Policy, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import RolloutSettings, RolloutStore, collect_rollouts
@@ -42,7 +41,7 @@ class Parts:
 
 
 async def train(parts: Parts, done: int) -> None:
-    """Train from ``done`` finished steps to the last. A stop request, or a fault that ends the run, saves
+    """Train from ``done`` finished steps to the last. A stop request, or any fault that ends the run, saves
     first and is raised on."""
     async with parts.gpu.only("trainer"):
         parts.sampler.load_policy(parts.policy.adapter(), version=done)
@@ -55,7 +54,7 @@ async def train(parts: Parts, done: int) -> None:
             await parts.evaluations.after_step(step)
         parts.saver.save(done)
         await parts.evaluations.after(done)
-    except RnowError:
+    except Exception:
         parts.saver.rescue(done)
         raise
 

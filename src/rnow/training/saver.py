@@ -87,7 +87,9 @@ class Saver:
         """Save the state after ``step`` before the run ends with a fault. Nothing is saved when the policy has moved on
         since (the fault came between an update and the end of its step): the step would be trained twice."""
         if self._policy.updates == self._updates_of_step:
-            with suppress(TemporaryError):  # a full disk cannot hide what happened first
+            with suppress(
+                TemporaryError, OSError
+            ):  # a disk's fault cannot hide what happened first
                 self.save(step)
 
     def save(self, step: int) -> None:
