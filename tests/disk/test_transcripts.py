@@ -12,8 +12,8 @@ from tests.rollouts import read_transcripts, turns_of
 from rnow.algorithm.batching import build_samples
 from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample
 from rnow.disk.transcripts import TranscriptWriter
-from rnow.project.secrets import redact
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
+from rnow.usercode.text import redact
 
 PROMPT = Prompt(
     id="dataset_0/17",
