@@ -52,12 +52,13 @@ def prepared_of(
         name: RunModel(role=role, resolved=resolved)
         for (name, role), resolved in zip(roles_of(config).items(), models, strict=True)
     }
+    project = Project(folder=models[0].local_dir.parent, dataset=dataset)
     return Prepared(
         config=config,
-        project=Project(folder=models[0].local_dir.parent, dataset=dataset),
+        project=project,
         models=found,
         rendered=render_prompts(config, dataset.prompts, found),
-        source=plan_source(config, dataset),
+        source=plan_source(config, project),
         tools=tools or {},
     )
 
@@ -112,7 +113,8 @@ def test_the_plan_counts_steps_as_the_run_does(
 ) -> None:
     dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 10)))
     config = make_config(trainer=trainer, data={"batch_size": 4})
-    assert plan_source(config, dataset).num_steps == steps
+    project = Project(folder=models[0].local_dir.parent, dataset=dataset)
+    assert plan_source(config, project).num_steps == steps
     assert plan_of(models, trainer=trainer, data={"batch_size": 4}).steps == steps
 
 

@@ -22,8 +22,8 @@ from rnow.types import ToolContext
 from rnow.usercode import engines
 from rnow.usercode.containers import owner, sweep
 from rnow.usercode.functions import FunctionInfo
-from rnow.usercode.host import CallOutcome, CodeHost
-from rnow.usercode.sandbox import DEFAULT_IMAGE, Sandboxes, call_function, check_sandbox
+from rnow.usercode.host import CallOutcome, CodeHost, call_function
+from rnow.usercode.sandbox import DEFAULT_IMAGE, Sandboxes, check_sandbox
 
 TOOLS = '''
 import os
@@ -599,7 +599,8 @@ import asyncio, sys
 from pathlib import Path
 from rnow.usercode.host import CodeHost
 from rnow.usercode.functions import FunctionInfo
-from rnow.usercode.sandbox import Sandboxes, call_function
+from rnow.usercode.sandbox import Sandboxes
+from rnow.usercode.host import call_function
 from rnow.types import ToolContext
 
 async def main():

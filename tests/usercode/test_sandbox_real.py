@@ -24,8 +24,8 @@ from rnow.types import ToolContext
 from rnow.usercode import engines
 from rnow.usercode.containers import sweep
 from rnow.usercode.functions import FunctionInfo
-from rnow.usercode.host import CallOutcome, CodeHost
-from rnow.usercode.sandbox import Sandboxes, call_function
+from rnow.usercode.host import CallOutcome, CodeHost, call_function
+from rnow.usercode.sandbox import Sandboxes
 
 pytestmark = pytest.mark.agents
 
@@ -183,7 +183,8 @@ from pathlib import Path
 from rnow.types import ToolContext
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import Sandboxes, call_function
+from rnow.usercode.sandbox import Sandboxes
+from rnow.usercode.host import call_function
 
 folder = Path(sys.argv[1])
 file = folder / "tools.py"

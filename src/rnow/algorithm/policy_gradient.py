@@ -188,6 +188,7 @@ def token_losses(
 
 
 def k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """exp(-d) - 1 + d: never negative, lower variance near 0. The exponent is clamped so one token cannot be inf."""
+    """exp(-d) - 1 + d: never negative, lower variance near 0. The exponent is clamped so one token cannot be inf:
+    a figure to report, not a loss (beyond the clamp its gradient points away from the teacher)."""
     difference = teacher_logprobs - logprobs
     return torch.exp(difference.clamp(max=K3_EXPONENT_LIMIT)) - 1 - difference

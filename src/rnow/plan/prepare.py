@@ -104,7 +104,7 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     notices = check_sandbox(functions, images, folder)
     source = None
     if training:
-        source = plan_source(config, dataset)
+        source = plan_source(config, project)
         _check_evals(config, held_out=len(dataset.held_out))
     models = {
         name: RunModel(role=role, resolved=_resolve(role, folder, weights=weights))

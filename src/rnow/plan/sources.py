@@ -8,7 +8,7 @@ from functools import partial
 
 from rnow.algorithm.advantages import rollout_advantages
 from rnow.config import Config
-from rnow.project.dataset import Dataset
+from rnow.project.project import Project
 from rnow.training.loop import OnPolicy, Source, Workers
 
 
@@ -29,13 +29,14 @@ class SourcePlan:
     open: Callable[[Workers], Source]
 
 
-def plan_source(config: Config, dataset: Dataset) -> SourcePlan:
+def plan_source(config: Config, project: Project) -> SourcePlan:
     """The source of the config: the student's own answers to the prompts of the dataset.
 
     Raises:
         DataError: a batch is larger than the dataset.
     """
     data, trainer, algorithm = config.data, config.trainer, config.algorithm
+    dataset = project.dataset
     assert algorithm.adv_estimator != "gae", "refused by refuse_reserved"
     steps = dataset.num_steps(data.batch_size, trainer.num_epochs)
     steps = min(steps, trainer.max_steps or steps)

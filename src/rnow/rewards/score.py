@@ -18,8 +18,8 @@ from rnow.types import (
     ToolContext,
 )
 from rnow.usercode.functions import FunctionInfo
-from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import Sandboxes, call_function
+from rnow.usercode.host import CodeHost, call_function
+from rnow.usercode.sandbox import Sandboxes
 
 DEFAULT_TIMEOUT = 60.0
 MAX_CONCURRENT = 256

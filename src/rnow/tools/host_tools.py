@@ -9,8 +9,8 @@ from rnow.protocols import Tool
 from rnow.tools.limits import CutResult
 from rnow.types import ToolContext, ToolResult
 from rnow.usercode.functions import FunctionInfo
-from rnow.usercode.host import CodeHost
-from rnow.usercode.sandbox import Sandboxes, call_function
+from rnow.usercode.host import CodeHost, call_function
+from rnow.usercode.sandbox import Sandboxes
 
 STARTING = 100.0
 STARTING_SANDBOXED = 300.0

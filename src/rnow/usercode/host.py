@@ -14,10 +14,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from rnow.errors import InputError
 from rnow.processes.process import ManagedProcess, StartFailed
+from rnow.types import ToolContext
 from rnow.usercode import frames, supervisor
 from rnow.usercode.environment import (
     BASE,
@@ -38,6 +39,9 @@ from rnow.usercode.functions import (
 from rnow.usercode.log import OutputLog
 from rnow.usercode.records import Fault, Settings
 from rnow.usercode.text import escape, redact
+
+if TYPE_CHECKING:
+    from rnow.usercode.sandbox import Sandboxes
 
 Wrap = Callable[[list[str]], list[str]]
 
@@ -481,7 +485,7 @@ class CodeHost:
         if loop is None:
             return
         if not self._pending:
-            if self._log is not None:
+            if self._log is not None and self._log.waiting:
                 self._log.flush()
             return
         self._silent += 1
@@ -592,3 +596,40 @@ def _ending(answer: Fault, file: str) -> str:
     if fault == "start":
         return f"a process of {file} could not be started: {why}"[:_MAX_ERROR]
     return f"the process of {file} failed: {why}"
+
+
+async def call_function(
+    info: FunctionInfo,
+    given: Mapping[str, object],
+    context: ToolContext,
+    *,
+    host: CodeHost,
+    sandboxes: Sandboxes | None,
+    timeout: float,
+) -> CallOutcome:
+    """``CodeHost.call`` where ``info`` has to run: with ``sandbox=True`` in the sandbox of the rollout, else in ``host``. Starting
+    a container does not count against ``timeout``; one that died is replaced.
+
+    Args:
+        given: what the payload holds besides ``metadata`` and ``variables``.
+        context: of the rollout; one ``rollout_id`` has one container.
+
+    Raises:
+        RuntimeError: ``info`` wants a sandbox and ``sandboxes`` is None.
+        KeyError: there is no such function.
+        InputError, TemporaryError: as ``Sandboxes.host``.
+    """
+    metadata, variables = dict(context.metadata), dict(context.variables)
+    payload = {**given, "metadata": metadata, "variables": variables}
+    if not info.sandbox:
+        return await host.call(info.name, payload, timeout=timeout)
+    if sandboxes is None:  # never silently on this machine
+        raise RuntimeError(f"{info.name} has sandbox=True and there is no sandbox")
+    inside = await sandboxes.host(host, context)
+    try:
+        return await inside.call(info.name, payload, timeout=timeout)
+    except StartFailed:
+        if sandboxes.runs(context):
+            raise
+    inside = await sandboxes.host(host, context)
+    return await inside.call(info.name, payload, timeout=timeout)

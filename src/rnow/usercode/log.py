@@ -17,7 +17,10 @@ _FULL = "\n... this log is full, the rest is left out ...\n"
 
 
 class OutputLog:
-    """Appends text to ``path``. A problem with the file ends the logging, nothing else."""
+    """Appends text to ``path``. A problem with the file ends the logging, nothing else.
+
+    ``waiting`` is what is kept back until more comes, or ``flush``.
+    """
 
     def __init__(self, path: Path, secrets: Mapping[str, str]) -> None:
         self._path = path
@@ -25,7 +28,7 @@ class OutputLog:
         # A secret may arrive in two pieces: so much of the end waits for what follows.
         self._overlap = max((len(value) for value in self._secrets.values()), default=1) - 1
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._waiting = ""
+        self.waiting = ""
         self._file: int | None = None
         self._size = 0
         self._done = False
@@ -34,17 +37,17 @@ class OutputLog:
         """Take what was printed; the last few characters are kept back until more comes, or ``flush``."""
         if self._done:
             return
-        self._waiting = redact(self._waiting + self._decoder.decode(data), self._secrets)
-        cut = len(self._waiting) - self._overlap
+        self.waiting = redact(self.waiting + self._decoder.decode(data), self._secrets)
+        cut = len(self.waiting) - self._overlap
         if cut > 0:
-            self._append(self._waiting[:cut])
-            self._waiting = self._waiting[cut:]
+            self._append(self.waiting[:cut])
+            self.waiting = self.waiting[cut:]
 
     def flush(self) -> None:
         """Write what was kept back."""
-        if self._waiting and not self._done:
-            self._append(self._waiting)
-        self._waiting = ""
+        if self.waiting and not self._done:
+            self._append(self.waiting)
+        self.waiting = ""
 
     def close(self) -> None:
         """Flush and close the file; a later write opens it again."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.errors import InputError, TemporaryError
-from rnow.processes.process import StartFailed
 from rnow.types import ToolContext
 from rnow.usercode.bubblewrap import BubblewrapView
 from rnow.usercode.containers import (
@@ -31,7 +30,7 @@ from rnow.usercode.engines import (
     find_containers,
 )
 from rnow.usercode.functions import CannotImport, FunctionInfo
-from rnow.usercode.host import CallOutcome, CodeHost
+from rnow.usercode.host import CodeHost
 from rnow.usercode.images import Images, dockerfile_of
 from rnow.usercode.visible import check_project
 
@@ -386,40 +385,3 @@ async def _end(lease: _Lease) -> None:
     if container is not None:
         work.append(asyncio.to_thread(container.remove))
     await asyncio.gather(*work, return_exceptions=True)
-
-
-async def call_function(
-    info: FunctionInfo,
-    given: Mapping[str, object],
-    context: ToolContext,
-    *,
-    host: CodeHost,
-    sandboxes: Sandboxes | None,
-    timeout: float,
-) -> CallOutcome:
-    """``CodeHost.call`` where ``info`` has to run: with ``sandbox=True`` in the sandbox of the rollout, else in ``host``. Starting
-    a container does not count against ``timeout``; one that died is replaced.
-
-    Args:
-        given: what the payload holds besides ``metadata`` and ``variables``.
-        context: of the rollout; one ``rollout_id`` has one container.
-
-    Raises:
-        RuntimeError: ``info`` wants a sandbox and ``sandboxes`` is None.
-        KeyError: there is no such function.
-        InputError, TemporaryError: as ``Sandboxes.host``.
-    """
-    metadata, variables = dict(context.metadata), dict(context.variables)
-    payload = {**given, "metadata": metadata, "variables": variables}
-    if not info.sandbox:
-        return await host.call(info.name, payload, timeout=timeout)
-    if sandboxes is None:  # never silently on this machine
-        raise RuntimeError(f"{info.name} has sandbox=True and there is no sandbox")
-    inside = await sandboxes.host(host, context)
-    try:
-        return await inside.call(info.name, payload, timeout=timeout)
-    except StartFailed:
-        if sandboxes.runs(context):
-            raise
-    inside = await sandboxes.host(host, context)
-    return await inside.call(info.name, payload, timeout=timeout)
