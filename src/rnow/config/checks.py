@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from rnow.config.problems import Problem
 
 if TYPE_CHECKING:
-    from rnow.config.load import Config
+    from rnow.config.schema import Schema
 
 RESERVED_DATASETS = frozenset({"k3"})
 RESERVED_EVALS = frozenset({"before", "after", "teacher"})
 
 
-def find_contradictions(config: Config) -> Iterator[Problem]:
+def find_contradictions(config: Schema) -> Iterator[Problem]:
     """Every pair of settings that cannot go together."""
     distill = config.dataset_type == "distill"
     if distill and config.teacher is None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rnow.config.load import Config
+    from rnow.config.schema import Schema
 
 
-def find_notices(config: Config) -> list[str]:
+def find_notices(config: Schema) -> list[str]:
     """One line for each such setting."""
     notices: list[str] = []
     rollout = config.rollout

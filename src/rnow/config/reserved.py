@@ -12,12 +12,12 @@ from rnow.config.schema import KEYS
 from rnow.errors import NotYetSupported
 
 if TYPE_CHECKING:
-    from rnow.config.load import Config
+    from rnow.config.schema import Schema
 
 RESERVED = {name: said.reserved for name, said in KEYS.items() if said.reserved}
 
 
-def value_at(config: Config, key: str) -> object:
+def value_at(config: Schema, key: str) -> object:
     """The value of a dotted key; None inside an absent section."""
     value: object = config
     for part in key.split("."):
@@ -37,7 +37,7 @@ def refuse_value(key: str, value: object, where: str) -> None:
         )
 
 
-def refuse_reserved(config: Config, where: Callable[[str], str] = str) -> None:
+def refuse_reserved(config: Schema, where: Callable[[str], str] = str) -> None:
     """Refuse a setting that does nothing yet.
 
     Args:
