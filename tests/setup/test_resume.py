@@ -508,3 +508,29 @@ def test_a_fault_between_update_and_sync_does_not_train_a_step_twice(
             run(project.config(**SIX_STEPS), folder=project.folder)
     run(project.config(**SIX_STEPS), folder=project.folder)
     assert_same_run(project, whole)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"trainer": {"learning_rate": 1e-4}},
+        {"algorithm": {"loss_fn": "importance_sampling"}},
+        {"rollout": {"temperature": 0.5}},
+    ],
+    ids=["learning rate", "loss", "temperature"],
+)
+def test_a_finished_run_is_not_relabelled(project: Project, sections: dict[str, Any]) -> None:
+    """A sweep by overrides would give N equal adapters under N labels."""
+    short: dict[str, Any] = {"trainer": {"max_steps": 1}}
+    run(project.config(**short), folder=project.folder)
+    told = ("summary.json", "config.yml", "run.json", "metrics.jsonl")
+    before = [(project.run_dir / name).read_bytes() for name in told]
+    changed = {name: short.get(name, {}) | values for name, values in (short | sections).items()}
+    with pytest.raises(ConfigError, match="this run is finished") as caught:
+        run(project.config(**changed), folder=project.folder)
+    assert "-n NAME" in caught.value.render()
+    assert "--fresh" in caught.value.render()
+    assert [(project.run_dir / name).read_bytes() for name in told] == before
+    more = {"trainer": {"max_steps": 2} | sections.get("trainer", {})}
+    summary = run(project.config(**(sections | more)), folder=project.folder)
+    assert summary.values["steps"] == 2, "to train on under new settings is another matter"

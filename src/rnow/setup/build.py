@@ -21,7 +21,7 @@ from rnow.disk.journal import JournalFolder
 from rnow.disk.sinks import JsonlSink, Sink, WandbSink
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display, QuietDisplay
-from rnow.errors import InputError, StopRequested, TemporaryError
+from rnow.errors import ConfigError, InputError, StopRequested, TemporaryError
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
 from rnow.plan.choices import sampler_backend, uses_vllm
@@ -255,6 +255,19 @@ class _Run:
             return None
         found = self._compare(checkpoint.state)
         changes.refuse(found, where=str(self._folder.path))
+        if (
+            found.warned
+            and checkpoint.step >= self._prepared.num_steps
+            and self._folder.summary.exists()
+        ):
+            # Nothing is left to train: the new settings would only be written beside the old adapter.
+            raise ConfigError(
+                "this run is finished: what shapes its result cannot be changed any more",
+                title="Changed run",
+                details=found.warned,
+                where=str(self._folder.path),
+                fix="give the new settings a run of their own with -n NAME, or start over with --fresh",
+            )
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
         for line in found.warned:
