@@ -124,7 +124,7 @@ def load_tokenizer_of(folder: Path) -> Any:
     from rnow.models.resolve import resolve_model
 
     resolved = resolve_model(
-        str(folder), revision=None, key="model.path", where=None, weights=True, base_dir=folder
+        str(folder), revision=None, key="model.path", weights=True, base_dir=folder
     )
     return load_tokenizer(resolved, trust_remote_code=False)
 
@@ -444,7 +444,7 @@ def test_nothing_is_left_after_kill_9_of_the_parent(tmp_path: Path) -> None:
         here = pathlib.Path({str(tmp_path)!r})
         sampler = VllmSampler(EngineBackend(VllmSettings(
             local_dir=pathlib.Path({str(STUDENT)!r}), vocabulary=200, work_dir=here / "w",
-            log=here / "log", dtype="float32", engine={"enforce_eager": True}, max_num_seqs=8, max_model_len=256)))
+            log=here / "log", dtype="float32", engine=dict(enforce_eager=True), max_num_seqs=8, max_model_len=256)))
         sampler.start().result()
         async def draw():
             params = SamplingParams(max_tokens=200, stop_token_ids=())
