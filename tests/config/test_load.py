@@ -343,3 +343,8 @@ def test_a_dumped_config_loads(load: Load) -> None:
 def test_an_override_in_another_encoding() -> None:
     with pytest.raises(ConfigError, match="not UTF-8"):
         parse_override("model.name=caf\udce9")
+
+
+def test_a_key_that_is_gone_is_dropped_with_a_warning(load: Load) -> None:
+    loaded = load("sampler:\n  mode: engine\n")
+    assert any("sampler.mode is an old key" in warning for warning in loaded.warnings)

@@ -323,3 +323,13 @@ def test_a_key_of_another_version_of_the_format_shapes_rollouts() -> None:
     found = compared(old, config())
     assert found.warned == ("sampler.spin: 1 -> None",)
     assert not found.rollouts_hold
+
+
+def test_a_key_that_is_gone_at_the_value_it_had_is_no_change() -> None:
+    old: dict[str, object] = {"config": {"sampler": {"mode": "engine"}}}
+    new: dict[str, object] = {"config": {"sampler": {}}}
+    found = compare(old, new, frozenset({"every run"}))
+    assert found.lines == ()
+    assert found.rollouts_hold
+    other = compare({"config": {"sampler": {"mode": "server"}}}, new, frozenset({"every run"}))
+    assert not other.rollouts_hold

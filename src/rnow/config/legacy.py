@@ -45,6 +45,9 @@ RENAMED: tuple[tuple[KeyPath, KeyPath, Callable[[object], object], str], ...] = 
 )
 """Old path, new path, what becomes of the value, and what the warning adds."""
 
+REMOVED: Mapping[KeyPath, object] = {("sampler", "mode"): "engine"}
+"""Keys that are gone, each with the one value that still means what a config without the key does."""
+
 
 def migrate(
     data: Mapping[str, object],
@@ -76,6 +79,11 @@ def migrate(
         moved[new] = old
         if new == ("evals",):
             moved["evals", 0, "step"] = old
+    for path, kept in REMOVED.items():
+        known, value = lookup(result, path)
+        if known and value == kept:
+            _remove(result, path)
+            warnings.append(f"{dotted(path)} is an old key: leave it out, {kept} is what there is")
     trainer = result.get("trainer")
     if isinstance(trainer, dict) and (step := trainer.get("save_step")) == 0 and type(step) is int:
         trainer["save_step"] = -1

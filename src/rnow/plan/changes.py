@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rnow.config.keys import Change, Reader
+from rnow.config.legacy import REMOVED
+from rnow.config.problems import dotted
 from rnow.config.schema import KEYS
 from rnow.errors import ConfigError
 
@@ -81,6 +83,9 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
         readers: who reads settings in this run. A key that only others read is free.
     """
     before, after = dict(_flat(old.get("config"))), dict(_flat(new.get("config")))
+    for path, kept in REMOVED.items():
+        if before.get(dotted(path)) == kept:
+            del before[dotted(path)]  # written by a version that still had the key
     falling = after.get("trainer.lr_schedule", "constant") != "constant"
     lines: list[tuple[Change, str]] = [
         (_kind(key, readers, falling=falling), f"{key}: {before.get(key)} -> {after.get(key)}")
