@@ -17,7 +17,6 @@ from rnow.text.suggest import closest, did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
-_QUESTION_COLUMNS = ("prompt", "question")
 _KEY = "config.yml (data.train_file)"
 
 
@@ -81,48 +80,14 @@ def _missing(name: str, path: Path) -> DataError:
 def _check_table(rows: Iterable[object], rules: RowRules, source: DatasetSource) -> RowFile:
     """Rows that have no text of their own: places are ``row N`` (from 1), and there is no column."""
     checked = RowCollector(source=source, rules=rules)
-    mapped: set[str] = set()
     for number, raw in enumerate(rows, start=1):
-        value, column = _with_messages(raw)
-        if column:
-            mapped.add(column)
-        checked.add(value, f"row {number}")
-    notes = tuple(
-        f'{source.path}: the column "{column}" is used as the user message'
-        for column in sorted(mapped)
-    )
-    return checked.finish(empty="has no rows", fix="give it at least one row", notes=notes)
-
-
-def _with_messages(raw: object) -> tuple[object, str | None]:
-    """The row with ``messages``, and the column they were made from, if they were not there."""
-    if not isinstance(raw, dict) or raw.get("messages") is not None:
-        return raw, None
-    for column in _QUESTION_COLUMNS:
-        value = raw.get(column)
-        if isinstance(value, list):
-            messages = value
-        elif isinstance(value, str):
-            messages = [{"role": "user", "content": value}]
-        else:
-            continue
-        rest = {key: item for key, item in raw.items() if key not in (column, "messages")}
-        return {**rest, "messages": messages}, column
-    return raw, None
+        checked.add(raw, f"row {number}")
+    return checked.finish(empty="has no rows", fix="give it at least one row")
 
 
 def _without_nulls(row: Mapping[str, object]) -> dict[str, object]:
-    """A columnar row as a jsonl row: Arrow fills absent fields with nulls, inside messages too."""
-    clean = {key: value for key, value in row.items() if value is not None}
-    for key, value in clean.items():
-        if key in ("messages", *_QUESTION_COLUMNS) and isinstance(value, list):
-            clean[key] = [
-                {name: item for name, item in message.items() if item is not None}
-                if isinstance(message, dict)
-                else message
-                for message in value
-            ]
-    return clean
+    """A row of a table without its empty columns."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
@@ -133,7 +98,7 @@ def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
                     yield _without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
