@@ -14,6 +14,7 @@ from rnow.project.jsonl import read_rows
 from rnow.project.row_file import RowCollector, RowFile
 from rnow.project.rows import RowRules
 from rnow.text.suggest import closest, did_you_mean
+from rnow.text.user_files import is_present, open_regular, read_regular
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
@@ -50,6 +51,7 @@ def _read_local(source: DatasetSource, path: Path, rules: RowRules) -> RowFile:
         if path.suffix.lower() not in _LOCAL_SUFFIXES and _HUB_ID.fullmatch(source.path):
             return _read_hub(source, rules)
         raise _missing(source.path, path)
+    is_present(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _check_table(_parquet_rows(path, source.path), rules, source)
@@ -107,14 +109,14 @@ def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
 
 
 def _starts_with_array(path: Path) -> bool:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         head = stream.read(4096)
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 def _array_rows(path: Path, label: str) -> list[object]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
         rows = parse(text)
     except UnicodeDecodeError as error:
         raise DataError(

@@ -22,6 +22,9 @@ from rnow.types import Message
 
 _THINKING_OFF = frozenset({"disabled", "none"})
 
+BROKEN = "an invisible space is put into each, so that the student reads them as text"
+"""What is done to control tokens that a conversation spells."""
+
 Write = Callable[[Sequence[Message], Tools], str]
 """What a chat template makes of messages and tools."""
 
@@ -104,7 +107,7 @@ def render(
     found = _settle(student.controls, write, shown, shown_tools)
     if found.altered is not None and student.tell is not None:
         tell, student.tell = student.tell, None
-        tell(found.altered)
+        tell(f"what a tool answered spells the control token {found.altered!r}; {BROKEN}")
     return found
 
 
@@ -143,7 +146,8 @@ def template_date(tokenizer: Tokenizer) -> datetime | None:
 
 
 def tell_of_alterations(tokenizer: Tokenizer, tell: Callable[[str], None]) -> None:
-    """Call ``tell`` with the first control token that is broken from now on, once."""
+    """From now on, when what is rendered spells a control token, say so with ``tell``, once: after the prompts these are
+    the answers of tools."""
     _student(tokenizer).tell = tell
 
 
