@@ -99,7 +99,7 @@ class TemplateProcess:
     def _start(self) -> subprocess.Popen[bytes]:
         self._known = {}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", template_worker.__file__],
+            [sys.executable, "-P", template_worker.__file__, str(template_worker.CPU_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -89,9 +89,10 @@ def _environment(clock: _Clock) -> ImmutableSandboxedEnvironment:
 
 
 class _Templates:
-    """Sources by number, each compiled when first used."""
+    """Sources by number, each compiled when first used; ``seconds`` of processor time for each rendering."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         self.clock = _Clock()
         self.sources: dict[int, str] = {}
         self._compiled: dict[int, Template] = {}
@@ -118,7 +119,7 @@ def _answer(number: int, context: dict[str, object], templates: _Templates) -> d
     random.seed(0)
     templates.clock.read = False
     # Processor time, not the clock's: a busy machine is no fault of the template.
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, templates.seconds)
     try:
         text = _render(templates.compiled(number), context)
     except OverflowError:
@@ -132,12 +133,12 @@ def _answer(number: int, context: dict[str, object], templates: _Templates) -> d
     return {"text": text, "dated": templates.clock.read}
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+def serve(requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
     """Answer until there are no more requests. The kernel ends this process when one takes too long."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    templates = _Templates()
+    templates = _Templates(seconds)
     for line in requests:
         request = json.loads(line)
         templates.clock.now = datetime.fromisoformat(request["now"])
@@ -148,4 +149,4 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))
