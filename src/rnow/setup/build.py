@@ -310,7 +310,10 @@ class _Run:
             backends.teacher,
             # One turn tells; the tools are for the run.
             single_turns(self._prepared),
-            replace(settings, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)),
+            # A truncated distribution is another than the trainer's, as it should be.
+            replace(
+                settings, top_p=1.0, top_k=0, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)
+            ),
             backends.student.vocabulary,
             backends.gpu,
         )
