@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from rnow.disk.files import to_json
 from rnow.display.terminal import escape_control
 from rnow.errors import RnowError
 
@@ -56,4 +56,4 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(to_json(data, indent=2) + "\n")
