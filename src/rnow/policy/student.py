@@ -33,15 +33,15 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
-    warmup_steps: int = 0
+    warmup_updates: int = 0
     schedule: ScheduleName = "constant"
     total_updates: int = 1
     updates_per_batch: int = 1
 
     def rate_of(self, update: int) -> float:
-        """Learning rate of the ``update``-th optimizer step (from 0): linear warm-up over ``warmup_steps``, then constant,
+        """Learning rate of the ``update``-th optimizer step (from 0): linear warm-up over ``warmup_updates``, then constant,
         or falling to 0 at ``total_updates`` linearly or along a half cosine."""
-        base, warmup = self.learning_rate, self.warmup_steps
+        base, warmup = self.learning_rate, self.warmup_updates
         if update < warmup:
             return base * (update + 1) / warmup
         if self.schedule == "constant":
