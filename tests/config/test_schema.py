@@ -227,8 +227,10 @@ def test_all_problems_at_once_and_at_most_ten() -> None:
     ]
     with pytest.raises(InvalidValues) as caught:
         make(**{f"k{i}": 1 for i in range(14)})
-    assert len(caught.value.details) == 11
-    assert caught.value.details[-1] == "... and 4 more"
+    assert len(caught.value.details) == 10
+    assert len(caught.value.more) == 4
+    assert "... and 4 more; --all-errors lists them" in caught.value.render()
+    assert "k13: " in caught.value.render(everything=True)
 
 
 def test_a_config_does_not_change() -> None:

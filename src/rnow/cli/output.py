@@ -21,11 +21,11 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr)
 
 
-def print_error(error: RnowError) -> None:
+def print_error(error: RnowError, *, everything: bool = False) -> None:
     """The report of an error on standard error: no traceback, nothing that could control the terminal."""
     from rich.text import Text
 
-    title, _, rest = escape_control(error.render()).partition(":")
+    title, _, rest = escape_control(error.render(everything=everything)).partition(":")
     text = Text.assemble((title, "bold red"), ":", rest)
     text.highlight_regex(r"(?m)^  (where|why|fix):", "bold")
     console(stderr=True).print(text, soft_wrap=True, highlight=False)

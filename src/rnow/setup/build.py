@@ -28,6 +28,7 @@ from rnow.plan.choices import sampler_backend, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
+from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
@@ -91,7 +92,7 @@ def run(
     quiet_libraries()
     display.stage("checking")
     prepared = replace(
-        prepare(config, Path(folder), weights=True),
+        prepare(config, Path(folder), weights=True, fresh=fresh),
         warn=display.warn,
     )
     found = (
@@ -103,6 +104,7 @@ def run(
         display.warn(warning)
     for notice in prepared.notices:
         display.note(notice)
+    tell_of_alterations(prepared.rendered.tokenizer, display.warn)
     may_take_turns(config)  # refused before anything is written
     run_folder = prepared.run_folder(fresh=fresh)
     if (finished := _finished(run_folder, prepared)) is not None:
