@@ -172,8 +172,8 @@ def test_what_every_sink_keeps_to(
     sink.evaluated("often", 1, {"pass@1": 0.5})
     sink.forget_from(1)
     sink.log(1, {"loss": 0.5})
-    sink.close()
-    sink.close()
+    sink.close(10.0)
+    sink.close(10.0)
     assert len(warnings) == (kind == "wandb that does not start")
 
 
@@ -183,8 +183,8 @@ def test_wandb_with_a_key_is_online(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     sink = make(tmp_path, warnings, run_id="abc")
     sink.log(3, {"loss": 1.0})
-    sink.close()
-    sink.close()
+    sink.close(10.0)
+    sink.close(10.0)
     assert (given["mode"], given["id"], given["resume"]) == (None, "abc", "allow")
     assert (given["project"], given["name"], given["config"]) == ("project", "name", {"a": 1})
     assert run.logged == [(3, {"loss": 1.0})]
@@ -223,7 +223,7 @@ def test_a_failing_wandb_gives_one_warning(
     sink = make(tmp_path, warnings)
     sink.log(1, {"loss": 1.0})
     sink.log(2, {"loss": 1.0})
-    sink.close()
+    sink.close(10.0)
     assert len(warnings) == 1
     assert "training goes on" in warnings[0]
 
@@ -233,7 +233,7 @@ def test_wandb_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     warnings: list[str] = []
     sink = make(tmp_path, warnings)
     sink.log(1, {"loss": 1.0})
-    sink.close()
+    sink.close(10.0)
     assert len(warnings) == 1
     assert "pip install" in warnings[0]
 
@@ -265,6 +265,6 @@ def test_real_wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     warnings: list[str] = []
     sink = make(tmp_path, warnings)
     sink.log(1, {"loss": 0.5, "bad": math.nan})
-    sink.close()
+    sink.close(10.0)
     assert len(warnings) == 1, warnings
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -47,6 +47,7 @@ class Saver:
         self._facts = facts
         self._counters = counters
         self._saved_step = 0
+        self._finished = 0
         self._updates_of_step = policy.updates
         self._saved_at = time.monotonic()
 
@@ -71,13 +72,13 @@ class Saver:
             {"updates": checkpoint.state["updates"], "moments": checkpoint.moments}
         )
         restore_random_state(checkpoint.moments)
-        self._saved_step = checkpoint.step
+        self._saved_step = self._finished = checkpoint.step
         self._updates_of_step = self._policy.updates
         return checkpoint.step
 
     def after_step(self, step: int) -> None:
         """Save if it is time to."""
-        self._updates_of_step = self._policy.updates
+        self._updates_of_step, self._finished = self._policy.updates, step
         due = self._every_steps > 0 and step % self._every_steps == 0
         if due or time.monotonic() - self._saved_at >= self._every_seconds:
             self.save(step)
@@ -91,6 +92,10 @@ class Saver:
                 TemporaryError, OSError
             ):  # a disk's fault cannot hide what happened first
                 self.save(step)
+
+    def rescue_finished(self) -> None:
+        """``rescue`` after the last step that is finished, for those who do not count steps."""
+        self.rescue(self._finished)
 
     def save(self, step: int) -> None:
         """Commit a checkpoint of the state after ``step`` steps, unless it is committed already."""
