@@ -61,6 +61,7 @@ class Watchdog:
         """Watch the event loop that runs, and this thread, while the block runs."""
         loop, thread = asyncio.get_running_loop(), threading.get_ident()
         progress.moved()
+        self._arm()
         watcher = threading.Thread(
             target=self._run, args=(loop, thread), name="watchdog", daemon=True
         )
@@ -74,8 +75,7 @@ class Watchdog:
 
     def _run(self, loop: asyncio.AbstractEventLoop, thread: int) -> None:
         while not self._over.wait(_LOOK):
-            if self._flag.handled:
-                self._arm()
+            self._arm()
             if (bytes_now := _disk_bytes()) > self._bytes + _DISK_BYTES:
                 self._bytes = bytes_now
                 progress.moved()  # weights are being read, or the state is being saved
@@ -84,6 +84,8 @@ class Watchdog:
     def _arm(self) -> None:
         """Should a kernel hold the interpreter itself, this thread does not come to look again: then faulthandler's own,
         which needs no interpreter, writes the stacks to stderr and ends the process (with 1, which is all it can)."""
+        if not self._flag.handled:
+            return
         with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
             faulthandler.dump_traceback_later(
                 self._seconds + SAVE_SECONDS, exit=True, file=sys.__stderr__
