@@ -333,11 +333,10 @@ class VllmTeacher:
         try:
             client = await self._ready()
             # A question that needs no computing: who does not answer it now will not do so later.
-            served = await find_served_model(
-                client.hurried(CONNECT_SECONDS), self._model, self._where
-            )
+            first = client.hurried(CONNECT_SECONDS)
+            served = await find_served_model(first, self._model, self._where)
             self._model = served.id
-            if self._server is None and any(model.parent for model in await client.models()):
+            if self._server is None and any(model.parent for model in await first.models()):
                 # Concurrent prompt log-probabilities have killed engines with LoRA enabled (CPU build).
                 self._client = client.limited(1)
             checks = ServedTeacherChecks(
