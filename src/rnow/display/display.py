@@ -102,7 +102,7 @@ class Harmless:
         self._try(lambda: self._display.finish(lines))
 
     def close(self) -> None:
-        self._try(self._display.close)
+        self._try(lambda: self._display.close())
 
     def _try(self, show: Callable[[], None]) -> None:
         try:
