@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
 import queue
 import sys
@@ -14,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import IO, TYPE_CHECKING, TextIO, cast
 
+from rnow.disk.files import to_json
 from rnow.display.terminal import escape_control
 from rnow.errors import RnowError
 
@@ -108,11 +108,11 @@ def settle(written: Console) -> None:
         written.file.settle()
 
 
-def print_error(error: RnowError) -> None:
+def print_error(error: RnowError, *, everything: bool = False) -> None:
     """The report of an error on standard error: no traceback, nothing that could control the terminal."""
     from rich.text import Text
 
-    title, _, rest = escape_control(error.render()).partition(":")
+    title, _, rest = escape_control(error.render(everything=everything)).partition(":")
     text = Text.assemble((title, "bold red"), ":", rest)
     text.highlight_regex(r"(?m)^  (where|why|fix):", "bold")
     console(stderr=True).print(text, soft_wrap=True, highlight=False)
@@ -143,4 +143,4 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
-    Outlet(sys.stdout).write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    Outlet(sys.stdout).write(to_json(data, indent=2) + "\n")

@@ -49,6 +49,7 @@ class Saver:
         self._saved_step = 0
         self._finished = 0
         self._updates_of_step = policy.updates
+        self._updated_step = 0
         self._saved_at = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
@@ -74,10 +75,13 @@ class Saver:
         restore_random_state(checkpoint.moments)
         self._saved_step = self._finished = checkpoint.step
         self._updates_of_step = self._policy.updates
+        self._updated_step = checkpoint.state.get("updated_step", checkpoint.step)
         return checkpoint.step
 
     def after_step(self, step: int) -> None:
         """Save if it is time to."""
+        if self._policy.updates > self._updates_of_step:
+            self._updated_step = step
         self._updates_of_step, self._finished = self._policy.updates, step
         due = self._every_steps > 0 and step % self._every_steps == 0
         if due or time.monotonic() - self._saved_at >= self._every_seconds:
@@ -97,6 +101,11 @@ class Saver:
         """``rescue`` after the last step that is finished, for those who do not count steps."""
         self.rescue(self._finished)
 
+    def last_good(self) -> int | None:
+        """The step of the newest checkpoint from whose weights an update was computed since, and was finite. Of the weights
+        after the last update nobody knows yet."""
+        return self._store.newest_step(before=self._updated_step)
+
     def save(self, step: int) -> None:
         """Commit a checkpoint of the state after ``step`` steps, unless it is committed already."""
         if step > 0 and step == self._saved_step:
@@ -111,9 +120,11 @@ class Saver:
                 "updates": policy["updates"],
                 "policy_version": step,
                 "data_cursor": step,
+                "updated_step": self._updated_step,
                 "counters": dict(self._counters()),
                 **self._facts,
             },
+            good_before=self._updated_step,
         )
         self._saved_step = step
         self._saved_at = time.monotonic()
