@@ -283,5 +283,5 @@ def test_evaluations_survive_a_cut_line(desk: Desk, name: str) -> None:
 
 
 def test_closing_closes_every_sink(desk: Desk) -> None:
-    desk.recorder.close()
+    desk.recorder.close(1.0)
     assert desk.sink.closed
