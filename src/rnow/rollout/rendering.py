@@ -14,7 +14,7 @@ from typing import TypedDict
 from weakref import WeakKeyDictionary
 
 from rnow.protocols import Tokenizer, Tool
-from rnow.rollout.controls import Controls, Tools, change_texts
+from rnow.rollout.controls import Controls, Marks, Tools, change_texts
 from rnow.rollout.forms import Forms
 from rnow.rollout.template_process import PROCESS, TemplateFault, Written
 from rnow.text.strict_json import mend_surrogates
@@ -123,19 +123,11 @@ def render(
     }
     marked = [change_texts(*shown[index], marks[index].mark) for index in marks]
     twins = dict(zip(marks, _write(tokenizer, student, marked, options), strict=True))
-    found: list[Rendering | TemplateFault] = []
-    for index, text in enumerate(raw):
-        twin = twins.get(index)
-        if isinstance(text, str) and twin is None:
-            found.append(Rendering(text=text, altered=None))
-        elif (
-            isinstance(text, str)
-            and isinstance(twin, str)
-            and (own := controls.own_only(text, twin, marks[index]))
-        ):
-            found.append(Rendering(text=own[0], altered=own[1]))
-        else:
-            found.append(_settle(controls, write, *shown[index]))
+    found = [
+        _compared(controls, text, twins.get(index), marks.get(index))
+        or _settle(controls, write, *shown[index])
+        for index, text in enumerate(raw)
+    ]
     student.tell_first(found)
     return found
 
@@ -289,6 +281,21 @@ def _write_itself(
     except Exception as error:
         return TemplateFault(str(error) or type(error).__name__)
     return mend_surrogates(str(text))
+
+
+def _compared(
+    controls: Controls,
+    raw: str | TemplateFault,
+    twin: str | TemplateFault | None,
+    marks: Marks | None,
+) -> Rendering | None:
+    """What ``raw`` and its twin in stand-ins settle at once; without marks there is no control token in it."""
+    if isinstance(raw, TemplateFault):
+        return None
+    if marks is None:
+        return Rendering(text=raw, altered=None)
+    own = controls.own_only(raw, twin, marks) if isinstance(twin, str) else None
+    return None if own is None else Rendering(text=own[0], altered=own[1])
 
 
 def _settle(
