@@ -280,9 +280,8 @@ def test_what_is_not_a_number_is_reported_and_counts_zero(
     rewards: Rewards, value: str, words: str, name: str
 ) -> None:
     result = rewards.run(asked=prompt(name, "one", metadata={"value": value}))
-    assert result == RewardResult(
-        total=1.0, breakdown={name: 0.0, "one": 1.0}, errors={name: words}
-    )
+    told = f"{words} ({rewards.functions[name].place})"
+    assert result == RewardResult(total=1.0, breakdown={name: 0.0, "one": 1.0}, errors={name: told})
 
 
 @pytest.mark.parametrize("name", ["raises", "async_raises"])
@@ -310,7 +309,8 @@ def test_exits_and_crashes_do_not_end_the_run(rewards: Rewards) -> None:
     assert result.total == 1.0
     assert result.errors["sync_exit"].startswith("SystemExit: 3 (rewards.py:")
     assert result.errors["async_exit"].startswith("SystemExit: 3 (rewards.py:")
-    assert result.errors["dies"] == "its process ended (exit code 3)"
+    place = rewards.functions["dies"].place
+    assert result.errors["dies"] == f"its process ended (exit code 3) ({place})"
 
 
 def test_what_hangs_is_ended(rewards: Rewards) -> None:
@@ -318,8 +318,12 @@ def test_what_hangs_is_ended(rewards: Rewards) -> None:
     result = rewards.run("hangs", "computes", "waits", "stubborn", "one")
     assert time.monotonic() - started < 5
     assert result.total == 1.0
-    late = "took longer than 0.2 s"
-    assert result.errors == dict.fromkeys(("hangs", "computes", "waits", "stubborn"), late)
+    names = ("hangs", "computes", "waits", "stubborn")
+    places = {name: rewards.functions[name].place for name in names}
+    assert result.errors == {
+        name: f"took longer than 0.2 s ({place})" for name, place in places.items()
+    }
+    assert all(place.startswith("rewards.py:") for place in places.values())
 
 
 def test_the_decorator_wins_over_the_default_timeout(rewards: Rewards) -> None:

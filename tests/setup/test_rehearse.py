@@ -159,12 +159,16 @@ def test_a_reward_that_fails_is_written_and_shown(project: Project) -> None:
         "from rnow.core import reward\n@reward\ndef short(args, messages):\n    return 1 / 0\n"
     )
     (project.folder / "rewards.py").write_text(rewards)
-    _, output = rehearsed(project, limit=1, verbose=True)
+    done, output = rehearsed(project, limit=1, verbose=True)
     for sample in samples(project).values():
         (error,) = sample["errors"]
-        assert error.startswith("short: ZeroDivisionError")
+        assert error == "short: ZeroDivisionError: division by zero (rewards.py:4)"
         assert (sample["total_reward"], sample["success"]) == (0.0, False)
     assert "reward short: ZeroDivisionError" in output
+    assert done.problem is not None
+    assert done.problem.details == (
+        'reward "short" fails: ZeroDivisionError: division by zero (rewards.py:4), in 2 of 2 rollouts',
+    )
 
 
 # ---- secrets -------------------------------------------------------------------------------------------------------

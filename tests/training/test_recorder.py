@@ -96,6 +96,7 @@ def test_a_step_is_written_everywhere(desk: Desk) -> None:
     assert row["loss"] == 0.5
     assert row["reward/mean"] == 0.5
     assert row["reward/accuracy"] == 0.5
+    assert row["reward_failures/accuracy"] == 0.0
     assert row["reward/failure_fraction"] == 0.5, "a failed rollout counts for nothing here"
     assert row["tokens/prompt"] == 6.0, "a failed rollout counts for nothing"
     assert row["tokens/completion"] == 4.0

@@ -13,6 +13,7 @@ from tests.fakes import FakeEnvironment, FakePolicy, FakeRewarder, FakeSampler, 
 from tests.setup.projects import Project
 
 from rnow.errors import EXIT_TEMPORARY, ConfigError, TemporaryError
+from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
 from rnow.setup.build import run
 from rnow.training.evaluations import Evaluations, Evaluator, Scheduled
@@ -260,6 +261,7 @@ class Watched:
             environments=lambda *_: FakeEnvironment((1, 2)),
             settings=SETTINGS,
             rewarder=FakeRewarder(),
+            reward_watch=RewardWatch(pytest.fail, teaching=True),
             success_reward=1.0,
         )
         return Parts(
@@ -273,6 +275,7 @@ class Watched:
                     journal=lambda step: None,
                     sampler=self.sampler,
                     rewarder=FakeRewarder(),
+                    reward_watch=RewardWatch(pytest.fail, teaching=True),
                     teacher=self.teacher,
                     gpu=self.card.gpu,
                 ),

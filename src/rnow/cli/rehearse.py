@@ -41,7 +41,7 @@ def rehearse_rollouts(
 
     limit = None if every or chosen is not None else count or DEFAULT_PROMPTS
     with placed(loaded):
-        rehearse(
+        done = rehearse(
             loaded.config,
             folder=folder,
             limit=limit,
@@ -49,6 +49,8 @@ def rehearse_rollouts(
             verbose=verbose,
             console=console(),
         )
+        if done.problem is not None:
+            raise done.problem
 
 
 def parse_rows(text: str) -> tuple[int, ...]:

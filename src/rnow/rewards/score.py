@@ -151,7 +151,7 @@ class RewardRunner:
     async def _run(
         self, info: FunctionInfo, given: Mapping[str, object], context: ToolContext
     ) -> tuple[float, str | None]:
-        """(value, None), or (0, what went wrong: one line, with the line of the file where it was raised)."""
+        """(value, None), or (0, what went wrong: one line, with the line of the file that raised, or where the function is)."""
         outcome = await call_function(
             info,
             given,
@@ -162,8 +162,7 @@ class RewardRunner:
         )
         if outcome.status == "ok" and outcome.value is not None:
             return float(outcome.value), None
-        error = outcome.error or outcome.status
-        return 0.0, f"{error} ({outcome.place})" if outcome.place else error
+        return 0.0, f"{outcome.error or outcome.status} ({outcome.place or info.place})"
 
 
 def conversation(

@@ -28,6 +28,7 @@ from rnow.plan.choices import sampler_backend, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
+from rnow.rewards.watch import RewardWatch
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
@@ -362,6 +363,7 @@ class _Run:
     ) -> Parts:
         assert self._prepared.source is not None, "prepared for training"
         group_size = self._config.data.group_size
+        watch = RewardWatch(recorder.warn, teaching=self._config.algorithm.reward_coef > 0)
         workers = Workers(
             environments=build_episodes(self._prepared, code),
             settings=replace(
@@ -371,6 +373,7 @@ class _Run:
             journal=journals.open,
             sampler=backends.sampler,
             rewarder=code.rewarder,
+            reward_watch=watch,
             teacher=backends.teacher,
             gpu=backends.gpu,
         )
@@ -380,7 +383,7 @@ class _Run:
             policy=backends.policy,
             sampler=backends.sampler,
             gpu=backends.gpu,
-            evaluations=build_evaluations(self._prepared, backends, recorder, code),
+            evaluations=build_evaluations(self._prepared, backends, recorder, code, watch),
             recorder=recorder,
             saver=saver,
         )

@@ -16,11 +16,12 @@ from rich.table import Table
 from rnow.config import Config
 from rnow.disk.files import map_text, to_json
 from rnow.display.terminal import escape_control
-from rnow.errors import InputError, StopRequested
+from rnow.errors import InputError, RnowError, StopRequested
 from rnow.models.loading import quiet_libraries
 from rnow.plan.prepare import Prepared, prepare
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
+from rnow.rewards.watch import failures
 from rnow.rollout.collect import collect_rollouts
 from rnow.setup.models import answer_with, load_model
 from rnow.setup.usercode import (
@@ -45,10 +46,12 @@ Scored = tuple[Sequence[RolloutGroup], Rewards]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """What ``rehearse`` did: where the rollouts are, and their totals."""
+    """What ``rehearse`` did: where the rollouts are, and their totals. ``problem``: rewards that failed, as an error to end
+    with."""
 
     folder: Path
     metrics: Mapping[str, float]
+    problem: RnowError | None = None
 
 
 def rehearse(
@@ -105,7 +108,20 @@ def rehearse(
     metrics = reward_metrics(groups, rewards)
     metrics |= rollout_metrics(groups, agentic=prepared.project.agentic)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
-    return Rehearsal(folder=target, metrics=metrics)
+    return Rehearsal(folder=target, metrics=metrics, problem=_failing(rewards, redact))
+
+
+def _failing(rewards: Rewards, redact: Redact) -> RnowError | None:
+    found = failures(rewards.values())
+    if not found:
+        return None
+    return RnowError(
+        f"{len(found)} of the rewards failed" if len(found) > 1 else "a reward failed",
+        title="Rewards fail",
+        details=[redact(failure.line()) for failure in found],
+        where="rewards.py",
+        fix="mend it at the line above; until then its value counts as 0",
+    )
 
 
 async def _sample(
@@ -128,7 +144,7 @@ def rollout_record(
     total = None if reward is None else reward.total
     errors = [rollout.error] if rollout.error else []
     if reward is not None:
-        errors += [f"{name}: {text}" for name, text in reward.errors.items() if name != "rollout"]
+        errors += [f"{k}: {text}" for k, text in reward.errors.items() if reward.breakdown]
     return {
         "id": rollout.id,
         "completed": rollout.status == "completed",

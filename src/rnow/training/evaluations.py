@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rnow.algorithm.batching import at_loss_tokens, build_samples
 from rnow.protocols import Environment, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
+from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.training.metrics import reward_metrics, rollout_metrics, tool_trouble
 from rnow.training.recorder import Recorder
@@ -26,6 +27,7 @@ class Evaluator:
     Attributes:
         prompts: held out from training.
         settings: purpose ``eval``; its ``group_size`` is the number of samples per prompt.
+        reward_watch: tells of rewards that fail.
         success_reward: a rollout whose reward is at least this much counts as passed.
         judged: whether ``teacher_kl`` can be given: sampler and teacher must see the same temperature.
         pass_at: the k of pass@k to report, where there are enough samples.
@@ -37,6 +39,7 @@ class Evaluator:
     environments: Callable[[Prompt, int], Environment]
     settings: RolloutSettings
     rewarder: Rewarder
+    reward_watch: RewardWatch
     success_reward: float
     judged: bool = True
     pass_at: tuple[int, ...] = PASS_AT
@@ -63,6 +66,7 @@ class Evaluator:
                 self.prompts, sampler, self.environments, self.settings, step=0
             )
         rewards = await score_rewards(groups, self.rewarder, poll=self.settings.poll)
+        self.reward_watch.look("of an evaluation", rewards)
         metrics = self._pass_at(groups, rewards) | reward_metrics(groups, rewards)
         metrics |= rollout_metrics(groups, agentic=self.agentic)
         if trouble := tool_trouble(groups):
