@@ -10,6 +10,7 @@ import pytest
 from tests.fakes import FakeSink
 
 from rnow.algorithm.records import StepData, UpdateResult
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import JsonlSink
 from rnow.disk.transcripts import TranscriptWriter
@@ -45,6 +46,7 @@ class Desk:
             transcripts=TranscriptWriter(
                 self.folder.transcripts, decode=str, redact=lambda text: text
             ),
+            answers=AnswerFiles(self.folder.answers, redact=lambda text: text),
             sinks=[
                 JsonlSink(self.folder.metrics, self.folder.evaluations, warn=pytest.fail),
                 self.sink,

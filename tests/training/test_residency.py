@@ -209,6 +209,7 @@ class Watched:
         self.clock: StageClock | None = None
         self.times: dict[int, dict[str, float]] = {}
         self.rows: list[dict[str, Any]] = []
+        self.answered: list[str] = []
         self.sampler = FakeSampler([[4, END]])
         self.answering = FakeSampler([[5, END]])
         self.teacher = FakeTeacher()
@@ -250,6 +251,7 @@ class Watched:
         recorder: Any = SimpleNamespace(
             clock=self.make_clock, record=self.record, evaluated=self.evaluated,
             evaluations=lambda: self.rows, stage=lambda name: None,
+            answered=lambda name, step, groups, rewards: self.answered.append(name),
         )  # fmt: skip
         saver: Any = SimpleNamespace(
             save=self.save,

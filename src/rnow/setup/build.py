@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.config import Config, config_hash, to_yaml
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
 from rnow.disk.folder import RunFolder
@@ -33,6 +34,7 @@ from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
     RunSummary,
+    answer_lines,
     build_facts,
     build_values,
     closing_lines,
@@ -241,8 +243,12 @@ class _Run:
             sampler=backends.sampler_facts,
         )
         replace_file(self._folder.summary, readable_json(values))
-        self._display.finish(closing_lines(self._folder.adapter))
+        answers = answer_lines(self._folder, self._answers(), recorder.evaluations())
+        self._display.finish([*answers, *closing_lines(self._folder.adapter)])
         return RunSummary(values=values)
+
+    def _answers(self) -> AnswerFiles:
+        return AnswerFiles(self._folder.answers, redactor(self._prepared))
 
     def _counters(self, recorder: Recorder) -> dict[str, float]:
         """Totals of the whole run, earlier attempts included."""
@@ -341,6 +347,7 @@ class _Run:
             folder,
             display=self._display,
             transcripts=TranscriptWriter(folder.transcripts, decode=decode, redact=redact),
+            answers=self._answers(),
             sinks=sinks,
             num_steps=self._prepared.num_steps,
             agentic=self._prepared.project.agentic,

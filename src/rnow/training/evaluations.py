@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rnow.algorithm.batching import at_loss_tokens, build_samples
 from rnow.protocols import Environment, Rewarder, Sampler, Teacher
@@ -18,6 +19,8 @@ from rnow.types import Prompt, RewardResult, RolloutGroup
 
 PASS_AT = (1, 4, 8)
 BEFORE, AFTER, TEACHER = "before", "after", "teacher"
+
+Keep = Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,7 @@ class Evaluator:
         gpu: Residency,
         *,
         answering: Part = "sampler",
+        keep: Keep = lambda groups, rewards: None,
     ) -> dict[str, float]:
         """Metrics of one evaluation: ``pass@k``, rewards, lengths, and ``teacher_kl`` when a teacher is given.
 
@@ -60,6 +64,7 @@ class Evaluator:
 
         Args:
             answering: whose weights ``sampler`` draws with.
+            keep: given the rollouts and their rewards.
         """
         async with gpu.only(answering):
             groups = await collect_rollouts(
@@ -67,6 +72,7 @@ class Evaluator:
             )
         rewards = await score_rewards(groups, self.rewarder, poll=self.settings.poll)
         self.reward_watch.look("of an evaluation", rewards)
+        keep(groups, rewards)
         metrics = self._pass_at(groups, rewards) | reward_metrics(groups, rewards)
         metrics |= rollout_metrics(groups, agentic=self.agentic)
         if trouble := tool_trouble(groups):
@@ -178,5 +184,8 @@ class Evaluations:
         if self.main is None or self._known(name, step):
             return
         self.recorder.stage(f"evaluating: {name}")
-        metrics = await self.main.evaluate(sampler, teacher, self.gpu, answering=answering)
+        keep = partial(self.recorder.answered, name, step)
+        metrics = await self.main.evaluate(
+            sampler, teacher, self.gpu, answering=answering, keep=keep
+        )
         self.recorder.evaluated(name, step, metrics)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rnow.algorithm.records import SkipReason, StepData, UpdateResult
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Sink, read_evaluations
 from rnow.disk.transcripts import TranscriptWriter
@@ -19,7 +20,7 @@ from rnow.training.metrics import (
     tool_trouble,
 )
 from rnow.training.residency import StageClock
-from rnow.types import RolloutGroup
+from rnow.types import RewardResult, RolloutGroup
 
 MAX_SKIPPED = 3
 
@@ -39,6 +40,7 @@ class Recorder:
         *,
         display: Display,
         transcripts: TranscriptWriter,
+        answers: AnswerFiles,
         sinks: Sequence[Sink],
         num_steps: int,
         agentic: bool = False,
@@ -46,6 +48,7 @@ class Recorder:
         self._folder = folder
         self._display = display
         self._transcripts = transcripts
+        self._answers = answers
         self._sinks = list(sinks)
         self._num_steps = num_steps
         self._agentic = agentic
@@ -119,6 +122,16 @@ class Recorder:
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations of the run so far, oldest first."""
         return read_evaluations(self._folder.evaluations)
+
+    def answered(
+        self,
+        name: str,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        rewards: Mapping[str, RewardResult],
+    ) -> None:
+        """Keep the rollouts of one evaluation, before its numbers: those say that it is done."""
+        self._answers.write(name, step, groups, rewards)
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write one evaluation down."""
