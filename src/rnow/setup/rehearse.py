@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from rnow.config import Config
+from rnow.core.messages import message_text
 from rnow.disk.files import map_text, to_json
-from rnow.display.terminal import escape_control
+from rnow.display.terminal import escape_control, shorten
 from rnow.errors import InputError, RnowError, StopRequested
 from rnow.models.loading import quiet_libraries
 from rnow.plan.prepare import Prepared, prepare
@@ -36,6 +37,8 @@ from rnow.training.signals import StopFlag
 from rnow.types import EndReason, Message, Prompt, RewardResult, Rollout, RolloutGroup
 
 FOLDER = "rollouts"
+SHOWN = 4000
+"""Characters of a message that are shown; the files have all of it."""
 _ROLLOUT = re.compile(r"rollout_[0-9]+")
 _SAMPLE = re.compile(r"sample_[0-9]+\.json")
 
@@ -103,7 +106,8 @@ def rehearse(
         stopped.why = stopped.why or "no rollout of this call was written"
         raise
     for line in _conversations(groups, rewards, redact) if verbose else ():
-        console.print(line)
+        # No highlighting: it takes minutes for a long text.
+        console.print(line, highlight=False)
     console.print(_table(groups, rewards, redact))
     metrics = reward_metrics(groups, rewards)
     metrics |= rollout_metrics(groups, agentic=prepared.project.agentic)
@@ -230,8 +234,9 @@ def _write(
 
 
 def _shown(value: object, redact: Redact) -> str:
-    """Anything as text that is safe on a terminal, in rich's markup."""
-    return escape(escape_control(str(map_text(value, redact))))
+    """Anything as text that is safe on a terminal, in rich's markup; of a long one the beginning."""
+    # Redacted first: a cut could leave half of a secret.
+    return escape(escape_control(shorten(str(map_text(value, redact)), SHOWN)))
 
 
 def _conversations(
@@ -240,7 +245,7 @@ def _conversations(
     for group in groups:
         yield f"[bold]{_shown(group.prompt.id, redact)}[/]"
         for message in group.prompt.messages:
-            yield f"  [cyan]{message['role']}[/]: {_shown(message.get('content'), redact)}"
+            yield f"  [cyan]{message['role']}[/]: {_shown(message_text(message.get('content')), redact)}"
         for rollout in group.rollouts:
             index, reward = rollout.index, rewards.get(rollout.id)
             for message in rollout.messages:
@@ -300,7 +305,7 @@ def _table(groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redact) -> 
         rollout = group.rollouts[0]
         answer = rollout.answer if rollout.turns else f"failed: {rollout.error}"
         table.add_row(
-            _shown(group.prompt.messages[-1].get("content"), redact),
+            _shown(message_text(group.prompt.messages[-1].get("content")), redact),
             _shown(answer, redact),
             f"{sum(totals) / len(totals):.2f}" if totals else "-",
             f"{sum(tokens) / max(1, len(tokens)):.0f}",
