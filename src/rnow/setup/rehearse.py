@@ -85,6 +85,18 @@ def rehearse(
     quiet_libraries()
     with console.status("checking ..."):
         prepared = prepare(config, Path(folder), weights=True, training=False)
+
+    def tell(text: str, mark: str = "") -> None:
+        console.print(f"{mark}{escape(escape_control(text))}", soft_wrap=True, highlight=False)
+
+    def warn(text: str) -> None:
+        tell(text, "[yellow]warning:[/] ")
+
+    prepared = replace(prepared, warn=warn)
+    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
+        warn(warning)
+    for notice in prepared.notices:
+        tell(notice)
     target = prepared.project.folder / FOLDER
     _earlier(target)
     prompts = _choose(prepared, limit, rows)

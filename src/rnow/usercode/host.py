@@ -331,7 +331,7 @@ class CodeHost:
         """Run a function. What it does wrong is an outcome; cancelling this ends the function too.
 
         Args:
-            payload: JSON. Tools: ``arguments``, ``metadata``, ``variables``; rewards: ``messages``, ``metadata``,
+            payload: JSON. Tools: ``arguments``, ``metadata``, ``variables``, ``episode``; rewards: ``messages``, ``metadata``,
                 ``variables``.
             timeout: seconds from when a worker takes it up.
 
@@ -611,7 +611,7 @@ async def call_function(
     a container does not count against ``timeout``; one that died is replaced.
 
     Args:
-        given: what the payload holds besides ``metadata`` and ``variables``.
+        given: what the payload holds besides what comes from ``context``.
         context: of the rollout; one ``rollout_id`` has one container.
 
     Raises:
@@ -620,7 +620,7 @@ async def call_function(
         InputError, TemporaryError: as ``Sandboxes.host``.
     """
     metadata, variables = dict(context.metadata), dict(context.variables)
-    payload = {**given, "metadata": metadata, "variables": variables}
+    payload = {**given, "metadata": metadata, "variables": variables, "episode": context.episode}
     if not info.sandbox:
         return await host.call(info.name, payload, timeout=timeout)
     if sandboxes is None:  # never silently on this machine
