@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rnow.cli.options import Folder, Model, Overrides, load, placed
+from rnow.cli.options import Folder, Overrides, load, placed
 from rnow.errors import InputError
 
 DEFAULT_PROMPTS = 4
@@ -25,7 +25,15 @@ def rehearse_rollouts(
         typer.Option("-e", "--entries", help="Rows of the training file, from 0.", metavar="0,2,5"),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every row.")] = False,
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Sets model.path; a run (runs/NAME) or its adapter is the student trained there.",
+            metavar="PATH",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show whole conversations.")
     ] = False,

@@ -17,7 +17,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def check_folder(folder: Path, refusal: Refusal) -> int:
     """Bytes of the folder's weights, after checking that it holds a whole model."""
     names = {entry.name for entry in folder.iterdir()}
-    if "adapter_config.json" in names:
+    in_run = folder / "adapter" / "adapter_config.json"
+    if "adapter_config.json" in names or ("config.json" not in names and in_run.is_file()):
         raise adapter_refused(refusal)
     if "config.json" not in names:
         raise _not_a_model(folder, names, refusal)

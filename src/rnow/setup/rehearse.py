@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,13 +19,14 @@ from rnow.core.messages import message_text
 from rnow.disk.files import map_text, to_json
 from rnow.display.terminal import escape_control, shorten
 from rnow.errors import InputError, RnowError, StopRequested
+from rnow.models.adapter import TrainedAdapter, find_adapter
 from rnow.models.loading import quiet_libraries
 from rnow.plan.prepare import Prepared, prepare
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import failures
 from rnow.rollout.collect import collect_rollouts
-from rnow.setup.models import answer_with, load_model
+from rnow.setup.models import answer_as_trained, answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
     open_user_code,
@@ -72,6 +74,8 @@ def rehearse(
     in there is touched. Samples with transformers in this process, whatever ``sampler.backend`` says: a few rollouts are
     drawn before vLLM has started.
 
+    Where ``model.path`` names a run or an adapter, the student that was trained there answers.
+
     Args:
         limit: the first so many prompts; None for all.
         rows: these rows of the (first) training file instead, counted from 0.
@@ -83,29 +87,19 @@ def rehearse(
     """
     console = console or Console()
     quiet_libraries()
-    with console.status("checking ..."):
-        prepared = prepare(config, Path(folder), weights=True, training=False)
-
-    def tell(text: str, mark: str = "") -> None:
-        console.print(f"{mark}{escape(escape_control(text))}", soft_wrap=True, highlight=False)
-
-    def warn(text: str) -> None:
-        tell(text, "[yellow]warning:[/] ")
-
-    prepared = replace(prepared, warn=warn)
-    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
-        warn(warning)
-    for notice in prepared.notices:
-        tell(notice)
+    folder = Path(folder)
+    places = (folder, folder / config.output_dir, Path())
+    trained = find_adapter(config.model.path, key="model.path", places=places)
+    if trained is not None:
+        config = _with_base(config, trained)
+    prepared = _prepare(config, folder, console)
     target = prepared.project.folder / FOLDER
     _earlier(target)
     prompts = _choose(prepared, limit, rows)
     if config.sampler.backend == "vllm" or config.sampler.url is not None:
         console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
     stop = StopFlag()
-    with console.status("loading the student ..."):
-        student = load_model(prepared.student, prepared.rendered.vocabulary)
-        sampler = answer_with(prepared, student, stop.poll)
+    sampler = _load(prepared, trained, console, stop.poll)
     redact = redactor(prepared)
     try:
         with (
@@ -127,6 +121,42 @@ def rehearse(
     return Rehearsal(folder=target, metrics=metrics, problem=_failing(rewards, redact))
 
 
+def _with_base(config: Config, trained: TrainedAdapter) -> Config:
+    """The config with the adapter's base as its student, for an adapter like this one."""
+    changes = {"path": trained.base, "qlora_rank": trained.rank, "qlora_alpha": trained.alpha}
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def _prepare(config: Config, folder: Path, console: Console) -> Prepared:
+    with console.status("checking ..."):
+        prepared = prepare(config, folder, weights=True, training=False)
+    prepared = replace(prepared, warn=partial(_tell, console, mark="[yellow]warning:[/] "))
+    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
+        prepared.warn(warning)
+    for notice in prepared.notices:
+        _tell(console, notice)
+    return prepared
+
+
+def _load(
+    prepared: Prepared,
+    trained: TrainedAdapter | None,
+    console: Console,
+    poll: Callable[[], None],
+) -> Sampler:
+    with console.status("loading the student ..."):
+        student = load_model(prepared.student, prepared.rendered.vocabulary)
+        if trained is None:
+            return answer_with(prepared, student, poll)
+        sampler = answer_as_trained(prepared, student, trained, poll)
+    _tell(console, f"the student is {prepared.student.resolved.name} with {trained.folder}")
+    return sampler
+
+
+def _tell(console: Console, text: str, *, mark: str = "") -> None:
+    console.print(f"{mark}{escape(escape_control(text))}", soft_wrap=True, highlight=False)
+
+
 def _failing(rewards: Rewards, redact: Redact) -> RnowError | None:
     found = failures(rewards.values())
     if not found:
@@ -136,7 +166,7 @@ def _failing(rewards: Rewards, redact: Redact) -> RnowError | None:
         title="Rewards fail",
         details=[redact(failure.line()) for failure in found],
         where="rewards.py",
-        fix="mend it at the line above; until then its value counts as 0",
+        fix="mend it at the line above, then run `rnow test` again",
     )
 
 
