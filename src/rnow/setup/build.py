@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.config import Config, config_hash, to_yaml
+from rnow.config.keys import Reader
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
@@ -263,22 +264,28 @@ class _Run:
         found = self._compare(checkpoint.state)
         changes.refuse(found, where=str(self._folder.path))
         if (
-            found.warned
+            (found.warned or found.measured)
             and checkpoint.step >= self._prepared.num_steps
             and self._folder.summary.exists()
         ):
             # Nothing is left to train: the new settings would only be written beside the old adapter.
             raise ConfigError(
-                "this run is finished: what shapes its result cannot be changed any more",
+                "this run is finished: what shapes or measures its result cannot be changed any more",
                 title="Changed run",
-                details=found.warned,
+                details=(*found.warned, *found.measured),
                 where=str(self._folder.path),
                 fix="give the new settings a run of their own with -n NAME, or start over with --fresh",
             )
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
         for line in found.warned:
-            self._display.warn(f"changed since the checkpoint, and it shapes the result: {line}")
+            self._display.warn(
+                f"changed since the checkpoint, and training goes on with it: {line}"
+            )
+        for line in found.measured:
+            self._display.warn(
+                f"changed since the checkpoint, for evaluations from here on: {line}"
+            )
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
 
@@ -302,9 +309,11 @@ class _Run:
             self._folder.evaluations.unlink(missing_ok=True)
 
     def _compare(self, earlier: Mapping[str, object]) -> changes.Changes:
-        readers = find_readers(self._config, agentic=self._prepared.project.agentic)
         facts = json.loads(to_json(self._facts))  # as the earlier ones were read
-        return changes.compare(earlier, facts, readers)
+        return changes.compare(earlier, facts, self._readers())
+
+    def _readers(self) -> frozenset[Reader]:
+        return find_readers(self._config, agentic=self._prepared.project.agentic)
 
     async def _selfcheck(self, backends: Backends) -> None:
         async with backends.gpu.only("trainer"):
@@ -330,7 +339,10 @@ class _Run:
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note
         redact = redactor(self._prepared)
-        sinks: list[Sink] = [JsonlSink(folder.metrics, folder.evaluations, warn=note)]
+        settings = changes.measurement(json.loads(to_json(self._facts)), self._readers())
+        sinks: list[Sink] = [
+            JsonlSink(folder.metrics, folder.evaluations, warn=note, settings=settings)
+        ]
         if self._config.wandb_project is not None:
             sinks.append(
                 WandbSink(
@@ -351,6 +363,7 @@ class _Run:
             sinks=sinks,
             num_steps=self._prepared.num_steps,
             agentic=self._prepared.project.agentic,
+            settings=settings,
         )
 
     def _build_journals(self) -> JournalFolder:

@@ -32,6 +32,7 @@ class Recorder:
         sinks: receivers of the metrics.
         num_steps: of the whole run, for the display.
         agentic: the student has tools.
+        settings: what this start evaluates with; evaluations made with other settings are kept and not looked at.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Recorder:
         sinks: Sequence[Sink],
         num_steps: int,
         agentic: bool = False,
+        settings: str = "",
     ) -> None:
         self._folder = folder
         self._display = display
@@ -52,6 +54,7 @@ class Recorder:
         self._sinks = list(sinks)
         self._num_steps = num_steps
         self._agentic = agentic
+        self._settings = settings
         self._skipped = 0
         self._in_trouble = False
         self.completion_tokens = 0
@@ -67,6 +70,13 @@ class Recorder:
         for row in self.evaluations():
             numbers = {key: row[key] for key in row if key not in ("name", "step")}
             self._display.evaluation(row["name"], numbers)
+        others = [
+            f"{row['name']} (step {row['step']})" for row, same in self._evaluations() if not same
+        ]
+        if others:
+            self._display.warn(
+                f"evaluated with other settings than those of now, and left out of every comparison: {', '.join(others)}"
+            )
 
     def record(self, step: int, data: StepData, update: UpdateResult, clock: StageClock) -> None:
         """Write one step down.
@@ -120,8 +130,13 @@ class Recorder:
         )
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """All evaluations of the run so far, oldest first."""
-        return read_evaluations(self._folder.evaluations)
+        """The evaluations of the run so far that can be compared with those of this start, oldest first."""
+        return [row for row, comparable in self._evaluations() if comparable]
+
+    def _evaluations(self) -> list[tuple[dict[str, Any], bool]]:
+        rows = read_evaluations(self._folder.evaluations)
+        # Rows without the key are those of an older version, which cannot be told apart.
+        return [(row, row.pop("settings", self._settings) == self._settings) for row in rows]
 
     def answered(
         self,
