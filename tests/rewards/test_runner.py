@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,9 @@ VALUES = {
     "0": 0, "0.0": 0.0, "False": False, "1": 1, "True": True, "0.25": 0.25, "scalar": Scalar(), "None": None,
     "text": "0.5", "bytes": b"1", "list": [1.0], "complex": 1j, "nan": float("nan"), "inf": float("inf"), "huge": 10**400,
 }
+from rnow.errors import InputError
 ERRORS = {
+    "ours": InputError("no browser", fix="apt-get install\\nchromium"), "missing": ModuleNotFoundError("no yaml", name="yaml.x"),
     "value": ValueError("bad\\nthing"), "key": KeyError("answer"), "red": RuntimeError("\\x1b[31mred"),
     "empty": RuntimeError(), "unprintable": Unprintable(), "secret": ValueError("key sk-12345 refused"),
 }
@@ -302,6 +305,16 @@ def test_what_raises_is_reported_with_its_line(
     result = rewards.run(asked=prompt(name, metadata={"error": error}))
     assert result.total == 0.0
     assert result.errors[name].startswith(words)
+
+
+@pytest.mark.parametrize("name", ["raises", "async_raises"])
+def test_what_is_to_be_done_is_told_with_it(rewards: Rewards, name: str) -> None:
+    ours = rewards.run(asked=prompt(name, metadata={"error": "ours"})).errors[name]
+    assert ours.startswith("InputError: no browser (rewards.py:")
+    assert ours.endswith("); apt-get install chromium")
+    missing = rewards.run(asked=prompt(name, metadata={"error": "missing"})).errors[name]
+    assert missing.startswith("ModuleNotFoundError: no yaml (rewards.py:")
+    assert missing.endswith(f"); {sys.executable} -m pip install pyyaml")
 
 
 def test_exits_and_crashes_do_not_end_the_run(rewards: Rewards) -> None:

@@ -162,7 +162,8 @@ class RewardRunner:
         )
         if outcome.status == "ok" and outcome.value is not None:
             return float(outcome.value), None
-        return 0.0, f"{outcome.error or outcome.status} ({outcome.place or info.place})"
+        fix = f"; {outcome.fix}" if outcome.fix else ""
+        return 0.0, f"{outcome.error or outcome.status} ({outcome.place or info.place}){fix}"
 
 
 def conversation(
