@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rnow.core.messages import get_response, message_text
-from rnow.disk.files import map_text, replace_file, to_json
+from rnow.disk.files import json_line, map_text, replace_file
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 
 
@@ -57,9 +57,7 @@ class AnswerFiles:
             for group in groups
             for rollout in group.rollouts
         ]
-        # A lone surrogate, which UTF-8 cannot hold, becomes \udc80: its own escape in JSON.
-        text = "".join(to_json(line) + "\n" for line in lines)
-        replace_file(self._folder / f"{name}.jsonl", text.encode("utf-8", "backslashreplace"))
+        replace_file(self._folder / f"{name}.jsonl", b"".join(map(json_line, lines)))
 
     def first_answers(self, name: str, step: int) -> dict[str, tuple[str, str]]:
         """Prompt id -> last message of the prompt, and what its first rollout answered; empty when this evaluation of this

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from rnow.disk.files import finite, replace_file, to_json
+from rnow.disk.files import json_line, replace_file
 
 Warn = Callable[[str], None]
 
@@ -58,7 +58,7 @@ class JsonlSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.log``. A full disk loses the line, not the run."""
-        line = (json.dumps(finite({"step": step, **metrics}), allow_nan=False) + "\n").encode()
+        line = json_line({"step": step, **metrics})
         try:
             _append_whole(self._metrics, line)
         except OSError as error:
@@ -77,9 +77,9 @@ class JsonlSink:
             OSError: the disk is full. An evaluation is minutes of work and cannot be made up later: the run ends here, and
                 the next start measures it again.
         """
-        with self._evaluations.open("a", encoding="utf-8") as file:
-            settings = {"settings": self._settings} if self._settings else {}
-            file.write(to_json({"name": name, "step": step, **settings, **metrics}) + "\n")
+        settings = {"settings": self._settings} if self._settings else {}
+        with self._evaluations.open("ab") as file:
+            file.write(json_line({"name": name, "step": step, **settings, **metrics}))
 
     def forget_from(self, step: int) -> None:
         """See ``Sink.forget_from``. Lines that a crash left unfinished go too; a file is replaced in one piece."""

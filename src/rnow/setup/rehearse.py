@@ -26,6 +26,7 @@ from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import failures
 from rnow.rollout.collect import collect_rollouts
+from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.models import answer_as_trained, answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
@@ -133,6 +134,7 @@ def _prepare(config: Config, folder: Path, console: Console) -> Prepared:
     prepared = replace(prepared, warn=partial(_tell, console, mark="[yellow]warning:[/] "))
     for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
         prepared.warn(warning)
+    tell_of_alterations(prepared.rendered.tokenizer, prepared.warn)
     for notice in prepared.notices:
         _tell(console, notice)
     return prepared
