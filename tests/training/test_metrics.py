@@ -96,28 +96,3 @@ def test_each_reward_has_the_share_of_its_calls_that_failed() -> None:
     assert metrics["reward_failures/right"] == pytest.approx(3 / 4)
     assert metrics["reward/failure_fraction"] == pytest.approx(3 / 4)
     assert "reward_failures/rollout" not in metrics
-
-
-def test_a_reward_that_failed_is_counted_and_in_no_mean() -> None:
-    group = RolloutGroup(prompt=PROMPT, rollouts=tuple(rollout(SAYS, index=i) for i in range(4)))
-    results = [
-        RewardResult(total=3.0, breakdown={"a": 1.0, "b": 2.0}),
-        RewardResult(total=2.0, breakdown={"a": 0.0, "b": 2.0}, errors={"a": "ValueError"}),
-        RewardResult(total=0.0, breakdown={"a": 0.0, "b": 0.0}, errors={"a": "x", "b": "x"}),
-        RewardResult(total=1.0, breakdown={"a": 1.0, "b": 0.0}),
-    ]
-    rewards = {r.id: result for r, result in zip(group.rollouts, results, strict=True)}
-    assert reward_metrics([group], rewards) == {
-        "reward/mean": 2.0,
-        "reward/a": 1.0,
-        "reward/b": pytest.approx(4 / 3),
-        "reward_failures/a": 0.5,
-        "reward_failures/b": 0.25,
-        "reward/failure_fraction": 0.5,
-    }
-    failed = dict.fromkeys(rewards, results[2])
-    assert reward_metrics([group], failed) == {
-        "reward_failures/a": 1.0,
-        "reward_failures/b": 1.0,
-        "reward/failure_fraction": 1.0,
-    }
