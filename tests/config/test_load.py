@@ -268,7 +268,6 @@ IMPORTANCE = "algorithm:\n  loss_fn: importance_sampling\n"
         (IMPORTANCE + "rollout:\n  top_p: 0.9\n", "top_p 0.9"),
         (IMPORTANCE + "rollout:\n  top_k: 20\n", "top_k 20"),
         ("data:\n  val_split: 0.1\nevals:\n  - {step: 1, eval_id: e}\n", "eval_id is ignored"),
-        ("evals:\n  - step: 1\n", "val_split is 0"),
     ],
 )
 def test_notices(load: Load, more: str, words: str) -> None:

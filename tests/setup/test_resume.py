@@ -292,6 +292,32 @@ def test_more_epochs_go_on(project: Project, whole: Project) -> None:
         ("before", 0), ("often", 2), ("after", 3), ("often", 4), ("often", 6), ("after", 6),
     ]  # fmt: skip
     assert summary.values["evaluation"]["after"]["step"] == 6
+    assert summary.values["evaluation"]["before"]["step"] == 0
+
+
+def test_evaluations_of_other_settings_are_not_compared(project: Project) -> None:
+    shorter = {**SIX_STEPS, "trainer": SIX_STEPS["trainer"] | {"num_epochs": 1}}
+    run(project.config(**shorter), folder=project.folder)
+    first = project.evaluations
+    watcher = Watcher()
+    other = {**SIX_STEPS, "evaluation": SIX_STEPS["evaluation"] | {"success_reward": 0.5}}
+    summary = run(project.config(**other), folder=project.folder, display=watcher)
+    told = [note for note in watcher.notes if "warning" in note]
+    assert told == [
+        "warning: changed since the checkpoint, for evaluations from here on: "
+        "evaluation.success_reward: 1.0 -> 0.5",
+        "warning: evaluated with other settings than those of now, and left out of every comparison: "
+        "before (step 0), often (step 2), after (step 3)",
+    ]
+    assert summary.values["evaluation"]["before"] is None
+    assert summary.values["evaluation"]["after"]["step"] == 6
+    assert project.evaluations[: len(first)] == first, "they are kept"
+    assert [line.partition(":")[0] for line in watcher.lines[1:3]] == ["prompt", "after"]
+    # Finished: now they would only be relabelled.
+    again = {**SIX_STEPS, "evaluation": SIX_STEPS["evaluation"] | {"success_reward": 0.75}}
+    with pytest.raises(ConfigError, match="this run is finished") as caught:
+        run(project.config(**again), folder=project.folder)
+    assert caught.value.details == ("evaluation.success_reward: 0.5 -> 0.75",)
 
 
 def test_fewer_epochs_do_not_claim_to_have_trained_less(project: Project) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rnow.training.metrics import TROUBLE, rollout_metrics, tool_trouble
-from rnow.types import Completion, Message, Prompt, Rollout, RolloutGroup, Turn
+from rnow.training.metrics import TROUBLE, reward_metrics, rollout_metrics, tool_trouble
+from rnow.types import Completion, Message, Prompt, RewardResult, Rollout, RolloutGroup, Turn
 
 PROMPT = Prompt(id="dataset_0/0", dataset="dataset_0", row=0, messages=())
 TURN = Turn(
@@ -77,3 +77,22 @@ def test_trouble_with_the_tools_is_told_when_most_calls_fail() -> None:
     assert tool_trouble([group(*[FAILED] * TROUBLE, *[WORKED] * TROUBLE)]) is None
     assert tool_trouble([group(*[FAILED] * (TROUBLE - 1))]) is None, "a few say nothing"
     assert tool_trouble([]) is None
+
+
+def test_each_reward_has_the_share_of_its_calls_that_failed() -> None:
+    group = RolloutGroup(prompt=PROMPT, rollouts=tuple(rollout(SAYS, index=n) for n in range(4)))
+    lost = rollout(SAYS, index=4, status="failed", end_reason="failed")
+    others = RolloutGroup(prompt=PROMPT, rollouts=(lost,))
+    both, broke = {"style": 1.0, "right": 0.0}, {"right": "KeyError"}
+    rewards = {
+        "dataset_0/0#0": RewardResult(total=1.0, breakdown=both),
+        "dataset_0/0#1": RewardResult(total=1.0, breakdown=both, errors=broke),
+        "dataset_0/0#2": RewardResult(total=1.0, breakdown=both, errors=broke),
+        "dataset_0/0#3": RewardResult(total=0.0, breakdown={"right": 0.0}, errors=broke),
+        "dataset_0/0#4": RewardResult(total=0.0, errors={"rollout": "gone"}),
+    }
+    metrics = reward_metrics([group, others], rewards)
+    assert metrics["reward_failures/style"] == 0.0
+    assert metrics["reward_failures/right"] == pytest.approx(3 / 4)
+    assert metrics["reward/failure_fraction"] == pytest.approx(3 / 4)
+    assert "reward_failures/rollout" not in metrics

@@ -12,6 +12,7 @@ import torch
 from tests.fakes import FakeSink
 
 from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample, UpdateResult
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import JsonlSink
 from rnow.disk.transcripts import TranscriptWriter
@@ -47,6 +48,7 @@ class Desk:
             transcripts=TranscriptWriter(
                 self.folder.transcripts, decode=str, redact=lambda text: text
             ),
+            answers=AnswerFiles(self.folder.answers, redact=lambda text: text),
             sinks=[
                 JsonlSink(self.folder.metrics, self.folder.evaluations, warn=pytest.fail),
                 self.sink,
@@ -100,6 +102,7 @@ def test_a_step_is_written_everywhere(desk: Desk) -> None:
     assert row["loss"] == 0.5
     assert row["reward/mean"] == 0.5
     assert row["reward/accuracy"] == 0.5
+    assert row["reward_failures/accuracy"] == 0.0
     assert row["reward/failure_fraction"] == 0.5, "a failed rollout counts for nothing here"
     assert row["tokens/prompt"] == 6.0, "a failed rollout counts for nothing"
     assert row["tokens/completion"] == 4.0

@@ -390,12 +390,12 @@ class TrainerSection(Section):
 class EvaluationSection(Section):
     """The evaluation of the held-out prompts (`data.val_split`), before and after training."""
 
-    change = "evaluates"
+    change = "measures"
 
     num_samples: Positive = key(4, "Rollouts per prompt.")
     max_prompts: Positive = key(256, "At most so many held-out prompts.")
     temperature: Above0 = key(1.0, "Sampling temperature.")
-    teacher: bool = key(True, "Evaluate the teacher too.")
+    teacher: bool = key(True, "Evaluate the teacher too.", change="free")
     success_reward: float = key(1.0, "A rollout passes when its reward is at least this.")
 
 

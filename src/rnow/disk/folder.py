@@ -29,6 +29,7 @@ class RunFolder:
         facts: what the run was started with; decides what a restart without a checkpoint may reuse.
         metrics: one JSON object per step.
         evaluations: one JSON object per evaluation.
+        answers: what was answered to the held-out prompts.
         summary: written when the run is done.
         checkpoints: what a resume starts from.
         transcripts: every rollout, token by token.
@@ -42,6 +43,7 @@ class RunFolder:
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.answers = path / "answers"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.transcripts = path / "transcripts"

@@ -49,17 +49,19 @@ class Sink(Protocol):
 
 class JsonlSink:
     """Appends one JSON object per step to one file, ``{"step": 1, "teacher_kl": 0.41, ...}``, and one per evaluation to
-    another, ``{"name": "before", "step": 0, "pass@1": 0.5, ...}``; NaN and infinity as null.
+    another, ``{"name": "before", "step": 0, "settings": "1f0c...", "pass@1": 0.5, ...}``; NaN and infinity as null.
 
     Args:
         metrics, evaluations: the files; their folder must exist.
+        settings: kept with each evaluation: those with the same one can be compared (``plan.changes.measurement``).
         warn: called once when the metrics cannot be written, and once more when they can again.
     """
 
-    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn) -> None:
+    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn, settings: str = "") -> None:
         self._metrics = metrics
         self._evaluations = evaluations
         self._warn = warn
+        self._settings = settings
         self._failing = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -83,8 +85,9 @@ class JsonlSink:
             OSError: the disk is full. An evaluation is minutes of work and cannot be made up later: the run ends here, and
                 the next start measures it again.
         """
+        settings = {"settings": self._settings} if self._settings else {}
         with self._evaluations.open("ab") as file:
-            file.write(json_line({"name": name, "step": step, **metrics}))
+            file.write(json_line({"name": name, "step": step, **settings, **metrics}))
 
     def forget_from(self, step: int) -> None:
         """See ``Sink.forget_from``. Lines that a crash left unfinished go too; a file is replaced in one piece."""

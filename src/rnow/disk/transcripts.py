@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rnow.algorithm.batching import at_loss_tokens
 from rnow.algorithm.records import StepData
-from rnow.disk.files import json_line, map_text
+from rnow.disk.answers import rollout_fields
+from rnow.disk.files import json_line
 from rnow.types import Prompt, RewardResult, Rollout
 
 
@@ -85,16 +86,7 @@ class TranscriptWriter:
         return json_line(
             {
                 "step": step,
-                "id": rollout.id,
-                "prompt_id": prompt.id,
-                "messages": map_text(list(prompt.messages), self._redact),
-                "answer": map_text(list(rollout.messages), self._redact),
-                "status": rollout.status,
-                "end_reason": rollout.end_reason,
-                "error": map_text(rollout.error, self._redact),
-                "reward": None if reward is None else reward.total,
-                "rewards": {} if reward is None else dict(reward.breakdown),
-                "reward_errors": {} if reward is None else map_text(reward.errors, self._redact),
+                **rollout_fields(prompt, rollout, reward, self._redact),
                 "teacher_kl": sum(kls) / len(kls) if kls else None,
                 "tokens": tokens,
             }

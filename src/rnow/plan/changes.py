@@ -6,13 +6,15 @@ shows: hashes of data, weights and user code.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rnow.config.keys import Change, Reader
 from rnow.config.legacy import REMOVED
 from rnow.config.problems import dotted
-from rnow.config.schema import KEYS
+from rnow.config.schema import KEYS, field_at
 from rnow.errors import ConfigError
 
 Facts = Mapping[str, object]
@@ -29,6 +31,10 @@ FACTS: Mapping[str, tuple[str, Change]] = {
 }
 # Nothing to warn of when a run continues, but what an earlier start sampled or measured may have other numbers.
 SILENT: Mapping[str, Change] = {"teacher_revision": "evaluates", "versions": "shapes"}
+
+
+MEASURING: frozenset[Change] = frozenset({"measures", "evaluates", "shapes", "refuse"})
+"""Changes after which an evaluation measures something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +59,11 @@ class Changes:
         return self._of("warn", "evaluates", "shapes")
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """What changes evaluations alone."""
+        return self._of("measures")
+
+    @property
     def refused(self) -> tuple[str, ...]:
         """What a checkpoint does not survive."""
         return self._of("refuse")
@@ -65,7 +76,7 @@ class Changes:
     @property
     def evaluations_hold(self) -> bool:
         """Whether this start would measure what the earlier one measured."""
-        return not self._kinds & {"evaluates", "shapes", "refuse"}
+        return not self._kinds & MEASURING
 
     @property
     def _kinds(self) -> set[str]:
@@ -97,6 +108,29 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
             lines.append((kind, f"{what} changed"))
     silent: list[Change] = [kind for name, kind in SILENT.items() if old.get(name) != new.get(name)]
     return Changes(lines=tuple(lines), silent=tuple(silent))
+
+
+def measurement(facts: Facts, readers: frozenset[Reader]) -> str:
+    """A short hash of all that an evaluation depends on but the weights: two with the same one can be compared.
+
+    Settings at their default are left out, so that a version with another key knows the evaluations of this one.
+    """
+    shaping: dict[str, object] = {
+        key: value
+        for key, value in _flat(facts.get("config"))
+        if _kind(key, readers, falling=False) in MEASURING and not _is_default(key, value)
+    }
+    kinds = {name: kind for name, (_, kind) in FACTS.items()} | {"teacher_revision": "evaluates"}
+    shaping |= {name: facts.get(name) for name, kind in kinds.items() if kind in MEASURING}
+    text = json.dumps(shaping, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _is_default(key: str, value: object) -> bool:
+    field = field_at(tuple(key.split(".")))
+    return field is not None and json.dumps(value, default=str) == json.dumps(
+        field.default, default=str
+    )
 
 
 def refuse(changes: Changes, where: str) -> None:

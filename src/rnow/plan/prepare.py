@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.util import find_spec
@@ -20,10 +20,11 @@ from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
 from rnow.plan.sources import SourcePlan, plan_source
 from rnow.project.dataset import Dataset, place_of
-from rnow.project.project import Project, is_agentic, load_project
+from rnow.project.project import TOOLS_FILE, Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
 from rnow.serving.nf4 import require_nf4
 from rnow.tools.build import list_tools
+from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.sandbox import check_sandbox
 
 
@@ -37,7 +38,7 @@ class Prepared:
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
         images: those that rows name, each with the place of the first.
-        notices: where what is sandboxed runs.
+        notices: where what is sandboxed runs, and what of the user's code is not used.
     """
 
     config: Config
@@ -112,7 +113,12 @@ def prepare(
     dataset = project.dataset
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
-    notices = check_sandbox(functions, images, folder)
+    notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
+    if images and listed is not None and config.rollout.mcp_url:
+        notices.append(
+            "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
+            "containers: localhost is this machine"
+        )
     source = None
     if training:
         source = plan_source(config, project)
@@ -157,6 +163,22 @@ def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
         weights=wanted,
         trust_remote_code=section.trust_remote_code,
     )
+
+
+def _unused(project: Project, functions: Sequence[FunctionInfo], config: Config) -> Iterator[str]:
+    """Files of the user's code, or what they offer, that this run will never call."""
+    for file, decorator in ((TOOLS_FILE, "tool"), ("rewards.py", "reward")):
+        ignored = file == TOOLS_FILE and not is_agentic(project.folder, config)
+        if ignored or not (project.folder / file).is_file():
+            continue
+        if not any(info.file.name == file for info in functions):
+            yield f"{file} has no function marked @{decorator}, so nothing of it is used: write @{decorator} above each"
+    dataset = project.dataset
+    if project.rewards and not any(p.rewards for p in (*dataset.prompts, *dataset.held_out)):
+        yield (
+            f"no row names a reward, so none of rewards.py is run ({', '.join(project.rewards)}): "
+            f'give rows "rewards": ["{next(iter(project.rewards))}"]'
+        )
 
 
 def _images(dataset: Dataset) -> dict[str, str]:

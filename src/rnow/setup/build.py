@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rnow.config import Config, config_hash, to_yaml
+from rnow.config.keys import Reader
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
 from rnow.disk.folder import RunFolder
@@ -29,12 +31,14 @@ from rnow.plan.choices import sampler_backend, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
+from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.addresses import check_addresses
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
     RunSummary,
+    answer_lines,
     build_facts,
     build_values,
     closing_lines,
@@ -275,8 +279,12 @@ class _Run:
         self._stop.result_is_there(
             lambda: self._display.note("the run is done; Ctrl-C once more leaves at once")
         )
-        self._display.finish(closing_lines(self._folder.adapter))
+        answers = answer_lines(self._folder, self._answers(), recorder.evaluations())
+        self._display.finish([*answers, *closing_lines(self._folder.adapter)])
         return RunSummary(values=values)
+
+    def _answers(self) -> AnswerFiles:
+        return AnswerFiles(self._folder.answers, redactor(self._prepared))
 
     def _counters(self, recorder: Recorder) -> dict[str, float]:
         """Totals of the whole run, earlier attempts included."""
@@ -291,22 +299,28 @@ class _Run:
         found = self._compare(checkpoint.state)
         changes.refuse(found, where=str(self._folder.path))
         if (
-            found.warned
+            (found.warned or found.measured)
             and checkpoint.step >= self._prepared.num_steps
             and self._folder.summary.exists()
         ):
             # Nothing is left to train: the new settings would only be written beside the old adapter.
             raise ConfigError(
-                "this run is finished: what shapes its result cannot be changed any more",
+                "this run is finished: what shapes or measures its result cannot be changed any more",
                 title="Changed run",
-                details=found.warned,
+                details=(*found.warned, *found.measured),
                 where=str(self._folder.path),
                 fix="give the new settings a run of their own with -n NAME, or start over with --fresh",
             )
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
         for line in found.warned:
-            self._display.warn(f"changed since the checkpoint, and it shapes the result: {line}")
+            self._display.warn(
+                f"changed since the checkpoint, and training goes on with it: {line}"
+            )
+        for line in found.measured:
+            self._display.warn(
+                f"changed since the checkpoint, for evaluations from here on: {line}"
+            )
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
         return checkpoint
 
@@ -330,9 +344,11 @@ class _Run:
             self._folder.evaluations.unlink(missing_ok=True)
 
     def _compare(self, earlier: Mapping[str, object]) -> changes.Changes:
-        readers = find_readers(self._config, agentic=self._prepared.project.agentic)
         facts = json.loads(to_json(self._facts))  # as the earlier ones were read
-        return changes.compare(earlier, facts, readers)
+        return changes.compare(earlier, facts, self._readers())
+
+    def _readers(self) -> frozenset[Reader]:
+        return find_readers(self._config, agentic=self._prepared.project.agentic)
 
     async def _selfcheck(self, backends: Backends) -> None:
         async with backends.gpu.only("trainer"):
@@ -365,7 +381,10 @@ class _Run:
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note
         redact = redactor(self._prepared)
-        sinks: list[Sink] = [JsonlSink(folder.metrics, folder.evaluations, warn=note)]
+        settings = changes.measurement(json.loads(to_json(self._facts)), self._readers())
+        sinks: list[Sink] = [
+            JsonlSink(folder.metrics, folder.evaluations, warn=note, settings=settings)
+        ]
         if self._config.wandb_project is not None:
             sinks.append(
                 WandbSink(
@@ -382,9 +401,11 @@ class _Run:
             folder,
             display=self._display,
             transcripts=TranscriptWriter(folder.transcripts, decode=decode, redact=redact),
+            answers=self._answers(),
             sinks=sinks,
             num_steps=self._prepared.num_steps,
             agentic=self._prepared.project.agentic,
+            settings=settings,
         )
 
     def _build_journals(self) -> JournalFolder:
@@ -404,6 +425,7 @@ class _Run:
     ) -> Parts:
         assert self._prepared.source is not None, "prepared for training"
         group_size = self._config.data.group_size
+        watch = RewardWatch(recorder.warn, teaching=self._config.algorithm.reward_coef > 0)
         workers = Workers(
             environments=build_episodes(self._prepared, code),
             settings=replace(
@@ -413,6 +435,7 @@ class _Run:
             journal=journals.open,
             sampler=backends.sampler,
             rewarder=code.rewarder,
+            reward_watch=watch,
             teacher=backends.teacher,
             gpu=backends.gpu,
         )
@@ -422,7 +445,7 @@ class _Run:
             policy=backends.policy,
             sampler=backends.sampler,
             gpu=backends.gpu,
-            evaluations=build_evaluations(self._prepared, backends, recorder, code),
+            evaluations=build_evaluations(self._prepared, backends, recorder, code, watch),
             recorder=recorder,
             saver=saver,
         )

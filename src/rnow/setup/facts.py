@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 from rnow.config import config_hash, to_dict
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.files import map_text, sha256_of
 from rnow.disk.folder import RunFolder
+from rnow.display.terminal import one_line
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import weights_fingerprint
 from rnow.plan.choices import DEFAULT_MAX_TURNS
@@ -24,6 +26,10 @@ from rnow.setup.objective import build_objective
 from rnow.setup.usercode import redactor
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
+
+ANSWERS_SHOWN = 3
+ANSWER_WIDTH = 160
+"""Letters of a prompt or an answer that are shown."""
 
 _PACKAGES = ("rnow-local", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -93,6 +99,29 @@ def _teacher_name(prepared: Prepared) -> str:
         return ", ".join(model.resolved.name for model in teachers)
     held = prepared.config.dataset_type == "rl" and prepared.config.algorithm.kl_penalty_coef > 0
     return "none; the rewards teach, and the base model holds the student near" if held else "none"
+
+
+def answer_lines(
+    folder: RunFolder, answers: AnswerFiles, evaluations: Sequence[Mapping[str, object]]
+) -> list[str]:
+    """The first answers to a few held-out prompts, before and after training and by the teacher, as ``label: value``."""
+    steps = {str(row["name"]): row["step"] for row in evaluations}
+    given = {
+        name: answers.first_answers(name, step)
+        for name in (BEFORE, AFTER, TEACHER_ROW)
+        if isinstance(step := steps.get(name), int)
+    }
+    after = given.get(AFTER, {})
+    if not after:
+        return []
+    shown = list(after.items())[:ANSWERS_SHOWN]
+    lines = [f"held-out answers, {len(shown)} of {len(after)} prompts; all are in {folder.answers}"]
+    for prompt_id, (asked, _) in shown:
+        lines.append(f"prompt: {one_line(asked, ANSWER_WIDTH)}")
+        for name, found in given.items():
+            if prompt_id in found:
+                lines.append(f"{name}: {one_line(found[prompt_id][1], ANSWER_WIDTH)}")
+    return lines
 
 
 def closing_lines(adapter: Path) -> list[str]:
