@@ -60,16 +60,16 @@ class Saver:
             return 0
         try:
             self._policy.load_adapter(checkpoint.adapter)
-        except ValueError as error:
+            self._policy.load_state_dict(
+                {"updates": checkpoint.state["updates"], "moments": checkpoint.moments}
+            )
+        except (ValueError, KeyError) as error:
             raise InputError(
                 "the checkpoint does not fit this student",
                 where=str(checkpoint.folder),
                 why=str(error),
                 fix="start over in a new folder with --fresh",
             ) from error
-        self._policy.load_state_dict(
-            {"updates": checkpoint.state["updates"], "moments": checkpoint.moments}
-        )
         restore_random_state(checkpoint.moments)
         self._saved_step = checkpoint.step
         self._updates_of_step = self._policy.updates
