@@ -14,6 +14,9 @@ EXIT_TEMPORARY = 75
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
+SAME_COMMAND = "run the same command again"
+"""How a stopped run is continued. One that began with ``--fresh`` says it otherwise: the same command would begin another."""
+
 
 class RnowError(Exception):
     """A problem shown to the user as a short report instead of a traceback.

@@ -32,7 +32,7 @@ from rnow.disk.files import (
     unused,
     write_synced,
 )
-from rnow.errors import InputError, TemporaryError
+from rnow.errors import SAME_COMMAND, InputError, TemporaryError
 from rnow.types import Adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -67,7 +67,7 @@ class CheckpointStore:
     Args:
         keep: how many committed checkpoints stay, at least 2.
         warn: told about damaged checkpoints that were moved aside.
-        run: the run's id; a checkpoint of another run is not taken. None: of any.
+        run: the run's id; a checkpoint of another run is not taken. None is unknown: one of any run is, and its id with it.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CheckpointStore:
         self._folder = folder
         self._keep = max(2, keep)
         self._warn = warn
-        self._run = run
+        self.run = run
 
     def save(
         self,
@@ -162,7 +162,7 @@ class CheckpointStore:
             f"no space left to save a checkpoint; {kept}",
             where=str(self._folder),
             why=why,
-            fix="free some space, then run the same command again: it continues from there",
+            fix=f"free some space, then {SAME_COMMAND}: it continues from there",
         )
 
     def _write_aside(self, aside: Path, step: int, files: Mapping[str, bytes]) -> None:
@@ -174,7 +174,7 @@ class CheckpointStore:
             name: {"size": len(data), "sha256": sha256_of(aside / name)}
             for name, data in files.items()
         }
-        run = {} if self._run is None else {"run": self._run}
+        run = {} if self.run is None else {"run": self.run}
         manifest = {"format": 1, "step": step, **run, "files": entries}
         write_synced(aside / MANIFEST, readable_json(manifest))
         sync_folder(aside)
@@ -211,8 +211,9 @@ class CheckpointStore:
         if manifest["step"] != _step_of(folder):
             raise _Damaged(f"it is step {manifest['step']} under another name")
         run = manifest.get("run")  # a run of an earlier version has none
-        if None not in (run, self._run) and run != self._run:
+        if None not in (run, self.run) and run != self.run:
             raise _Damaged("it is of another run")
+        self.run = self.run or run
 
     def _prune(self) -> None:
         for folder in self._committed()[: -self._keep]:

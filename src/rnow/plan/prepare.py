@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from rnow.config import Config, refuse_reserved
+from rnow.config import Config, fill_name, refuse_reserved
 from rnow.disk.folder import RunFolder, choose_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
@@ -65,9 +65,11 @@ class Prepared:
 
     @property
     def run_name(self) -> str:
-        """``model.name``, else ``project_name``, else the folder's own name."""
+        """``model.name`` with its placeholders filled, else ``project_name``, else the folder's own name."""
+        if name := self.config.model.name:
+            return fill_name(name, self.config)
         own = self.project.folder.resolve().name
-        return self.config.model.name or self.config.project_name or own or "run"
+        return self.config.project_name or own or "run"
 
     def run_folder(self, *, fresh: bool = False) -> RunFolder:
         """Where the run is kept; relative to the project."""

@@ -26,6 +26,7 @@ class Saver:
         every_minutes: save at the first step that ends so long after the last save.
         facts: what every checkpoint states about the run (config, ids, hashes, versions), JSON-ready.
         counters: totals to carry over a resume, e.g. completion tokens.
+        committed: called after each checkpoint.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Saver:
         every_minutes: float,
         facts: Mapping[str, Any],
         counters: Callable[[], Mapping[str, float]],
+        committed: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._journals = journals
@@ -46,6 +48,7 @@ class Saver:
         self._every_seconds = every_minutes * 60
         self._facts = facts
         self._counters = counters
+        self._committed = committed
         self._saved_step = 0
         self._updates_of_step = policy.updates
         self._saved_at = time.monotonic()
@@ -112,3 +115,4 @@ class Saver:
         )
         self._saved_step = step
         self._saved_at = time.monotonic()
+        self._committed()
