@@ -70,13 +70,14 @@ class RunFolder:
         for folder in (self.checkpoints, self.transcripts, self.journal, self.adapter):
             check_place(folder)
         for file in (self.config, self.facts, self.metrics, self.evaluations, self.summary):
-            kind = _kind(file)
-            if kind is None:
-                continue
-            if not stat.S_ISREG(kind):
-                raise _not_writable(file, "it is no file")
-            if not os.access(file, os.R_OK | os.W_OK):
-                raise _not_writable(file, "it is not ours to read and write")
+            try:
+                kind = _kind(file)
+            except _NotWritable as error:
+                raise _cannot_write(file, str(error)) from error.__cause__
+            if kind is not None and not stat.S_ISREG(kind):
+                raise _cannot_write(file, "it is no file")
+            if kind is not None and not os.access(file, os.R_OK | os.W_OK):
+                raise _cannot_write(file, "it is not ours to read and write")
 
     def make(self) -> None:
         """Create the folder.
@@ -90,7 +91,7 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise _not_writable(self.path, error.strerror) from error
+            raise _cannot_write(self.path, error.strerror) from error
 
     def template_date(self) -> str:
         """The day (2026-01-31) that chat templates of this run print: that on which it began, today for a new one."""
@@ -114,46 +115,55 @@ class RunFolder:
                 fix="wait for it, stop it, or start a separate run with --fresh or -n NAME",
             ) from error
         except OSError as error:
-            raise _not_writable(self.path, error.strerror) from error
+            raise _cannot_write(self.path, error.strerror) from error
         try:
             yield
         finally:
             lock.release()
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, *, what: str = "the run folder", fix: str = ANOTHER_PLACE) -> None:
     """Whether a folder is there or could be made, and written to. Writes nothing.
 
     Raises:
         InputError: it cannot; naming the part of the path that is in the way.
     """
     place = path.absolute()
-    while (kind := _kind(place)) is None:
-        place = place.parent
-    if not stat.S_ISDIR(kind):
-        raise _not_writable(path, f"{place} is no folder")
-    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
-        raise _not_writable(path, f"{place} is read-only")
+    try:
+        while (kind := _kind(place)) is None:
+            place = place.parent
+        if not stat.S_ISDIR(kind):
+            raise _NotWritable(f"{place} is no folder")
+        if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            raise _NotWritable(f"{place} is read-only")
+    except _NotWritable as error:
+        raise _cannot_write(path, str(error), what=what, fix=fix) from error.__cause__
+
+
+class _NotWritable(Exception):
+    """Why nothing can be written at a path."""
 
 
 def _kind(path: Path) -> int | None:
-    """The mode of what is at a path; None for nothing at all. Raises InputError where that cannot be told."""
+    """The mode of what is at a path; None for nothing at all. Raises _NotWritable where that cannot be told."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise _not_writable(path, "it is a link that leads nowhere") from None
+            raise _NotWritable("it is a link that leads nowhere") from None
         return None
     except NotADirectoryError:
         return None  # what stands in the way is further up
     except OSError as error:
-        raise _not_writable(path, error.strerror) from error
+        raise _NotWritable(error.strerror) from error
     except ValueError:
-        raise _not_writable(path, "its name holds a zero byte") from None
+        raise _NotWritable("its name holds a zero byte") from None
 
 
-def _not_writable(path: Path, why: str) -> InputError:
-    return InputError(f"cannot write to the run folder: {why}", where=str(path), fix=ANOTHER_PLACE)
+def _cannot_write(
+    path: Path, why: str, *, what: str = "the run folder", fix: str = ANOTHER_PLACE
+) -> InputError:
+    return InputError(f"cannot write to {what}: {why}", where=str(path), fix=fix)
 
 
 def choose_run_folder(output_dir: Path, name: str, *, fresh: bool) -> RunFolder:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from rnow.config import Config
 from rnow.disk.files import map_text, to_json
+from rnow.disk.folder import check_place
 from rnow.display.terminal import escape_control
 from rnow.errors import InputError, StopRequested
 from rnow.models.loading import quiet_libraries
@@ -80,7 +81,8 @@ def rehearse(
     with console.status("checking ..."):
         prepared = prepare(config, Path(folder), weights=True, training=False)
     target = prepared.project.folder / FOLDER
-    _earlier(target)
+    for place in (target, *_earlier(target)):
+        check_place(place, what="rollouts", fix="change the permissions, or copy the project")
     prompts = _choose(prepared, limit, rows)
     if config.sampler.backend == "vllm" or config.sampler.url is not None:
         console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
