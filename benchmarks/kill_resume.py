@@ -30,6 +30,8 @@ SETTINGS = (
     "evaluation.max_prompts=4", "trainer.save_step=1", "trainer.keep_checkpoints=2",
 )  # fmt: skip
 IN_A_SAVE_EVERY = 2  # of the kills, one in so many waits for a save
+SAVES_AHEAD = 5
+"""An attempt is killed in one of its first so many saves, so that the next has something to go on from."""
 LONGEST = 600.0
 
 
@@ -80,22 +82,25 @@ def newest(project: Path) -> int:
 
 
 def kill_once(
-    project: Path, steps: int, moment: float, *, in_save: bool, wait: float
+    project: Path, steps: int, *, moment: float, save: int | None, wait: float
 ) -> Kill | None:
-    """Start (or continue) the run and kill it ``moment`` seconds later, or ``wait`` seconds into the first save from
-    then on. None when it came to its end before."""
+    """Start (or continue) the run and kill it ``moment`` seconds later, or ``wait`` seconds into its n-th ``save``. None when
+    it came to its end before."""
     process = start(project, steps)
     began = time.monotonic()
+    seen: set[Path] = set()
     while process.poll() is None:
         now = time.monotonic() - began
         if now > LONGEST:
             process.kill()
             raise RuntimeError(f"an attempt took more than {LONGEST:.0f} s; see {project}/log.txt")
-        if now >= moment and (not in_save or half_saves(project)):
-            time.sleep(wait if in_save else 0)
+        if save is not None:
+            seen.update(half_saves(project))
+        if now >= moment if save is None else len(seen) >= save:
+            time.sleep(0 if save is None else wait)
             process.kill()
             break
-        time.sleep(0.0005 if now >= moment else min(0.05, moment - now))
+        time.sleep(0.001)
     if process.wait() == 0:
         return None
     if process.returncode > 0:
@@ -164,8 +169,13 @@ def measure(folder: Path, *, kills: int, saves: int, steps: int, seed: int) -> l
         while not ended:
             enough = done >= kills and met >= saves
             in_save = met < saves and (done >= kills or dice.randrange(IN_A_SAVE_EVERY) == 0)
-            moment = LONGEST if enough else dice.uniform(0.1, 0.9) * seconds
-            kill = kill_once(project, steps, moment, in_save=in_save, wait=dice.uniform(0, 0.01))
+            kill = kill_once(
+                project,
+                steps,
+                moment=LONGEST if enough else dice.uniform(0.1, 0.9) * seconds,
+                save=dice.randint(1, SAVES_AHEAD) if in_save else None,
+                wait=dice.uniform(0, 0.01),
+            )
             ended = kill is None
             if kill is not None:
                 attempts, done, met = attempts + 1, done + 1, met + kill.in_save

@@ -196,7 +196,8 @@ def _finished(folder: RunFolder, prepared: Prepared, facts: changes.Facts) -> di
     if same:
         earlier["config"] = facts["config"]  # another start may have gone on from here
     _refuse_another_label(_compare(earlier, facts, prepared), folder, prepared.run_name)
-    return summary
+    # With other settings, though none that shapes it, it is told again, from its last checkpoint.
+    return summary if same or steps > prepared.num_steps else None
 
 
 def _compare(earlier: changes.Facts, facts: changes.Facts, prepared: Prepared) -> changes.Changes:
