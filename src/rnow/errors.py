@@ -18,6 +18,13 @@ SAME_COMMAND = "run the same command again"
 """How a stopped run is continued. One that began with ``--fresh`` says it otherwise: the same command would begin another."""
 
 
+MAX_SHOWN = 10
+"""Faults that an error lists; the rest is its ``more``."""
+
+ALL_ERRORS = "--all-errors"
+"""The option that lists them all."""
+
+
 class RnowError(Exception):
     """A problem shown to the user as a short report instead of a traceback.
 
@@ -28,6 +35,7 @@ class RnowError(Exception):
         why: why this cannot work, when the message alone does not say it.
         fix: what to type or change, in the imperative.
         details: further lines, for errors that list several places.
+        more: what does not fit the report, which only counts it: the rest of a long list.
     """
 
     exit_code = EXIT_FAILED
@@ -42,6 +50,7 @@ class RnowError(Exception):
         why: str | None = None,
         fix: str | None = None,
         details: Sequence[str] = (),
+        more: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -50,11 +59,16 @@ class RnowError(Exception):
         self.why = why
         self.fix = fix
         self.details = tuple(details)
+        self.more = tuple(more)
 
-    def render(self) -> str:
-        """The report as plain text, one labelled line per part."""
+    def render(self, *, everything: bool = False) -> str:
+        """The report as plain text, one labelled line per part; ``everything``: with what it would only count."""
         lines = [f"{self.title}: {self.message}"]
         lines += [f"  {detail}" for detail in self.details]
+        if self.more and everything:
+            lines += [f"  {detail}" for detail in self.more]
+        elif self.more:
+            lines.append(f"  ... and {len(self.more)} more; {ALL_ERRORS} lists them")
         for label, text in (("where", self.where), ("why", self.why), ("fix", self.fix)):
             if text:
                 lines.append(f"  {label}: {text}")

@@ -158,16 +158,6 @@ def test_what_is_read_only_is_told_before_anything_is_loaded(
         folder.check_writable()
 
 
-def test_a_run_keeps_the_day_on_which_it_began(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    today = folder.template_date()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", today)
-    folder.facts.write_text('{"template_date": "2020-02-29"}')
-    assert folder.template_date() == "2020-02-29"
-    folder.facts.write_text('{"template_date": 3}')
-    assert folder.template_date() == today
-
-
 @pytest.mark.parametrize("known", [b"", b"\xff\xfe", b"../../x", b"A" * 16])
 def test_the_id_for_wandb_is_made_once(tmp_path: Path, known: bytes) -> None:
     (tmp_path / "wandb-id").write_bytes(known)

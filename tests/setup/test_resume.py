@@ -780,14 +780,3 @@ def test_another_number_of_threads_is_told(project: Project) -> None:
     finally:
         torch.set_num_threads(1)
     assert any("the number of CPU threads changed: 1 -> 2" in note for note in watcher.notes)
-
-
-def test_the_day_of_the_templates_is_kept(project: Project) -> None:
-    config = project.config(trainer={"max_steps": 1})
-    run(config, folder=project.folder)
-    path = project.run_dir / "run.json"
-    facts = json.loads(path.read_text())
-    assert facts["template_date"] == RunFolder(project.folder / "elsewhere").template_date()
-    path.write_text(json.dumps(facts | {"template_date": "2020-02-29"}))
-    run(project.config(trainer={"max_steps": 2}), folder=project.folder)
-    assert json.loads(path.read_text())["template_date"] == "2020-02-29"

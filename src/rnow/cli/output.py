@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from rnow.disk.files import to_json
 from rnow.display.terminal import escape_control
 from rnow.errors import RnowError
 
@@ -21,11 +21,11 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr)
 
 
-def print_error(error: RnowError) -> None:
+def print_error(error: RnowError, *, everything: bool = False) -> None:
     """The report of an error on standard error: no traceback, nothing that could control the terminal."""
     from rich.text import Text
 
-    title, _, rest = escape_control(error.render()).partition(":")
+    title, _, rest = escape_control(error.render(everything=everything)).partition(":")
     text = Text.assemble((title, "bold red"), ":", rest)
     text.highlight_regex(r"(?m)^  (where|why|fix):", "bold")
     console(stderr=True).print(text, soft_wrap=True, highlight=False)
@@ -56,4 +56,4 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(to_json(data, indent=2) + "\n")

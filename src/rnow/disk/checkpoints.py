@@ -85,8 +85,12 @@ class CheckpointStore:
         adapter: Adapter,
         moments: Mapping[str, Tensor],
         state: Mapping[str, Any],
+        good_before: int = 0,
     ) -> Path:
         """Commit a checkpoint after ``step`` finished steps and return its folder.
+
+        Args:
+            good_before: the newest checkpoint of a step before this one stays, whatever its age.
 
         Raises:
             TemporaryError: the disk is full; earlier checkpoints are untouched.
@@ -111,7 +115,7 @@ class CheckpointStore:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise self._disk_full(str(error)) from error
-        self._prune()
+        self._prune(good_before)
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -142,10 +146,10 @@ class CheckpointStore:
             )
         return None
 
-    def newest_step(self) -> int | None:
-        """The step of the newest committed checkpoint, unverified."""
-        committed = self._committed()
-        return _step_of(committed[-1]) if committed else None
+    def newest_step(self, *, before: int | None = None) -> int | None:
+        """The step of the newest committed checkpoint (of those of a step below ``before``), unverified."""
+        steps = map(_step_of, self._committed())
+        return max((step for step in steps if before is None or step < before), default=None)
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._folder).free
@@ -215,8 +219,11 @@ class CheckpointStore:
             raise _Damaged("it is of another run")
         self.run = self.run or run
 
-    def _prune(self) -> None:
+    def _prune(self, good_before: int) -> None:
+        good = self.newest_step(before=good_before)
         for folder in self._committed()[: -self._keep]:
+            if _step_of(folder) == good:
+                continue
             # Renamed first: a crash in the middle of a delete must not leave half a checkpoint under a good name.
             doomed = folder.with_name(f".tmp-old-{folder.name}")
             folder.rename(doomed)
@@ -229,7 +236,7 @@ class CheckpointStore:
 
 def export_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter as PEFT does, each file in one step, so that ``folder`` is loadable at any time."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for name, data in peft_files(adapter).items():
         replace_file(folder / name, data)
 

@@ -10,7 +10,6 @@ import unicodedata
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -92,11 +91,6 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise _cannot_write(self.path, error.strerror) from error
-
-    def template_date(self) -> str:
-        """The day (2026-01-31) that chat templates of this run print: that on which it began, today for a new one."""
-        known = read_json_object(self.facts).get("template_date")
-        return known if isinstance(known, str) else f"{datetime.now().astimezone():%Y-%m-%d}"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from rnow.disk.files import finite, replace_file, to_json, unused
+from rnow.disk.files import json_line, replace_file, unused
 
 Warn = Callable[[str], None]
 Row = dict[str, Any]
@@ -57,7 +57,7 @@ class JsonlSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.log``. A full disk loses the line, not the run."""
-        line = (json.dumps(finite({"step": step, **metrics}), allow_nan=False) + "\n").encode()
+        line = json_line({"step": step, **metrics})
         try:
             _append_whole(self._metrics, line)
         except OSError as error:
@@ -76,8 +76,8 @@ class JsonlSink:
             OSError: the disk is full. An evaluation is minutes of work and cannot be made up later: the run ends here, and
                 the next start measures it again.
         """
-        with self._evaluations.open("a", encoding="utf-8") as file:
-            file.write(to_json({"name": name, "step": step, **metrics}) + "\n")
+        with self._evaluations.open("ab") as file:
+            file.write(json_line({"name": name, "step": step, **metrics}))
 
     def forget_from(self, step: int) -> None:
         """See ``Sink.forget_from``. A file is replaced in one piece; one with lines that cannot be read is kept aside."""

@@ -36,6 +36,7 @@ from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.protocols import Tokenizer
+from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
@@ -105,7 +106,7 @@ def run(
     quiet_libraries()
     display.stage("checking")
     prepared = replace(
-        prepare(config, Path(folder), weights=True),
+        prepare(config, Path(folder), weights=True, fresh=fresh),
         warn=display.warn,
     )
     found = (
@@ -117,11 +118,12 @@ def run(
         display.warn(warning)
     for notice in prepared.notices:
         display.note(notice)
+    tell_of_alterations(prepared.rendered.tokenizer, display.warn)
     may_take_turns(config)  # refused before anything is written
     run_folder = prepared.run_folder(fresh=fresh)
     if fresh:
         display.note(f"a new run: {run_folder.path.name}")
-    facts = build_facts(prepared, template_date=run_folder.template_date())
+    facts = build_facts(prepared)
     if (finished := _finished(run_folder, prepared, facts)) is not None:
         steps = (
             f" after {finished['steps']} steps" if finished["steps"] > prepared.num_steps else ""
@@ -407,7 +409,10 @@ class _Run:
             backends.teacher,
             # One turn tells; the tools are for the run.
             single_turns(self._prepared),
-            replace(settings, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)),
+            # A truncated distribution is another than the trainer's, as it should be.
+            replace(
+                settings, top_p=1.0, top_k=0, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)
+            ),
             backends.student.vocabulary,
             backends.gpu,
         )

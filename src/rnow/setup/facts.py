@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from rnow.training.evaluations import TEACHER as TEACHER_ROW
 _PACKAGES = ("rnow-local", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
-def build_facts(prepared: Prepared, *, template_date: str) -> dict[str, object]:
+def build_facts(prepared: Prepared) -> dict[str, object]:
     """What every checkpoint states about its run, JSON-ready, secrets redacted. ``plan.changes`` says what another value of
     each means."""
     import torch
@@ -48,7 +49,6 @@ def build_facts(prepared: Prepared, *, template_date: str) -> dict[str, object]:
         **models,
         "stop_ids": list(prepared.rendered.stop_ids),
         "tokenizer_hash": tokenizer_hash(trained),
-        "template_date": template_date,
         "dataset_hash": prepared.source and prepared.source.content_hash,
         "rewards_hash": _hash_of(folder / "rewards.py"),
         "rewards_modules": _hash_modules(folder / "rewards.py"),
@@ -56,6 +56,7 @@ def build_facts(prepared: Prepared, *, template_date: str) -> dict[str, object]:
         "tools_modules": _hash_modules(folder / TOOLS_FILE) if prepared.project.agentic else {},
         "tools": prepared.tools,
         "threads": torch.get_num_threads(),
+        "template_date": _isoformat(prepared.rendered.template_date),
         "versions": versions(),
     }
 
@@ -63,6 +64,10 @@ def build_facts(prepared: Prepared, *, template_date: str) -> dict[str, object]:
 def _hash_modules(file: Path) -> dict[str, str]:
     names = {path: path.relative_to(file.parent).as_posix() for path in imported_modules(file)}
     return {name: sha256_of(path) for path, name in names.items()}
+
+
+def _isoformat(date: datetime | None) -> str | None:
+    return date and date.isoformat(timespec="seconds")
 
 
 def _hash_of(file: Path) -> str | None:

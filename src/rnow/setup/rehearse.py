@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from rnow.plan.prepare import Prepared, prepare
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import collect_rollouts
+from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.models import answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
@@ -80,6 +82,9 @@ def rehearse(
     quiet_libraries()
     with console.status("checking ..."):
         prepared = prepare(config, Path(folder), weights=True, training=False)
+    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
+        _warn(console, warning)
+    tell_of_alterations(prepared.rendered.tokenizer, partial(_warn, console))
     target = prepared.project.folder / FOLDER
     for place in (target, *_earlier(target)):
         check_place(place, what="rollouts", fix="change the permissions, or copy the project")
@@ -108,6 +113,10 @@ def rehearse(
     metrics |= rollout_metrics(groups, agentic=prepared.project.agentic)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
     return Rehearsal(folder=target, metrics=metrics)
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(escape_control(text))}", soft_wrap=True)
 
 
 async def _sample(
