@@ -86,6 +86,7 @@ def kill_once(
 ) -> Kill | None:
     """Start (or continue) the run and kill it ``moment`` seconds later, or ``wait`` seconds into its n-th ``save``. None when
     it came to its end before."""
+    earlier = set(half_saves(project))  # of the attempt that was killed before
     process = start(project, steps)
     began = time.monotonic()
     seen: set[Path] = set()
@@ -95,7 +96,7 @@ def kill_once(
             process.kill()
             raise RuntimeError(f"an attempt took more than {LONGEST:.0f} s; see {project}/log.txt")
         if save is not None:
-            seen.update(half_saves(project))
+            seen.update(set(half_saves(project)) - earlier)
         if now >= moment if save is None else len(seen) >= save:
             time.sleep(0 if save is None else wait)
             process.kill()
@@ -106,7 +107,9 @@ def kill_once(
     if process.returncode > 0:
         raise RuntimeError(f"exit code {process.returncode}; see {project}/log.txt")
     return Kill(
-        seconds=time.monotonic() - began, step=newest(project), in_save=bool(half_saves(project))
+        seconds=time.monotonic() - began,
+        step=newest(project),
+        in_save=bool(set(half_saves(project)) - earlier),
     )
 
 

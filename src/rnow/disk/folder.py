@@ -90,7 +90,7 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise _cannot_write(self.path, error.strerror) from error
+            raise _cannot_write(self.path, str(error.strerror)) from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -109,7 +109,7 @@ class RunFolder:
                 fix="wait for it, stop it, or start a separate run with --fresh or -n NAME",
             ) from error
         except OSError as error:
-            raise _cannot_write(self.path, error.strerror) from error
+            raise _cannot_write(self.path, str(error.strerror)) from error
         try:
             yield
         finally:
