@@ -22,6 +22,8 @@ MAX_NAME = 180
 
 ANOTHER_PLACE = "choose another place with output_dir=PATH, or change the permissions"
 
+LOCK = ".lock"
+
 
 class RunFolder:
     """Where the parts of a run are kept.
@@ -92,6 +94,12 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.path, str(error.strerror)) from error
 
+    def remove_if_bare(self) -> None:
+        """Take ``make`` back, where nothing but the lock was written since."""
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK}:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder against a second run. The kernel lets go of it when the process ends, however it ends.
@@ -99,7 +107,7 @@ class RunFolder:
         Raises:
             InputError: another process holds it.
         """
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:  # an OSError too, so it comes first

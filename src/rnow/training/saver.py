@@ -50,6 +50,7 @@ class Saver:
         self._counters = counters
         self._committed = committed
         self._saved_step = 0
+        self._finished = 0
         self._updates_of_step = policy.updates
         self._updated_step = 0
         self._saved_at = time.monotonic()
@@ -75,7 +76,7 @@ class Saver:
                 fix="start over in a new folder with --fresh",
             ) from error
         restore_random_state(checkpoint.moments)
-        self._saved_step = checkpoint.step
+        self._saved_step = self._finished = checkpoint.step
         self._updates_of_step = self._policy.updates
         self._updated_step = checkpoint.state.get("updated_step", checkpoint.step)
         return checkpoint.step
@@ -84,7 +85,7 @@ class Saver:
         """Save if it is time to."""
         if self._policy.updates > self._updates_of_step:
             self._updated_step = step
-        self._updates_of_step = self._policy.updates
+        self._updates_of_step, self._finished = self._policy.updates, step
         due = self._every_steps > 0 and step % self._every_steps == 0
         if due or time.monotonic() - self._saved_at >= self._every_seconds:
             self.save(step)
@@ -98,6 +99,10 @@ class Saver:
                 TemporaryError, OSError
             ):  # a disk's fault cannot hide what happened first
                 self.save(step)
+
+    def rescue_finished(self) -> None:
+        """``rescue`` after the last step that is finished, for those who do not count steps."""
+        self.rescue(self._finished)
 
     def last_good(self) -> int | None:
         """The step of the newest checkpoint from whose weights an update was computed since, and was finite. Of the weights
