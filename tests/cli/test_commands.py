@@ -146,6 +146,32 @@ def test_dotted_overrides_win_over_flags(project: Path, build: Build, rnow_: Run
     assert build.calls[0][1].trainer.learning_rate == 5e-5
 
 
+@pytest.mark.parametrize("name", ["null", "~", "[a, b]", "{seed}", "ü", '"', "a: b", "2024"])
+def test_a_name_is_text(project: Path, build: Build, rnow_: Run, name: str) -> None:
+    rnow_("run", "-n", name)
+    (call,) = build.calls
+    assert call[1].model.name == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-n", ""], "-n has no name"),
+        (["-n", "  "], "-n has no name"),
+        (["-n", "a", "model.name=b"], "named twice"),
+        (["-n", "{trainer.lr}"], "did you mean trainer.learning_rate?"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(
+    project: Path, build: Build, rnow_: Run, arguments: list[str], words: str
+) -> None:
+    code, _, told = rnow_("run", *arguments)
+    assert code == 2
+    assert words in told
+    assert not build.calls
+    assert rnow_("run", "-n", "a", "model.name=a")[0] == 0
+
+
 def test_run_in_another_folder(
     project: Path, build: Build, rnow_: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from rnow.config import Config, to_dict
 from rnow.config.keys import Change, Reader
 from rnow.config.schema import KEYS
 from rnow.errors import EXIT_BAD_INPUT, ConfigError
-from rnow.plan.changes import Changes, compare, measurement, refuse
+from rnow.plan.changes import ADDED, Changes, compare, measurement, refuse
 from rnow.plan.unread import find_readers
 
 FACTS = {
@@ -313,6 +313,34 @@ def test_what_holds_when_a_fact_changed(fact: str, rollouts: bool, evaluations: 
 def test_facts_that_are_not_told(fact: str) -> None:
     found = compared(config(), config(), facts={fact: "new"})
     assert (found.free, found.warned, found.refused) == ((), (), ())
+
+
+@pytest.mark.parametrize("fact", sorted(ADDED))
+def test_a_fact_that_an_earlier_version_did_not_keep_is_unknown(fact: str) -> None:
+    assert compared(config(), config(), facts={fact: "new"}) == Changes()
+    both = {**FACTS, "config": config()}
+    assert compare(both | {fact: "old"}, both | {fact: None}, READERS) == Changes()
+
+
+@pytest.mark.parametrize(
+    ("fact", "old", "new", "line", "kind"),
+    [
+        ("threads", 2, 1, "the number of CPU threads changed: 2 -> 1", "free"),
+        ("stop_ids", [1], [1, 2], "student and teacher) changed: [1] -> [1, 2]", "warned"),
+        ("template_date", "2026-01-01", "2026-01-02", "that chat templates print", "warned"),
+        ("teacher_weights", "aaaa", "bbbb", "the teacher's weights changed", "warned"),
+        ("teacher_config", "aaaa", "bbbb", "the teacher's config.json changed", "warned"),
+        ("student_config", "aaaa", "bbbb", "the student's config.json changed", "refused"),
+        ("rewards_modules", {"a.py": "1"}, {"a.py": "2", "b.py": "1"}, ": a.py, b.py", "warned"),
+        ("tools_modules", {"a.py": "1", "b.py": "1"}, {"a.py": "1"}, "changed: b.py", "warned"),
+    ],
+)
+def test_what_a_changed_fact_says(fact: str, old: Any, new: Any, line: str, kind: str) -> None:
+    same = {**FACTS, "config": config()}
+    found = compare(same | {fact: old}, same | {fact: new}, READERS)
+    (told,) = getattr(found, kind)
+    assert line in told
+    assert "aaaa" not in told
 
 
 def test_of_an_unknown_start_nothing_holds() -> None:

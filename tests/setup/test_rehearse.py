@@ -407,3 +407,20 @@ def test_the_real_program_stops_with_130(project: Project) -> None:
     assert process.returncode == EXIT_INTERRUPTED, output
     assert "Traceback" not in output
     assert not (project.folder / "rollouts").exists()
+
+
+@pytest.mark.usefixtures("no_models")
+@pytest.mark.parametrize("place", ["", "rollouts", "rollouts/rollout_0"])
+def test_a_read_only_place_is_told_before_anything_is_sampled(
+    project: Project, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    path = project.folder / place
+    if place:
+        (project.folder / "rollouts" / "rollout_0").mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda at, mode, **more: Path(at) != path and access(at, mode, **more)
+    )
+    with pytest.raises(InputError, match="cannot write to rollouts") as caught:
+        rehearse(project.config(), folder=project.folder, limit=1)
+    assert caught.value.exit_code == EXIT_BAD_INPUT

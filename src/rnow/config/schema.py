@@ -105,7 +105,10 @@ class ModelSection(Section):
     qlora_rank: Positive = key(32, "Rank of the LoRA adapter.")
     qlora_alpha: Positive | None = key(None, "Scale of the LoRA adapter.", "2 x `qlora_rank`")
     name: Text | None = key(
-        None, "Name of the trained adapter and of its run folder.", change="free"
+        None,
+        "Name of the trained adapter and of its run folder. A key in braces stands for its value: "
+        "`lr-{trainer.learning_rate}`.",
+        change="free",
     )
     description: str | None = key(None, "Free text, kept with the adapter.", change="free")
     quantization: Literal["auto", "nf4", "none"] = key(

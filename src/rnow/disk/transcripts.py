@@ -43,7 +43,7 @@ class TranscriptWriter:
 
     def write(self, step: int, data: StepData, streams: Mapping[str, Mapping[str, Tensor]]) -> None:
         """All rollouts of one step, replacing what an interrupted run left for it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)  # but never the run folder: it may have been removed
         judged = {
             item.sample.id: list(
                 at_loss_tokens(item.sample, item.evidence.teacher_logprobs.tolist())
@@ -71,7 +71,8 @@ class TranscriptWriter:
     def forget_from(self, step: int) -> None:
         """Remove the transcripts of ``step`` and later, which a resumed run writes again."""
         for path in self._folder.glob("step-*.jsonl"):
-            if int(path.stem.removeprefix("step-")) >= step:
+            number = path.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) >= step and not path.is_dir():
                 path.unlink()
 
     def _line(

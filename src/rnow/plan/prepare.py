@@ -9,7 +9,7 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from rnow.config import Config, refuse_reserved
+from rnow.config import Config, fill_name, refuse_reserved
 from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder, choose_run_folder
 from rnow.errors import ConfigError, InputError
@@ -68,7 +68,7 @@ class Prepared:
 
     @property
     def run_name(self) -> str:
-        """``model.name``, else ``project_name``, else the folder's own name."""
+        """``model.name`` with its placeholders filled, else ``project_name``, else the folder's own name."""
         return _run_name(self.config, self.project.folder)
 
     def run_folder(self, *, fresh: bool = False) -> RunFolder:
@@ -77,7 +77,9 @@ class Prepared:
 
 
 def _run_name(config: Config, folder: Path) -> str:
-    return config.model.name or config.project_name or folder.resolve().name or "run"
+    if name := config.model.name:
+        return fill_name(name, config)
+    return config.project_name or folder.resolve().name or "run"
 
 
 def _run_folder(config: Config, folder: Path, *, fresh: bool) -> RunFolder:
@@ -129,12 +131,12 @@ def prepare(
         if training or role.trained
     }
     prompts = [*dataset.prompts, *dataset.held_out]
-    run = _run_folder(config, folder, fresh=fresh)
+    now = _date_of(_run_folder(config, folder, fresh=fresh)) if training else None
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(config, prompts, models, tools, now=_date_of(run)),
+        rendered=render_prompts(config, prompts, models, tools, now=now),
         source=source,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),

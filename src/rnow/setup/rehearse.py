@@ -17,6 +17,7 @@ from rich.table import Table
 from rnow.config import Config
 from rnow.core.messages import message_text
 from rnow.disk.files import map_text, to_json
+from rnow.disk.folder import check_place
 from rnow.display.terminal import escape_control, shorten
 from rnow.errors import InputError, RnowError, StopRequested
 from rnow.models.adapter import TrainedAdapter, find_adapter
@@ -95,7 +96,8 @@ def rehearse(
         config = _with_base(config, trained)
     prepared = _prepare(config, folder, console)
     target = prepared.project.folder / FOLDER
-    _earlier(target)
+    for place in (target, *_earlier(target)):
+        check_place(place, what="rollouts", fix="change the permissions, or copy the project")
     prompts = _choose(prepared, limit, rows)
     if config.sampler.backend == "vllm" or config.sampler.url is not None:
         console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Any
 from rnow.algorithm.records import StepData, UpdateResult
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
-from rnow.disk.sinks import Sink, read_evaluations
+from rnow.disk.sinks import Sink, read_evaluations, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display
 from rnow.errors import RnowError
@@ -24,6 +24,7 @@ from rnow.training.residency import StageClock
 from rnow.types import RewardResult, RolloutGroup
 
 MAX_SKIPPED = 3
+MAX_LOST = 10
 MAX_IDLE = 10
 
 
@@ -71,6 +72,10 @@ class Recorder:
         """Drop what an interrupted run recorded beyond the checkpoint it continues from, and show what is left."""
         for keeper in (*self._sinks, self._transcripts):
             keeper.forget_from(step + 1)
+        found = {row["step"] for row in read_rows(self._folder.metrics)}
+        if lost := [str(number) for number in range(1, step + 1) if number not in found]:
+            shown = ", ".join([*lost[:MAX_LOST], *["..."] * (len(lost) > MAX_LOST)])
+            self._display.warn(f"{self._folder.metrics.name} lacks earlier steps ({shown})")
         for row in self.evaluations():
             numbers = {key: row[key] for key in row if key not in ("name", "step")}
             self._display.evaluation(row["name"], numbers)
