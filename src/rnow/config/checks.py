@@ -29,6 +29,17 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
             message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
             hint="remove the teacher section, or set dataset_type: distill",
         )
+    teacher = config.teacher
+    if teacher is not None and teacher.url is None:
+        # auto loads the teacher with transformers where no url is given.
+        engine = "vllm" if teacher.backend == "vllm" else "transformers"
+        if teacher.quantization == ("int8" if engine == "vllm" else "fp8"):
+            other = "transformers" if engine == "vllm" else "vllm"
+            yield Problem(
+                path=("teacher", "quantization"),
+                message=f"{engine} does not quantise to {teacher.quantization} while it loads",
+                hint=f"set teacher.backend: {other}, or teacher.quantization: nf4",
+            )
     algorithm = config.algorithm
     coefficients = (algorithm.kl_penalty_coef, algorithm.reward_coef)
     sampled = config.dataset_type in ("distill", "rl") and algorithm.kl_estimator == "sampled"

@@ -135,9 +135,9 @@ class TeacherSection(Section):
         "whether there is a tools.py or an mcp_url",
         change="shapes",
     )
-    quantization: Literal["none", "nf4", "int8"] = key(
+    quantization: Literal["none", "nf4", "int8", "fp8"] = key(
         "none",
-        "Quantization of the teacher's weights; it puts a floor under the KL.",
+        "Quantization of the teacher's weights; it puts a floor under the KL. int8 with transformers only, fp8 with vllm only.",
         reader="local teacher",
     )
     dtype: DType = key(

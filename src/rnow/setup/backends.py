@@ -169,7 +169,8 @@ class _Loader:
             if evaluated:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
-            lm = load_model(model, prepared.rendered.vocabulary)
+            cards = prepared.cards.get(name, ())
+            lm = load_model(model, prepared.rendered.vocabulary, cards=cards)
             teacher = score_with(prepared, lm, self.poll)
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)
