@@ -16,7 +16,10 @@ from rnow.config import Config
 from rnow.errors import ConfigError, DataError, ModelError
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
+from rnow.models.shape import ModelShape
+from rnow.plan import choices as choices_module
 from rnow.plan import plan as plan_module
+from rnow.plan.choices import teacher_answers
 from rnow.plan.devices import MARGIN, DeviceInfo, describe_device
 from rnow.plan.plan import Plan, build_plan, format_bytes, taking_turns
 from rnow.plan.prepare import Prepared
@@ -470,6 +473,46 @@ def test_turns_on_a_cpu_are_refused(models: tuple[ResolvedModel, ResolvedModel])
         plan_of(models, residency="time_shared")
     assert refusal.value.where == "residency"
     assert plan_of(models, residency="resident").devices[0].peaks == {}
+
+
+def test_a_large_teacher_answers_the_held_out_prompts_only_where_it_is_served() -> None:
+    shape = ModelShape(
+        architecture="x", parameters=32 * 10**9, linear=(), layers=64, hidden=5120, kv_width=1024,
+        vocabulary_rows=151_936,
+    )  # fmt: skip
+    small = replace(shape, parameters=10**9)
+
+    def answers(shape: ModelShape, asked: Any = "auto", **teacher: Any) -> bool:
+        section = {"path": "teacher"} | teacher
+        return teacher_answers(make_config(teacher=section, evaluation={"teacher": asked}), shape)
+
+    assert not answers(shape)
+    assert answers(small)
+    assert answers(shape, backend="vllm")
+    assert answers(shape, url="http://h:1")
+    assert answers(shape, asked=True)
+    assert not answers(small, asked=False)
+
+
+def test_the_plan_says_what_the_teachers_own_answers_cost(
+    on_a_card: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = {"data": {"val_split": 0.25}}
+    assert not any("the teacher itself" in notice for notice in on_a_card(24).notices)
+    held = tuple(prompts_of(*["cat"] * 50))
+    real = prepared_of
+
+    def with_held_out(config: Config, dataset: Dataset, *others: Any) -> Prepared:
+        return real(config, replace(dataset, held_out=held), *others)
+
+    monkeypatch.setitem(globals(), "prepared_of", with_held_out)
+    (notice,) = on_a_card(24, **held_out, rollout={"max_tokens": 400}).notices
+    assert notice.startswith("the teacher itself is evaluated, once: 200 answers")
+    # 3 layers, 1.5 ms each, 400 tokens, all answers in one batch
+    assert "of at most 400 tokens, about 0.0 h with transformers" in notice
+    monkeypatch.setattr(choices_module, "SMALL_TEACHER", 1)
+    (notice,) = on_a_card(24, **held_out, rollout={"max_tokens": 400}).notices
+    assert "evaluation.teacher: true would" in notice
 
 
 def test_a_batch_larger_than_the_dataset_is_refused(

@@ -390,7 +390,11 @@ class EvaluationSection(Section):
     num_samples: Positive = key(4, "Rollouts per prompt.")
     max_prompts: Positive = key(256, "At most so many held-out prompts.")
     temperature: Above0 = key(1.0, "Sampling temperature.")
-    teacher: bool = key(True, "Evaluate the teacher too.")
+    teacher: Annotated[Literal["auto", True, False], BeforeValidator(auto_or_bool)] = key(
+        "auto",
+        "Evaluate the teacher too; `auto` does where vLLM serves it, or it is small: answers of a large one that transformers "
+        "runs take hours.",
+    )
     success_reward: float = key(1.0, "A rollout passes when its reward is at least this.")
 
 

@@ -9,8 +9,13 @@ from typing import Literal
 
 from rnow.config import Config, TeacherSection
 from rnow.models.loading import choose_device
+from rnow.models.shape import ModelShape
 from rnow.serving.server import VISIBLE
 
+SMALL_TEACHER = 10**9
+"""Parameters up to which a teacher that transformers runs answers the held-out prompts too."""
+LAYER_SECONDS = 1.5e-3
+"""Of one layer in one step of transformers' decoding on a card: bound by launching kernels, not by the numbers."""
 DRIVER = Path("/proc/driver/nvidia/version")
 """There where NVIDIA's driver is loaded."""
 DEFAULT_MAX_TOKENS = 4096
@@ -35,6 +40,15 @@ def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
         return "vllm"
     on_gpu = choose_device(config.model.device).type == "cuda"
     return "vllm" if on_gpu and find_spec("vllm") is not None else "transformers"
+
+
+def teacher_answers(config: Config, shape: ModelShape) -> bool:
+    """``evaluation.teacher`` with ``auto`` decided: whether the teacher, of this shape, answers the held-out prompts too."""
+    asked, teacher = config.evaluation.teacher, config.teacher
+    if asked != "auto":
+        return asked
+    served = teacher is not None and teacher_backend(teacher) == "vllm"
+    return served or shape.parameters <= SMALL_TEACHER
 
 
 def slow_paths(config: Config) -> list[str]:

@@ -96,6 +96,7 @@ class MemorySettings:
         models: by role, the student first.
         rank: of the adapter.
         rollouts: sequences sampled in one step.
+        prompts: how many different prompts they have.
         prompt_tokens: tokens of the longest prompt.
         completion_tokens: the longest answer.
         window: no sequence is longer.
@@ -108,6 +109,7 @@ class MemorySettings:
     models: Mapping[str, ModelMemory]
     rank: int
     rollouts: int
+    prompts: int
     prompt_tokens: int
     completion_tokens: int
     window: int
@@ -227,8 +229,7 @@ def _scoring_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
     part = partial(_part, model, model.role.part)
     return [
         part("weights", "always", model.weight_bytes, host=model.pinned_bytes),
-        part("activations", "teacher", _scoring_activations(model, settings)),
-        part("head buffers", "teacher", _head_bytes(model, settings)),
+        part("activations", "teacher", _scoring_bytes(model, settings)),
     ]
 
 
@@ -334,11 +335,17 @@ def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySetting
 
 
 def _cache_bytes(settings: MemorySettings) -> float:
-    """Keys, values and one step's logits of the sequences decoded together: all of them, or what the budget holds."""
-    shape, width = settings.student.shape, settings.student.width
-    row = settings.sequence_tokens * 2 * shape.layers * shape.kv_width * width
-    row += SAMPLING_LOGIT_BYTES * shape.vocabulary_rows
-    return max(row, min(settings.cache_budget, settings.rollouts * row))
+    """Keys, values and one step's logits of the sequences decoded together: all of them, or what the budget holds. Or, where
+    that is more, the pass over all their prompts at once."""
+    model = settings.student
+    one = model.shape.vocabulary_rows * SAMPLING_LOGIT_BYTES
+    row = settings.sequence_tokens * kv_bytes(model) + one
+    rows = max(1, min(settings.rollouts, int(settings.cache_budget // row)))
+    prompts = min(rows, settings.prompts) * min(settings.window, settings.prompt_tokens)
+    prefill = prompts * (_layer_bytes(model) + kv_bytes(model))
+    # A step joins each layer's cache and the new token into another one before the old goes.
+    joined = rows * settings.sequence_tokens * kv_bytes(model) / model.shape.layers
+    return max(row, min(settings.cache_budget, settings.rollouts * row), prefill) + joined
 
 
 def _training_activations(settings: MemorySettings) -> float:
@@ -355,10 +362,18 @@ def _training_activations(settings: MemorySettings) -> float:
     return kept * settings.pass_tokens
 
 
-def _scoring_activations(model: ModelMemory, settings: MemorySettings) -> float:
-    """Without gradients only the layer at work is held: its widest input and outputs, and the hidden states."""
-    widest = max((inputs + 2 * outputs for inputs, outputs in model.shape.linear), default=0)
-    return settings.pass_tokens * (widest + 4 * model.shape.hidden) * model.width
+def _layer_bytes(model: ModelMemory) -> int:
+    """Bytes per token of a pass without gradients: only the layer at work is held, its widest input, outputs that are
+    multiplied with each other, and the hidden states."""
+    widest = max((inputs + 3 * outputs for inputs, outputs in model.shape.linear), default=0)
+    return (widest + 4 * model.shape.hidden) * model.width
+
+
+def _scoring_bytes(model: ModelMemory, settings: MemorySettings) -> float:
+    """The body comes first and the head after it, when only hidden states are left of the body."""
+    left = settings.pass_tokens * model.shape.hidden * model.width
+    body = settings.pass_tokens * _layer_bytes(model)
+    return max(body, left + _head_bytes(model, settings))
 
 
 def _head_bytes(model: ModelMemory, settings: MemorySettings) -> float:

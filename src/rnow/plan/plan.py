@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,13 @@ from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
 from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
 from rnow.models.shape import ModelShape, measure
-from rnow.plan.choices import DEFAULT_MAX_TOKENS, DEFAULT_MAX_TURNS, slow_paths
+from rnow.plan.choices import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_MAX_TURNS,
+    LAYER_SECONDS,
+    slow_paths,
+    teacher_answers,
+)
 from rnow.plan.devices import DeviceInfo, cpu_memory, describe_device, free_disk
 from rnow.plan.memory import (
     ENGINE_WORK,
@@ -217,9 +224,39 @@ def build_plan(
         # One more than is kept: the next is complete before the oldest goes.
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
         disk_free_bytes=free_disk(run_dir),
-        notices=prepared.notices,
+        notices=(*prepared.notices, *_teacher_notice(layout)),
         warnings=(*dataset.warnings, *rendered.warnings, *slow_paths(config)),
     )
+
+
+def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
+    """What the teacher's own answers to the held-out prompts cost, or that there are none."""
+    prepared, shape = layout.prepared, layout.shapes.get(TEACHER)
+    config, held_out = prepared.config, len(prepared.project.dataset.held_out)
+    if shape is None or not held_out:
+        return ()
+    section = config.evaluation
+    answers = min(held_out, section.max_prompts) * section.num_samples
+    what = f"{answers:,} answers to the held-out prompts, of at most {layout.completion:,} tokens"
+    role = prepared.models[TEACHER].role
+    if role.backend == "transformers" and role.on_gpu:
+        hours = _decode_seconds(layout, shape, answers) / 3600
+        what += f", about {hours:.1f} h with transformers at that length"
+    if teacher_answers(config, shape):
+        return (f"the teacher itself is evaluated, once: {what}",)
+    return (f"the teacher itself is not evaluated; evaluation.teacher: true would: {what}",)
+
+
+def _decode_seconds(layout: _Layout, shape: ModelShape, answers: int) -> float:
+    """A batch of as many rows as its cache holds takes a step per token, whatever the rows."""
+    role = layout.prepared.models[TEACHER].role
+    tokens = min(
+        layout.prepared.rendered.window, layout.prepared.rendered.longest_prompt + layout.completion
+    )
+    row = tokens * 2 * shape.layers * shape.kv_width * role.dtype.itemsize
+    budget = layout.info(layout.placed[TEACHER]).total_bytes * GPU_BATCH_FRACTION
+    batches = math.ceil(answers / max(1, budget // row))
+    return batches * layout.completion * shape.layers * LAYER_SECONDS
 
 
 def may_take_turns(config: Config) -> frozenset[Part]:
@@ -364,6 +401,7 @@ def _settings(
         },
         rank=config.model.qlora_rank,
         rollouts=config.data.batch_size * config.data.group_size,
+        prompts=config.data.batch_size,
         prompt_tokens=rendered.longest_prompt,
         completion_tokens=layout.completion,
         window=rendered.window,

@@ -93,7 +93,8 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
     refuse_reserved(config)
     _check_served(config)
     roles = roles_of(config)
-    check_engines(roles)
+    if training:  # what is not trained is rehearsed, by transformers alone
+        check_engines(roles)
     for role in roles.values():
         key = f"{role.key}.path"
         check_model_id(role.section.path, key=key, base_dir=folder)

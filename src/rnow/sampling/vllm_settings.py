@@ -36,6 +36,9 @@ class VllmSettings:
         cards: on which the engine runs, numbered as this process sees them; none: wherever vLLM likes.
         enable_sleep: reserve what ``sleep`` needs; no use on a CPU.
         probe: a short text's ids, scored to see that vLLM still has the right weights; without any nothing is probed.
+        measured: the probe's limits hold on this hardware. Where nobody has measured yet what is usual, a gap beyond them is
+            told, and only one that no rounding makes is an error.
+        gaps: every gap that a probe finds is appended here, a JSON object a line.
         request_timeout: seconds without any token or answer after which the engine counts as dead; with a server, seconds
             that one completion may take.
     """
@@ -55,6 +58,8 @@ class VllmSettings:
     trust_remote_code: bool = False
     max_lora_rank: int = 32
     probe: tuple[int, ...] = ()
+    measured: bool = True
+    gaps: Path | None = None
     request_timeout: float = 600.0
 
     @property

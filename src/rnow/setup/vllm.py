@@ -81,6 +81,8 @@ def sampler_settings(
         trust_remote_code=config.model.trust_remote_code,
         max_lora_rank=config.model.qlora_rank,
         probe=probe_ids(prepared),
+        measured=not student.role.on_gpu,
+        gaps=run_folder.path / "vllm-probes.jsonl",
     )
 
 
@@ -92,14 +94,14 @@ async def start_vllm_teacher(
     poll: Callable[[], None],
     *,
     time_shared: bool,
+    answers: bool,
 ) -> VllmTeacher:
-    """The vLLM that scores with the teacher, started or reached, and checked; ``stack`` closes one of ours.
+    """The vLLM that scores with the teacher, started or reached, and checked; ``stack`` closes one of ours. Raises ModelError
+    when it cannot be used.
 
     Args:
         time_shared: it takes turns on its card, and must be able to sleep.
-
-    Raises:
-        ModelError: it cannot be used.
+        answers: it will answer prompts too.
     """
     role, section, rendered = model.role, model.role.serving, prepared.rendered
     assert isinstance(section, TeacherSection)
@@ -129,7 +131,7 @@ async def start_vllm_teacher(
             max_num_batched_tokens=section.max_num_batched_tokens,
             max_model_len=rendered.window,
             trust_remote_code=section.trust_remote_code,
-            samples=prepared.config.evaluation.teacher and bool(prepared.project.dataset.held_out),
+            samples=answers,
         )
         teacher = VllmTeacher.managed(settings, temperature=temperature, top_k=top_k, poll=poll)
         stack.callback(teacher.close)
