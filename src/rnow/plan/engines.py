@@ -51,7 +51,9 @@ def cards_of(roles: Mapping[str, Role]) -> dict[str, tuple[int, ...]]:
     mapped = [role for role in here if role.device_map is not None and role.backend != "vllm"]
     spread = [role for role in here if role.spread > 1]
     single = [role for role in here if role not in mapped and role not in spread]
-    found = {role.name: (role.index,) for role in single if role.starts_vllm or not role.trained}
+    found: dict[str, tuple[int, ...]] = {
+        role.name: (role.index,) for role in single if role.starts_vllm or not role.trained
+    }
     used = {role.index for role in single}
     if roles[STUDENT].on_gpu:
         used.add(roles[STUDENT].index)
