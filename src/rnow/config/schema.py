@@ -138,9 +138,9 @@ class TeacherSection(Section):
         "whether there is a tools.py or an mcp_url",
         change="shapes",
     )
-    quantization: Literal["none", "nf4", "int8"] = key(
+    quantization: Literal["none", "nf4", "int8", "fp8"] = key(
         "none",
-        "Quantization of the teacher's weights; it puts a floor under the KL. int8 scores one sample at a time.",
+        "Quantization of the teacher's weights; it puts a floor under the KL. int8, with transformers only, scores one sample at a time; fp8 is vllm's only.",
         reader="local teacher",
     )
     dtype: DType = key(
@@ -398,7 +398,12 @@ class EvaluationSection(Section):
     num_samples: Positive = key(4, "Rollouts per prompt.")
     max_prompts: Positive = key(256, "At most so many held-out prompts.")
     temperature: Above0 = key(1.0, "Sampling temperature.")
-    teacher: bool = key(True, "Evaluate the teacher too.", change="free")
+    teacher: Annotated[Literal["auto", True, False], BeforeValidator(auto_or_bool)] = key(
+        "auto",
+        "Evaluate the teacher too; `auto` does where vLLM serves it, or it is small: answers of a large one that transformers "
+        "runs take hours.",
+        change="free",
+    )
     success_reward: float = key(1.0, "A rollout passes when its reward is at least this.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,9 @@ from rnow.models.shape import output_layer
 Quantization = Literal["none", "nf4", "int8"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DEVICE_MAP_SHARE = 0.9
+"""How much of what is free on a card the weights of a model spread over several may take."""
 
 PROBE_TOLERANCE, FLOAT32_PROBE_TOLERANCE = 2e-2, 1e-4
 
@@ -86,6 +89,7 @@ def load_causal_lm(
     device: torch.device,
     quantization: Quantization = "none",
     device_map: str | None = None,
+    cards: Sequence[int] = (),
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> CausalLM:
@@ -95,6 +99,7 @@ def load_causal_lm(
         vocabulary: ids the tokenizer can produce; the head is cut to them.
         quantization: ``nf4`` double-quantises with a ``dtype`` compute type; ``int8`` is bitsandbytes' LLM.int8.
         device_map: accelerate's placement, e.g. ``auto`` to spread over several GPUs; overrides ``device``.
+        cards: those over which ``device_map`` spreads; all of them when empty.
 
     Raises:
         ModelError: the folder does not load as a causal LM, or its head does something we do not reproduce.
@@ -108,6 +113,9 @@ def load_causal_lm(
         arguments["device_map"] = {"": device}
     if device_map is not None:
         arguments["device_map"] = device_map
+        if cards:
+            # Neither other cards nor main memory: both would be filled, and the latter without a word.
+            arguments["max_memory"] = {card: _room_on(card) for card in cards}
     model = _from_pretrained(local_dir, device, arguments)
     if "device_map" not in arguments:
         model = model.to(device)
@@ -118,6 +126,10 @@ def load_causal_lm(
     _refuse_non_finite(loaded, local_dir)
     _probe_head(loaded, local_dir)
     return loaded
+
+
+def _room_on(card: int) -> int:
+    return int(DEVICE_MAP_SHARE * torch.cuda.mem_get_info(card)[0])
 
 
 def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[str, object]) -> Any:

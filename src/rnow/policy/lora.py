@@ -33,7 +33,9 @@ def attach_lora(lm: CausalLM, *, rank: int, alpha: int, seed: int, base_name: st
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # drawn on the CPU; torch warns where it copies the state of several cards
         torch.manual_seed(seed)
         model = get_peft_model(lm.model, config)
     model.peft_config["default"].base_model_name_or_path = base_name

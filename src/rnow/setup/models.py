@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,16 +55,23 @@ class LocalStudent:
     reference: ReferenceTeacher
 
 
-def load_model(model: RunModel, vocabulary: int) -> CausalLM:
-    """A model of the run, frozen, with its head cut to the ids that all models know."""
+def load_model(model: RunModel, vocabulary: int, *, cards: Sequence[int] = ()) -> CausalLM:
+    """A model of the run, frozen, with its head cut to the ids that all models know.
+
+    Args:
+        cards: over which its device map may spread it.
+    """
     role, section = model.role, model.role.section
+    quantization = role.quantization
+    assert quantization != "fp8", "refused with the config: only vLLM has it"
     return load_causal_lm(
         model.resolved.local_dir,
         vocabulary=vocabulary,
         dtype=role.dtype,
         device=role.device,
-        quantization=role.quantization,
+        quantization=quantization,
         device_map=role.device_map,
+        cards=cards if role.device_map is not None else (),
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
     )
