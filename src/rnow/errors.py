@@ -16,6 +16,9 @@ EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
+SAME_COMMAND = "run the same command again"
+"""How a stopped run is continued. One that began with ``--fresh`` says it otherwise: the same command would begin another."""
+
 
 MAX_SHOWN = 10
 """Faults that an error lists; the rest is its ``more``."""

@@ -105,9 +105,11 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolContext:
-    """The rollout that calls: ``rollout_id`` is ``<prompt id>#<index>``, the rest comes from the prompt's row."""
+    """The rollout that calls: ``rollout_id`` is ``<prompt id>#<index>``; ``episode`` is what tools know it by, unlike that of
+    the same prompt in another step. The rest comes from the prompt's row."""
 
     rollout_id: str
+    episode: str = ""
     metadata: Mapping[str, object] = field(default_factory=dict)
     variables: Mapping[str, object] = field(default_factory=dict)
     docker: str | None = None

@@ -20,6 +20,7 @@ def load_benchmark(name: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look for it
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(BENCHMARKS))

@@ -20,7 +20,7 @@ from rnow import __version__
 from rnow.cli import hosted
 from rnow.cli.main import run_command_line
 from rnow.cli.rehearse import parse_rows
-from rnow.errors import DataError, InputError, ModelError, TemporaryError
+from rnow.errors import DataError, InputError, ModelError, RnowError, TemporaryError
 
 CONFIG = """\
 # my project
@@ -61,13 +61,14 @@ class Build:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, dict[str, Any]]] = []
         self.error: BaseException | None = None
+        self.problem: RnowError | None = None
         self.notes: list[str] = []
 
     def _called(self, what: str, config: Any, options: dict[str, Any]) -> Any:
         self.calls.append((what, config, options))
         if self.error is not None:
             raise self.error
-        return types.SimpleNamespace(values={"steps": 7})
+        return types.SimpleNamespace(values={"steps": 7}, problem=self.problem)
 
     def run(self, config: Any, *, folder: Path, fresh: bool, display: Any) -> Any:
         for note in self.notes:
@@ -145,6 +146,32 @@ def test_dotted_overrides_win_over_flags(project: Path, build: Build, rnow_: Run
     assert build.calls[0][1].trainer.learning_rate == 5e-5
 
 
+@pytest.mark.parametrize("name", ["null", "~", "[a, b]", "{seed}", "ü", '"', "a: b", "2024"])
+def test_a_name_is_text(project: Path, build: Build, rnow_: Run, name: str) -> None:
+    rnow_("run", "-n", name)
+    (call,) = build.calls
+    assert call[1].model.name == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-n", ""], "-n has no name"),
+        (["-n", "  "], "-n has no name"),
+        (["-n", "a", "model.name=b"], "named twice"),
+        (["-n", "{trainer.lr}"], "did you mean trainer.learning_rate?"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(
+    project: Path, build: Build, rnow_: Run, arguments: list[str], words: str
+) -> None:
+    code, _, told = rnow_("run", *arguments)
+    assert code == 2
+    assert words in told
+    assert not build.calls
+    assert rnow_("run", "-n", "a", "model.name=a")[0] == 0
+
+
 def test_run_in_another_folder(
     project: Path, build: Build, rnow_: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -204,6 +231,15 @@ def test_rehearsal_options(
     assert what == "rehearse"
     assert given == {"folder": Path(), **options}
     assert (config.model.path, config.rollout.max_tokens) == ("m", 5)
+
+
+def test_a_rehearsal_with_failing_rewards_ends_with_1(
+    project: Path, build: Build, rnow_: Run
+) -> None:
+    build.problem = RnowError("a reward failed", title="Rewards fail", details=["at rewards.py:4"])
+    code, _, error = rnow_("test")
+    assert code == 1
+    assert error.startswith("Rewards fail: a reward failed\n  at rewards.py:4\n")
 
 
 def test_rehearsal_choices_exclude_each_other(project: Path, build: Build, rnow_: Run) -> None:

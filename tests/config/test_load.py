@@ -268,7 +268,6 @@ IMPORTANCE = "algorithm:\n  loss_fn: importance_sampling\n"
         (IMPORTANCE + "rollout:\n  top_p: 0.9\n", "top_p 0.9"),
         (IMPORTANCE + "rollout:\n  top_k: 20\n", "top_k 20"),
         ("data:\n  val_split: 0.1\nevals:\n  - {step: 1, eval_id: e}\n", "eval_id is ignored"),
-        ("evals:\n  - step: 1\n", "val_split is 0"),
     ],
 )
 def test_notices(load: Load, more: str, words: str) -> None:
@@ -350,3 +349,20 @@ def test_an_override_in_another_encoding() -> None:
 def test_a_key_that_is_gone_is_dropped_with_a_warning(load: Load) -> None:
     loaded = load("sampler:\n  mode: engine\n")
     assert any("sampler.mode is an old key" in warning for warning in loaded.warnings)
+
+
+@pytest.mark.parametrize("digits", [19, 309, 400])
+def test_a_whole_number_that_no_counter_holds_is_refused(load: Load, digits: int) -> None:
+    number = "9" * digits
+    for key in ("trainer.num_epochs", "trainer.warmup_steps", "data.group_size"):
+        with pytest.raises(ConfigError, match="more than 64 bits"):
+            load("", f"{key}={number}")
+    with pytest.raises(ConfigError) as caught:
+        load(f"evals:\n  - step: {number}\n")
+    assert "config.yml:7" in str(caught.value.where)
+
+
+@pytest.mark.parametrize("digits", [399, 400, 401, 5000])
+def test_a_learning_rate_of_400_digits_is_refused(load: Load, digits: int) -> None:
+    with pytest.raises(ConfigError, match="number"):
+        load("", f"trainer.learning_rate={'9' * digits}")

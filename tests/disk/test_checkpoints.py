@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import errno
+import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rnow.disk import checkpoints as module
 from rnow.disk.checkpoints import (
@@ -45,10 +48,10 @@ def adapter_of(step: int) -> Adapter:
 class Shelf:
     """A store on a folder, and what it warned of."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, run: str | None = None) -> None:
         self.folder = folder
         self.warnings: list[str] = []
-        self.store = CheckpointStore(folder, keep=keep, warn=self.warnings.append)
+        self.store = CheckpointStore(folder, keep=keep, warn=self.warnings.append, run=run)
 
     def save(self, *steps: int) -> None:
         for step in steps:
@@ -243,6 +246,92 @@ def test_a_checkpoint_under_another_name_is_not_that_step(shelf: Shelf) -> None:
     assert "it is step 1 under another name" in shelf.warnings[0]
 
 
+def reseal(folder: Path) -> None:
+    """Make the manifest fit what the files hold now."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def hold(name: str, value: float) -> Callable[[Path], None]:
+    """One number of one tensor is another."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        next(iter(tensors.values())).view(-1)[3] = value
+        save_file(tensors, folder / name)
+
+    return change
+
+
+def overwrite(name: str, data: bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = [
+    (hold(ADAPTER_WEIGHTS, NAN), "numbers that are not finite"),
+    (hold(ADAPTER_WEIGHTS, -INF), "numbers that are not finite"),
+    (hold(MOMENTS, INF), "numbers that are not finite"),
+    (overwrite(MOMENTS, pickle.dumps({"a": 1})), "optimizer.safetensors cannot be read"),
+    (overwrite(ADAPTER_WEIGHTS, b""), "adapter_model.safetensors cannot be read"),
+    (overwrite(STATE, b"[1, 2]"), "state.json is not the state of a run"),
+    (overwrite(STATE, b"[" * 100_000), "state.json is not the state of a run"),
+    (overwrite(STATE, b'{"updates": "two"}'), "state.json is not the state of a run"),
+    (overwrite(STATE, b'{"updates": 2, "counters": {"seconds": "x"}}'), "state.json is not"),
+    (overwrite(STATE, b"\xff\xfe"), "state.json is not the state of a run"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG)
+def test_what_verifies_and_is_wrong_is_damage(
+    shelf: Shelf, change: Callable[[Path], None], words: str
+) -> None:
+    """The sizes and hashes of the manifest fit, and the checkpoint would train on nonsense."""
+    shelf.save(1, 2)
+    change(shelf.step(2))
+    reseal(shelf.step(2))
+    found = shelf.store.latest()
+    assert found is not None
+    assert found.step == 1
+    assert words in shelf.warnings[0]
+    assert shelf.names == ["damaged-step-000002", "step-000001"]
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
+    mine, other = Shelf(tmp_path / "mine", run="aaaa"), Shelf(tmp_path / "other", run="bbbb")
+    mine.save(1)
+    other.save(2)
+    shutil.copytree(other.step(2), mine.step(2))
+    found = mine.store.latest()
+    assert found is not None
+    assert found.step == 1
+    assert "step-000002 is damaged (it is of another run)" in mine.warnings[0]
+
+
+def test_checkpoints_of_an_earlier_version_name_no_run(tmp_path: Path) -> None:
+    Shelf(tmp_path).save(1)
+    found = Shelf(tmp_path, run="aaaa").store.latest()
+    assert found is not None
+    Shelf(tmp_path, run="aaaa").save(2)
+    found = Shelf(tmp_path).store.latest()
+    assert found is not None
+    assert found.step == 2, "and where the run's own id is lost, any is taken"
+
+
+def test_saving_does_not_bring_a_removed_run_back(shelf: Shelf) -> None:
+    shelf.save(1)
+    shutil.rmtree(shelf.folder.parent)
+    with pytest.raises(FileNotFoundError):
+        shelf.save(2)
+    assert not shelf.folder.parent.exists()
+
+
 def test_folders_of_other_names_are_left_alone(shelf: Shelf) -> None:
     shelf.save(1, 2)
     shutil.copytree(shelf.step(2), shelf.folder / "step-backup")
@@ -284,6 +373,8 @@ def test_too_little_space_is_known_before_writing(
         shelf.save(2)
     assert caught.value.exit_code == EXIT_TEMPORARY
     assert shelf.names == ["step-000001"]
+    needed, free = re.findall(r"([\d,]+) bytes", caught.value.why or "")
+    assert int(needed.replace(",", "")) > int(free) == 10, "also where both are the same in MB"
 
 
 @pytest.mark.parametrize("at", range(5))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rnow.disk.folder import RunFolder, choose_run_folder
+from rnow.disk.folder import RunFolder, choose_run_folder, folder_name
 from rnow.errors import EXIT_BAD_INPUT, InputError
 
 HOLD = """
@@ -27,19 +31,139 @@ with RunFolder(Path(sys.argv[1])).lock():
     ("name", "expected"),
     [
         ("reverse", "reverse"),
-        ("my run: v2!", "my-run-v2"),
-        ("../../etc/passwd", "etc-passwd"),
-        ("..", "run"),
-        ("", "run"),
-        ("ü", "run"),
-        ("-x", "x"),
-        (".hidden", "hidden"),
-        ("a/b\\c", "a-b-c"),
+        ("lr-2e-5", "lr-2e-5"),
+        ("a--b", "a--b"),
+        ("schöne-Größe", "schöne-Größe"),
+        ("実験.1", "実験.1"),
+        ("हिन्दी", "हिन्दी"),
+        ("my run: v2!", "my-run-v2-"),
+        ("../../etc/passwd", "etc-passwd-"),
+        ("..", "run-"),
+        ("", "run-"),
+        ("🙂", "run-"),
+        ("-x", "x-"),
+        (".hidden", "hidden-"),
+        ("a/b\\c", "a-b-c-"),
+        ("a\0b", "a-b-"),
+        ("half \udc80", "half-"),
     ],
 )
 def test_names_stay_inside_the_output_folder(tmp_path: Path, name: str, expected: str) -> None:
+    """Where something is lost a hash of the name follows."""
     folder = choose_run_folder(tmp_path, name, fresh=False).path
-    assert folder == tmp_path / expected
+    assert folder.parent == tmp_path
+    if expected.endswith("-"):
+        assert re.fullmatch(re.escape(expected) + "[0-9a-f]{8}", folder.name)
+    else:
+        assert folder.name == expected
+    assert choose_run_folder(tmp_path, folder.name, fresh=False).path == folder, "it names itself"
+    RunFolder(folder).make()
+
+
+def test_distinct_names_get_distinct_folders(tmp_path: Path) -> None:
+    names = [
+        "a/b", "a-b", "a b", "a  b", "a?b", "é", "è", "ü", "", ".", "..", "-", "日本", "🙂", "🙃",
+        *("x" * 300 + end for end in "abc"), *("é" * 200 + end for end in "ab"), "x" * 180,
+    ]  # fmt: skip
+    folders = {choose_run_folder(tmp_path, name, fresh=False).path.name for name in names}
+    assert len(folders) == len(names)
+    assert max(len(folder.encode()) for folder in folders) < 200
+    composed, apart = "\u00e9", "e\u0301"
+    assert folder_name(composed) == folder_name(apart), "the same letter"
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_where_it_is(tmp_path: Path) -> None:
+    """It made a-b of a/b, and ``run`` of every name outside ASCII, and did not keep the name."""
+    facts = {"config": {"model": {"name": "a/b"}}}
+    (tmp_path / "a-b").mkdir()
+    (tmp_path / "a-b" / "run.json").write_text(json.dumps(facts))
+    chosen = [choose_run_folder(tmp_path, name, fresh=False).path.name for name in ("a/b", "a?b")]
+    assert chosen == ["a-b", folder_name("a?b")]
+    (tmp_path / "a-b" / "run.json").write_text(json.dumps(facts | {"name": "a-b"}))
+    assert choose_run_folder(tmp_path, "a/b", fresh=False).path.name == folder_name("a/b")
+
+
+def zero(folder: Path) -> Path:
+    return folder / "a\0b"
+
+
+def endless(folder: Path) -> Path:
+    return folder / ("x" * 300)
+
+
+def loop(folder: Path) -> Path:
+    (folder / "loop").symlink_to(folder / "loop")
+    return folder / "loop"
+
+
+def nowhere(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder / "gone")
+    return folder / "link"
+
+
+def file(folder: Path) -> Path:
+    (folder / "file").touch()
+    return folder / "file" / "runs"
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (zero, "zero byte"),
+        (endless, "File name too long"),
+        (loop, "symbolic links"),
+        (nowhere, "leads nowhere"),
+        (file, "file is no folder"),
+    ],
+)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_an_output_folder_that_cannot_be(
+    tmp_path: Path, place: Callable[[Path], Path], words: str, fresh: bool
+) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        choose_run_folder(place(tmp_path), "run", fresh=fresh)
+    assert "output_dir" in str(caught.value.fix)
+
+
+FOLDERS = ["checkpoints", "transcripts", "journal", "adapter"]
+FILES = ["config.yml", "run.json", "metrics.jsonl", "evaluations.jsonl", "summary.json"]
+
+
+@pytest.mark.parametrize("name", FOLDERS + FILES)
+def test_what_is_of_another_kind_is_told_before_anything_is_loaded(
+    tmp_path: Path, name: str
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.check_writable()
+    folder.make()
+    path = folder.path / name
+    path.touch() if name in FOLDERS else path.mkdir()
+    with pytest.raises(InputError, match="no folder" if name in FOLDERS else "no file") as caught:
+        folder.check_writable()
+    assert name in (caught.value.where or "")
+
+
+@pytest.mark.parametrize("name", ["", *FOLDERS, *FILES])
+def test_what_is_read_only_is_told_before_anything_is_loaded(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    path = folder.path / name
+    path.touch() if name in FILES else path.mkdir(exist_ok=True)
+    folder.check_writable()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda at, mode: at != path and access(at, mode))
+    with pytest.raises(InputError, match=r"read-only|not ours"):
+        folder.check_writable()
+
+
+@pytest.mark.parametrize("known", [b"", b"\xff\xfe", b"../../x", b"A" * 16])
+def test_the_id_for_wandb_is_made_once(tmp_path: Path, known: bytes) -> None:
+    (tmp_path / "wandb-id").write_bytes(known)
+    made = RunFolder(tmp_path).wandb_id()
+    assert re.fullmatch("[0-9a-f]{16}", made)
+    assert RunFolder(tmp_path).wandb_id() == made
 
 
 def test_a_very_long_name_still_makes_a_folder(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from rnow.display.terminal import (
     format_number,
     format_rate,
     format_seconds,
+    one_line,
+    shorten,
     sparkline,
 )
 
@@ -33,6 +35,24 @@ from rnow.display.terminal import (
 )
 def test_escape_control(text: str, shown: str) -> None:
     assert escape_control(text) == shown
+
+
+def test_what_is_left_out_is_counted() -> None:
+    assert shorten("x" * 10, 10) == "x" * 10
+    assert shorten("x" * 1_210, 10) == "x" * 10 + " [... 1,200 more characters]"
+
+
+def test_one_line_is_as_long_as_asked_for() -> None:
+    assert one_line(" two\n lines\t", 9) == "two lines"
+    assert one_line("two lines and more", 9) == "two li..."
+    assert one_line("a" + " " * 100 + "b", 9) == "a..."
+
+
+@given(st.text(), st.integers(3, 12))
+def test_one_line_holds_to_its_limit(text: str, limit: int) -> None:
+    shown = one_line(text, limit)
+    assert len(shown) <= limit
+    assert shown == " ".join(text.split()) or shown.endswith("...")
 
 
 @given(st.text())

@@ -10,7 +10,7 @@ from rnow.config import Config, to_dict
 from rnow.config.keys import Change, Reader
 from rnow.config.schema import KEYS
 from rnow.errors import EXIT_BAD_INPUT, ConfigError
-from rnow.plan.changes import Changes, compare, refuse
+from rnow.plan.changes import ADDED, Changes, compare, measurement, refuse
 from rnow.plan.unread import find_readers
 
 FACTS = {
@@ -160,7 +160,9 @@ def test_another_length_is_free_only_under_a_constant_rate(key: str) -> None:
 
 
 def test_other_evaluation_settings_are_told() -> None:
-    assert len(changed(evaluation__num_samples=2).warned) == 1
+    found = changed(evaluation__num_samples=2)
+    assert found.measured == ("evaluation.num_samples: 4 -> 2",)
+    assert found.warned == (), "no trained number depends on them"
 
 
 def test_other_rewards_are_told() -> None:
@@ -173,7 +175,7 @@ def test_other_rewards_are_told() -> None:
 TABLE: dict[Change, str] = {
     "free": """
         project_id project_name description organization_id output_dir residency wandb_project wandb_name evals
-        model.name model.description teacher.url rollout.reward_timeout
+        evaluation.teacher model.name model.description teacher.url rollout.reward_timeout
         trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints
         trainer.micro_batch_tokens trainer.gradient_checkpointing trainer.max_billing
         teacher.device|local teacher
@@ -196,10 +198,11 @@ TABLE: dict[Change, str] = {
         trainer.learning_rate trainer.updates_per_batch trainer.weight_decay trainer.adam_beta1 trainer.adam_beta2
         trainer.max_grad_norm trainer.warmup_steps trainer.lr_schedule
     """,
+    "measures": """
+        evaluation.num_samples evaluation.max_prompts evaluation.temperature evaluation.success_reward
+    """,
     "evaluates": """
         teacher.path teacher.revision teacher.trust_remote_code teacher.backend rollout.include_thinking
-        evaluation.num_samples evaluation.max_prompts evaluation.temperature evaluation.teacher
-        evaluation.success_reward
         teacher.quantization|local teacher
         teacher.dtype|local teacher
         teacher.attn_implementation|local teacher
@@ -258,6 +261,7 @@ def test_a_change_means_what_the_key_says(key: str, readers: frozenset[Reader]) 
     change = said.change if said.reader in readers else "free"
     assert len(found.free) == (change in ("free", "length"))
     assert len(found.warned) == (change in ("warn", "evaluates", "shapes"))
+    assert len(found.measured) == (change == "measures")
     assert len(found.refused) == (change == "refuse")
     assert found.rollouts_hold == (change not in ("shapes", "refuse"))
     assert found.evaluations_hold == (change in ("free", "length", "warn"))
@@ -311,6 +315,34 @@ def test_facts_that_are_not_told(fact: str) -> None:
     assert (found.free, found.warned, found.refused) == ((), (), ())
 
 
+@pytest.mark.parametrize("fact", sorted(ADDED))
+def test_a_fact_that_an_earlier_version_did_not_keep_is_unknown(fact: str) -> None:
+    assert compared(config(), config(), facts={fact: "new"}) == Changes()
+    both = {**FACTS, "config": config()}
+    assert compare(both | {fact: "old"}, both | {fact: None}, READERS) == Changes()
+
+
+@pytest.mark.parametrize(
+    ("fact", "old", "new", "line", "kind"),
+    [
+        ("threads", 2, 1, "the number of CPU threads changed: 2 -> 1", "free"),
+        ("stop_ids", [1], [1, 2], "student and teacher) changed: [1] -> [1, 2]", "warned"),
+        ("template_date", "2026-01-01", "2026-01-02", "that chat templates print", "warned"),
+        ("teacher_weights", "aaaa", "bbbb", "the teacher's weights changed", "warned"),
+        ("teacher_config", "aaaa", "bbbb", "the teacher's config.json changed", "warned"),
+        ("student_config", "aaaa", "bbbb", "the student's config.json changed", "refused"),
+        ("rewards_modules", {"a.py": "1"}, {"a.py": "2", "b.py": "1"}, ": a.py, b.py", "warned"),
+        ("tools_modules", {"a.py": "1", "b.py": "1"}, {"a.py": "1"}, "changed: b.py", "warned"),
+    ],
+)
+def test_what_a_changed_fact_says(fact: str, old: Any, new: Any, line: str, kind: str) -> None:
+    same = {**FACTS, "config": config()}
+    found = compare(same | {fact: old}, same | {fact: new}, READERS)
+    (told,) = getattr(found, kind)
+    assert line in told
+    assert "aaaa" not in told
+
+
 def test_of_an_unknown_start_nothing_holds() -> None:
     found = compare({}, {**FACTS, "config": config()}, READERS)
     assert not found.rollouts_hold
@@ -333,3 +365,51 @@ def test_a_key_that_is_gone_at_the_value_it_had_is_no_change() -> None:
     assert found.rollouts_hold
     other = compare({"config": {"sampler": {"mode": "server"}}}, new, frozenset({"every run"}))
     assert not other.rollouts_hold
+
+
+# ---- which evaluations can be compared -------------------------------------------------------------------------------
+
+
+def measured(facts: dict[str, Any] | None = None, **changes: Any) -> str:
+    return measurement({**FACTS, **(facts or {}), "config": config(**changes)}, READERS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluation__num_samples": 8},
+        {"evaluation__max_prompts": 8},
+        {"evaluation__success_reward": 0.5},
+        {"evaluation__temperature": 0.5},
+        {"rollout__max_tokens": 7},
+        {"teacher__path": "other"},
+        {"facts": {"rewards_hash": "b"}},
+        {"facts": {"teacher_revision": "b"}},
+    ],
+)
+def test_evaluations_of_other_settings_cannot_be_compared(changes: dict[str, Any]) -> None:
+    assert measured(**changes) != measured()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer__learning_rate": 1.0},
+        {"trainer__num_epochs": 9},
+        {"evaluation__teacher": False},
+        {"evals": [{"step": 3}]},
+        {"sampler__max_num_seqs": 7},
+        {"facts": {"versions": {"torch": "9"}}},
+    ],
+)
+def test_evaluations_that_differ_by_the_weights_can(changes: dict[str, Any]) -> None:
+    assert measured(**changes) == measured()
+
+
+def test_a_key_at_its_default_that_another_version_has_makes_no_difference() -> None:
+    older = config()
+    del older["evaluation"]["max_prompts"]
+    del older["rollout"]["top_k"]
+    assert measurement({**FACTS, "config": older}, READERS) == measured()
+    del older["rollout"]["max_tokens"]
+    assert measurement({**FACTS, "config": older}, READERS) == measured()

@@ -189,6 +189,22 @@ def test_only_what_is_always_held_makes_a_plan_hopeless(
     assert "does not fit: at most" in shown(hopeless)
 
 
+def test_transcripts_and_journal_count_on_the_disk(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(models, data={"batch_size": 2, "group_size": 3}, rollout={"max_tokens": 50})
+    assert plan.journal_bytes >= 2 * 6 * 50 * len("1234,-0.123456789012345,")
+    assert plan.transcripts_bytes >= plan.rollouts * 50 * 120
+    assert plan.disk_bytes == plan.checkpoints_bytes + plan.journal_bytes + plan.transcripts_bytes
+    usage = namedtuple("usage", "total used free")
+    free = plan.checkpoints_bytes + 10
+    monkeypatch.setattr("rnow.plan.devices.shutil.disk_usage", lambda _: usage(free, 0, free))
+    tight = plan_of(models, data={"batch_size": 2, "group_size": 3}, rollout={"max_tokens": 50})
+    assert not tight.disk_suffices
+    assert not tight.fits
+    assert "may not suffice for the longest answers" in shown(tight, 300)
+
+
 def test_a_full_disk_does_not_fit(
     models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,8 @@ def test_paths(check_golden: Any, tmp_path: Path, name: str, path: str) -> None:
         ("batch_too_large", 3, 0.0),
         ("batch_too_large_one", 1, 0.0),
         ("batch_too_large_held_out", 8, 0.5),
+        ("batch_too_large_all_held_out", 16, 0.999999),
+        ("batch_too_large_anyway", 6, 0.5),
     ],
 )
 def test_a_batch_larger_than_the_dataset(

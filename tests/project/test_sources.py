@@ -193,3 +193,81 @@ def test_a_path_the_system_refuses(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read") as caught:
         load(tmp_path, "x" * 300 + ".jsonl")
     assert caught.value.why == "File name too long"
+
+
+# --- one row, whatever the file -----------------------------------------------------------------------------------
+
+
+def calls(name: str, arguments: Any) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "c", "type": "function", "function": function}],
+    }
+
+
+def test_a_table_adds_no_keys(tmp_path: Path) -> None:
+    """Arrow gives every row the keys of all rows; the rest are null, and null is an absent key."""
+    answer = {"role": "tool", "content": "x", "tool_call_id": "c"}
+    rows = [
+        {
+            "messages": [USER, calls("weather", {"city": "Paris"}), answer, USER],
+            "variables": {"a": "1"},
+            "metadata": {"x": {"deep": 1}},
+        },
+        {
+            "messages": [USER, calls("search", {"query": "rain"}), answer, USER],
+            "variables": {"b": "2"},
+            "metadata": {"x": {"other": [2]}},
+        },
+    ]
+    write_parquet(tmp_path / "t.parquet", rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "t.jsonl").write_text(
+        lines.replace('"query": "rain"', '"query": "rain", "city": null')
+    )
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    found = [load(tmp_path, f"t.{kind}") for kind in ("jsonl", "json", "parquet")]
+    for dataset in found:
+        for prompt, row in zip(dataset.prompts, rows, strict=True):
+            assert list(prompt.messages) == row["messages"]
+            assert prompt.variables == row["variables"]
+            assert prompt.metadata == row["metadata"]
+    assert len({dataset.content_hash for dataset in found}) == 1
+
+
+def test_dates_and_decimals_are_json(tmp_path: Path) -> None:
+    from datetime import datetime
+    from decimal import Decimal
+
+    when = datetime(2024, 5, 1)  # noqa: DTZ001 - as tables hold it
+    row = {"messages": [USER], "metadata": {"when": when, "price": Decimal("1.5")}}
+    write_parquet(tmp_path / "t.parquet", [row])
+    metadata = load(tmp_path, "t.parquet").prompts[0].metadata
+    assert metadata == {"when": "2024-05-01T00:00:00", "price": 1.5}
+
+
+def test_bytes_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "t.parquet", [{"messages": [USER], "metadata": {"x": b"\x00\xff"}}])
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, "t.parquet")
+    assert caught.value.details[0].startswith("row 1: metadata.x: bytes are no JSON value")
+    assert caught.value.fix == "store text, e.g. in base64"
+
+
+def test_a_question_is_a_message_in_every_format(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "Hi"}) + "\n")
+    write_parquet(tmp_path / "t.parquet", [{"prompt": "Hi"}])
+    text, table = load(tmp_path, "t.jsonl"), load(tmp_path, "t.parquet")
+    assert text.prompts[0].messages == table.prompts[0].messages == (USER,)
+    assert text.content_hash == table.content_hash
+
+
+@pytest.mark.parametrize("arguments", ["Paris", "[1]", 3])
+def test_arguments_that_are_no_object(tmp_path: Path, arguments: Any) -> None:
+    row = {"messages": [USER, calls("weather", arguments), USER]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, "t.jsonl")
+    assert "must be an object, or JSON text of one" in caught.value.details[0]

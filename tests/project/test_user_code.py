@@ -222,7 +222,47 @@ def test_requirements_are_pointed_at(tmp_path: Path) -> None:
     (tmp_path / "requirements.txt").write_text("no_such_package_anywhere\n")
     error = refused(tmp_path, "import no_such_package_anywhere\n")
     assert error.fix is not None
-    assert "pip install -r requirements.txt" in error.fix
+    assert error.fix == f"{sys.executable} -m pip install -r {tmp_path / 'requirements.txt'}"
+
+
+@pytest.mark.parametrize(
+    ("imports", "requirements", "package"),
+    [
+        ("import no_such_package_anywhere.sub", None, "no_such_package_anywhere"),
+        ("import no_such_package_anywhere", "other==1\n# no-such-package-anywhere\n", "no_such_package_anywhere"),
+        ("raise ModuleNotFoundError('gone', name='sklearn.svm')", "sklearns", "scikit-learn"),
+        ("raise ModuleNotFoundError('gone', name='PIL')", None, "pillow"),
+        ("raise ModuleNotFoundError('gone', name='crawl4ai')", None, "'rnow-local[agents]'"),
+        ("raise ModuleNotFoundError('gone', name='yaml')", "requests\n PyYAML>=6 # config\n", None),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_named_as_pip_names_it_and_with_the_python_to_install_it_for(
+    tmp_path: Path, imports: str, requirements: str | None, package: str | None
+) -> None:
+    file = tmp_path / "requirements.txt"
+    if requirements is not None:
+        file.write_text(requirements)
+    error = refused(tmp_path, f"{imports}\n")
+    assert "which is not installed" in error.message
+    assert error.where == "rewards.py:1"
+    expected = f"-r {file}" if package is None else package
+    assert error.fix == f"{sys.executable} -m pip install {expected}"
+
+
+def test_the_fix_of_an_error_of_ours_is_not_lost(tmp_path: Path) -> None:
+    code = (
+        "from rnow.errors import InputError\n"
+        "try:\n"
+        "    raise InputError('no browser', fix='apt-get install chromium', why='none found')\n"
+        "except InputError as error:\n"
+        "    error.add_note('seen on this machine')\n"
+        "    raise\n"
+    )
+    error = refused(tmp_path, code)
+    assert error.fix == "apt-get install chromium"
+    assert error.where == "rewards.py:3"
+    assert "no browser" in (error.why or "")
+    assert "seen on this machine" in (error.why or "")
 
 
 @pytest.mark.parametrize(

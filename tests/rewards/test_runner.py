@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,9 @@ VALUES = {
     "text": "0.5", "bytes": b"1", "list": [1.0], "complex": 1j, "nan": float("nan"), "inf": float("inf"), "huge": 10**400,
     "1e308": 1e308, "-1e31": -1e31,
 }
+from rnow.errors import InputError
 ERRORS = {
+    "ours": InputError("no browser", fix="apt-get install\\nchromium"), "missing": ModuleNotFoundError("no yaml", name="yaml.x"),
     "value": ValueError("bad\\nthing"), "key": KeyError("answer"), "red": RuntimeError("\\x1b[31mred"),
     "empty": RuntimeError(), "unprintable": Unprintable(), "secret": ValueError("key sk-12345 refused"),
 }
@@ -283,9 +286,8 @@ def test_what_is_not_a_number_is_reported_and_counts_zero(
     rewards: Rewards, value: str, words: str, name: str
 ) -> None:
     result = rewards.run(asked=prompt(name, "one", metadata={"value": value}))
-    assert result == RewardResult(
-        total=1.0, breakdown={name: 0.0, "one": 1.0}, errors={name: words}
-    )
+    told = f"{words} ({rewards.functions[name].place})"
+    assert result == RewardResult(total=1.0, breakdown={name: 0.0, "one": 1.0}, errors={name: told})
 
 
 @pytest.mark.parametrize("name", ["raises", "async_raises"])
@@ -308,12 +310,23 @@ def test_what_raises_is_reported_with_its_line(
     assert result.errors[name].startswith(words)
 
 
+@pytest.mark.parametrize("name", ["raises", "async_raises"])
+def test_what_is_to_be_done_is_told_with_it(rewards: Rewards, name: str) -> None:
+    ours = rewards.run(asked=prompt(name, metadata={"error": "ours"})).errors[name]
+    assert ours.startswith("InputError: no browser (rewards.py:")
+    assert ours.endswith("); apt-get install chromium")
+    missing = rewards.run(asked=prompt(name, metadata={"error": "missing"})).errors[name]
+    assert missing.startswith("ModuleNotFoundError: no yaml (rewards.py:")
+    assert missing.endswith(f"); {sys.executable} -m pip install pyyaml")
+
+
 def test_exits_and_crashes_do_not_end_the_run(rewards: Rewards) -> None:
     result = rewards.run("sync_exit", "async_exit", "dies", "one")
     assert result.total == 1.0
     assert result.errors["sync_exit"].startswith("SystemExit: 3 (rewards.py:")
     assert result.errors["async_exit"].startswith("SystemExit: 3 (rewards.py:")
-    assert result.errors["dies"] == "its process ended (exit code 3)"
+    place = rewards.functions["dies"].place
+    assert result.errors["dies"] == f"its process ended (exit code 3) ({place})"
 
 
 def test_what_hangs_is_ended(rewards: Rewards) -> None:
@@ -321,8 +334,12 @@ def test_what_hangs_is_ended(rewards: Rewards) -> None:
     result = rewards.run("hangs", "computes", "waits", "stubborn", "one")
     assert time.monotonic() - started < 5
     assert result.total == 1.0
-    late = "took longer than 0.2 s"
-    assert result.errors == dict.fromkeys(("hangs", "computes", "waits", "stubborn"), late)
+    names = ("hangs", "computes", "waits", "stubborn")
+    places = {name: rewards.functions[name].place for name in names}
+    assert result.errors == {
+        name: f"took longer than 0.2 s ({place})" for name, place in places.items()
+    }
+    assert all(place.startswith("rewards.py:") for place in places.values())
 
 
 def test_the_decorator_wins_over_the_default_timeout(rewards: Rewards) -> None:

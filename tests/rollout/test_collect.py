@@ -199,6 +199,29 @@ def test_an_observation_that_fills_the_window_ends_the_rollout() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("reply", "steps", "changes", "status", "reason"),
+    [
+        ([4, END], [FakeStep()], {}, "completed", "answer"),
+        ([4, END], [FakeStep(end_reason="answer")], {}, "completed", "answer"),
+        ([4, END], [FakeStep(end_reason="max_turns")], {}, "completed", "max_turns"),
+        ([4] * 20, [FakeStep(end_reason="length")], {}, "truncated", "length"),
+        ([4] * 20, [FakeStep(end_reason="length")], {"window": 7}, "truncated", "window"),
+        # The answer and the window end at the same token: what cut it is the window.
+        ([4] * 20, [FakeStep()], {"window": 10}, "truncated", "window"),
+        ([4, END], [FakeStep(observation_token_ids=(7,) * 5, done=False)], {"window": 9},
+         "truncated", "window"),
+        ([4, END], [OSError("gone")], {}, "failed", "failed"),
+        ([4, END], [FakeStep()], {"timeout": 0}, "failed", "failed"),
+    ],
+)  # fmt: skip
+def test_a_rollout_says_why_it_ended(
+    reply: list[int], steps: list[Any], changes: dict[str, Any], status: str, reason: str
+) -> None:
+    rollout = one(FakeSampler([reply]), FakeEnvironment((1, 2), steps), **changes)
+    assert (rollout.status, rollout.end_reason) == (status, reason)
+
+
 @pytest.mark.parametrize("where", ["start", "step", "close", "make"])
 def test_a_broken_environment_fails_its_rollout_only(where: str) -> None:
     class Broken(FakeEnvironment):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnow.sampling.decode import uniforms
+from rnow.algorithm.head import Head
+from rnow.sampling.decode import RANDOM_BLOCK, Request, decode, draw, uniforms
+from rnow.types import SamplingParams
 
 # The first Philox4x64 block under key 12345, worked out apart from our code.
 PINNED_UNIFORMS = [
@@ -43,3 +49,28 @@ def test_neighbouring_seeds_give_unrelated_uniform_numbers() -> None:
         counts, _ = np.histogram(stream, bins=16, range=(0.0, 1.0))
         # chi-squared with 15 degrees of freedom: beyond 45 once in 10,000
         assert ((counts - 256) ** 2 / 256).sum() < 45
+
+
+def test_every_position_of_a_long_answer_has_a_number_of_its_own() -> None:
+    """A model that finds every id equally likely writes down the stream: past its first block, and beside shorter rows."""
+    ids, long, short = 97, 2 * RANDOM_BLOCK + 5, RANDOM_BLOCK + 3
+    flat = Head(weight=torch.zeros(ids, 4))
+
+    def body(input_ids: torch.Tensor, **options: Any) -> Any:
+        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 4))
+
+    body.config = None  # pyright: ignore[reportFunctionMemberAccess]
+    rows = {11: long, 12: short, 13: short, 14: long}
+    requests = [
+        Request(
+            prompt_token_ids=(1, 2),
+            params=SamplingParams(max_tokens=length, stop_token_ids=()),
+            seed=seed,
+        )
+        for seed, length in rows.items()
+    ]
+    drawn = decode(body, flat, requests, device=torch.device("cpu"), poll=lambda: None)
+    for (seed, length), row in zip(rows.items(), drawn, strict=True):
+        stream = torch.from_numpy(uniforms(seed, 0, length))
+        expected, _ = draw(torch.zeros(length, ids), requests[0].params, stream)
+        assert row.token_ids == tuple(expected.tolist())

@@ -24,6 +24,7 @@ from rnow.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, StopReques
 from rnow.setup import models
 from rnow.setup import rehearse as rehearse_module
 from rnow.setup.rehearse import Rehearsal, rehearse
+from rnow.types import Prompt, Rollout, RolloutGroup
 
 MakeModel = Callable[..., Path]
 FIELDS = {
@@ -154,17 +155,53 @@ def test_verbose_shows_whole_conversations_as_text(project: Project) -> None:
     assert "assistant #1: " in output
 
 
+def test_a_long_text_is_shown_at_once_and_shortened_visibly(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 kB is what a tool may return: rich's highlighter takes minutes for it."""
+    word, times = "https://example.org/a?b=[1] 0x1f 'x' ", 7000
+    parts = [{"type": "text", "text": "asked in "}, {"type": "text", "text": "parts"}]
+    prompt = Prompt(id="d/0", dataset="d", row=0, messages=({"role": "user", "content": parts},))
+    rollout = Rollout(
+        prompt_id="d/0",
+        index=0,
+        turns=(),
+        messages=(
+            {"role": "tool", "name": "browse", "content": word * times},
+            {"role": "assistant", "content": word * times},
+        ),
+        status="completed",
+        end_reason="answer",
+    )
+
+    async def sampled(*arguments: Any) -> Any:
+        return [RolloutGroup(prompt=prompt, rollouts=(rollout,))], {}
+
+    monkeypatch.setattr(rehearse_module, "_sample", sampled)
+    began = time.monotonic()
+    _, output = rehearsed(project, limit=1, verbose=True)
+    assert time.monotonic() - began < 20
+    left_out = len(word) * times - rehearse_module.SHOWN
+    assert " ".join(output.split()).count(f"[... {left_out:,} more characters]") == 2
+    assert output.count("asked in parts") == 2
+    assert len(samples(project)["rollout_0/sample_0.json"]["completion"]) == len(word) * times
+
+
 def test_a_reward_that_fails_is_written_and_shown(project: Project) -> None:
     rewards = (
         "from rnow.core import reward\n@reward\ndef short(args, messages):\n    return 1 / 0\n"
     )
     (project.folder / "rewards.py").write_text(rewards)
-    _, output = rehearsed(project, limit=1, verbose=True)
+    done, output = rehearsed(project, limit=1, verbose=True)
     for sample in samples(project).values():
         (error,) = sample["errors"]
-        assert error.startswith("short: ZeroDivisionError")
+        assert error == "short: ZeroDivisionError: division by zero (rewards.py:4)"
         assert (sample["total_reward"], sample["success"]) == (0.0, False)
     assert "reward short: ZeroDivisionError" in output
+    assert done.problem is not None
+    assert done.problem.details == (
+        'reward "short" fails: ZeroDivisionError: division by zero (rewards.py:4), in 2 of 2 rollouts',
+    )
 
 
 # ---- secrets -------------------------------------------------------------------------------------------------------
@@ -370,3 +407,20 @@ def test_the_real_program_stops_with_130(project: Project) -> None:
     assert process.returncode == EXIT_INTERRUPTED, output
     assert "Traceback" not in output
     assert not (project.folder / "rollouts").exists()
+
+
+@pytest.mark.usefixtures("no_models")
+@pytest.mark.parametrize("place", ["", "rollouts", "rollouts/rollout_0"])
+def test_a_read_only_place_is_told_before_anything_is_sampled(
+    project: Project, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    path = project.folder / place
+    if place:
+        (project.folder / "rollouts" / "rollout_0").mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda at, mode, **more: Path(at) != path and access(at, mode, **more)
+    )
+    with pytest.raises(InputError, match="cannot write to rollouts") as caught:
+        rehearse(project.config(), folder=project.folder, limit=1)
+    assert caught.value.exit_code == EXIT_BAD_INPUT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from rnow.errors import (
     StopRequested,
     TemporaryError,
 )
+from rnow.plan import changes
 from rnow.sampling.transformers import TransformersSampler
 from rnow.setup.build import run
 
@@ -292,6 +294,32 @@ def test_more_epochs_go_on(project: Project, whole: Project) -> None:
         ("before", 0), ("often", 2), ("after", 3), ("often", 4), ("often", 6), ("after", 6),
     ]  # fmt: skip
     assert summary.values["evaluation"]["after"]["step"] == 6
+    assert summary.values["evaluation"]["before"]["step"] == 0
+
+
+def test_evaluations_of_other_settings_are_not_compared(project: Project) -> None:
+    shorter = {**SIX_STEPS, "trainer": SIX_STEPS["trainer"] | {"num_epochs": 1}}
+    run(project.config(**shorter), folder=project.folder)
+    first = project.evaluations
+    watcher = Watcher()
+    other = {**SIX_STEPS, "evaluation": SIX_STEPS["evaluation"] | {"success_reward": 0.5}}
+    summary = run(project.config(**other), folder=project.folder, display=watcher)
+    told = [note for note in watcher.notes if "warning" in note]
+    assert told == [
+        "warning: changed since the checkpoint, for evaluations from here on: "
+        "evaluation.success_reward: 1.0 -> 0.5",
+        "warning: evaluated with other settings than those of now, and left out of every comparison: "
+        "before (step 0), often (step 2), after (step 3)",
+    ]
+    assert summary.values["evaluation"]["before"] is None
+    assert summary.values["evaluation"]["after"]["step"] == 6
+    assert project.evaluations[: len(first)] == first, "they are kept"
+    assert [line.partition(":")[0] for line in watcher.lines[1:3]] == ["prompt", "after"]
+    # Finished: now they would only be relabelled.
+    again = {**SIX_STEPS, "evaluation": SIX_STEPS["evaluation"] | {"success_reward": 0.75}}
+    with pytest.raises(ConfigError, match="this run is finished") as caught:
+        run(project.config(**again), folder=project.folder)
+    assert caught.value.details == ("evaluation.success_reward: 0.5 -> 0.75",)
 
 
 def test_fewer_epochs_do_not_claim_to_have_trained_less(project: Project) -> None:
@@ -534,3 +562,247 @@ def test_a_finished_run_is_not_relabelled(project: Project, sections: dict[str, 
     more = {"trainer": {"max_steps": 2} | sections.get("trainer", {})}
     summary = run(project.config(**(sections | more)), folder=project.folder)
     assert summary.values["steps"] == 2, "to train on under new settings is another matter"
+
+
+# ---- finished, and asked again --------------------------------------------------------------------------------------
+
+
+def told(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture
+def finished(whole: Project, tmp_path: Path) -> Project:
+    """A copy of the whole run, to be spoilt."""
+    project = Project(tmp_path / "project", whole.make_model)
+    shutil.copytree(whole.run_dir, project.run_dir)
+    return project
+
+
+def test_fewer_steps_leave_a_finished_run_alone(finished: Project) -> None:
+    before = told(finished.run_dir)
+    watcher = Watcher()
+    short = {**SIX_STEPS, "trainer": SIX_STEPS["trainer"] | {"max_steps": 2}}
+    summary = run(finished.config(**short), folder=finished.folder, display=watcher)
+    assert summary.values["steps"] == 6
+    assert any("finished already after 6 steps" in note for note in watcher.notes)
+    assert told(finished.run_dir) == before
+    assert "loading the student" not in watcher.stages
+
+
+def test_a_lost_adapter_is_written_anew(finished: Project, whole: Project) -> None:
+    shutil.rmtree(finished.run_dir / "adapter")
+    run(finished.config(**SIX_STEPS), folder=finished.folder)
+    assert_same_run(finished, whole)
+    assert (finished.run_dir / "adapter" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("content", [b'{"steps": "six"}', b"[]", b"\xff", b"[" * 100_000])
+def test_a_damaged_summary_is_written_anew(
+    finished: Project, whole: Project, content: bytes
+) -> None:
+    (finished.run_dir / "summary.json").write_bytes(content)
+    run(finished.config(**SIX_STEPS), folder=finished.folder)
+    assert json.loads((finished.run_dir / "summary.json").read_text())["steps"] == 6
+    assert_same_run(finished, whole)
+
+
+def test_a_change_that_no_key_shows_is_no_other_label_either(finished: Project) -> None:
+    """The reward is another, the adapter is not: to say \"finished\" would be to say it of the new reward."""
+    rewards = finished.folder / "rewards.py"
+    rewards.write_text(rewards.read_text() + "\n")
+    before = told(finished.run_dir)
+    with pytest.raises(ConfigError, match="this run is finished") as caught:
+        run(finished.config(**SIX_STEPS), folder=finished.folder)
+    assert caught.value.details == ("rewards.py changed",)
+    assert told(finished.run_dir) == before
+
+
+def test_a_name_is_offered_for_the_changed_keys(finished: Project) -> None:
+    sections = {**SIX_STEPS, "trainer": SIX_STEPS["trainer"] | {"learning_rate": 2e-5}}
+    with pytest.raises(ConfigError) as caught:
+        run(finished.config(**sections), folder=finished.folder)
+    assert "-n 'tiny-{trainer.learning_rate}'" in str(caught.value.fix)
+    named = finished.config(
+        **{**sections, "trainer": {**sections["trainer"], "max_steps": 1}},
+        model={"name": "tiny-{trainer.learning_rate}"},
+    )
+    summary = run(named, folder=finished.folder)
+    assert str(summary.values["run_dir"]).endswith("runs/tiny-2e-5")
+
+
+def test_an_interrupted_fresh_run_is_continued_by_its_name(finished: Project) -> None:
+    before = told(finished.run_dir)
+    watcher = Watcher().at("update", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(StopRequested) as caught:
+        run(finished.config(**SIX_STEPS), folder=finished.folder, fresh=True, display=watcher)
+    assert "a new run: tiny-2" in watcher.notes
+    assert "with -n tiny-2 instead of --fresh" in str(caught.value.fix)
+    again = Watcher()
+    config = finished.config(**SIX_STEPS, model={"name": "tiny-2"})
+    summary = run(config, folder=finished.folder, display=again)
+    assert any("continuing after step 2" in note for note in again.notes)
+    assert str(summary.values["run_dir"]).endswith("runs/tiny-2")
+    assert told(finished.run_dir) == before
+
+
+# ---- what is not there, or not ours ---------------------------------------------------------------------------------
+
+
+def test_lost_checkpoints_of_an_unfinished_run_are_told(stopped: Project) -> None:
+    shutil.rmtree(stopped.run_dir / "checkpoints")
+    before = told(stopped.run_dir)
+    for _ in range(2):
+        with pytest.raises(InputError, match="its checkpoints are gone") as caught:
+            run(stopped.config(**SIX_STEPS), folder=stopped.folder)
+        assert "--fresh" in caught.value.render()
+    assert told(stopped.run_dir) == before
+
+
+def test_to_begin_again_is_told_where_nothing_was_saved(project: Project) -> None:
+    config = project.config(trainer={"max_steps": 3})
+    with pytest.raises(Killed):
+        run(config, folder=project.folder, display=Watcher().at("update", 3, die))
+    watcher = Watcher()
+    run(config, folder=project.folder, display=watcher)
+    assert any("writes its first 2 steps anew" in note for note in watcher.notes)
+
+
+def test_a_checkpoint_of_another_run_is_not_continued_from(stopped: Project) -> None:
+    folder = stopped.run_dir / "checkpoints" / "step-000002"
+    other = stopped.config(**SIX_STEPS, model={"name": "other"}, seed=1)
+    with pytest.raises(Killed):
+        run(other, folder=stopped.folder, display=Watcher().at("update", 5, die))
+    foreign = stopped.folder / "runs" / "other" / "checkpoints" / "step-000004"
+    shutil.copytree(foreign, folder.with_name("step-000004"))
+    watcher = Watcher()
+    run(stopped.config(**SIX_STEPS), folder=stopped.folder, display=watcher)
+    assert any("it is of another run" in note for note in watcher.notes)
+    assert any("continuing after step 2" in note for note in watcher.notes)
+
+
+def test_runs_of_earlier_versions_are_continued(stopped: Project, whole: Project) -> None:
+    """Neither run.json nor a checkpoint says which run it is, nor what was not kept then."""
+    new = (*changes.ADDED, "run", "name", "saved")
+    for path in (*stopped.run_dir.glob("checkpoints/*/state.json"), stopped.run_dir / "run.json"):
+        kept = {k: v for k, v in json.loads(path.read_text()).items() if k not in new}
+        path.write_text(json.dumps(kept))
+    for path in stopped.run_dir.glob("checkpoints/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["run"]
+        state = path.with_name("state.json").read_bytes()
+        manifest["files"]["state.json"] = {
+            "size": len(state), "sha256": hashlib.sha256(state).hexdigest(),
+        }  # fmt: skip
+        path.write_text(json.dumps(manifest))
+    watcher = Watcher()
+    run(stopped.config(**SIX_STEPS), folder=stopped.folder, display=watcher)
+    assert not [note for note in watcher.notes if "changed since" in note]
+    assert_same_run(stopped, whole)
+
+
+def test_lines_that_are_lost_are_told(stopped: Project) -> None:
+    metrics = stopped.run_dir / "metrics.jsonl"
+    first, second = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(first[:20] + second)
+    (stopped.run_dir / "evaluations.jsonl").write_bytes(b"\xff\xfe\n[1]\n")
+    watcher = Watcher()
+    run(stopped.config(**SIX_STEPS), folder=stopped.folder, display=watcher)
+    found = " ".join(watcher.notes)
+    assert "metrics.jsonl lacks earlier steps (1, 2)" in found
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (stopped.run_dir / f"damaged-{name}").exists()
+        assert f"{name} has lines that cannot be read" in found
+    assert [row["step"] for row in stopped.numbers] == [3, 4, 5, 6]
+
+
+# ---- what the models are --------------------------------------------------------------------------------------------
+
+
+def own_models(project: Project) -> Project:
+    """Models of the project's own, which a test may change."""
+    for name in ("student", "teacher"):
+        copy = shutil.copytree(getattr(project, name), project.folder / name)
+        setattr(project, name, copy)
+    return project
+
+
+def copy_weights(folder: Path, other: Path) -> None:
+    shutil.copy(other / "model.safetensors", folder)
+
+
+def change_json(name: str, **values: Any) -> Callable[[Path, Path], None]:
+    def change(folder: Path, other: Path) -> None:
+        old = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(old | values))
+
+    return change
+
+
+def touch(folder: Path, other: Path) -> None:
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+
+
+MODELS = [
+    ("teacher", copy_weights, "the teacher's weights changed"),
+    ("teacher", change_json("config.json", rms_norm_eps=0.1), "the teacher's config.json changed"),
+    ("student", change_json("config.json", rms_norm_eps=0.1), "the student's config.json changed"),
+    ("teacher", change_json("generation_config.json", eos_token_id=[2, 7]), "what ends an answer"),
+    ("student", change_json("generation_config.json", eos_token_id=[2, 7]), "what ends an answer"),
+    ("student", change_json("config.json", transformers_version="9"), None),
+    ("teacher", touch, None),
+]
+
+
+@pytest.mark.parametrize(("role", "change", "words"), MODELS)
+def test_models_that_changed_are_noticed(
+    project: Project, role: str, change: Callable[[Path, Path], None], words: str | None
+) -> None:
+    own_models(project)
+    config = project.config(trainer={"max_steps": 1, "save_step": 1})
+    run(config, folder=project.folder)
+    other = project.make_model(seed=5, num_hidden_layers=1, vocab_size=104)
+    change(getattr(project, role), other)
+    if words is None:
+        run(config, folder=project.folder)
+        return
+    with pytest.raises(ConfigError, match="this run is finished") as caught:
+        run(config, folder=project.folder)
+    assert any(words in line for line in caught.value.details), caught.value.details
+
+
+def test_a_replaced_teacher_is_told_when_the_run_goes_on(project: Project) -> None:
+    own_models(project)
+    run(project.config(trainer={"max_steps": 1}), folder=project.folder)
+    copy_weights(project.teacher, project.make_model(seed=5, num_hidden_layers=1, vocab_size=104))
+    watcher = Watcher()
+    run(project.config(trainer={"max_steps": 2}), folder=project.folder, display=watcher)
+    assert any("the teacher's weights changed" in note for note in watcher.notes)
+
+
+def test_a_module_that_rewards_import_is_part_of_them(project: Project) -> None:
+    rewards = project.folder / "rewards.py"
+    rewards.write_text("import helper\n" + rewards.read_text())
+    (project.folder / "helper.py").write_text("SCALE = 8\n")
+    run(project.config(trainer={"max_steps": 1}), folder=project.folder)
+    (project.folder / "helper.py").write_text("SCALE = 9\n")
+    watcher = Watcher()
+    run(project.config(trainer={"max_steps": 2}), folder=project.folder, display=watcher)
+    assert any("what rewards.py imports changed: helper.py" in note for note in watcher.notes)
+
+
+def test_another_number_of_threads_is_told(project: Project) -> None:
+    run(project.config(trainer={"max_steps": 1}), folder=project.folder)
+    watcher = Watcher()
+    torch.set_num_threads(2)
+    try:
+        run(project.config(trainer={"max_steps": 2}), folder=project.folder, display=watcher)
+    finally:
+        torch.set_num_threads(1)
+    assert any("the number of CPU threads changed: 1 -> 2" in note for note in watcher.notes)

@@ -37,7 +37,7 @@ from rnow.errors import (
     TemporaryError,
 )
 from rnow.sampling import transformers as transformers_sampler
-from rnow.setup.build import run
+from rnow.setup.build import check, run
 from rnow.teacher.transformers import TransformersTeacher
 
 MakeModel = Callable[..., Path]
@@ -271,6 +271,67 @@ def test_a_full_disk_for_the_journal_is_survived(
     refused = fill_the_disk(monkeypatch, lambda path: "journal" in path.parts)
     assert run(project.config(), folder=project.folder).values["steps"] == 4
     assert refused
+
+
+def replace_by_a_folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def replace_by_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [("transcripts", replace_by_a_file), ("metrics.jsonl", replace_by_a_folder)],
+)
+def test_what_becomes_unwritable_in_mid_run_is_temporary(
+    project: Project, name: str, spoil: Callable[[Path], None]
+) -> None:
+    """And the next start says what is in the way before it loads anything; put right, the run goes on."""
+    path = project.run_dir / name
+    watcher = Watcher().at("update", 3, lambda: spoil(path))
+    with pytest.raises(TemporaryError) as caught:
+        run(project.config(), folder=project.folder, display=watcher)
+    assert name in str(caught.value.where)
+    again = Watcher()
+    with pytest.raises(InputError, match="cannot write to the run folder") as refused:
+        run(project.config(), folder=project.folder, display=again)
+    assert str(path) in str(refused.value.where)
+    assert "loading the student" not in again.stages
+    path.unlink() if path.is_file() else path.rmdir()
+    assert run(project.config(), folder=project.folder).values["steps"] == 4
+
+
+@pytest.mark.parametrize("what", ["project", "run"])
+def test_a_folder_that_is_deleted_under_the_run(project: Project, what: str) -> None:
+    folder = project.folder if what == "project" else project.run_dir
+    watcher = Watcher().at("update", 3, lambda: shutil.rmtree(folder))
+    with pytest.raises(TemporaryError, match="the run folder is gone"):
+        run(project.config(), folder=project.folder, display=watcher)
+    assert not folder.exists(), "it is not made again"
+
+
+def test_a_file_that_may_not_grow_is_temporary(project: Project) -> None:
+    """ulimit -f: the kernel refuses the write with EFBIG."""
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    program = (
+        f"{limited}import sys\nsys.argv = ['rnow', 'run']\nfrom rnow.__main__ import main\nmain()"
+    )
+    process = start(project, program=("-c", program), trainer={"save_step": 1, "max_steps": 2})
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_TEMPORARY, output
+    assert "Traceback" not in output
+    assert "File too large" in output
+
+
+@pytest.mark.parametrize("value", ["a\0b", "x" * 300, "x/" * 3000])
+def test_check_refuses_an_output_folder_that_cannot_be(project: Project, value: str) -> None:
+    for refuse in (check, run):
+        with pytest.raises(InputError, match="cannot write to the run folder"):
+            refuse(project.config(output_dir=value), folder=project.folder)
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------

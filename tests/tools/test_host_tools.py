@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def look(args: ToolArgs, n: int = 0) -> str:
     return f"{args.metadata['answer']} {args.variables['n']} {n}"
 
 @tool
+def needs() -> str:
+    """Imports what is not there."""
+    import yaml_that_is_not_there
+
+@tool
 def big() -> str:
     """Says a lot."""
     return "x" * 10_000_000
@@ -67,7 +73,7 @@ def test_functions_are_tools(host: CodeHost) -> None:
 def test_limits_rows_and_two_loops(host: CodeHost) -> None:
     async def body() -> None:
         async with Toolbox(sources=[HostTools(host, 30.0)]) as toolbox:
-            assert toolbox.names == ("act", "wait", "look", "big")
+            assert toolbox.names == ("act", "wait", "look", "needs", "big")
             slow = await run(toolbox, "wait")
             assert slow.content == "Error: took longer than 0.5 s"
             assert (await run(toolbox, "look", n="7")).content == "é 1 7"
@@ -119,5 +125,21 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
     async def body() -> None:
         with pytest.raises(InputError, match="nothing_like_this"):
             await Toolbox(sources=[HostTools(CodeHost(file, "tools"), 5.0)]).open()
+
+    asyncio.run(body())
+
+
+def test_what_to_install_is_for_the_transcript_and_not_for_the_student(host: CodeHost) -> None:
+    async def body() -> None:
+        async with Toolbox(sources=[HostTools(host, 5.0)]) as toolbox:
+            result = await run(toolbox, "needs")
+        assert result.failed
+        assert result.content == (
+            "Error: ModuleNotFoundError: No module named 'yaml_that_is_not_there'"
+        )
+        assert result.detail is not None
+        assert "Traceback" in result.detail
+        fix = f"fix: {sys.executable} -m pip install yaml_that_is_not_there"
+        assert result.detail.endswith(fix)
 
     asyncio.run(body())

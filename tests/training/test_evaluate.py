@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.fakes import FakeEnvironment, FakeRewarder, FakeSampler, FakeTeacher
 
+from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
 from rnow.training.evaluations import Evaluator, pass_at_k
 from rnow.training.residency import Residency
@@ -40,6 +41,7 @@ def evaluate(
         "environments": lambda prompt, index: FakeEnvironment((1, 2)),
         "settings": SETTINGS,
         "rewarder": rewarder,
+        "reward_watch": RewardWatch(pytest.fail, teaching=False),
         "success_reward": 1.0,
     }
     evaluator = Evaluator(**fields | changes)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.rollouts import read_transcripts
-from tests.setup.projects import Project, Watcher
+from tests.setup.projects import Project, Watcher, read_jsonl
 
 from rnow.config import Config, to_dict
 from rnow.models import loading
@@ -54,7 +54,7 @@ def test_it_finishes(summary: RunSummary, project: Project) -> None:
 def test_the_files_of_a_run(summary: RunSummary, project: Project) -> None:
     names = {path.name for path in project.run_dir.iterdir()}
     assert names == {
-        ".lock", "adapter", "checkpoints", "config.yml", "evaluations.jsonl", "journal",
+        ".lock", "adapter", "answers", "checkpoints", "config.yml", "evaluations.jsonl", "journal",
         "metrics.jsonl", "run.json", "summary.json", "transcripts",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (project.run_dir / "checkpoints").iterdir())
@@ -109,6 +109,32 @@ def test_sampler_and_trainer_agree(summary: RunSummary, project: Project, watche
 def test_evaluations_come_before_during_and_after(summary: RunSummary, project: Project) -> None:
     found = [(row["name"], row["step"]) for row in project.evaluations]
     assert found == [("before", 0), ("teacher", 0), ("often", 2), ("after", 3)]
+
+
+def test_held_out_answers_are_kept_and_three_are_shown(
+    summary: RunSummary, project: Project, watcher: Watcher
+) -> None:
+    kept = {
+        name: read_jsonl(project.run_dir / "answers" / f"{name}.jsonl")
+        for name in ("before", "after", "teacher")
+    }
+    assert {path.name for path in (project.run_dir / "answers").iterdir()} == {
+        f"{name}.jsonl" for name in kept
+    }
+    for name, rows in kept.items():
+        assert {row["step"] for row in rows} == {3 if name == "after" else 0}
+        assert len(rows) == 4 * 4, "every sample of every prompt"
+    title, *lines = watcher.lines[: watcher.lines.index(f"adapter: {project.run_dir / 'adapter'}")]
+    assert title.startswith("held-out answers, 3 of 4 prompts")
+    assert str(project.run_dir / "answers") in title
+    for number in range(3):
+        shown = dict(line.split(": ", 1) for line in lines[4 * number : 4 * number + 4])
+        assert list(shown) == ["prompt", "before", "after", "teacher"]
+        first = {name: rows[4 * number] for name, rows in kept.items()}
+        assert shown["prompt"] == first["after"]["messages"][-1]["content"]
+        for name, row in first.items():
+            assert shown[name] == " ".join(row["answer"][-1]["content"].split()) or "(nothing)"
+    assert len(lines) == 12
 
 
 def test_transcripts_say_what_the_metrics_say(summary: RunSummary, project: Project) -> None:

@@ -79,20 +79,20 @@ def test_trouble_with_the_tools_is_told_when_most_calls_fail() -> None:
     assert tool_trouble([]) is None
 
 
-def test_a_reward_that_failed_is_counted_and_in_no_mean() -> None:
-    group = RolloutGroup(prompt=PROMPT, rollouts=tuple(rollout(SAYS, index=i) for i in range(4)))
-    results = [
-        RewardResult(total=3.0, breakdown={"a": 1.0, "b": 2.0}),
-        RewardResult(total=2.0, breakdown={"a": 0.0, "b": 2.0}, errors={"a": "ValueError"}),
-        RewardResult(total=0.0, breakdown={"a": 0.0, "b": 0.0}, errors={"a": "x", "b": "x"}),
-        RewardResult(total=1.0, breakdown={"a": 1.0, "b": 0.0}),
-    ]
-    rewards = {r.id: result for r, result in zip(group.rollouts, results, strict=True)}
-    assert reward_metrics([group], rewards) == {
-        "reward/mean": 2.0,
-        "reward/a": 1.0,
-        "reward/b": pytest.approx(4 / 3),
-        "reward/failure_fraction": 0.5,
+def test_each_reward_has_the_share_of_its_calls_that_failed() -> None:
+    group = RolloutGroup(prompt=PROMPT, rollouts=tuple(rollout(SAYS, index=n) for n in range(4)))
+    lost = rollout(SAYS, index=4, status="failed", end_reason="failed")
+    others = RolloutGroup(prompt=PROMPT, rollouts=(lost,))
+    both, broke = {"style": 1.0, "right": 0.0}, {"right": "KeyError"}
+    rewards = {
+        "dataset_0/0#0": RewardResult(total=1.0, breakdown=both),
+        "dataset_0/0#1": RewardResult(total=1.0, breakdown=both, errors=broke),
+        "dataset_0/0#2": RewardResult(total=1.0, breakdown=both, errors=broke),
+        "dataset_0/0#3": RewardResult(total=0.0, breakdown={"right": 0.0}, errors=broke),
+        "dataset_0/0#4": RewardResult(total=0.0, errors={"rollout": "gone"}),
     }
-    failed = dict.fromkeys(rewards, results[2])
-    assert reward_metrics([group], failed) == {"reward/failure_fraction": 1.0}
+    metrics = reward_metrics([group, others], rewards)
+    assert metrics["reward_failures/style"] == 0.0
+    assert metrics["reward_failures/right"] == pytest.approx(3 / 4)
+    assert metrics["reward/failure_fraction"] == pytest.approx(3 / 4)
+    assert "reward_failures/rollout" not in metrics

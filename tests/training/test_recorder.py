@@ -12,6 +12,7 @@ import torch
 from tests.fakes import FakeSink
 
 from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample, UpdateResult
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import JsonlSink
 from rnow.disk.transcripts import TranscriptWriter
@@ -47,6 +48,7 @@ class Desk:
             transcripts=TranscriptWriter(
                 self.folder.transcripts, decode=str, redact=lambda text: text
             ),
+            answers=AnswerFiles(self.folder.answers, redact=lambda text: text),
             sinks=[
                 JsonlSink(self.folder.metrics, self.folder.evaluations, warn=pytest.fail),
                 self.sink,
@@ -100,6 +102,7 @@ def test_a_step_is_written_everywhere(desk: Desk) -> None:
     assert row["loss"] == 0.5
     assert row["reward/mean"] == 0.5
     assert row["reward/accuracy"] == 0.5
+    assert row["reward_failures/accuracy"] == 0.0
     assert row["reward/failure_fraction"] == 0.5, "a failed rollout counts for nothing here"
     assert row["tokens/prompt"] == 6.0, "a failed rollout counts for nothing"
     assert row["tokens/completion"] == 4.0
@@ -140,6 +143,7 @@ def test_the_checkpoint_that_is_named_is_one_known_to_be_good(desk: Desk) -> Non
 
 
 def judged_data(*logprobs: float) -> StepData:
+    """One rollout that is judged well, and one with these log-probabilities."""
     sample = Sample(
         id="dataset_0/0#0",
         dataset="dataset_0",
@@ -147,9 +151,15 @@ def judged_data(*logprobs: float) -> StepData:
         loss_mask=(False, False, False, True, True),
         sampler_logprobs=(0.0, 0.0, 0.0, -0.1, -0.2),
     )
-    evidence = SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, 0.0, *logprobs]))
-    training = TrainingSample(sample=sample, reward_advantage=0.0, evidence=evidence)
-    return replace(step_data(), training=(training,), rewards={})
+    training = [
+        TrainingSample(
+            sample=sample,
+            reward_advantage=0.0,
+            evidence=SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, 0.0, *values])),
+        )
+        for values in ((-0.5, -0.7), logprobs)
+    ]
+    return replace(step_data(), training=training, rewards={})
 
 
 @pytest.mark.parametrize("logprob", [float("nan"), float("-inf")])
@@ -160,7 +170,7 @@ def test_a_teacher_that_answers_nonsense_is_no_divergence(desk: Desk, logprob: f
     with pytest.raises(RnowError, match="3 steps in a row") as caught:
         desk.record(3, data, skipped=NON_FINITE)
     assert caught.value.title == "Unusable teacher"
-    assert "of 1 of 1 rollouts" in caught.value.render()
+    assert "of 1 of 2 rollouts" in caught.value.render()
     assert "learning_rate" not in caught.value.render()
 
 

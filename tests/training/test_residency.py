@@ -13,6 +13,7 @@ from tests.fakes import FakeEnvironment, FakePolicy, FakeRewarder, FakeSampler, 
 from tests.setup.projects import Project
 
 from rnow.errors import EXIT_TEMPORARY, ConfigError, TemporaryError
+from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
 from rnow.setup.build import run
 from rnow.training.evaluations import Evaluations, Evaluator, Scheduled
@@ -208,6 +209,7 @@ class Watched:
         self.clock: StageClock | None = None
         self.times: dict[int, dict[str, float]] = {}
         self.rows: list[dict[str, Any]] = []
+        self.answered: list[str] = []
         self.sampler = FakeSampler([[4, END]])
         self.answering = FakeSampler([[5, END]])
         self.teacher = FakeTeacher()
@@ -249,6 +251,7 @@ class Watched:
         recorder: Any = SimpleNamespace(
             clock=self.make_clock, record=self.record, evaluated=self.evaluated,
             evaluations=lambda: self.rows, stage=lambda name: None, end_if_idle=lambda: None,
+            answered=lambda name, step, groups, rewards: self.answered.append(name),
         )  # fmt: skip
         saver: Any = SimpleNamespace(
             save=self.save,
@@ -261,6 +264,7 @@ class Watched:
             environments=lambda *_: FakeEnvironment((1, 2)),
             settings=SETTINGS,
             rewarder=FakeRewarder(),
+            reward_watch=RewardWatch(pytest.fail, teaching=True),
             success_reward=1.0,
         )
         return Parts(
@@ -274,6 +278,7 @@ class Watched:
                     journal=lambda step: None,
                     sampler=self.sampler,
                     rewarder=FakeRewarder(),
+                    reward_watch=RewardWatch(pytest.fail, teaching=True),
                     teacher=self.teacher,
                     gpu=self.card.gpu,
                 ),

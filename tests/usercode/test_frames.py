@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -80,7 +81,7 @@ def outcome_of(body: bytes, hidden_in_value: Mapping[str, str] | None = None) ->
     return read_outcome(
         body,
         timeout=1,
-        file="tools.py",
+        file=Path("tools.py"),
         hidden={},
         hidden_in_value=hidden_in_value or {},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rnow.errors import RnowError
+from rnow.errors import InputError, RnowError
 
 if TYPE_CHECKING:
     from rnow.config import LoadedConfig
@@ -36,7 +37,15 @@ BatchSize = Annotated[
 LearningRate = Annotated[
     str | None, typer.Option("--lr", help="Sets trainer.learning_rate.", metavar="RATE")
 ]
-Name = Annotated[str | None, typer.Option("--name", "-n", help="Sets model.name.", metavar="NAME")]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        "-n",
+        help="Name of the run (model.name), e.g. 'lr-{trainer.learning_rate}'.",
+        metavar="NAME",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
 
 _KEY = re.compile(r"([a-z_]+)\.[a-z_0-9]+([.\[][a-z_0-9.\[\]]*)?")
@@ -56,6 +65,9 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     from rnow.cli.output import print_note, print_warning
     from rnow.config import SHORTHANDS, load_config
 
+    if (name := flags.get("name")) is not None:
+        _check_name(name, overrides or ())
+        flags["name"] = json.dumps(name, ensure_ascii=False)  # in quotes it is text: null, [a]
     settings = [f"{SHORTHANDS[name]}={value}" for name, value in flags.items() if value is not None]
     loaded = load_config(folder, [*settings, *(overrides or [])])
     for line in loaded.warnings:
@@ -63,6 +75,18 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     for line in loaded.changes:
         print_note(line)
     return loaded
+
+
+def _check_name(name: str, overrides: Sequence[str]) -> None:
+    if not name.strip():
+        raise InputError("-n has no name", fix="write a name after it, or leave -n out")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals and key.strip() == "model.name" and value != name:
+            # An override wins over a flag. Here that would continue, or begin, another run than the one named.
+            raise InputError(
+                f"the run is named twice: -n {name} and {override}", fix="leave one of them out"
+            )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rnow.cli.options import Folder, Model, Overrides, load, placed
+from rnow.cli.options import Folder, Overrides, load, placed
 from rnow.errors import InputError
 
 DEFAULT_PROMPTS = 4
@@ -25,7 +25,15 @@ def rehearse_rollouts(
         typer.Option("-e", "--entries", help="Rows of the training file, from 0.", metavar="0,2,5"),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every row.")] = False,
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Sets model.path; a run (runs/NAME) or its adapter is the student trained there.",
+            metavar="PATH",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show whole conversations.")
     ] = False,
@@ -41,7 +49,7 @@ def rehearse_rollouts(
 
     limit = None if every or chosen is not None else count or DEFAULT_PROMPTS
     with placed(loaded):
-        rehearse(
+        done = rehearse(
             loaded.config,
             folder=folder,
             limit=limit,
@@ -49,6 +57,8 @@ def rehearse_rollouts(
             verbose=verbose,
             console=console(),
         )
+        if done.problem is not None:
+            raise done.problem
 
 
 def parse_rows(text: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """config.yml -> Config: strict types, overrides, suggestions, each fault at its line. No torch."""
 
 from rnow.config.load import Config, LoadedConfig, find_config_file, load_config
+from rnow.config.names import fill_name
 from rnow.config.output import config_hash, to_dict, to_yaml
 from rnow.config.overrides import SHORTHANDS
 from rnow.config.reserved import refuse_reserved
@@ -32,6 +33,7 @@ __all__ = [
     "TeacherSection",
     "TrainerSection",
     "config_hash",
+    "fill_name",
     "find_config_file",
     "load_config",
     "refuse_reserved",

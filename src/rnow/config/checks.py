@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rnow.config.problems import Problem
+from pydantic import BaseModel
+
+from rnow.config.names import name_problems
+from rnow.config.problems import KeyPath, Problem
 
 if TYPE_CHECKING:
     from rnow.config.schema import Schema
 
+MAX_COUNT = 2**63
 RESERVED_DATASETS = frozenset({"k3"})
 RESERVED_EVALS = frozenset({"before", "after", "teacher"})
 
 
 def find_contradictions(config: Schema) -> Iterator[Problem]:
     """Every pair of settings that cannot go together."""
+    yield from name_problems(config)
+    yield from _too_large(config, ())
     yield from _without_its_teacher(config)
     yield from _without_signal(config)
     yield from _truncated(config)
@@ -103,3 +109,17 @@ def _names_taken(config: Schema) -> Iterator[Problem]:
                 message=f"the evaluation name {name} {why}",
                 hint="choose another name",
             )
+
+
+def _too_large(values: object, path: KeyPath) -> Iterator[Problem]:
+    """Whole numbers that no counter of the program holds: YAML has no limit, and Python none before floats."""
+    if isinstance(values, BaseModel):
+        for name in type(values).model_fields:
+            yield from _too_large(getattr(values, name), (*path, name))
+    elif isinstance(values, tuple):
+        for index, item in enumerate(values):
+            yield from _too_large(item, (*path, index))
+    elif isinstance(values, int) and abs(values) >= MAX_COUNT:
+        yield Problem(
+            path=path, message="a whole number of more than 64 bits", hint="write a smaller one"
+        )

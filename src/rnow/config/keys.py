@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-Change = Literal["free", "length", "warn", "evaluates", "shapes", "refuse"]
+Change = Literal["free", "length", "warn", "measures", "evaluates", "shapes", "refuse"]
 """What another value means for a run that was started before.
 
 free: no trained number depends on it (names, saving, placement, deadlines of rewards).
 length: free under a constant learning rate; under another one, which ends where the run does, as warn.
 warn: training goes on differently; what was sampled and evaluated already holds.
+measures: training is untouched; what was evaluated already does not hold.
 evaluates: as warn, and what was evaluated already does not hold.
 shapes: as evaluates, and what was sampled already does not hold either.
 refuse: the checkpoint would be meaningless.

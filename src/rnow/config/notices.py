@@ -24,6 +24,4 @@ def find_notices(config: Schema) -> list[str]:
         notices.append(
             "evals: eval_id is ignored; local runs evaluate the held-out prompts (data.val_split)"
         )
-    if config.evals and config.data.val_split == 0:
-        notices.append("evals: data.val_split is 0, so there are no held-out prompts to evaluate")
     return notices

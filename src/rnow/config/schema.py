@@ -105,7 +105,10 @@ class ModelSection(Section):
     qlora_rank: Positive = key(32, "Rank of the LoRA adapter.")
     qlora_alpha: Positive | None = key(None, "Scale of the LoRA adapter.", "2 x `qlora_rank`")
     name: Text | None = key(
-        None, "Name of the trained adapter and of its run folder.", change="free"
+        None,
+        "Name of the trained adapter and of its run folder. A key in braces stands for its value: "
+        "`lr-{trainer.learning_rate}`.",
+        change="free",
     )
     description: str | None = key(None, "Free text, kept with the adapter.", change="free")
     quantization: Literal["auto", "nf4", "none"] = key(
@@ -390,12 +393,12 @@ class TrainerSection(Section):
 class EvaluationSection(Section):
     """The evaluation of the held-out prompts (`data.val_split`), before and after training."""
 
-    change = "evaluates"
+    change = "measures"
 
     num_samples: Positive = key(4, "Rollouts per prompt.")
     max_prompts: Positive = key(256, "At most so many held-out prompts.")
     temperature: Above0 = key(1.0, "Sampling temperature.")
-    teacher: bool = key(True, "Evaluate the teacher too.")
+    teacher: bool = key(True, "Evaluate the teacher too.", change="free")
     success_reward: float = key(1.0, "A rollout passes when its reward is at least this.")
 
 

@@ -15,13 +15,15 @@ F = TypeVar("F", bound=Callable[..., object])
 
 @dataclass(slots=True)
 class ToolArgs:
-    """What a tool may know beside the model's arguments: the row's ``metadata`` and ``variables``.
+    """What a tool may know beside the model's arguments: the row's ``metadata`` and ``variables``, and ``rollout_id``, a text of
+    letters and digits that all calls of one rollout have in common and no other rollout has, of any step or run.
 
     A tool that has a parameter ``args: ToolArgs`` is given it; the model never sees that parameter.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, Any] = field(default_factory=dict)
+    rollout_id: str = ""
 
 
 @overload

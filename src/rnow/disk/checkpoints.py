@@ -2,12 +2,15 @@
 
 Commit order: free-space check, write into ``.tmp-<step>-<pid>``, fsync, manifest (sizes and sha256) last, rename to
 ``step-000120``, fsync the parent, only then prune. Safetensors and JSON only: nothing here is ever unpickled.
+
+The manifest binds step, run and content. What it does not bear out is damage: moved aside, named, and the one before it tried.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -28,7 +32,7 @@ from rnow.disk.files import (
     unused,
     write_synced,
 )
-from rnow.errors import InputError, TemporaryError
+from rnow.errors import SAME_COMMAND, InputError, TemporaryError
 from rnow.types import Adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -53,18 +57,26 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+class _Damaged(Exception):
+    """Why a folder is not a checkpoint of this run, in a few words."""
+
+
 class CheckpointStore:
     """The checkpoints of one run, in ``folder``.
 
     Args:
         keep: how many committed checkpoints stay, at least 2.
         warn: told about damaged checkpoints that were moved aside.
+        run: the run's id; a checkpoint of another run is not taken. None is unknown: one of any run is, and its id with it.
     """
 
-    def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, warn: Callable[[str], None], run: str | None = None
+    ) -> None:
         self._folder = folder
         self._keep = max(2, keep)
         self._warn = warn
+        self.run = run
 
     def save(
         self,
@@ -91,7 +103,7 @@ class CheckpointStore:
         }
         aside = self._folder / f".tmp-{step}-{os.getpid()}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)  # but never the run folder: it may have been removed
             self._check_space(sum(map(len, files.values())))
             self._write_aside(aside, step, files)
             if target.exists():
@@ -116,13 +128,13 @@ class CheckpointStore:
         self._remove_leftovers()
         damaged = []
         for folder in reversed(self._committed()):
-            fault = self._fault(folder)
-            if fault is None:
-                return self._load(folder)
-            aside = unused(folder.with_name(f"damaged-{folder.name}"))
-            folder.rename(aside)
-            damaged.append(f"{folder.name}: {fault}; kept as {aside.name}")
-            self._warn(f"checkpoint {folder.name} is damaged ({fault}); moved to {aside.name}")
+            try:
+                return self._read(folder)
+            except _Damaged as fault:
+                aside = unused(folder.with_name(f"damaged-{folder.name}"))
+                folder.rename(aside)
+                damaged.append(f"{folder.name}: {fault}; kept as {aside.name}")
+                self._warn(f"checkpoint {folder.name} is damaged ({fault}); moved to {aside.name}")
         # Those that an earlier start moved aside: without them this run would begin again, over its own files.
         damaged = damaged or sorted(path.name for path in self._folder.glob("damaged-step-*"))
         if damaged:
@@ -142,7 +154,8 @@ class CheckpointStore:
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._folder).free
         if free < needed * FREE_SPACE_MARGIN:
-            raise self._disk_full(f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+            least = math.ceil(needed * FREE_SPACE_MARGIN)
+            raise self._disk_full(f"{least:,} bytes needed, {free:,} bytes free")
 
     def _disk_full(self, why: str) -> TemporaryError:
         step = self.newest_step()
@@ -153,7 +166,7 @@ class CheckpointStore:
             f"no space left to save a checkpoint; {kept}",
             where=str(self._folder),
             why=why,
-            fix="free some space, then run the same command again: it continues from there",
+            fix=f"free some space, then {SAME_COMMAND}: it continues from there",
         )
 
     def _write_aside(self, aside: Path, step: int, files: Mapping[str, bytes]) -> None:
@@ -165,7 +178,8 @@ class CheckpointStore:
             name: {"size": len(data), "sha256": sha256_of(aside / name)}
             for name, data in files.items()
         }
-        manifest = {"format": 1, "step": step, "files": entries}
+        run = {} if self.run is None else {"run": self.run}
+        manifest = {"format": 1, "step": step, **run, "files": entries}
         write_synced(aside / MANIFEST, readable_json(manifest))
         sync_folder(aside)
 
@@ -175,37 +189,35 @@ class CheckpointStore:
             key=_step_of,
         )
 
-    def _fault(self, folder: Path) -> str | None:
+    def _read(self, folder: Path) -> Checkpoint:
+        """Verify and load one checkpoint. Raises _Damaged."""
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            entries = manifest["files"]
-            expected = [(name, entries[name]["size"], entries[name]["sha256"]) for name in FILES]
-            if manifest["step"] != _step_of(folder):
-                return f"it is step {manifest['step']} under another name"
-            for name, size, digest in expected:
-                path = folder / name
-                if not path.is_file():
-                    return f"{name} is missing"
-                if path.stat().st_size != size:
-                    return f"{name} has {path.stat().st_size} bytes, not {size}"
-                if sha256_of(path) != digest:
-                    return f"{name} was changed"
+            self._check_binding(manifest, folder)
+            for name in FILES:
+                entry = manifest["files"][name]
+                _check_file(folder / name, size=entry["size"], digest=entry["sha256"])
         except (FileNotFoundError, NotADirectoryError):
-            return "no manifest"
+            raise _Damaged("no manifest") from None
         except (ValueError, KeyError, TypeError, RecursionError):
-            return "unreadable manifest"
+            raise _Damaged("unreadable manifest") from None
         except OSError as error:
-            return f"it cannot be read: {error.strerror}"
-        return None
-
-    def _load(self, folder: Path) -> Checkpoint:
+            raise _Damaged(f"it cannot be read: {error.strerror}") from None
         return Checkpoint(
             step=_step_of(folder),
             folder=folder,
-            adapter=load_file(folder / ADAPTER_WEIGHTS),
-            moments=load_file(folder / MOMENTS),
-            state=json.loads((folder / STATE).read_text(encoding="utf-8")),
+            adapter=_read_tensors(folder / ADAPTER_WEIGHTS),
+            moments=_read_tensors(folder / MOMENTS),
+            state=_read_state(folder / STATE),
         )
+
+    def _check_binding(self, manifest: Mapping[str, Any], folder: Path) -> None:
+        if manifest["step"] != _step_of(folder):
+            raise _Damaged(f"it is step {manifest['step']} under another name")
+        run = manifest.get("run")  # a run of an earlier version has none
+        if None not in (run, self.run) and run != self.run:
+            raise _Damaged("it is of another run")
+        self.run = self.run or run
 
     def _prune(self, good_before: int) -> None:
         good = self.newest_step(before=good_before)
@@ -224,7 +236,7 @@ class CheckpointStore:
 
 def export_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter as PEFT does, each file in one step, so that ``folder`` is loadable at any time."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for name, data in peft_files(adapter).items():
         replace_file(folder / name, data)
 
@@ -246,6 +258,44 @@ def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
     """Undo ``random_state``."""
     if "rng.torch_cpu" in tensors:
         torch.set_rng_state(tensors["rng.torch_cpu"])
+
+
+def _check_file(path: Path, *, size: int, digest: str) -> None:
+    if not path.is_file():
+        raise _Damaged(f"{path.name} is missing")
+    if path.stat().st_size != size:
+        raise _Damaged(f"{path.name} has {path.stat().st_size} bytes, not {size}")
+    if sha256_of(path) != digest:
+        raise _Damaged(f"{path.name} was changed")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _Damaged(f"{path.name} cannot be read: {error}") from None
+    for name, tensor in tensors.items():
+        # A sum is one pass without a mask as large as the tensor; NaN and infinity survive it.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise _Damaged(f"{path.name} holds numbers that are not finite, in {name}")
+    return tensors
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """An object; where it counts something, by a number."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        state = None
+    if isinstance(state, dict):
+        counters = state.get("counters", {})
+        values = [
+            state.get("updates", 0),
+            *(counters.values() if isinstance(counters, dict) else "?"),
+        ]
+        if all(isinstance(value, int | float) for value in values):
+            return state
+    raise _Damaged(f"{path.name} is not the state of a run")
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:

@@ -80,7 +80,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when there is none, or it is not whole."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import stat
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +14,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rnow.disk.files import unused
+from rnow.disk.files import read_json_object, unused
 from rnow.errors import InputError
 
-MAX_NAME = 100
-"""Letters of a folder's name; most file systems take 255 bytes, and ``--fresh`` adds a number."""
+MAX_NAME = 180
+"""Bytes of a folder's name; most file systems take 255, and a hash and the number of ``--fresh`` may follow."""
+
+ANOTHER_PLACE = "choose another place with output_dir=PATH, or change the permissions"
 
 LOCK = ".lock"
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 class RunFolder:
@@ -29,6 +33,7 @@ class RunFolder:
         facts: what the run was started with; decides what a restart without a checkpoint may reuse.
         metrics: one JSON object per step.
         evaluations: one JSON object per evaluation.
+        answers: what was answered to the held-out prompts.
         summary: written when the run is done.
         checkpoints: what a resume starts from.
         transcripts: every rollout, token by token.
@@ -42,6 +47,7 @@ class RunFolder:
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.answers = path / "answers"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.transcripts = path / "transcripts"
@@ -51,25 +57,30 @@ class RunFolder:
     def wandb_id(self) -> str:
         """An id for W&B, made once, so that a resumed run continues the same W&B run."""
         path = self.path / "wandb-id"
-        if not path.exists():
-            path.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
-        return path.read_text(encoding="utf-8").strip()
+        known = path.read_bytes().strip() if path.is_file() else b""
+        if not re.fullmatch(rb"[0-9a-f]{16}", known):
+            known = uuid.uuid4().hex[:16].encode()
+            path.write_bytes(known)
+        return known.decode()
 
     def check_writable(self) -> None:
-        """Say now, before models are loaded, that the folder could not be made later. Writes nothing.
+        """Say now, before models are loaded, what could not be written later. Writes nothing.
 
         Raises:
-            InputError: it, or the nearest folder above that exists, is read-only or no folder.
+            InputError: the folder, or something in it, is read-only or of another kind than the run writes.
         """
-        place = self.path.absolute()
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(
-                f"cannot write to the run folder: {place} is read-only or no folder",
-                where=str(self.path),
-                fix="choose another place with output_dir=PATH, or change the permissions",
-            )
+        check_place(self.path)
+        for folder in (self.checkpoints, self.transcripts, self.journal, self.adapter):
+            check_place(folder)
+        for file in (self.config, self.facts, self.metrics, self.evaluations, self.summary):
+            try:
+                kind = _kind(file)
+            except _NotWritable as error:
+                raise _cannot_write(file, str(error)) from error.__cause__
+            if kind is not None and not stat.S_ISREG(kind):
+                raise _cannot_write(file, "it is no file")
+            if kind is not None and not os.access(file, os.R_OK | os.W_OK):
+                raise _cannot_write(file, "it is not ours to read and write")
 
     def make(self) -> None:
         """Create the folder.
@@ -83,7 +94,7 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise self._not_writable(error) from error
+            raise _cannot_write(self.path, str(error.strerror)) from error
 
     def remove_if_bare(self) -> None:
         """Take ``make`` back, where nothing but the lock was written since."""
@@ -108,22 +119,95 @@ class RunFolder:
                 fix="wait for it, stop it, or start a separate run with --fresh or -n NAME",
             ) from error
         except OSError as error:
-            raise self._not_writable(error) from error
+            raise _cannot_write(self.path, str(error.strerror)) from error
         try:
             yield
         finally:
             lock.release()
 
-    def _not_writable(self, error: OSError) -> InputError:
-        return InputError(
-            f"cannot write to the run folder: {error.strerror}",
-            where=str(self.path),
-            fix="choose another place with output_dir=PATH, or change the permissions",
-        )
+
+def check_place(path: Path, *, what: str = "the run folder", fix: str = ANOTHER_PLACE) -> None:
+    """Whether a folder is there or could be made, and written to. Writes nothing.
+
+    Raises:
+        InputError: it cannot; naming the part of the path that is in the way.
+    """
+    place = path.absolute()
+    try:
+        while (kind := _kind(place)) is None:
+            place = place.parent
+        if not stat.S_ISDIR(kind):
+            raise _NotWritable(f"{place} is no folder")
+        if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            raise _NotWritable(f"{place} is read-only")
+    except _NotWritable as error:
+        raise _cannot_write(path, str(error), what=what, fix=fix) from error.__cause__
+
+
+class _NotWritable(Exception):
+    """Why nothing can be written at a path."""
+
+
+def _kind(path: Path) -> int | None:
+    """The mode of what is at a path; None for nothing at all. Raises _NotWritable where that cannot be told."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise _NotWritable("it is a link that leads nowhere") from None
+        return None
+    except NotADirectoryError:
+        return None  # what stands in the way is further up
+    except OSError as error:
+        raise _NotWritable(error.strerror) from error
+    except ValueError:
+        raise _NotWritable("its name holds a zero byte") from None
+
+
+def _cannot_write(
+    path: Path, why: str, *, what: str = "the run folder", fix: str = ANOTHER_PLACE
+) -> InputError:
+    return InputError(f"cannot write to {what}: {why}", where=str(path), fix=fix)
 
 
 def choose_run_folder(output_dir: Path, name: str, *, fresh: bool) -> RunFolder:
-    """``output_dir/name``; with ``fresh`` the first of ``name``, ``name-2``, ``name-3`` ... that does not exist."""
-    safe = _UNSAFE.sub("-", name)[:MAX_NAME].strip("-.") or "run"
-    path = output_dir / safe
-    return RunFolder(unused(path) if fresh else path)
+    """``output_dir/name``; with ``fresh`` the first of ``name``, ``name-2``, ``name-3`` ... that does not exist.
+
+    Raises:
+        InputError: there can be no such folder.
+    """
+    check_place(output_dir)
+    path = output_dir / folder_name(name)
+    if fresh:
+        return RunFolder(unused(path))
+    return RunFolder(path if path.exists() else _begun_earlier(output_dir, name) or path)
+
+
+def folder_name(name: str) -> str:
+    """The name of a run as that of a folder: letters and digits of any script, ``.``, ``_`` and ``-`` stay. Where that loses
+    something a hash of the name follows, so that two names never share a folder."""
+    name = unicodedata.normalize("NFC", name)
+    kept = "".join(letter if _is_safe(letter) else "-" for letter in name)
+    kept = re.sub("-+", "-", kept) if kept != name else kept
+    kept = kept.encode()[:MAX_NAME].decode(errors="ignore").lstrip("-.").rstrip("-.")
+    if kept and kept == name:
+        return name
+    lost = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{kept or 'run'}-{lost}"
+
+
+def _is_safe(letter: str) -> bool:
+    # Marks are the vowels and accents of many scripts.
+    return letter.isalnum() or letter in "._-" or unicodedata.category(letter).startswith("M")
+
+
+def _begun_earlier(output_dir: Path, name: str) -> Path | None:
+    """The folder in which an earlier version, which dropped more of a name, began this run: it goes on there."""
+    path = output_dir / (re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:100].strip("-.") or "run")
+    facts = read_json_object(path / "run.json")
+    config = facts.get("config")
+    if "name" in facts or not isinstance(config, dict):
+        return None
+    model = config.get("model")
+    named = (isinstance(model, dict) and model.get("name")) or config.get("project_name")
+    return path if named in (None, name) else None

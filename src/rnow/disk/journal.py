@@ -135,7 +135,11 @@ def _read(path: Path) -> tuple[list[Rollout], int]:
     committed: list[Rollout] = []
     open_rows: list[Rollout] = []
     end = position = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError:  # none yet, or unreadable: the rollouts are sampled again
+        return [], 0
+    for line in lines:
         position += len(line)
         try:
             row = json.loads(line)
@@ -145,6 +149,6 @@ def _read(path: Path) -> tuple[list[Rollout], int]:
                 end = position
             else:
                 open_rows.append(_from_json(row))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             break
     return committed, end

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from rnow.disk.files import json_line, replace_file
+from rnow.disk.files import json_line, replace_file, unused
 
 Warn = Callable[[str], None]
+Row = dict[str, Any]
 
 START_SECONDS = 10.0
 """How long a run waits for W&B to begin; later it begins beside the training."""
@@ -49,17 +50,19 @@ class Sink(Protocol):
 
 class JsonlSink:
     """Appends one JSON object per step to one file, ``{"step": 1, "teacher_kl": 0.41, ...}``, and one per evaluation to
-    another, ``{"name": "before", "step": 0, "pass@1": 0.5, ...}``; NaN and infinity as null.
+    another, ``{"name": "before", "step": 0, "settings": "1f0c...", "pass@1": 0.5, ...}``; NaN and infinity as null.
 
     Args:
         metrics, evaluations: the files; their folder must exist.
+        settings: kept with each evaluation: those with the same one can be compared (``plan.changes.measurement``).
         warn: called once when the metrics cannot be written, and once more when they can again.
     """
 
-    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn) -> None:
+    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn, settings: str = "") -> None:
         self._metrics = metrics
         self._evaluations = evaluations
         self._warn = warn
+        self._settings = settings
         self._failing = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -83,32 +86,62 @@ class JsonlSink:
             OSError: the disk is full. An evaluation is minutes of work and cannot be made up later: the run ends here, and
                 the next start measures it again.
         """
+        settings = {"settings": self._settings} if self._settings else {}
         with self._evaluations.open("ab") as file:
-            file.write(json_line({"name": name, "step": step, **metrics}))
+            file.write(json_line({"name": name, "step": step, **settings, **metrics}))
 
     def forget_from(self, step: int) -> None:
-        """See ``Sink.forget_from``. Lines that a crash left unfinished go too; a file is replaced in one piece."""
+        """See ``Sink.forget_from``. A file is replaced in one piece; one with lines that cannot be read is kept aside."""
         for path in (self._metrics, self._evaluations):
-            if path.exists():
-                lines = path.read_bytes().splitlines(keepends=True)
-                kept = [line for line in lines if _is_before(line, step)]
-                if len(kept) < len(lines):
-                    replace_file(path, b"".join(kept))
+            self._keep_before(path, step)
+
+    def _keep_before(self, path: Path, step: int) -> None:
+        lines = read_lines(path)
+        kept = [line for line, row in lines if row is not None and row["step"] < step]
+        # What a crash cut at the end was not finished; anything else was a line once.
+        if any(row is None and line.endswith(b"\n") for line, row in lines):
+            aside = unused(path.with_name(f"damaged-{path.name}"))
+            path.rename(aside)
+            self._warn(f"{path.name} has lines that cannot be read; as it was it is {aside.name}")
+        if len(kept) < len(lines):
+            replace_file(path, b"".join(kept))
 
     def close(self, patience: float) -> None:
         """Nothing is held open."""
 
 
-def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The evaluations that ``JsonlSink`` wrote, oldest first; a line cut by a crash and what follows it are left out."""
-    rows: list[dict[str, Any]] = []
+def read_lines(path: Path) -> list[tuple[bytes, Row | None]]:
+    """Every line of a file of ``JsonlSink`` with what it says; None for a line that is cut or says something else. Empty
+    where there is no file."""
     # Not splitlines(): a name may hold U+2028, which JSON leaves as it is.
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    whole = [line + b"\n" for line in lines[:-1]]
+    return [(line, _row(line)) for line in [*whole, *filter(None, lines[-1:])]]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a file of ``JsonlSink`` that can be read, oldest first."""
+    return [row for _, row in read_lines(path) if row is not None]
+
+
+def read_evaluations(path: Path) -> list[Row]:
+    """The evaluations that ``JsonlSink`` wrote, oldest first."""
+    return [row for row in read_rows(path) if "name" in row]
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    numbers = all(
+        value is None or isinstance(value, int | float)
+        for key, value in row.items()
+        if key != "name"
+    )
+    return row if numbers and isinstance(row.get("name", ""), str) else None
 
 
 class WandbSink:
@@ -256,10 +289,3 @@ def _append_whole(path: Path, line: bytes) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _is_before(line: bytes, step: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] < step
-    except (ValueError, KeyError, TypeError):
-        return False

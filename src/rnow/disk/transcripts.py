@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rnow.algorithm.batching import at_loss_tokens
 from rnow.algorithm.records import StepData
-from rnow.disk.files import json_line, map_text
+from rnow.disk.answers import rollout_fields
+from rnow.disk.files import json_line
 from rnow.types import Prompt, RewardResult, Rollout
 
 
@@ -42,7 +43,7 @@ class TranscriptWriter:
 
     def write(self, step: int, data: StepData, streams: Mapping[str, Mapping[str, Tensor]]) -> None:
         """All rollouts of one step, replacing what an interrupted run left for it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)  # but never the run folder: it may have been removed
         judged = {
             item.sample.id: list(
                 at_loss_tokens(item.sample, item.evidence.teacher_logprobs.tolist())
@@ -70,7 +71,8 @@ class TranscriptWriter:
     def forget_from(self, step: int) -> None:
         """Remove the transcripts of ``step`` and later, which a resumed run writes again."""
         for path in self._folder.glob("step-*.jsonl"):
-            if int(path.stem.removeprefix("step-")) >= step:
+            number = path.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) >= step and not path.is_dir():
                 path.unlink()
 
     def _line(
@@ -85,16 +87,7 @@ class TranscriptWriter:
         return json_line(
             {
                 "step": step,
-                "id": rollout.id,
-                "prompt_id": prompt.id,
-                "messages": map_text(list(prompt.messages), self._redact),
-                "answer": map_text(list(rollout.messages), self._redact),
-                "status": rollout.status,
-                "end_reason": rollout.end_reason,
-                "error": map_text(rollout.error, self._redact),
-                "reward": None if reward is None else reward.total,
-                "rewards": {} if reward is None else dict(reward.breakdown),
-                "reward_errors": {} if reward is None else map_text(reward.errors, self._redact),
+                **rollout_fields(prompt, rollout, reward, self._redact),
                 "teacher_kl": sum(kls) / len(kls) if kls else None,
                 "tokens": tokens,
             }

@@ -28,6 +28,19 @@ def escape_control(text: str) -> str:
     return safe.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters of a text and, where some are left out, how many."""
+    left_out = len(text) - limit
+    return f"{text[:limit]} [... {left_out:,} more characters]" if left_out > 0 else text
+
+
+def one_line(text: str, limit: int) -> str:
+    """A text on one line of at most ``limit`` characters, the last three of a longer one dots."""
+    # Of a long text only the beginning is looked at.
+    line = " ".join(text[: 4 * limit].split())
+    return line if len(line) <= limit and len(text) <= 4 * limit else f"{line[: limit - 3]}..."
+
+
 def sparkline(
     values: Sequence[float],
     *,

@@ -21,7 +21,8 @@ def check_folder(folder: Path, refusal: Refusal) -> int:
     for entry in folder.iterdir():  # libraries open them by name
         if not entry.is_dir():
             is_present(entry)
-    if "adapter_config.json" in names:
+    in_run = folder / "adapter" / "adapter_config.json"
+    if "adapter_config.json" in names or ("config.json" not in names and in_run.is_file()):
         raise adapter_refused(refusal)
     if "config.json" not in names:
         raise _not_a_model(folder, names, refusal)

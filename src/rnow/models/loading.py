@@ -182,11 +182,11 @@ def _refuse_non_finite(loaded: CausalLM, local_dir: Path) -> None:
     """NaN in a row that the first prompts do not touch would be met steps later, and look like divergence. Embeddings of
     ids that the tokenizer does not have are never read."""
     rows = loaded.head.vocabulary
-    embeddings = (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
-    tables = {id(table.weight) for table in embeddings if table is not None}
+    model = loaded.model
+    tables = {id(table.weight) for table in (model.get_input_embeddings(), output_layer(model))}
     bad = [
         name
-        for name, tensor in loaded.model.named_parameters()
+        for name, tensor in model.named_parameters()
         if not _is_finite(tensor[:rows] if id(tensor) in tables else tensor)
     ]
     if bad:
@@ -199,7 +199,8 @@ def _refuse_non_finite(loaded: CausalLM, local_dir: Path) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+    # Packed weights are bytes; float8 has no such kernel, and comes with scales that are checked.
+    if tensor.dtype not in _DTYPES.values() or tensor.is_meta or not tensor.numel():
         return True
     # One pass and no copy: NaN is carried through both, and infinity is one of them.
     smallest, largest = torch.aminmax(tensor.detach())

@@ -41,11 +41,13 @@ class Refusal:
 
 def adapter_refused(refusal: Refusal) -> ModelError:
     """The error for an adapter where a whole model is needed."""
+    test = f"; `rnow test --model {refusal.path}` tries it"
     return refusal.error(
         f"'{refusal.path}' is a LoRA adapter, not a whole model",
         why="starting from an adapter is not supported yet",
         fix=f"{refusal.key}: the base model; or merge first: "
-        "AutoPeftModelForCausalLM.from_pretrained(<adapter>).merge_and_unload().save_pretrained(<folder>)",
+        "AutoPeftModelForCausalLM.from_pretrained(<adapter>).merge_and_unload().save_pretrained(<folder>)"
+        + (test if role_of(refusal.key) == "student" else ""),
     )
 
 

@@ -19,6 +19,7 @@ SHARD = re.compile(r"^model-(\d+)-of-(\d+)\.safetensors$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 _BLOCKS, _BLOCK = 64, 2**16
+_UNSTABLE = frozenset({"_name_or_path", "transformers_version"})
 _MAX_HEADER = 100 * 2**20
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -133,9 +134,11 @@ def no_safetensors(names: Iterable[str], refusal: Refusal) -> ModelError:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Hex digest that changes when the weights do: names, sizes and evenly spaced blocks of every safetensors file.
+    """Hex digest that changes when the weights do: names, sizes and evenly spaced blocks of every safetensors file, the
+    header first. Times of files do not count, so that a copy is the same model.
 
-    A full hash of a large model takes longer than loading it; retraining changes every block, so a few are enough.
+    Files of up to 4 MB are read whole. A full hash of a large model takes longer than loading it; retraining changes every
+    block, so a few are enough. A change of a few bytes by hand may be missed.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
@@ -146,3 +149,14 @@ def weights_fingerprint(folder: Path) -> str:
                 stream.seek(max(0, size - _BLOCK) * index // (_BLOCKS - 1))
                 digest.update(stream.read(_BLOCK))
     return digest.hexdigest()
+
+
+def config_fingerprint(folder: Path) -> str:
+    """Hex digest of what config.json says of the model, without what differs from one saving to the next."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None  # loading it is refused elsewhere
+    if isinstance(config, dict):
+        config = {key: value for key, value in config.items() if key not in _UNSTABLE}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -1,18 +1,20 @@
 """What may differ between two starts of a run: shown as a diff, and allowed, warned of, or refused.
 
 What a change of a key means is said where the key is declared (``rnow.config.schema``). ``FACTS`` says it of what no key
-shows: hashes of data, weights and user code.
+shows: hashes of data, models and user code. Together they are the one list of what shapes a result.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rnow.config.keys import Change, Reader
 from rnow.config.legacy import REMOVED
 from rnow.config.problems import dotted
-from rnow.config.schema import KEYS
+from rnow.config.schema import KEYS, field_at
 from rnow.errors import ConfigError
 
 Facts = Mapping[str, object]
@@ -21,14 +23,35 @@ Facts = Mapping[str, object]
 FACTS: Mapping[str, tuple[str, Change]] = {
     "student_revision": ("the student's revision", "refuse"),
     "student_weights": ("the student's weights", "refuse"),
+    "student_config": ("the student's config.json", "refuse"),
+    "teacher_weights": ("the teacher's weights", "evaluates"),
+    "teacher_config": ("the teacher's config.json", "evaluates"),
     "tokenizer_hash": ("the tokenizer", "refuse"),
+    "stop_ids": ("what ends an answer (the stop ids of student and teacher)", "shapes"),
+    "template_date": ("the date that chat templates print", "shapes"),
     "dataset_hash": ("the training data", "refuse"),
     "rewards_hash": ("rewards.py", "evaluates"),  # rewards of rollouts are computed anew each time
+    "rewards_modules": ("what rewards.py imports", "evaluates"),
     "tools_hash": ("tools.py", "shapes"),
+    "tools_modules": ("what tools.py imports", "shapes"),
     "tools": ("what the student can call", "shapes"),
+    # The last bits of a sum depend on how many threads share it.
+    "threads": ("the number of CPU threads", "free"),
 }
+ADDED = frozenset(
+    {
+        "student_config", "teacher_weights", "teacher_config", "stop_ids", "template_date", "rewards_modules",
+        "tools_modules", "threads",
+    }
+)  # fmt: skip
+"""Facts that runs of earlier versions do not state (nor all others: the weights of a served teacher). None is unknown, and no
+change."""
 # Nothing to warn of when a run continues, but what an earlier start sampled or measured may have other numbers.
 SILENT: Mapping[str, Change] = {"teacher_revision": "evaluates", "versions": "shapes"}
+
+
+MEASURING: frozenset[Change] = frozenset({"measures", "evaluates", "shapes", "refuse"})
+"""Changes after which an evaluation measures something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +76,11 @@ class Changes:
         return self._of("warn", "evaluates", "shapes")
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """What changes evaluations alone."""
+        return self._of("measures")
+
+    @property
     def refused(self) -> tuple[str, ...]:
         """What a checkpoint does not survive."""
         return self._of("refuse")
@@ -65,7 +93,7 @@ class Changes:
     @property
     def evaluations_hold(self) -> bool:
         """Whether this start would measure what the earlier one measured."""
-        return not self._kinds & {"evaluates", "shapes", "refuse"}
+        return not self._kinds & MEASURING
 
     @property
     def _kinds(self) -> set[str]:
@@ -93,10 +121,34 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
         if before.get(key) != after.get(key)
     ]
     for name, (what, kind) in FACTS.items():
-        if old.get(name) != new.get(name):
-            lines.append((kind, f"{what} changed"))
+        was, now = old.get(name), new.get(name)
+        if was != now and not (name in ADDED and None in (was, now)):
+            lines.append((kind, f"{what} changed{_detail(was, now)}"))
     silent: list[Change] = [kind for name, kind in SILENT.items() if old.get(name) != new.get(name)]
     return Changes(lines=tuple(lines), silent=tuple(silent))
+
+
+def measurement(facts: Facts, readers: frozenset[Reader]) -> str:
+    """A short hash of all that an evaluation depends on but the weights: two with the same one can be compared.
+
+    Settings at their default are left out, so that a version with another key knows the evaluations of this one.
+    """
+    shaping: dict[str, object] = {
+        key: value
+        for key, value in _flat(facts.get("config"))
+        if _kind(key, readers, falling=False) in MEASURING and not _is_default(key, value)
+    }
+    kinds = {name: kind for name, (_, kind) in FACTS.items()} | {"teacher_revision": "evaluates"}
+    shaping |= {name: facts.get(name) for name, kind in kinds.items() if kind in MEASURING}
+    text = json.dumps(shaping, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _is_default(key: str, value: object) -> bool:
+    field = field_at(tuple(key.split(".")))
+    return field is not None and json.dumps(value, default=str) == json.dumps(
+        field.default, default=str
+    )
 
 
 def refuse(changes: Changes, where: str) -> None:
@@ -107,8 +159,18 @@ def refuse(changes: Changes, where: str) -> None:
             title="Changed run",
             details=changes.refused,
             where=where,
-            fix="put it back to continue, or start over in a new folder with --fresh",
+            fix="put it back to continue, or start over in a new folder with -n NAME or --fresh",
         )
+
+
+def _detail(old: object, new: object) -> str:
+    """What is worth showing of a fact: numbers and names, no hashes."""
+    if isinstance(old, int | list) and isinstance(new, int | list):
+        return f": {old} -> {new}"
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        return f": {', '.join(names)}"
+    return ""
 
 
 def _kind(key: str, readers: frozenset[Reader], *, falling: bool) -> Change:

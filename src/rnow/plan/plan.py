@@ -45,6 +45,8 @@ from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
 MOMENTS_AND_ADAPTER = 3
+TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 150, 30
+"""Bytes of JSON for one token: its id, text and three log-probabilities; its id and one."""
 MAX_ADVICE = 4
 
 
@@ -128,6 +130,8 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     checkpoint_bytes: int
     checkpoints_bytes: int
+    journal_bytes: int
+    transcripts_bytes: int
     disk_free_bytes: int
     notices: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -139,8 +143,13 @@ class Plan:
 
     @property
     def disk_suffices(self) -> bool:
-        """Whether the checkpoints kept at once fit the disk."""
-        return self.checkpoints_bytes <= self.disk_free_bytes
+        """Whether the longest answers of the whole run fit the disk too."""
+        return self.disk_bytes <= self.disk_free_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run writes at most: the checkpoints kept at once, the rollouts of a step and all transcripts."""
+        return self.checkpoints_bytes + self.journal_bytes + self.transcripts_bytes
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for ``--json``, verdicts included; each model under the name of its role."""
@@ -167,7 +176,8 @@ def build_plan(
     """
     config, dataset, rendered = prepared.config, prepared.project.dataset, prepared.rendered
     data, trainer = config.data, config.trainer
-    rollouts = prepared.num_steps * data.batch_size * data.group_size
+    per_step = data.batch_size * data.group_size
+    rollouts = prepared.num_steps * per_step
     completion = _completion_tokens(prepared)
     shapes = {
         name: measure(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
@@ -203,6 +213,9 @@ def build_plan(
         checkpoint_bytes=checkpoint,
         # One more than is kept: the next is complete before the oldest goes.
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
+        # Of the step after the last checkpoint and of the one in progress.
+        journal_bytes=2 * per_step * (completion * JOURNAL_TOKEN + rendered.longest_prompt),
+        transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
         disk_free_bytes=free_disk(run_dir),
         notices=prepared.notices,
         warnings=(*dataset.warnings, *rendered.warnings, *_host_warnings(plans, turns)),

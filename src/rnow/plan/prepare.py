@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from rnow.config import Config, refuse_reserved
+from rnow.config import Config, fill_name, refuse_reserved
 from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder, choose_run_folder
 from rnow.errors import ConfigError, InputError
@@ -20,10 +20,11 @@ from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
 from rnow.plan.sources import SourcePlan, plan_source
 from rnow.project.dataset import Dataset, place_of
-from rnow.project.project import Project, is_agentic, load_project
+from rnow.project.project import TOOLS_FILE, Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
 from rnow.serving.nf4 import require_nf4
 from rnow.tools.build import list_tools
+from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.sandbox import check_sandbox
 
 
@@ -37,7 +38,7 @@ class Prepared:
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
         images: those that rows name, each with the place of the first.
-        notices: where what is sandboxed runs.
+        notices: where what is sandboxed runs, and what of the user's code is not used.
     """
 
     config: Config
@@ -67,7 +68,7 @@ class Prepared:
 
     @property
     def run_name(self) -> str:
-        """``model.name``, else ``project_name``, else the folder's own name."""
+        """``model.name`` with its placeholders filled, else ``project_name``, else the folder's own name."""
         return _run_name(self.config, self.project.folder)
 
     def run_folder(self, *, fresh: bool = False) -> RunFolder:
@@ -76,7 +77,9 @@ class Prepared:
 
 
 def _run_name(config: Config, folder: Path) -> str:
-    return config.model.name or config.project_name or folder.resolve().name or "run"
+    if name := config.model.name:
+        return fill_name(name, config)
+    return config.project_name or folder.resolve().name or "run"
 
 
 def _run_folder(config: Config, folder: Path, *, fresh: bool) -> RunFolder:
@@ -112,7 +115,12 @@ def prepare(
     dataset = project.dataset
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
-    notices = check_sandbox(functions, images, folder)
+    notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
+    if images and listed is not None and config.rollout.mcp_url:
+        notices.append(
+            "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
+            "containers: localhost is this machine"
+        )
     source = None
     if training:
         source = plan_source(config, project)
@@ -123,12 +131,12 @@ def prepare(
         if training or role.trained
     }
     prompts = [*dataset.prompts, *dataset.held_out]
-    run = _run_folder(config, folder, fresh=fresh)
+    now = _date_of(_run_folder(config, folder, fresh=fresh)) if training else None
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(config, prompts, models, tools, now=_date_of(run)),
+        rendered=render_prompts(config, prompts, models, tools, now=now),
         source=source,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
@@ -157,6 +165,22 @@ def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
         weights=wanted,
         trust_remote_code=section.trust_remote_code,
     )
+
+
+def _unused(project: Project, functions: Sequence[FunctionInfo], config: Config) -> Iterator[str]:
+    """Files of the user's code, or what they offer, that this run will never call."""
+    for file, decorator in ((TOOLS_FILE, "tool"), ("rewards.py", "reward")):
+        ignored = file == TOOLS_FILE and not is_agentic(project.folder, config)
+        if ignored or not (project.folder / file).is_file():
+            continue
+        if not any(info.file.name == file for info in functions):
+            yield f"{file} has no function marked @{decorator}, so nothing of it is used: write @{decorator} above each"
+    dataset = project.dataset
+    if project.rewards and not any(p.rewards for p in (*dataset.prompts, *dataset.held_out)):
+        yield (
+            f"no row names a reward, so none of rewards.py is run ({', '.join(project.rewards)}): "
+            f'give rows "rewards": ["{next(iter(project.rewards))}"]'
+        )
 
 
 def _images(dataset: Dataset) -> dict[str, str]:

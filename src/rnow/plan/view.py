@@ -138,12 +138,16 @@ def _residency(device: DevicePlan) -> Text:
 
 def _disk(plan: Plan) -> Text:
     text = (
-        f"disk: {format_bytes(plan.checkpoint_bytes)} per checkpoint, "
-        f"{format_bytes(plan.checkpoints_bytes)} at most, {format_bytes(plan.disk_free_bytes)} free"
+        f"disk: {format_bytes(plan.checkpoint_bytes)} per checkpoint, {format_bytes(plan.checkpoints_bytes)} of them at most; "
+        f"transcripts up to {format_bytes(plan.transcripts_bytes)}, journal {format_bytes(plan.journal_bytes)}; "
+        f"{format_bytes(plan.disk_free_bytes)} free"
     )
     if plan.disk_suffices:
         return Text(text)
-    return Text(f"{text}: free some space, or set output_dir to another disk", style="bold red")
+    advice = "free some space, or set output_dir to another disk"
+    if plan.checkpoints_bytes > plan.disk_free_bytes:
+        return Text(f"{text}: {advice}", style="bold red")
+    return Text(f"{text}: may not suffice for the longest answers; {advice}", style="bold yellow")
 
 
 def _count(number: int) -> str:

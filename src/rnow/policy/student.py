@@ -236,7 +236,11 @@ class LoraPolicy:
         return {"updates": self._updates, "moments": moments}
 
     def load_state_dict(self, state: PolicyState) -> None:
-        """Continue from ``state_dict()``. Not while asleep."""
+        """Continue from ``state_dict()``. Not while asleep.
+
+        Raises:
+            ValueError: moments of other shapes.
+        """
         self._offload.check_awake()
         self._updates = state["updates"]
         self._adamw.state.clear()
@@ -244,6 +248,10 @@ class LoraPolicy:
         for name, parameter in self._parameters.items():
             saved = _saved_name(name)
             if f"{saved}.exp_avg" in moments:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moment = moments.get(f"{saved}.{key}")
+                    if moment is None or moment.shape != parameter.shape:
+                        raise ValueError(f"the optimizer's {saved}.{key} does not fit")
                 self._adamw.state[parameter] = {
                     "step": torch.tensor(float(self._updates), device=parameter.device),
                     "exp_avg": moments[f"{saved}.exp_avg"].to(parameter.device).clone(),

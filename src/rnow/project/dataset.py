@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,8 @@ class Dataset:
 
     def _too_few(self, batch_size: int) -> DataError:
         count = len(self.prompts)
+        if count + len(self.held_out) >= batch_size:
+            return self._too_many_held_out(batch_size)
         held = (
             f" ({len(self.held_out)} more are held out by data.val_split)" if self.held_out else ""
         )
@@ -70,6 +73,19 @@ class Dataset:
             where="config.yml (data.batch_size)",
             why="a step takes batch_size different prompts",
             fix=f"set data.batch_size to {count} or less, or add rows" if count else "add rows",
+        )
+
+    def _too_many_held_out(self, batch_size: int) -> DataError:
+        count, held = len(self.prompts), len(self.held_out)
+        most = math.floor((count + held - batch_size) / (count + held) * 1000) / 1000
+        less = f"set data.val_split to {most:g} or less" if most else "set data.val_split to 0"
+        return DataError(
+            f"data.val_split holds out {held} of {count + held} prompts, and {count} left to train on are fewer than "
+            f"data.batch_size ({batch_size})",
+            title="Batch larger than the dataset",
+            where="config.yml (data.val_split)",
+            why="a step takes batch_size different prompts",
+            fix=f"{less}, set data.batch_size to {count} or less, or add rows",
         )
 
 

@@ -304,7 +304,7 @@ class _Checker:
                 self.fault(("docker_env", name), problem, fix="write it in quotes")
             elif not _VARIABLE.fullmatch(name):
                 self.fault(("docker_env",), f'"{_short(name)}" is no name of a variable')
-        return value
+        return {name: text for name, text in value.items() if isinstance(text, str)}
 
 
 def dotted(path: JsonPath) -> str:

@@ -154,7 +154,7 @@ class RewardRunner:
     async def _run(
         self, info: FunctionInfo, given: Mapping[str, object], context: ToolContext
     ) -> tuple[float, str | None]:
-        """(value, None), or (0, what went wrong: one line, with the line of the file where it was raised)."""
+        """(value, None), or (0, what went wrong: one line, with the line of the file that raised, or where the function is)."""
         limit = self._timeout if info.timeout is None else info.timeout
         progress.moved(ahead=limit)
         outcome = await call_function(
@@ -170,9 +170,9 @@ class RewardRunner:
             value = float(outcome.value)
             if abs(value) <= LARGEST_REWARD:
                 return value, None
-            return 0.0, f"returned {value:g}, more than training can reckon with"
-        error = outcome.error or outcome.status
-        return 0.0, f"{error} ({outcome.place})" if outcome.place else error
+            return 0.0, f"returned {value:g}, more than training can reckon with ({info.place})"
+        fix = f"; {outcome.fix}" if outcome.fix else ""
+        return 0.0, f"{outcome.error or outcome.status} ({outcome.place or info.place}){fix}"
 
 
 def conversation(

@@ -84,6 +84,10 @@ class Marks:
     back: Mapping[int, str]
     breakers: tuple[str, ...]
 
+    def mark(self, text: str) -> str:
+        """``text`` in stand-ins."""
+        return text.translate(self.forth)
+
 
 @dataclass(frozen=True, slots=True)
 class Controls:
@@ -105,7 +109,7 @@ class Controls:
     def of(cls, tokenizer: Tokenizer) -> Controls:
         """Every added token that is marked special, that a chat template of the tokenizer names, or that reads like a
         marker (Qwen3's ``<tool_call>`` is not marked special). Other added tokens are ordinary text (Gemma's ``<b>``)."""
-        texts = [text for text in _control_texts(tokenizer) if len(text.strip()) > 1]
+        texts = [text for text in _control_texts(tokenizer) if _is_visible(text)]
         normalise, hidden = _hidden_controls(tokenizer, frozenset(texts))
         letters = {letter for text in texts for letter in text if not letter.isspace()}
         return cls(_any_of(texts), "".join(sorted(letters - set("\"'\\"))), normalise, hidden)
@@ -279,8 +283,13 @@ def _hidden_controls(
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:
-    longest_first = sorted({t for t in texts if len(t.strip()) > 1}, key=len, reverse=True)
+    longest_first = sorted({t for t in texts if _is_visible(t)}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _is_visible(text: str) -> bool:
+    # A lone letter or a run of blanks cannot be kept out of a conversation.
+    return len(text) > 1 and not text.isspace()
 
 
 def _count(pattern: re.Pattern[str], text: str) -> Counter[str]:

@@ -10,7 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
-from rnow.errors import InputError, ModelError, NotYetSupported, RnowError, TemporaryError
+from rnow.errors import (
+    SAME_COMMAND,
+    InputError,
+    ModelError,
+    NotYetSupported,
+    RnowError,
+    TemporaryError,
+)
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
 from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_probe import Gap, Reference, gap_between, tolerance_of
@@ -100,7 +107,7 @@ class VllmSampler:
             raise TemporaryError(
                 "the adapter could not be written for vLLM",
                 why=str(error),
-                fix="free some space, then run the same command again: it continues from there",
+                fix=f"free some space, then {SAME_COMMAND}: it continues from there",
             ) from error
         expected = None
         if self._reference and self._probe_ids:
@@ -328,7 +335,7 @@ class VllmSampler:
             return TemporaryError(
                 f"{self._backend.name} does not come back from its sleep",
                 why=str(error),
-                fix="run the same command again: it continues from the last checkpoint",
+                fix=f"{SAME_COMMAND}: it continues from the last checkpoint",
             )
         return ModelError(f"{self._backend.name} cannot load the adapter", why=str(error))
 
@@ -343,7 +350,7 @@ class VllmSampler:
                 f"{what}; loading it again did not help",
                 title="Wrong adapter in vLLM",
                 why=why,
-                fix="run the same command again: it continues from the last checkpoint",
+                fix=f"{SAME_COMMAND}: it continues from the last checkpoint",
             )
         return ModelError(
             what,
@@ -384,7 +391,7 @@ class VllmSampler:
                 f"{self._backend.name} failed twice",
                 title="Sampler lost",
                 details=[str(down), *restart, *_causes(again or down)],
-                fix="run the same command again: it continues from the last checkpoint",
+                fix=f"{SAME_COMMAND}: it continues from the last checkpoint",
             )
         )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,27 +16,38 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rnow.config import Config, config_hash, to_yaml
-from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
+from rnow.config import Config, to_yaml
+from rnow.config.keys import Reader
+from rnow.config.schema import KEYS
+from rnow.disk.answers import AnswerFiles
+from rnow.disk.checkpoints import (
+    ADAPTER_WEIGHTS,
+    Checkpoint,
+    CheckpointStore,
+    export_adapter,
+)
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
 from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
-from rnow.disk.sinks import JsonlSink, Sink, WandbSink
+from rnow.disk.sinks import JsonlSink, Sink, WandbSink, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display, QuietDisplay
-from rnow.errors import ConfigError, InputError, StopRequested, TemporaryError
+from rnow.errors import SAME_COMMAND, ConfigError, InputError, StopRequested, TemporaryError
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
 from rnow.plan.choices import sampler_backend, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
+from rnow.protocols import Tokenizer
+from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.addresses import check_addresses
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
     RunSummary,
+    answer_lines,
     build_facts,
     build_values,
     closing_lines,
@@ -58,12 +71,16 @@ from rnow.training.signals import StopFlag
 from rnow.training.watchdog import Watchdog
 
 SELFCHECK_TOKENS = 64
+MAX_IN_NAME = 3
 CLOSE_SECONDS, CLOSE_AT_STOP = 30.0, 5.0
 """How long a sink may take to send what is left, at the end of a run and after a stop."""
 
 DISK_FAULTS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPERM, errno.EACCES}
-)
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPERM, errno.EACCES,
+        errno.ENXIO, errno.ENODEV, errno.ESTALE,
+    }
+)  # fmt: skip
 
 
 def check(config: Config, folder: str | Path = ".") -> Plan:
@@ -73,7 +90,9 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
         InputError: what is wrong.
     """
     prepared = prepare(config, Path(folder), weights=False)
-    return build_plan(prepared, run_dir=prepared.run_folder().path)
+    run_folder = prepared.run_folder()
+    run_folder.check_writable()
+    return build_plan(prepared, run_dir=run_folder.path)
 
 
 def run(
@@ -101,46 +120,129 @@ def run(
         prepare(config, Path(folder), weights=True, fresh=fresh),
         warn=display.warn,
     )
+    _tell(prepared, display)
+    may_take_turns(config)  # refused before anything is written
+    run_folder = prepared.run_folder(fresh=fresh)
+    if fresh:
+        display.note(f"a new run: {run_folder.path.name}")
+    facts = build_facts(prepared)
+    if (finished := _finished(run_folder, prepared, facts)) is not None:
+        steps = (
+            f" after {finished['steps']} steps" if finished["steps"] > prepared.num_steps else ""
+        )
+        display.note(
+            f"this run is finished already{steps} ({run_folder.path}); --fresh starts over"
+        )
+        return RunSummary(values=finished)
+    run_folder.check_writable()
+    try:
+        return _train_in(run_folder, prepared, facts, display)
+    except (StopRequested, TemporaryError) as stop:
+        if fresh:
+            by_name = f"repeat the command with -n {run_folder.path.name} instead of --fresh"
+            stop.fix = stop.fix and stop.fix.replace(SAME_COMMAND, by_name)
+        raise
+
+
+def _tell(prepared: Prepared, display: Display) -> None:
+    """What was found that is no fault."""
     found = (
         prepared.project.dataset.warnings,
         prepared.rendered.warnings,
-        unread_settings(config, agentic=prepared.project.agentic),
+        unread_settings(prepared.config, agentic=prepared.project.agentic),
     )
     for warning in chain.from_iterable(found):
         display.warn(warning)
     for notice in prepared.notices:
         display.note(notice)
     tell_of_alterations(prepared.rendered.tokenizer, display.warn)
-    may_take_turns(config)  # refused before anything is written
-    run_folder = prepared.run_folder(fresh=fresh)
-    if (finished := _finished(run_folder, prepared)) is not None:
-        display.note(f"this run is finished already ({run_folder.path}); --fresh starts over")
-        return RunSummary(values=finished)
-    run_folder.check_writable()
+
+
+def _train_in(
+    folder: RunFolder, prepared: Prepared, facts: dict[str, object], display: Display
+) -> RunSummary:
     stop = StopFlag()
     with stop.watch(), ExitStack() as stack:
-        locked = run_folder.path.exists()
+        locked = folder.path.exists()
         if locked:
-            stack.enter_context(run_folder.lock())
+            stack.enter_context(folder.lock())
         try:
-            work = _Run(prepared, run_folder, display, stack, stop, locked=locked)
+            work = _Run(prepared, folder, facts, display, stack, stop, locked=locked)
             return run_anywhere(work.load_and_train())
         except OSError as error:
-            if error.errno not in DISK_FAULTS:
+            if (fault := _disk_fault(error, folder)) is None:
                 raise
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "the disk is full" if full else f"the disk does not take it ({error.strerror})"
-            raise TemporaryError(
-                f"{what}; the run continues from its last checkpoint",
-                where=str(error.filename or run_folder.path),
-                fix=f"{'free some space' if full else 'mend that'}, then run the same command again",
-            ) from error
+            raise fault from error
 
 
-def _finished(run_folder: RunFolder, prepared: Prepared) -> dict[str, Any] | None:
-    summary = read_json_object(run_folder.summary)
-    same = summary.get("config_hash") == config_hash(prepared.config)
-    return summary if same and summary.get("steps", 0) >= prepared.num_steps else None
+def _disk_fault(error: OSError, folder: RunFolder) -> TemporaryError | None:
+    """What a disk refused, for the user; None for an error that is none of a disk's."""
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    inside = path is not None and path.absolute().is_relative_to(folder.path.absolute())
+    if not inside and error.errno not in DISK_FAULTS:
+        return None
+    where = str(path or folder.path)
+    if not folder.path.exists():
+        return TemporaryError(
+            "the run folder is gone: what was not saved elsewhere is lost",
+            where=where,
+            fix=f"if it is on a disk that was unmounted, mount it and {SAME_COMMAND}",
+        )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else f"the disk does not take it ({error.strerror})"
+    return TemporaryError(
+        f"{what}; the run continues from its last checkpoint",
+        where=where,
+        fix=f"{'free some space' if full else 'mend that'}, then {SAME_COMMAND}",
+    )
+
+
+def _finished(folder: RunFolder, prepared: Prepared, facts: changes.Facts) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do; None where there is something, its last writing included.
+
+    Raises:
+        ConfigError: it is finished, and what shapes its result is another now.
+    """
+    summary, earlier = read_json_object(folder.summary), read_json_object(folder.facts)
+    steps = summary.get("steps")
+    if not isinstance(steps, int) or steps < prepared.num_steps:
+        return None
+    if not (folder.adapter / ADAPTER_WEIGHTS).is_file():
+        return None  # it is written anew, from the last checkpoint
+    same = summary.get("config_hash") == facts["config_hash"]
+    if not earlier:
+        return summary if same else None
+    if same:
+        earlier["config"] = facts["config"]  # another start may have gone on from here
+    _refuse_another_label(_compare(earlier, facts, prepared), folder, prepared.run_name)
+    # With other settings, though none that shapes it, it is told again, from its last checkpoint.
+    return summary if same or steps > prepared.num_steps else None
+
+
+def _compare(earlier: changes.Facts, facts: changes.Facts, prepared: Prepared) -> changes.Changes:
+    # Through JSON, as the earlier ones were read.
+    return changes.compare(earlier, json.loads(to_json(facts)), _readers(prepared))
+
+
+def _readers(prepared: Prepared) -> frozenset[Reader]:
+    return find_readers(prepared.config, agentic=prepared.project.agentic)
+
+
+def _refuse_another_label(found: changes.Changes, folder: RunFolder, name: str) -> None:
+    """Where nothing is left to train new settings would only be written beside the old adapter."""
+    shaping = (*found.refused, *found.warned, *found.measured)
+    if not shaping:
+        return
+    keys = [key for key, _, value in (line.partition(": ") for line in shaping) if key in KEYS]
+    by_value = "".join(f"-{{{key}}}" for key in keys[:MAX_IN_NAME])
+    suggested = f"-n '{name}{by_value}'" if keys else "-n NAME"
+    raise ConfigError(
+        "this run is finished: what shapes or measures its result cannot be changed any more",
+        title="Changed run",
+        details=shaping,
+        where=str(folder.path),
+        fix=f"give the new settings a run of their own with {suggested} (any -n NAME), or start over with --fresh",
+    )
 
 
 class _Run:
@@ -150,6 +252,7 @@ class _Run:
         self,
         prepared: Prepared,
         folder: RunFolder,
+        facts: dict[str, object],
         display: Display,
         stack: ExitStack,
         stop: StopFlag,
@@ -163,10 +266,16 @@ class _Run:
         self._stack = stack
         self._locked = locked
         self._stop = stop
-        self._facts = build_facts(prepared)
+        self._earlier = read_json_object(folder.facts)
+        known = self._earlier.get("run")
         self._store = CheckpointStore(
-            folder.checkpoints, keep=self._config.trainer.keep_checkpoints, warn=display.warn
+            folder.checkpoints,
+            keep=self._config.trainer.keep_checkpoints,
+            warn=display.warn,
+            run=known if isinstance(known, str) else None,
         )
+        self._facts = facts
+        self._written: dict[str, object] = {}
         # Of a run that continues: so long before now as its earlier attempts took.
         self._started = time.monotonic()
         self._save: Callable[[], None] = lambda: None
@@ -225,7 +334,7 @@ class _Run:
     ) -> RunSummary:
         journals = self._build_journals()
         self._forget_outdated(journals, checkpoint)
-        replace_file(self._folder.facts, readable_json(self._facts))
+        self._write_facts(saved=checkpoint is not None)
         recorder = self._build_recorder()
         self._stack.callback(
             lambda: recorder.close(CLOSE_SECONDS if self._stop.asked_at is None else CLOSE_AT_STOP)
@@ -238,6 +347,7 @@ class _Run:
             every_minutes=self._config.trainer.save_minutes,
             facts=self._facts,
             counters=partial(self._counters, recorder),
+            committed=partial(self._write_facts, saved=True),
         )
         async with backends.gpu.only("trainer"):
             done = saver.restore(checkpoint)
@@ -254,14 +364,14 @@ class _Run:
             await train(self._build_parts(backends, recorder, saver, journals, code), done)
         except (StopRequested, TemporaryError) as stop:
             stop.where = stop.where or str(self._folder.path)
-            stop.fix = stop.fix or "run the same command again to continue"
+            stop.fix = stop.fix or f"{SAME_COMMAND} to continue"
             raise
         return self._finish(backends, recorder, max(done, self._prepared.num_steps))
 
     def _finish(self, backends: Backends, recorder: Recorder, steps: int) -> RunSummary:
         self._display.stage("writing the adapter")
         export_adapter(backends.policy.adapter(), self._folder.adapter)
-        self._prepared.rendered.tokenizer.save_pretrained(str(self._folder.adapter))
+        _save_tokenizer(self._prepared.rendered.tokenizer, self._folder.adapter)
         values = build_values(
             self._folder,
             steps=steps,
@@ -275,8 +385,12 @@ class _Run:
         self._stop.result_is_there(
             lambda: self._display.note("the run is done; Ctrl-C once more leaves at once")
         )
-        self._display.finish(closing_lines(self._folder.adapter))
+        answers = answer_lines(self._folder, self._answers(), recorder.evaluations())
+        self._display.finish([*answers, *closing_lines(self._folder.adapter)])
         return RunSummary(values=values)
+
+    def _answers(self) -> AnswerFiles:
+        return AnswerFiles(self._folder.answers, redactor(self._prepared))
 
     def _counters(self, recorder: Recorder) -> dict[str, float]:
         """Totals of the whole run, earlier attempts included."""
@@ -288,51 +402,58 @@ class _Run:
         if checkpoint is None:
             self._refuse_to_begin_over()
             return None
-        found = self._compare(checkpoint.state)
+        found = _compare(checkpoint.state, self._facts, self._prepared)
+        written = self._folder.summary.exists() or self._folder.adapter.exists()
+        if written and checkpoint.step >= self._prepared.num_steps:
+            _refuse_another_label(found, self._folder, self._prepared.run_name)
         changes.refuse(found, where=str(self._folder.path))
-        if (
-            found.warned
-            and checkpoint.step >= self._prepared.num_steps
-            and self._folder.summary.exists()
-        ):
-            # Nothing is left to train: the new settings would only be written beside the old adapter.
-            raise ConfigError(
-                "this run is finished: what shapes its result cannot be changed any more",
-                title="Changed run",
-                details=found.warned,
-                where=str(self._folder.path),
-                fix="give the new settings a run of their own with -n NAME, or start over with --fresh",
-            )
         for line in found.free:
             self._display.note(f"changed since the checkpoint: {line}")
         for line in found.warned:
-            self._display.warn(f"changed since the checkpoint, and it shapes the result: {line}")
+            self._display.warn(
+                f"changed since the checkpoint, and training goes on with it: {line}"
+            )
+        for line in found.measured:
+            self._display.warn(
+                f"changed since the checkpoint, for evaluations from here on: {line}"
+            )
         self._display.note(f"continuing after step {checkpoint.step} ({checkpoint.folder})")
+        if (more := checkpoint.step - self._prepared.num_steps) > 0:
+            self._display.warn(f"that is {more} more than the settings ask for: the run ends here")
         return checkpoint
 
     def _refuse_to_begin_over(self) -> None:
-        """Without a checkpoint a run begins at step 1: not over the result of one that came to its end."""
-        for kept in (self._folder.summary, self._folder.adapter):
-            if kept.exists():
-                raise InputError(
-                    "this run came to its end and its checkpoints are gone: it cannot be continued",
-                    where=str(kept),
-                    fix="start over in a new folder with --fresh or -n NAME",
-                )
+        """Without a checkpoint a run begins at step 1: not over one that had some, or came to its end."""
+        ended = [kept for kept in (self._folder.summary, self._folder.adapter) if kept.exists()]
+        if ended or self._earlier.get("saved"):
+            what = "came to its end and its" if ended else "was saved and its"
+            raise InputError(
+                f"this run {what} checkpoints are gone: it cannot be continued",
+                where=str((*ended, self._folder.checkpoints)[0]),
+                fix="put them back, or start over in a new folder with --fresh or -n NAME",
+            )
+        if done := len(read_rows(self._folder.metrics)):
+            self._display.warn(
+                f"no checkpoint was saved before this run ended: it begins again, and writes its first {done} steps anew"
+            )
+
+    def _write_facts(self, *, saved: bool) -> None:
+        """run.json: the facts, which run this is, and whether it has had a checkpoint."""
+        if self._store.run is None:
+            self._store.run = uuid.uuid4().hex[:16]
+        name = {"run": self._store.run, "name": self._prepared.run_name, "saved": saved}
+        if name != {key: self._written.get(key) for key in name}:
+            self._written = {**name, **self._facts}
+            replace_file(self._folder.facts, readable_json(self._written))
 
     def _forget_outdated(self, journals: JournalFolder, checkpoint: Checkpoint | None) -> None:
         """Delete what an earlier start sampled and measured, and this one would not."""
-        found = self._compare(read_json_object(self._folder.facts))
+        found = _compare(self._earlier, self._facts, self._prepared)
         if not found.rollouts_hold:
             journals.forget(keep=set())
         # With a checkpoint they are its history, and could not be made again.
         if checkpoint is None and not found.evaluations_hold:
             self._folder.evaluations.unlink(missing_ok=True)
-
-    def _compare(self, earlier: Mapping[str, object]) -> changes.Changes:
-        readers = find_readers(self._config, agentic=self._prepared.project.agentic)
-        facts = json.loads(to_json(self._facts))  # as the earlier ones were read
-        return changes.compare(earlier, facts, readers)
 
     async def _selfcheck(self, backends: Backends) -> None:
         async with backends.gpu.only("trainer"):
@@ -365,7 +486,10 @@ class _Run:
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note
         redact = redactor(self._prepared)
-        sinks: list[Sink] = [JsonlSink(folder.metrics, folder.evaluations, warn=note)]
+        settings = changes.measurement(json.loads(to_json(self._facts)), _readers(self._prepared))
+        sinks: list[Sink] = [
+            JsonlSink(folder.metrics, folder.evaluations, warn=note, settings=settings)
+        ]
         if self._config.wandb_project is not None:
             sinks.append(
                 WandbSink(
@@ -382,9 +506,11 @@ class _Run:
             folder,
             display=self._display,
             transcripts=TranscriptWriter(folder.transcripts, decode=decode, redact=redact),
+            answers=self._answers(),
             sinks=sinks,
             num_steps=self._prepared.num_steps,
             agentic=self._prepared.project.agentic,
+            settings=settings,
         )
 
     def _build_journals(self) -> JournalFolder:
@@ -404,6 +530,7 @@ class _Run:
     ) -> Parts:
         assert self._prepared.source is not None, "prepared for training"
         group_size = self._config.data.group_size
+        watch = RewardWatch(recorder.warn, teaching=self._config.algorithm.reward_coef > 0)
         workers = Workers(
             environments=build_episodes(self._prepared, code),
             settings=replace(
@@ -413,6 +540,7 @@ class _Run:
             journal=journals.open,
             sampler=backends.sampler,
             rewarder=code.rewarder,
+            reward_watch=watch,
             teacher=backends.teacher,
             gpu=backends.gpu,
         )
@@ -422,7 +550,21 @@ class _Run:
             policy=backends.policy,
             sampler=backends.sampler,
             gpu=backends.gpu,
-            evaluations=build_evaluations(self._prepared, backends, recorder, code),
+            evaluations=build_evaluations(self._prepared, backends, recorder, code, watch),
             recorder=recorder,
             saver=saver,
         )
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception, a full disk included
+        raise TemporaryError(
+            "the tokenizer could not be written beside the adapter",
+            where=str(folder),
+            why=str(error),
+            fix=f"mend that, then {SAME_COMMAND}",
+        ) from error

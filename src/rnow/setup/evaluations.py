@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rnow.config import EvalEntry
 from rnow.plan.prepare import Prepared
+from rnow.rewards.watch import RewardWatch
 from rnow.setup.backends import Backends
 from rnow.setup.usercode import UserCode, build_episodes, rollout_settings
 from rnow.training.evaluations import PASS_AT, Evaluations, Evaluator, Scheduled
@@ -13,7 +14,11 @@ from rnow.training.recorder import Recorder
 
 
 def build_evaluations(
-    prepared: Prepared, backends: Backends, recorder: Recorder, code: UserCode
+    prepared: Prepared,
+    backends: Backends,
+    recorder: Recorder,
+    code: UserCode,
+    reward_watch: RewardWatch,
 ) -> Evaluations:
     """The held-out prompts before and after training, and the config's ``evals`` in between."""
     section = prepared.config.evaluation
@@ -29,6 +34,7 @@ def build_evaluations(
                 settings, temperature=temperature, top_p=1.0, top_k=0, poll=backends.poll
             ),
             rewarder=code.rewarder,
+            reward_watch=reward_watch,
             success_reward=section.success_reward,
             judged=temperature == prepared.config.rollout.temperature,
             pass_at=pass_at,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,17 @@ from importlib import metadata
 from pathlib import Path
 
 from rnow.config import config_hash, to_dict
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.files import map_text, sha256_of
 from rnow.disk.folder import RunFolder
+from rnow.disk.sinks import read_rows
+from rnow.display.terminal import one_line
 from rnow.models.resolve import tokenizer_hash
-from rnow.models.weight_files import weights_fingerprint
+from rnow.models.weight_files import config_fingerprint, weights_fingerprint
 from rnow.plan.choices import DEFAULT_MAX_TURNS
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import TEACHER, teachers_of
+from rnow.project.modules import imported_modules
 from rnow.project.project import TOOLS_FILE
 from rnow.setup.backends import Backends
 from rnow.setup.objective import build_objective
@@ -25,29 +28,48 @@ from rnow.setup.usercode import redactor
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
+ANSWERS_SHOWN = 3
+ANSWER_WIDTH = 160
+"""Letters of a prompt or an answer that are shown."""
+
 _PACKAGES = ("rnow-local", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 def build_facts(prepared: Prepared) -> dict[str, object]:
-    """What every checkpoint states about its run, JSON-ready, secrets redacted."""
+    """What every checkpoint states about its run, JSON-ready, secrets redacted. ``plan.changes`` says what another value of
+    each means."""
+    import torch
+
     folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
     models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
     for role, model in prepared.models.items():
         models |= {role: model.resolved.path, f"{role}_revision": model.resolved.revision}
+        models |= {f"{role}_config": config_fingerprint(model.resolved.local_dir)}
+        # Of a model at a server the weights here, if any, are not those that run.
+        here = model.role.trained or model.role.serving.url is None
+        models[f"{role}_weights"] = weights_fingerprint(model.resolved.local_dir) if here else None
     return {
         "config": redacted_config(prepared),
         "config_hash": config_hash(prepared.config),
         "seed": prepared.config.seed,
         **models,
-        "student_weights": weights_fingerprint(trained),
+        "stop_ids": list(prepared.rendered.stop_ids),
         "tokenizer_hash": tokenizer_hash(trained),
         "dataset_hash": prepared.source and prepared.source.content_hash,
         "rewards_hash": _hash_of(folder / "rewards.py"),
+        "rewards_modules": _hash_modules(folder / "rewards.py"),
         "tools_hash": _hash_of(folder / TOOLS_FILE) if prepared.project.agentic else None,
+        "tools_modules": _hash_modules(folder / TOOLS_FILE) if prepared.project.agentic else {},
         "tools": prepared.tools,
+        "threads": torch.get_num_threads(),
         "template_date": _isoformat(prepared.rendered.template_date),
         "versions": versions(),
     }
+
+
+def _hash_modules(file: Path) -> dict[str, str]:
+    names = {path: path.relative_to(file.parent).as_posix() for path in imported_modules(file)}
+    return {name: sha256_of(path) for path, name in names.items()}
 
 
 def _isoformat(date: datetime | None) -> str | None:
@@ -95,6 +117,29 @@ def _teacher_name(prepared: Prepared) -> str:
     return "none; the rewards teach, and the base model holds the student near" if held else "none"
 
 
+def answer_lines(
+    folder: RunFolder, answers: AnswerFiles, evaluations: Sequence[Mapping[str, object]]
+) -> list[str]:
+    """The first answers to a few held-out prompts, before and after training and by the teacher, as ``label: value``."""
+    steps = {str(row["name"]): row["step"] for row in evaluations}
+    given = {
+        name: answers.first_answers(name, step)
+        for name in (BEFORE, AFTER, TEACHER_ROW)
+        if isinstance(step := steps.get(name), int)
+    }
+    after = given.get(AFTER, {})
+    if not after:
+        return []
+    shown = list(after.items())[:ANSWERS_SHOWN]
+    lines = [f"held-out answers, {len(shown)} of {len(after)} prompts; all are in {folder.answers}"]
+    for prompt_id, (asked, _) in shown:
+        lines.append(f"prompt: {one_line(asked, ANSWER_WIDTH)}")
+        for name, found in given.items():
+            if prompt_id in found:
+                lines.append(f"{name}: {one_line(found[prompt_id][1], ANSWER_WIDTH)}")
+    return lines
+
+
 def closing_lines(adapter: Path) -> list[str]:
     """Where the adapter is and how it is loaded."""
     return [
@@ -127,7 +172,8 @@ def build_values(
     ``teacher_kl`` first and last are means over the first and last tenth of the steps (at least one): a single step is
     a handful of rollouts.
     """
-    series = _series(folder.metrics, "teacher_kl")
+    kls = (row.get("teacher_kl") for row in read_rows(folder.metrics))
+    series = [kl for kl in kls if kl is not None]
     tenth = max(1, len(series) // 10)
     last = {row["name"]: {key: row[key] for key in row if key != "name"} for row in evaluations}
     return {
@@ -161,12 +207,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _series(path: Path, name: str) -> list[float]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
-    values = [json.loads(line).get(name) for line in lines]
-    return [value for value in values if value is not None]
 
 
 def _mean(values: Sequence[float]) -> float | None:

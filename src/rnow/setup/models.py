@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rnow.models.adapter import TrainedAdapter
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.models.offload import tensors_of
 from rnow.plan.prepare import Prepared
@@ -115,6 +116,28 @@ def score_with(prepared: Prepared, lm: CausalLM, poll: Callable[[], None]) -> Tr
 def answer_with(prepared: Prepared, lm: CausalLM, poll: Callable[[], None]) -> TransformersSampler:
     """A model in this process behind the Sampler protocol, without an adapter."""
     return TransformersSampler(lm, mode=None, batch_bytes=batch_bytes(prepared), poll=poll)
+
+
+def answer_as_trained(
+    prepared: Prepared, lm: CausalLM, trained: TrainedAdapter, poll: Callable[[], None]
+) -> TransformersSampler:
+    """The base in this process with an adapter of an earlier run, behind the Sampler protocol.
+
+    Raises:
+        ModelError: the adapter cannot be read or is of another model.
+    """
+    student = build_student(prepared, lm, poll, embedded=True)
+    assert student.sampler is not None, "asked for"
+    try:
+        student.policy.load_adapter(trained.tensors())
+    except ValueError as error:
+        raise trained.refusal.error(
+            f"the adapter in '{trained.folder}' does not fit its base '{trained.base}'",
+            why=str(error),
+            fix="name a run whose base model is as it was when the run was trained",
+        ) from error
+    student.sampler.load_policy(student.policy.adapter(), version=0)
+    return student.sampler
 
 
 def batch_bytes(prepared: Prepared) -> int | None:

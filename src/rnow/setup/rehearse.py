@@ -15,16 +15,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from rnow.config import Config
+from rnow.core.messages import message_text
 from rnow.disk.files import map_text, to_json
-from rnow.display.terminal import escape_control
-from rnow.errors import InputError, StopRequested
+from rnow.disk.folder import check_place
+from rnow.display.terminal import escape_control, shorten
+from rnow.errors import InputError, RnowError, StopRequested
+from rnow.models.adapter import TrainedAdapter, find_adapter
 from rnow.models.loading import quiet_libraries
 from rnow.plan.prepare import Prepared, prepare
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
+from rnow.rewards.watch import failures
 from rnow.rollout.collect import collect_rollouts
 from rnow.rollout.rendering import tell_of_alterations
-from rnow.setup.models import answer_with, load_model
+from rnow.setup.models import answer_as_trained, answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
     open_user_code,
@@ -37,6 +41,8 @@ from rnow.training.signals import StopFlag
 from rnow.types import EndReason, Message, Prompt, RewardResult, Rollout, RolloutGroup
 
 FOLDER = "rollouts"
+SHOWN = 4000
+"""Characters of a message that are shown; the files have all of it."""
 _ROLLOUT = re.compile(r"rollout_[0-9]+")
 _SAMPLE = re.compile(r"sample_[0-9]+\.json")
 
@@ -47,10 +53,12 @@ Scored = tuple[Sequence[RolloutGroup], Rewards]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """What ``rehearse`` did: where the rollouts are, and their totals."""
+    """What ``rehearse`` did: where the rollouts are, and their totals. ``problem``: rewards that failed, as an error to end
+    with."""
 
     folder: Path
     metrics: Mapping[str, float]
+    problem: RnowError | None = None
 
 
 def rehearse(
@@ -68,6 +76,8 @@ def rehearse(
     in there is touched. Samples with transformers in this process, whatever ``sampler.backend`` says: a few rollouts are
     drawn before vLLM has started.
 
+    Where ``model.path`` names a run or an adapter, the student that was trained there answers.
+
     Args:
         limit: the first so many prompts; None for all.
         rows: these rows of the (first) training file instead, counted from 0.
@@ -79,20 +89,20 @@ def rehearse(
     """
     console = console or Console()
     quiet_libraries()
-    with console.status("checking ..."):
-        prepared = prepare(config, Path(folder), weights=True, training=False)
-    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
-        _warn(console, warning)
-    tell_of_alterations(prepared.rendered.tokenizer, partial(_warn, console))
+    folder = Path(folder)
+    places = (folder, folder / config.output_dir, Path())
+    trained = find_adapter(config.model.path, key="model.path", places=places)
+    if trained is not None:
+        config = _with_base(config, trained)
+    prepared = _prepare(config, folder, console)
     target = prepared.project.folder / FOLDER
-    _earlier(target)
+    for place in (target, *_earlier(target)):
+        check_place(place, what="rollouts", fix="change the permissions, or copy the project")
     prompts = _choose(prepared, limit, rows)
     if config.sampler.backend == "vllm" or config.sampler.url is not None:
         console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
     stop = StopFlag()
-    with console.status("loading the student ..."):
-        student = load_model(prepared.student, prepared.rendered.vocabulary)
-        sampler = answer_with(prepared, student, stop.poll)
+    sampler = _load(prepared, trained, console, stop.poll)
     redact = redactor(prepared)
     try:
         with (
@@ -105,16 +115,63 @@ def rehearse(
         stopped.why = stopped.why or "no rollout of this call was written"
         raise
     for line in _conversations(groups, rewards, redact) if verbose else ():
-        console.print(line)
+        # No highlighting: it takes minutes for a long text.
+        console.print(line, highlight=False)
     console.print(_table(groups, rewards, redact))
     metrics = reward_metrics(groups, rewards)
     metrics |= rollout_metrics(groups, agentic=prepared.project.agentic)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
-    return Rehearsal(folder=target, metrics=metrics)
+    return Rehearsal(folder=target, metrics=metrics, problem=_failing(rewards, redact))
 
 
-def _warn(console: Console, text: str) -> None:
-    console.print(f"[yellow]warning:[/] {escape(escape_control(text))}", soft_wrap=True)
+def _with_base(config: Config, trained: TrainedAdapter) -> Config:
+    """The config with the adapter's base as its student, for an adapter like this one."""
+    changes = {"path": trained.base, "qlora_rank": trained.rank, "qlora_alpha": trained.alpha}
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def _prepare(config: Config, folder: Path, console: Console) -> Prepared:
+    with console.status("checking ..."):
+        prepared = prepare(config, folder, weights=True, training=False)
+    prepared = replace(prepared, warn=partial(_tell, console, mark="[yellow]warning:[/] "))
+    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
+        prepared.warn(warning)
+    tell_of_alterations(prepared.rendered.tokenizer, prepared.warn)
+    for notice in prepared.notices:
+        _tell(console, notice)
+    return prepared
+
+
+def _load(
+    prepared: Prepared,
+    trained: TrainedAdapter | None,
+    console: Console,
+    poll: Callable[[], None],
+) -> Sampler:
+    with console.status("loading the student ..."):
+        student = load_model(prepared.student, prepared.rendered.vocabulary)
+        if trained is None:
+            return answer_with(prepared, student, poll)
+        sampler = answer_as_trained(prepared, student, trained, poll)
+    _tell(console, f"the student is {prepared.student.resolved.name} with {trained.folder}")
+    return sampler
+
+
+def _tell(console: Console, text: str, *, mark: str = "") -> None:
+    console.print(f"{mark}{escape(escape_control(text))}", soft_wrap=True, highlight=False)
+
+
+def _failing(rewards: Rewards, redact: Redact) -> RnowError | None:
+    found = failures(rewards.values())
+    if not found:
+        return None
+    return RnowError(
+        f"{len(found)} of the rewards failed" if len(found) > 1 else "a reward failed",
+        title="Rewards fail",
+        details=[redact(failure.line()) for failure in found],
+        where="rewards.py",
+        fix="mend it at the line above, then run `rnow test` again",
+    )
 
 
 async def _sample(
@@ -137,7 +194,7 @@ def rollout_record(
     total = None if reward is None else reward.total
     errors = [rollout.error] if rollout.error else []
     if reward is not None:
-        errors += [f"{name}: {text}" for name, text in reward.errors.items() if name != "rollout"]
+        errors += [f"{k}: {text}" for k, text in reward.errors.items() if reward.breakdown]
     return {
         "id": rollout.id,
         "completed": rollout.status == "completed",
@@ -223,8 +280,9 @@ def _write(
 
 
 def _shown(value: object, redact: Redact) -> str:
-    """Anything as text that is safe on a terminal, in rich's markup."""
-    return escape(escape_control(str(map_text(value, redact))))
+    """Anything as text that is safe on a terminal, in rich's markup; of a long one the beginning."""
+    # Redacted first: a cut could leave half of a secret.
+    return escape(escape_control(shorten(str(map_text(value, redact)), SHOWN)))
 
 
 def _conversations(
@@ -233,7 +291,7 @@ def _conversations(
     for group in groups:
         yield f"[bold]{_shown(group.prompt.id, redact)}[/]"
         for message in group.prompt.messages:
-            yield f"  [cyan]{message['role']}[/]: {_shown(message.get('content'), redact)}"
+            yield f"  [cyan]{message['role']}[/]: {_shown(message_text(message.get('content')), redact)}"
         for rollout in group.rollouts:
             index, reward = rollout.index, rewards.get(rollout.id)
             for message in rollout.messages:
@@ -293,7 +351,7 @@ def _table(groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redact) -> 
         rollout = group.rollouts[0]
         answer = rollout.answer if rollout.turns else f"failed: {rollout.error}"
         table.add_row(
-            _shown(group.prompt.messages[-1].get("content"), redact),
+            _shown(message_text(group.prompt.messages[-1].get("content")), redact),
             _shown(answer, redact),
             f"{sum(totals) / len(totals):.2f}" if totals else "-",
             f"{sum(tokens) / max(1, len(tokens)):.0f}",

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from rnow.algorithm.records import Evidence, SampledEvidence, TopKEvidence
-from rnow.errors import ConfigError, ModelError, TemporaryError
+from rnow.errors import SAME_COMMAND, ConfigError, ModelError, TemporaryError
 from rnow.processes.process import StartFailed
 from rnow.protocols import Tokenizer
 from rnow.serving.client import BadAnswer, Refused, ServerDown, VllmClient
@@ -177,7 +177,7 @@ class VllmTeacher:
             raise TemporaryError(
                 f"the teacher's server ended in its sleep and could not be started again: {error.message}",
                 details=error.details,
-                fix="run the same command again: it continues from the last checkpoint",
+                fix=f"{SAME_COMMAND}: it continues from the last checkpoint",
             ) from error
         self._asleep = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from rnow.usercode.environment import plainly_secret
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import Sandboxes
+from rnow.usercode.state import kept_state
 from rnow.usercode.text import redact
 
 
@@ -49,7 +51,7 @@ def build_toolbox(
         sandboxes: where functions with ``sandbox=True`` run; without them they can be listed, not called.
         tokenizer: counts ``rollout.max_tool_response``; without it results are not cut by tokens.
         log_dir: where what the tools print is kept; None keeps nothing.
-        warn: told once of a server whose tools changed.
+        warn: told of state that tools.py shares between rollouts, and once of a server whose tools changed.
 
     Raises:
         InputError: an address that cannot be one.
@@ -60,6 +62,8 @@ def build_toolbox(
         log = None if log_dir is None else log_dir / "tools.log"
         host = CodeHost(folder / TOOLS_FILE, "tools", secrets=secrets, log=log)
         sources.append(HostTools(host, rollout.tool_timeout, sandboxes=sandboxes))
+        for state in kept_state(folder / TOOLS_FILE) if warn else ():
+            warn(state.line())
     sources += mcp_servers(
         rollout.mcp_url, timeout=rollout.tool_timeout, secrets=secrets, log_dir=log_dir, warn=warn
     )
@@ -100,6 +104,7 @@ def context_of(prompt: Prompt, index: int) -> ToolContext:
     """What the tools are told of the rollout that calls."""
     return ToolContext(
         rollout_id=rollout_id(prompt.id, index),
+        episode=uuid.uuid4().hex,
         metadata=prompt.metadata,
         variables=prompt.variables,
         docker=prompt.docker,

@@ -52,7 +52,8 @@ class HostTool:
             text = "" if outcome.value is None else str(outcome.value)
             return CutResult(content=text, omitted=outcome.omitted)
         error = outcome.error or f"{self.name} failed ({outcome.status})"
-        return ToolResult(content=f"Error: {error}", failed=True, detail=outcome.detail)
+        detail = "\n".join(filter(None, (outcome.detail, outcome.fix and f"fix: {outcome.fix}")))
+        return ToolResult(content=f"Error: {error}", failed=True, detail=detail or None)
 
 
 class HostTools:

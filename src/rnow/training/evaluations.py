@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rnow.algorithm.batching import at_loss_tokens, build_samples
 from rnow.protocols import Environment, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
+from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.training.metrics import reward_metrics, rollout_metrics, tool_trouble
 from rnow.training.recorder import Recorder
@@ -18,6 +20,8 @@ from rnow.types import Prompt, RewardResult, RolloutGroup
 PASS_AT = (1, 4, 8)
 BEFORE, AFTER, TEACHER = "before", "after", "teacher"
 
+Keep = Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluator:
@@ -26,6 +30,7 @@ class Evaluator:
     Attributes:
         prompts: held out from training.
         settings: purpose ``eval``; its ``group_size`` is the number of samples per prompt.
+        reward_watch: tells of rewards that fail.
         success_reward: a rollout whose reward is at least this much counts as passed.
         judged: whether ``teacher_kl`` can be given: sampler and teacher must see the same temperature.
         pass_at: the k of pass@k to report, where there are enough samples.
@@ -37,6 +42,7 @@ class Evaluator:
     environments: Callable[[Prompt, int], Environment]
     settings: RolloutSettings
     rewarder: Rewarder
+    reward_watch: RewardWatch
     success_reward: float
     judged: bool = True
     pass_at: tuple[int, ...] = PASS_AT
@@ -50,6 +56,7 @@ class Evaluator:
         gpu: Residency,
         *,
         answering: Part = "sampler",
+        keep: Keep = lambda groups, rewards: None,
     ) -> dict[str, float]:
         """Metrics of one evaluation: ``pass@k``, rewards, lengths, and ``teacher_kl`` when a teacher is given.
 
@@ -57,12 +64,15 @@ class Evaluator:
 
         Args:
             answering: whose weights ``sampler`` draws with.
+            keep: given the rollouts and their rewards.
         """
         async with gpu.only(answering):
             groups = await collect_rollouts(
                 self.prompts, sampler, self.environments, self.settings, step=0
             )
         rewards = await score_rewards(groups, self.rewarder, poll=self.settings.poll)
+        self.reward_watch.look("of an evaluation", rewards)
+        keep(groups, rewards)
         metrics = self._pass_at(groups, rewards) | reward_metrics(groups, rewards)
         metrics |= rollout_metrics(groups, agentic=self.agentic)
         if trouble := tool_trouble(groups):
@@ -174,5 +184,8 @@ class Evaluations:
         if self.main is None or self._known(name, step):
             return
         self.recorder.stage(f"evaluating: {name}")
-        metrics = await self.main.evaluate(sampler, teacher, self.gpu, answering=answering)
+        keep = partial(self.recorder.answered, name, step)
+        metrics = await self.main.evaluate(
+            sampler, teacher, self.gpu, answering=answering, keep=keep
+        )
         self.recorder.evaluated(name, step, metrics)

@@ -10,6 +10,7 @@ from rnow.algorithm.batching import build_batch, build_samples, build_training_s
 from rnow.algorithm.records import StepData
 from rnow.protocols import Environment, Policy, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
+from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings, RolloutStore, collect_rollouts
 from rnow.training.evaluations import Evaluations
 from rnow.training.recorder import Recorder
@@ -81,6 +82,7 @@ class Workers:
     journal: Callable[[int], RolloutStore]
     sampler: Sampler
     rewarder: Rewarder
+    reward_watch: RewardWatch
     teacher: Teacher | None
     gpu: Residency
 
@@ -104,6 +106,7 @@ class OnPolicy:
                 )
         with clock.stage("reward"):
             rewards = await score_rewards(groups, at.rewarder, poll=poll)
+            at.reward_watch.step(step, rewards)
             samples = build_samples(groups)
         async with gpu.only("teacher", clock):
             with clock.stage("teacher"):

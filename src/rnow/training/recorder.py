@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rnow.algorithm.records import StepData, UpdateResult
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
-from rnow.disk.sinks import Sink, read_evaluations
+from rnow.disk.sinks import Sink, read_evaluations, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display
 from rnow.errors import RnowError
@@ -20,9 +21,10 @@ from rnow.training.metrics import (
     tool_trouble,
 )
 from rnow.training.residency import StageClock
-from rnow.types import RolloutGroup
+from rnow.types import RewardResult, RolloutGroup
 
 MAX_SKIPPED = 3
+MAX_LOST = 10
 MAX_IDLE = 10
 
 
@@ -33,6 +35,7 @@ class Recorder:
         sinks: receivers of the metrics.
         num_steps: of the whole run, for the display.
         agentic: the student has tools.
+        settings: what this start evaluates with; evaluations made with other settings are kept and not looked at.
     """
 
     def __init__(
@@ -41,16 +44,20 @@ class Recorder:
         *,
         display: Display,
         transcripts: TranscriptWriter,
+        answers: AnswerFiles,
         sinks: Sequence[Sink],
         num_steps: int,
         agentic: bool = False,
+        settings: str = "",
     ) -> None:
         self._folder = folder
         self._display = display
         self._transcripts = transcripts
+        self._answers = answers
         self._sinks = list(sinks)
         self._num_steps = num_steps
         self._agentic = agentic
+        self._settings = settings
         self._skipped = 0
         self._idle = 0
         self._idle_because = ("", "")
@@ -65,9 +72,20 @@ class Recorder:
         """Drop what an interrupted run recorded beyond the checkpoint it continues from, and show what is left."""
         for keeper in (*self._sinks, self._transcripts):
             keeper.forget_from(step + 1)
+        found = {row["step"] for row in read_rows(self._folder.metrics)}
+        if lost := [str(number) for number in range(1, step + 1) if number not in found]:
+            shown = ", ".join([*lost[:MAX_LOST], *["..."] * (len(lost) > MAX_LOST)])
+            self._display.warn(f"{self._folder.metrics.name} lacks earlier steps ({shown})")
         for row in self.evaluations():
             numbers = {key: row[key] for key in row if key not in ("name", "step")}
             self._display.evaluation(row["name"], numbers)
+        others = [
+            f"{row['name']} (step {row['step']})" for row, same in self._evaluations() if not same
+        ]
+        if others:
+            self._display.warn(
+                f"evaluated with other settings than those of now, and left out of every comparison: {', '.join(others)}"
+            )
 
     def record(
         self,
@@ -185,8 +203,23 @@ class Recorder:
         return f"the newest checkpoint is {saved[-1].name}" if saved else "nothing was saved yet"
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """All evaluations of the run so far, oldest first."""
-        return read_evaluations(self._folder.evaluations)
+        """The evaluations of the run so far that can be compared with those of this start, oldest first."""
+        return [row for row, comparable in self._evaluations() if comparable]
+
+    def _evaluations(self) -> list[tuple[dict[str, Any], bool]]:
+        rows = read_evaluations(self._folder.evaluations)
+        # Rows without the key are those of an older version, which cannot be told apart.
+        return [(row, row.pop("settings", self._settings) == self._settings) for row in rows]
+
+    def answered(
+        self,
+        name: str,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        rewards: Mapping[str, RewardResult],
+    ) -> None:
+        """Keep the rollouts of one evaluation, before its numbers: those say that it is done."""
+        self._answers.write(name, step, groups, rewards)
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write one evaluation down."""

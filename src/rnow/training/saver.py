@@ -26,6 +26,7 @@ class Saver:
         every_minutes: save at the first step that ends so long after the last save.
         facts: what every checkpoint states about the run (config, ids, hashes, versions), JSON-ready.
         counters: totals to carry over a resume, e.g. completion tokens.
+        committed: called after each checkpoint.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Saver:
         every_minutes: float,
         facts: Mapping[str, Any],
         counters: Callable[[], Mapping[str, float]],
+        committed: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._journals = journals
@@ -46,6 +48,7 @@ class Saver:
         self._every_seconds = every_minutes * 60
         self._facts = facts
         self._counters = counters
+        self._committed = committed
         self._saved_step = 0
         self._finished = 0
         self._updates_of_step = policy.updates
@@ -62,16 +65,16 @@ class Saver:
             return 0
         try:
             self._policy.load_adapter(checkpoint.adapter)
-        except ValueError as error:
+            self._policy.load_state_dict(
+                {"updates": checkpoint.state["updates"], "moments": checkpoint.moments}
+            )
+        except (ValueError, KeyError) as error:
             raise InputError(
                 "the checkpoint does not fit this student",
                 where=str(checkpoint.folder),
                 why=str(error),
                 fix="start over in a new folder with --fresh",
             ) from error
-        self._policy.load_state_dict(
-            {"updates": checkpoint.state["updates"], "moments": checkpoint.moments}
-        )
         restore_random_state(checkpoint.moments)
         self._saved_step = self._finished = checkpoint.step
         self._updates_of_step = self._policy.updates
@@ -128,3 +131,4 @@ class Saver:
         )
         self._saved_step = step
         self._saved_at = time.monotonic()
+        self._committed()

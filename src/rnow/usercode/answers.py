@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import SupportsFloat
 
-from rnow.usercode.user_file import relative, safe_text
+from rnow.usercode.user_file import fix_of, missing_module, relative, safe_text
 
 _MAX_TRACEBACK = 16_000
 _OURS = "/rnow/usercode/"
@@ -76,6 +76,8 @@ def error_answer(error: BaseException, file: str, folder: Path) -> dict[str, obj
             "message": safe_text(error),
             "place": f"{relative(file, folder)}:{lines[-1]}" if lines else None,
             "traceback": _traceback(error, trace),
+            "module": missing_module(error),
+            "fix": fix_of(error),
         }
     }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +17,14 @@ from rnow.usercode.records import Fault, MistakeReport, Report
 from rnow.usercode.text import escape
 
 Kind = Literal["tools", "rewards"]
+
+PACKAGES: Mapping[str, str] = {
+    "PIL": "pillow", "attr": "attrs", "bs4": "beautifulsoup4", "crawl4ai": "'rnow-local[agents]'", "Crypto": "pycryptodome",
+    "cv2": "opencv-python-headless", "dateutil": "python-dateutil", "docx": "python-docx", "dotenv": "python-dotenv",
+    "fitz": "pymupdf", "git": "gitpython", "jwt": "pyjwt", "mcp": "'rnow-local[mcp]'", "OpenSSL": "pyopenssl",
+    "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml",
+}  # fmt: skip
+"""Module -> what pip calls its package, where that has another name."""
 
 IMPORT_TIMEOUT = 60.0
 """Seconds that importing a user's file may take."""
@@ -37,7 +48,9 @@ class FunctionInfo:
 
 
 class CannotImport(InputError):
-    """A user's file cannot be imported, or a function in it is wrong."""
+    """A user's file cannot be imported, or a function in it is wrong. ``module``: what it imports and is not there."""
+
+    module: str | None = None
 
 
 def read_functions(report: Report, file: Path, kind: Kind) -> list[FunctionInfo]:
@@ -104,13 +117,18 @@ def import_error(report: Fault, file: Path, *, timeout: float) -> CannotImport:
         where = f"{shown}:{line}" if line else shown
         why = f"{report['type']}: {escape(str(report['message']))}".rstrip(": ")[:500]
         what, fix = _raised(report, shown, file)
-    return CannotImport(what, title=f"Invalid {file.stem}", where=where, why=why, fix=fix)
+    error = CannotImport(what, title=f"Invalid {file.stem}", where=where, why=why, fix=fix)
+    error.module = str(report["module"]) if report.get("module") else None
+    return error
 
 
 def _raised(report: Fault, shown: str, file: Path) -> tuple[str, str]:
     """What an error that the file raised, in the file ``shown``, means, and what to do."""
     if module := report.get("module"):
-        return _missing_module(str(module), file)
+        what = f'{file.name} imports "{escape(str(module))}", which is not installed'
+        return what, fix_missing(str(module), file)
+    if fix := report.get("fix"):
+        return f"{file.name} cannot be imported", escape(str(fix))
     if report.get("kind") == "syntax":
         return f"{shown} is not valid Python", "correct this line"
     if report.get("kind") == "exit":
@@ -118,14 +136,42 @@ def _raised(report: Fault, shown: str, file: Path) -> tuple[str, str]:
     return f"{file.name} cannot be imported", f"correct it; `python {file.name}` shows more"
 
 
-def _missing_module(module: str, file: Path) -> tuple[str, str]:
-    folder = file.parent
+def fix_missing(module: str, file: Path, *, elsewhere: bool = False) -> str:
+    """What to install for a module that ``file`` imports, and where.
+
+    Args:
+        elsewhere: the code runs in a sandbox, not in this environment.
+    """
+    top, package = module.partition(".")[0], package_of(module)
+    if elsewhere:
+        return f"install {package} where the sandbox runs: in the row's image, else in the environment that runs rnow"
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    requirements = file.parent / "requirements.txt"
+    if {_normal(top), _normal(package)} & _required(requirements):
+        return f"{pip} -r {shlex.quote(str(requirements))}"
+    helpers = [entry.stem for entry in file.parent.glob("*.py")]
+    return f"{pip} {package}{hint(top, helpers)}"
+
+
+def package_of(module: str) -> str:
+    """What pip calls the package of a module."""
     top = module.partition(".")[0]
-    helpers = [entry.stem for entry in folder.glob("*.py")]
-    fix = f"pip install {top} (in the environment that runs rnow){hint(top, helpers)}"
-    if (folder / "requirements.txt").is_file():
-        fix = "pip install -r requirements.txt (in the environment that runs rnow)"
-    return f'{file.name} imports "{module}", which is not installed', fix
+    return PACKAGES.get(top, top)
+
+
+def _required(requirements: Path) -> set[str]:
+    """Names of the packages in a requirements.txt; empty when there is none."""
+    try:
+        lines = requirements.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {_normal(line) for line in lines}
+
+
+def _normal(requirement: str) -> str:
+    """The package's name as pip compares it, without version and extras."""
+    name = re.match(r"[\s']*([A-Za-z0-9._-]*)", requirement)
+    return re.sub(r"[._-]+", "-", name[1]).lower() if name else ""
 
 
 def how_it_ended(status: object) -> str:

@@ -32,6 +32,7 @@ from rnow.usercode.functions import (
     IMPORT_TIMEOUT,
     FunctionInfo,
     Kind,
+    fix_missing,
     how_it_ended,
     import_error,
     read_functions,
@@ -80,7 +81,7 @@ class CallOutcome:
 
     ``value`` is a tool's text or a reward's number, None unless ``status`` is ``ok``. ``error`` is one line for the model:
     ``raised`` an exception, ``invalid`` result of a reward, ``timeout``, or ``died`` with its process. ``place`` is the
-    line of the function's file that raised, ``detail`` the traceback. ``omitted`` counts the bytes cut off the end of
+    line of the function's file that raised, ``fix`` what to do about it where that is known, ``detail`` the traceback. ``omitted`` counts the bytes cut off the end of
     ``value``.
     """
 
@@ -88,6 +89,7 @@ class CallOutcome:
     value: str | float | None = None
     error: str | None = None
     place: str | None = None
+    fix: str | None = None
     detail: str | None = None
     omitted: int = 0
 
@@ -132,6 +134,7 @@ class CodeHost:
         self._log_file = log
         self._limits = limits or HostLimits()
         self._wrap = wrap or (lambda command: command)
+        self._elsewhere = wrap is not None
         self._sys_path = sys.path if sys_path is None else sys_path
         self._import_timeout = import_timeout
         self._warm = warm
@@ -331,7 +334,7 @@ class CodeHost:
         """Run a function. What it does wrong is an outcome; cancelling this ends the function too.
 
         Args:
-            payload: JSON. Tools: ``arguments``, ``metadata``, ``variables``; rewards: ``messages``, ``metadata``,
+            payload: JSON. Tools: ``arguments``, ``metadata``, ``variables``, ``episode``; rewards: ``messages``, ``metadata``,
                 ``variables``.
             timeout: seconds from when a worker takes it up.
 
@@ -374,7 +377,8 @@ class CodeHost:
         return read_outcome(
             answer,
             timeout=timeout,
-            file=self.file.name,
+            file=self.file,
+            elsewhere=self._elsewhere,
             hidden=self._hidden,
             hidden_in_value=self._hidden_in_value,
         )
@@ -528,6 +532,7 @@ def _redacted(error: InputError, hidden: Mapping[str, str]) -> InputError:
     error.message = redact(error.message, hidden)
     error.args = (error.message,)
     error.why = redact(error.why, hidden) if error.why else None
+    error.fix = redact(error.fix, hidden) if error.fix else None
     return error
 
 
@@ -543,14 +548,16 @@ def read_outcome(
     body: bytes,
     *,
     timeout: float,
-    file: str,
+    file: Path,
+    elsewhere: bool = False,
     hidden: Mapping[str, str],
     hidden_in_value: Mapping[str, str],
 ) -> CallOutcome:
     """The body of a RESULT.
 
     Args:
-        file: the name of the user's file.
+        file: the user's file.
+        elsewhere: it runs in a sandbox.
         hidden: secrets by name, which are taken out of errors.
         hidden_in_value: those that are taken out of what the model reads.
     """
@@ -566,19 +573,25 @@ def read_outcome(
     if "bad" in answer:
         return CallOutcome(status="invalid", error=redact(answer["bad"], hidden))
     if "error" in answer:
-        return _raised(answer["error"], hidden)
+        return _raised(answer["error"], hidden, file, elsewhere=elsewhere)
     if answer.get("fault") == "timeout":
         return CallOutcome(status="timeout", error=f"took longer than {timeout:g} s")
-    return CallOutcome(status="died", error=redact(_ending(answer, file), hidden))
+    return CallOutcome(status="died", error=redact(_ending(answer, file.name), hidden))
 
 
-def _raised(error: Mapping[str, str], hidden: Mapping[str, str]) -> CallOutcome:
+def _raised(
+    error: Mapping[str, str], hidden: Mapping[str, str], file: Path, *, elsewhere: bool
+) -> CallOutcome:
     """One line: kind and message."""
+    fix = error.get("fix")
+    if module := error.get("module"):
+        fix = fix_missing(module, file, elsewhere=elsewhere)
     text = redact(escape(" ".join(error["message"].split())), hidden)[:_MAX_ERROR]
     return CallOutcome(
         status="raised",
         error=f"{error['type']}: {text}" if text else error["type"],
         place=error.get("place"),
+        fix=redact(escape(" ".join(fix.split())), hidden) if fix else None,
         detail=redact(error.get("traceback") or "", hidden) or None,
     )
 
@@ -611,7 +624,7 @@ async def call_function(
     a container does not count against ``timeout``; one that died is replaced.
 
     Args:
-        given: what the payload holds besides ``metadata`` and ``variables``.
+        given: what the payload holds besides what comes from ``context``.
         context: of the rollout; one ``rollout_id`` has one container.
 
     Raises:
@@ -620,7 +633,7 @@ async def call_function(
         InputError, TemporaryError: as ``Sandboxes.host``.
     """
     metadata, variables = dict(context.metadata), dict(context.variables)
-    payload = {**given, "metadata": metadata, "variables": variables}
+    payload = {**given, "metadata": metadata, "variables": variables, "episode": context.episode}
     if not info.sandbox:
         return await host.call(info.name, payload, timeout=timeout)
     if sandboxes is None:  # never silently on this machine

@@ -29,7 +29,7 @@ from rnow.usercode.engines import (
     find_bubblewrap,
     find_containers,
 )
-from rnow.usercode.functions import CannotImport, FunctionInfo
+from rnow.usercode.functions import CannotImport, FunctionInfo, package_of
 from rnow.usercode.host import CodeHost
 from rnow.usercode.images import Images, dockerfile_of
 from rnow.usercode.visible import check_project
@@ -220,7 +220,9 @@ class Sandboxes:
                     where=error.where,
                     why=error.why,
                     details=error.details,
-                    fix=f"install what {host.file.name} imports in the image, or import it in the functions that use it",
+                    fix=f"install {package_of(error.module)} in the image, or import it in the functions that use it"
+                    if error.module
+                    else error.fix,
                 ) from None
             finally:
                 await self.release(trial)

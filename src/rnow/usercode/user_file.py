@@ -13,6 +13,7 @@ from rnow.core.marks import Spec
 from rnow.core.reward import REWARDS
 from rnow.core.tool import TOOLS
 from rnow.core.tool_schema import describe
+from rnow.errors import RnowError
 from rnow.usercode.records import Fault, FunctionReport, MistakeReport, Report
 
 _MAX_TEXT = 2000
@@ -145,11 +146,11 @@ def import_user_file(file: str, kind: str) -> UserFile:
 
 def _fault(path: Path, error: BaseException) -> Fault:
     line, shown = _fault_line(path, error)
-    name = error.name if isinstance(error, ModuleNotFoundError) else None
     return {
         "type": type(error).__name__,
         "message": safe_text(error),
-        "module": name,
+        "module": missing_module(error),
+        "fix": fix_of(error),
         "kind": "syntax" if isinstance(error, SyntaxError) else "exit" if isinstance(error, SystemExit) else "",
         "line": line,
         "file": shown,
@@ -175,8 +176,20 @@ def relative(filename: str, folder: Path) -> str:
 
 
 def safe_text(error: BaseException) -> str:
-    """``str(error)``, cut; "" when even that fails."""
+    """``str(error)`` and its notes, cut; "" when even that fails."""
     try:
-        return str(error)[:_MAX_TEXT]
+        said = error.message if isinstance(error, RnowError) else str(error)
+        return "\n".join([said, *getattr(error, "__notes__", ())])[:_MAX_TEXT]
     except BaseException:
         return ""
+
+
+def missing_module(error: BaseException) -> str | None:
+    """The module that could not be found, if that is what the error says."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return name if isinstance(name, str) else None
+
+
+def fix_of(error: BaseException) -> str | None:
+    """What one of our own errors says is to be done, which ``str`` leaves out."""
+    return error.fix[:_MAX_TEXT] if isinstance(error, RnowError) and error.fix else None

@@ -103,7 +103,9 @@ class _Worker:
             return spec.function(args, payload["messages"])
         arguments = dict(payload["arguments"])
         if spec.name in self._code.injected:
-            arguments["args"] = ToolArgs(metadata=metadata, variables=variables)
+            arguments["args"] = ToolArgs(
+                metadata=metadata, variables=variables, rollout_id=payload.get("episode", "")
+            )
         return spec.function(**arguments)
 
     def answer(self, value: object) -> bytes:
