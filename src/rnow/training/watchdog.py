@@ -86,10 +86,8 @@ class Watchdog:
         which needs no interpreter, writes the stacks to stderr and ends the process (with 1, which is all it can)."""
         if not self._flag.handled or sys.__stderr__ is None:
             return
-        with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
-            faulthandler.dump_traceback_later(
-                self._seconds + SAVE_SECONDS, exit=True, file=sys.__stderr__
-            )
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback_later(self._seconds + SAVE_SECONDS, exit=True, file=2)
 
     def _look(self, loop: asyncio.AbstractEventLoop, thread: int) -> None:
         now, still = time.monotonic(), progress.still()
