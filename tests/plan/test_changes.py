@@ -114,6 +114,7 @@ def test_warned(change: dict[str, Any]) -> None:
         {"model__path": "other"},
         {"model__qlora_rank": 8},
         {"model__qlora_alpha": 8},
+        {"model__lora_targets": "q_proj"},
         {"model__quantization": "nf4"},
         {"data__batch_size": 8},
         {"data__val_split": 0.5},
@@ -217,7 +218,7 @@ TABLE: dict[Change, str] = {
     """,
     "refuse": """
         dataset_type seed data.train_file data.batch_size data.group_size data.val_split data.shuffle
-        model.path model.qlora_rank model.qlora_alpha model.quantization model.dtype model.revision model.device
+        model.path model.qlora_rank model.qlora_alpha model.lora_targets model.quantization model.dtype model.revision model.device
         model.attn_implementation model.trust_remote_code algorithm.adv_estimator rollout.reasoning_mode
         rollout.max_context_window
     """,

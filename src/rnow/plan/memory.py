@@ -71,6 +71,7 @@ class MemorySettings:
     Attributes:
         models: by role, the student first.
         rank: of the adapter.
+        adapter_parameters: what it trains.
         rollouts: sequences sampled in one step.
         prompt_tokens: tokens of the longest prompt.
         completion_tokens: the longest answer.
@@ -83,6 +84,7 @@ class MemorySettings:
 
     models: Mapping[str, ModelMemory]
     rank: int
+    adapter_parameters: int
     rollouts: int
     prompt_tokens: int
     completion_tokens: int
@@ -151,11 +153,11 @@ def _part(
 
 def _trainer_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
     part = partial(_part, role, "trainer")
-    lora = model.shape.lora_parameters(settings.rank) * FLOAT32
+    lora = settings.adapter_parameters * FLOAT32
     parts = [part("weights", "always", model.weight_bytes)]
     if model.engine is not None:
         parts += _engine_parts(role, model, settings)
-    elif model.quantization == "none" and model.width == FLOAT32:
+    elif model.quantization == "none" and model.width == FLOAT32 and not model.shape.routed:
         # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
         parts.append(part("merged copy", "always", model.shape.linear_parameters * FLOAT32))
     parts += [part("adapter", "always", lora), part("optimizer", "always", 2 * lora)]

@@ -12,7 +12,7 @@ from rnow.config import Config
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
 from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
-from rnow.models.shape import ModelShape, measure
+from rnow.models.shape import ModelShape, build_empty, shape_of
 from rnow.plan.choices import DEFAULT_MAX_TOKENS, DEFAULT_MAX_TURNS
 from rnow.plan.devices import DeviceInfo, cpu_memory, describe_device, free_disk
 from rnow.plan.memory import (
@@ -41,6 +41,7 @@ from rnow.plan.roles import (
     roles_of,
     sharers,
 )
+from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
@@ -169,14 +170,10 @@ def build_plan(
     data, trainer = config.data, config.trainer
     rollouts = prepared.num_steps * data.batch_size * data.group_size
     completion = _completion_tokens(prepared)
-    shapes = {
-        name: measure(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
-        for name, model in prepared.models.items()
-    }
+    shapes, adapter = measure(prepared)
     models = {name: _model_plan(model, shapes[name]) for name, model in prepared.models.items()}
     turns = may_take_turns(config)
-    plans = _device_plans(prepared, models, shapes, turns, completion, devices or {})
-    adapter = shapes[STUDENT].lora_parameters(config.model.qlora_rank)
+    plans = _device_plans(prepared, models, shapes, adapter, turns, completion, devices or {})
     checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
@@ -207,6 +204,29 @@ def build_plan(
         notices=prepared.notices,
         warnings=(*dataset.warnings, *rendered.warnings, *_host_warnings(plans, turns)),
     )
+
+
+def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
+    """The sizes of every model, and the parameters of the student's adapter.
+
+    Raises:
+        ModelError: a model of a family that cannot be used, or layers to adapt that are not there.
+    """
+    section, adapter = prepared.config.model, 0
+    shapes = {}
+    for name, model in prepared.models.items():
+        role = model.role
+        answers = role.trained or prepared.config.evaluation.teacher
+        empty = build_empty(
+            model.resolved,
+            key=f"{role.key}.path",
+            sampled=answers and role.backend == "transformers",
+            trust_remote_code=role.section.trust_remote_code,
+        )
+        shapes[name] = shape_of(empty)
+        if role.trained:
+            adapter = count_adapter(empty, rank=section.qlora_rank, targets=section.lora_targets)
+    return shapes, adapter
 
 
 def may_take_turns(config: Config) -> frozenset[Part]:
@@ -270,7 +290,7 @@ def _model_plan(model: RunModel, shape: ModelShape) -> ModelPlan:
         parameters=shape.parameters,
         weights_bytes=resolved.weights_bytes,
         dtype=dtype_name(role.dtype),
-        quantization=role.quantization,
+        quantization=model.quantization,
         device=_placement(model),
     )
 
@@ -279,6 +299,7 @@ def _device_plans(
     prepared: Prepared,
     models: Mapping[str, ModelPlan],
     shapes: Mapping[str, ModelShape],
+    adapter: int,
     turns: frozenset[Part],
     completion: int,
     known: Mapping[str, DeviceInfo],
@@ -290,10 +311,10 @@ def _device_plans(
     infos = {device: known.get(device) or describe_device(device) for device in owners}
     shared = models[STUDENT].device
     held, info = owners[shared], infos[shared]
-    settings = _settings(prepared, shapes, info, completion, time_shared=False)
+    settings = _settings(prepared, shapes, adapter, info, completion, time_shared=False)
     first, *others = (_device_plan(settings, infos[device], owners[device]) for device in owners)
     if turns:
-        in_turns = _settings(prepared, shapes, info, completion, time_shared=True)
+        in_turns = _settings(prepared, shapes, adapter, info, completion, time_shared=True)
         alternative = _device_plan(in_turns, info, held, turns)
         preferred = prepared.config.residency == "time_shared" or not first.fits
         first = replace(
@@ -307,6 +328,7 @@ def _device_plans(
 def _settings(
     prepared: Prepared,
     shapes: Mapping[str, ModelShape],
+    adapter: int,
     device: DeviceInfo,
     completion: int,
     *,
@@ -323,11 +345,12 @@ def _settings(
     return MemorySettings(
         models={
             name: _model_memory(
-                model.role, shapes[name], prepared.student.role, device, time_shared=time_shared
+                model, shapes[name], prepared.student.role, device, time_shared=time_shared
             )
             for name, model in prepared.models.items()
         },
         rank=config.model.qlora_rank,
+        adapter_parameters=adapter,
         rollouts=config.data.batch_size * config.data.group_size,
         prompt_tokens=rendered.longest_prompt,
         completion_tokens=completion,
@@ -340,10 +363,11 @@ def _settings(
 
 
 def _model_memory(
-    role: Role, shape: ModelShape, student: Role, device: DeviceInfo, *, time_shared: bool
+    model: RunModel, shape: ModelShape, student: Role, device: DeviceInfo, *, time_shared: bool
 ) -> ModelMemory:
+    role = model.role
     memory = ModelMemory(
-        role=role, shape=shape, width=role.dtype.itemsize, quantization=role.quantization
+        role=role, shape=shape, width=role.dtype.itemsize, quantization=model.quantization
     )
     if role.serving.url is not None:
         return replace(memory, engine=0)

@@ -141,7 +141,7 @@ class _Loader:
         prepared, gpu = self.prepared, self.gpu
         await gpu.clear()
         self.stage("loading the student")
-        lm = load_model(prepared.student, prepared.rendered.vocabulary)
+        lm = load_model(prepared.student, prepared.rendered)
         if vllm is not None:
             vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm))
         student = build_student(prepared, lm, self.poll, embedded=vllm is None)
@@ -169,7 +169,7 @@ class _Loader:
             if evaluated:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
-            lm = load_model(model, prepared.rendered.vocabulary)
+            lm = load_model(model, prepared.rendered)
             teacher = score_with(prepared, lm, self.poll)
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)

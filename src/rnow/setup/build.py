@@ -25,7 +25,7 @@ from rnow.errors import ConfigError, InputError, StopRequested, TemporaryError
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
 from rnow.plan.choices import sampler_backend, uses_vllm
-from rnow.plan.plan import Plan, build_plan, may_take_turns
+from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.setup.backends import Backends, load_backends
@@ -103,7 +103,9 @@ def run(
         display.warn(warning)
     for notice in prepared.notices:
         display.note(notice)
-    may_take_turns(config)  # refused before anything is written
+    # Refused before anything is written:
+    may_take_turns(config)
+    measure(prepared)
     run_folder = prepared.run_folder(fresh=fresh)
     if (finished := _finished(run_folder, prepared)) is not None:
         display.note(f"this run is finished already ({run_folder.path}); --fresh starts over")

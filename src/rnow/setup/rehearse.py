@@ -86,7 +86,7 @@ def rehearse(
         console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
     stop = StopFlag()
     with console.status("loading the student ..."):
-        student = load_model(prepared.student, prepared.rendered.vocabulary)
+        student = load_model(prepared.student, prepared.rendered)
         sampler = answer_with(prepared, student, stop.poll)
     redact = redactor(prepared)
     try:
