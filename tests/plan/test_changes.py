@@ -334,3 +334,10 @@ def test_a_key_that_is_gone_at_the_value_it_had_is_no_change() -> None:
     assert found.rollouts_hold
     other = compare({"config": {"sampler": {"mode": "server"}}}, new, frozenset({"every run"}))
     assert not other.rollouts_hold
+
+
+def test_a_key_that_an_older_run_did_not_have_is_no_change_at_its_default() -> None:
+    old = config()
+    del old["model"]["lora_targets"]
+    assert compared(old, config()) == Changes()
+    assert len(compared(old, config(model__lora_targets="q_proj")).refused) == 1

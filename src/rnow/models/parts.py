@@ -76,17 +76,16 @@ def adapted_by_default(model: Any) -> list[str]:
         name
         for name, module in linear_layers(model)
         if id(module) in inside
-        and _is_plain(module)
+        and not _is_grouped(module)
         and not _is_expert(name)
         and not _chooses(name, routed=routed)
         and not _read_by_kernels(model, name)
     ]
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Not one that a family made its own linear layer of, with another way of multiplying (DeepSeek V4's groups)."""
-    own = type(module).__module__.startswith(("transformers.models", "transformers_modules"))
-    return not own or type(module).forward is nn.Linear.forward
+def _is_grouped(module: nn.Module) -> bool:
+    """DeepSeek V4's linear layers that multiply group by group: PEFT would multiply the whole."""
+    return "Grouped" in type(module).__name__
 
 
 def _is_expert(name: str) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from rnow.errors import ModelError
 from rnow.models.families import check_family
 from rnow.models.parts import linear_layers, output_layer, routes_tokens
-from rnow.models.refusal import one_line
+from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
 
 
@@ -63,15 +63,17 @@ def build_empty(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # Before transformers reads it: of some families it does not even make a config.
+    family = read_json(
+        resolved.local_dir / "config.json", Refusal(path=resolved.path, key=key)
+    ).get("model_type")
+    check_family(str(family), resolved.path, key=key, sampled=sampled)
     try:
         config = AutoConfig.from_pretrained(
             str(resolved.local_dir), local_files_only=True, trust_remote_code=trust_remote_code
         )
-        check_family(config.model_type, resolved.path, key=key, sampled=sampled)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ModelError:
-        raise
     except Exception as error:  # whatever the code of an architecture makes of a config
         raise ModelError(
             f"'{resolved.path}' is not a causal language model that transformers can build",

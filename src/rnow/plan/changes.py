@@ -30,6 +30,9 @@ FACTS: Mapping[str, tuple[str, Change]] = {
 # Nothing to warn of when a run continues, but what an earlier start sampled or measured may have other numbers.
 SILENT: Mapping[str, Change] = {"teacher_revision": "evaluates", "versions": "shapes"}
 
+ADDED: Mapping[str, object] = {"model.lora_targets": ["all-linear"]}
+"""Keys that earlier versions did not have, as those behaved."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
@@ -86,6 +89,8 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
     for path, kept in REMOVED.items():
         if before.get(dotted(path)) == kept:
             del before[dotted(path)]  # written by a version that still had the key
+    if before:
+        before = {**ADDED, **before}
     falling = after.get("trainer.lr_schedule", "constant") != "constant"
     lines: list[tuple[Change, str]] = [
         (_kind(key, readers, falling=falling), f"{key}: {before.get(key)} -> {after.get(key)}")
