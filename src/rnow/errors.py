@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_TEMPORARY = 75
+EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+
+
+MAX_SHOWN = 10
+"""Faults that an error lists; the rest is its ``more``."""
+
+ALL_ERRORS = "--all-errors"
+"""The option that lists them all."""
 
 
 class RnowError(Exception):
@@ -25,6 +34,7 @@ class RnowError(Exception):
         why: why this cannot work, when the message alone does not say it.
         fix: what to type or change, in the imperative.
         details: further lines, for errors that list several places.
+        more: what does not fit the report, which only counts it: the rest of a long list.
     """
 
     exit_code = EXIT_FAILED
@@ -39,6 +49,7 @@ class RnowError(Exception):
         why: str | None = None,
         fix: str | None = None,
         details: Sequence[str] = (),
+        more: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -47,11 +58,16 @@ class RnowError(Exception):
         self.why = why
         self.fix = fix
         self.details = tuple(details)
+        self.more = tuple(more)
 
-    def render(self) -> str:
-        """The report as plain text, one labelled line per part."""
+    def render(self, *, everything: bool = False) -> str:
+        """The report as plain text, one labelled line per part; ``everything``: with what it would only count."""
         lines = [f"{self.title}: {self.message}"]
         lines += [f"  {detail}" for detail in self.details]
+        if self.more and everything:
+            lines += [f"  {detail}" for detail in self.more]
+        elif self.more:
+            lines.append(f"  ... and {len(self.more)} more; {ALL_ERRORS} lists them")
         for label, text in (("where", self.where), ("why", self.why), ("fix", self.fix)):
             if text:
                 lines.append(f"  {label}: {text}")
@@ -97,10 +113,10 @@ class TemporaryError(RnowError):
 
 
 class StopRequested(RnowError):
-    """The user asked to stop (Ctrl-C or SIGTERM); raised at the next safe point.
+    """The user asked to stop (Ctrl-C, SIGTERM, or a terminal that went away); raised at the next safe point.
 
     Args:
-        exit_code: 130 after SIGINT, 143 after SIGTERM.
+        exit_code: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
     """
 
     default_title = "Stopped"

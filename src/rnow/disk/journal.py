@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rnow.disk.files import json_line
 from rnow.types import Completion, Rollout, Turn
 
 
@@ -49,9 +51,9 @@ class Journal:
         the run: a resumed step samples these rollouts again."""
         if not self._pending:
             return
-        lines = [json.dumps(_to_json(rollout), separators=(",", ":")) for rollout in self._pending]
+        lines = [json_line(_to_json(rollout), compact=True) for rollout in self._pending]
         self._pending = []
-        data = "\n".join([*lines, '{"commit":true}', ""]).encode()
+        data = b"".join([*lines, b'{"commit":true}\n'])
         with suppress(OSError):
             self._path.touch()
             with self._path.open("r+b") as file:
@@ -118,7 +120,7 @@ def _from_json(row: dict[str, Any]) -> Rollout:
                 observation_token_ids=tuple(turn["observation_token_ids"]),
                 completion=Completion(
                     token_ids=tuple(turn["token_ids"]),
-                    logprobs=tuple(turn["logprobs"]),
+                    logprobs=tuple(math.nan if v is None else v for v in turn["logprobs"]),
                     finish_reason=turn["finish_reason"],
                     policy_version=turn["policy_version"],
                 ),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from rnow.errors import InputError
+from rnow.text.user_files import is_present, read_regular
 
 
 def load_secrets(folder: Path) -> dict[str, str]:
@@ -13,12 +15,13 @@ def load_secrets(folder: Path) -> dict[str, str]:
     Raises InputError for a file that cannot be read as text.
     """
     path = folder / ".env"
-    if not path.is_file():
+    if not is_present(path):
         return {}
     from dotenv import dotenv_values
 
     try:
-        values = dotenv_values(path, interpolate=False, encoding="utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
+        values = dotenv_values(stream=io.StringIO(text), interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "the secrets file cannot be read",

@@ -1,4 +1,4 @@
-"""The rewards of a step: the user's reward functions on its rollouts. One that fails is reported by name and counts 0."""
+"""The rewards of a step: the user's reward functions on its rollouts. One that fails is reported by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from rnow import progress
 from rnow.core.messages import message_text, strip_thinking
 from rnow.errors import DataError
 from rnow.protocols import Rewarder
@@ -24,6 +25,8 @@ from rnow.usercode.sandbox import Sandboxes
 DEFAULT_TIMEOUT = 60.0
 MAX_CONCURRENT = 256
 POLL_SECONDS = 0.2
+LARGEST_REWARD = 1e30
+"""Beyond it the sums of a batch leave float32."""
 
 
 async def score_rewards(
@@ -152,16 +155,22 @@ class RewardRunner:
         self, info: FunctionInfo, given: Mapping[str, object], context: ToolContext
     ) -> tuple[float, str | None]:
         """(value, None), or (0, what went wrong: one line, with the line of the file where it was raised)."""
+        limit = self._timeout if info.timeout is None else info.timeout
+        progress.moved(ahead=limit)
         outcome = await call_function(
             info,
             given,
             context,
             host=self._host,
             sandboxes=self._sandboxes,
-            timeout=self._timeout if info.timeout is None else info.timeout,
+            timeout=limit,
         )
+        progress.moved()
         if outcome.status == "ok" and outcome.value is not None:
-            return float(outcome.value), None
+            value = float(outcome.value)
+            if abs(value) <= LARGEST_REWARD:
+                return value, None
+            return 0.0, f"returned {value:g}, more than training can reckon with"
         error = outcome.error or outcome.status
         return 0.0, f"{error} ({outcome.place})" if outcome.place else error
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from rnow.plan.prepare import Prepared, prepare
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import collect_rollouts
+from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.models import answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
@@ -79,6 +81,9 @@ def rehearse(
     quiet_libraries()
     with console.status("checking ..."):
         prepared = prepare(config, Path(folder), weights=True, training=False)
+    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
+        _warn(console, warning)
+    tell_of_alterations(prepared.rendered.tokenizer, partial(_warn, console))
     target = prepared.project.folder / FOLDER
     _earlier(target)
     prompts = _choose(prepared, limit, rows)
@@ -106,6 +111,10 @@ def rehearse(
     metrics |= rollout_metrics(groups, agentic=prepared.project.agentic)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
     return Rehearsal(folder=target, metrics=metrics)
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(escape_control(text))}", soft_wrap=True)
 
 
 async def _sample(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rnow import progress
 from rnow.algorithm.batching import pad, plan_micro_batches
 from rnow.algorithm.head import selected_logprobs
 from rnow.algorithm.records import (
@@ -16,7 +17,7 @@ from rnow.algorithm.records import (
     TopKEvidence,
 )
 from rnow.algorithm.topk import top_logprobs
-from rnow.models.loading import CausalLM, out_of_memory
+from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.types import Sample
@@ -31,7 +32,8 @@ class TransformersTeacher:
         lm: the teacher, frozen.
         temperature: the student's sampling temperature; both models' distributions are tempered alike, so that a
             teacher equal to the student gives a KL of 0.
-        micro_batch_tokens: padded tokens per forward pass; chosen from the device when None.
+        micro_batch_tokens: padded tokens per forward pass; chosen from the device when None. An int8 model scores one
+            sample at a time.
         top_k: also list so many of the likeliest tokens at each position (``TopKEvidence``); 0: the sampled token alone.
         poll: called before each forward pass; may raise to stop.
     """
@@ -48,6 +50,9 @@ class TransformersTeacher:
         self.lm = lm
         self._temperature = temperature
         self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
+        if getattr(lm.model, "is_loaded_in_8bit", False):
+            # LLM.int8 picks its outlier columns over all rows of a batch: a score would depend on who else is in it.
+            self._micro_batch_tokens = 1
         self._top_k = top_k
         self._poll = poll
         self._offload = Offload(frozen=lambda: tensors_of(lm.model), what="the teacher")
@@ -63,6 +68,7 @@ class TransformersTeacher:
         for indices in plan_micro_batches(
             [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
         ):
+            progress.moved()
             self._poll()
             evidence.update(self._score_or_halve([samples[index] for index in indices]))
         return evidence
@@ -70,7 +76,9 @@ class TransformersTeacher:
     def _score_or_halve(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
         try:
             return self._score_micro_batch(samples)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
             if len(samples) == 1:
                 raise out_of_memory("teacher scoring", len(samples[0].token_ids), error) from error
         torch.cuda.empty_cache()
