@@ -62,6 +62,7 @@ def settings_of(
     base = MemorySettings(
         models=models,
         rank=32,
+        adapter_parameters=87_293_952,  # what PEFT prints for Qwen3-8B at rank 32
         rollouts=16,
         prompts=4,
         prompt_tokens=1000,
@@ -81,7 +82,7 @@ def sizes(settings: MemorySettings) -> dict[str, int]:
 
 def test_weights_adapter_and_optimizer_of_a_known_model() -> None:
     found = sizes(settings_of())
-    lora = 87_293_952  # what PEFT prints for Qwen3-8B at rank 32
+    lora = 87_293_952
     assert found["teacher weights"] == 2 * 8_190_735_360
     assert found["student weights"] == pytest.approx(6.1 * GB, rel=0.02)
     assert found["student adapter"] == found["student gradients"] == 4 * lora

@@ -104,6 +104,13 @@ class ModelSection(Section):
     )
     qlora_rank: Positive = key(32, "Rank of the LoRA adapter.")
     qlora_alpha: Positive | None = key(None, "Scale of the LoRA adapter.", "2 x `qlora_rank`")
+    lora_targets: Annotated[tuple[Text, ...], BeforeValidator(text_or_list)] = key(
+        ("all-linear",),
+        "Layers the adapter changes: `all-linear` (but for the head, experts and routers), or names of layers, e.g. "
+        "`[q_proj, v_proj]`. Experts are adapted where their layers are named.",
+        "`all-linear`",
+        min_length=1,
+    )
     name: Text | None = key(
         None,
         "Name of the trained adapter and of its run folder. A key in braces stands for its value: "

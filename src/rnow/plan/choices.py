@@ -48,7 +48,7 @@ def teacher_answers(config: Config, shape: ModelShape) -> bool:
     if asked != "auto":
         return asked
     served = teacher is not None and teacher_backend(teacher) == "vllm"
-    return served or shape.parameters <= SMALL_TEACHER
+    return served or (shape.sampled and shape.parameters <= SMALL_TEACHER)
 
 
 def slow_paths(config: Config) -> list[str]:

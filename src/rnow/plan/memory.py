@@ -95,6 +95,7 @@ class MemorySettings:
     Attributes:
         models: by role, the student first.
         rank: of the adapter.
+        adapter_parameters: what it trains.
         rollouts: sequences sampled in one step.
         prompts: how many different prompts they have.
         prompt_tokens: tokens of the longest prompt.
@@ -108,6 +109,7 @@ class MemorySettings:
 
     models: Mapping[str, ModelMemory]
     rank: int
+    adapter_parameters: int
     rollouts: int
     prompts: int
     prompt_tokens: int
@@ -203,11 +205,11 @@ def _part(
 
 def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
     part = partial(_part, model, "trainer")
-    lora = model.shape.lora_parameters(settings.rank) * FLOAT32
+    lora = settings.adapter_parameters * FLOAT32
     parts = [part("weights", "always", model.weight_bytes, host=model.pinned_bytes)]
     if model.engine is not None:
         parts += _engine_parts(model, settings)
-    elif model.quantization == "none" and model.width == FLOAT32:
+    elif model.quantization == "none" and model.width == FLOAT32 and not model.shape.routed:
         # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
         merged = model.shape.linear_parameters * FLOAT32
         parts.append(part("merged copy", "always", merged, host=model.pinned_bytes))

@@ -13,7 +13,7 @@ from rnow.config import Config
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
 from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
-from rnow.models.shape import ModelShape, measure
+from rnow.models.shape import ModelShape, build_empty, shape_of
 from rnow.plan.choices import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_MAX_TURNS,
@@ -42,11 +42,13 @@ from rnow.plan.roles import (
     STUDENT,
     TEACHER,
     Role,
+    RunModel,
     dtype_name,
     engine_share,
     roles_of,
     sharers,
 )
+from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
@@ -195,18 +197,19 @@ def build_plan(
     per_step = data.batch_size * data.group_size
     rollouts = prepared.num_steps * per_step
     completion = _completion_tokens(prepared)
-    shapes = {
-        name: measure(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
-        for name, model in prepared.models.items()
-    }
+    shapes, adapter = measure(prepared)
     models = _model_plans(prepared, shapes)
     turns = may_take_turns(config)
     placed = {name: model.device for name, model in models.items()}
     layout = _Layout(
-        prepared=prepared, shapes=shapes, placed=placed, completion=completion, known=devices or {}
+        prepared=prepared,
+        shapes=shapes,
+        adapter=adapter,
+        placed=placed,
+        completion=completion,
+        known=devices or {},
     )
     plans = _device_plans(layout, turns)
-    adapter = shapes[STUDENT].lora_parameters(config.model.qlora_rank)
     checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
@@ -240,6 +243,29 @@ def build_plan(
         notices=(*prepared.notices, *_teacher_notice(layout)),
         warnings=(*dataset.warnings, *rendered.warnings, *slow_paths(config)),
     )
+
+
+def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
+    """The sizes of every model, and the parameters of the student's adapter.
+
+    Raises:
+        ModelError: a model of a family that cannot be used, or layers to adapt that are not there.
+    """
+    section, adapter = prepared.config.model, 0
+    shapes = {}
+    for name, model in prepared.models.items():
+        role = model.role
+        answers = role.trained or prepared.config.evaluation.teacher is True
+        empty = build_empty(
+            model.resolved,
+            key=f"{role.key}.path",
+            sampled=answers and role.backend == "transformers",
+            trust_remote_code=role.section.trust_remote_code,
+        )
+        shapes[name] = shape_of(empty)
+        if role.trained:
+            adapter = count_adapter(empty, rank=section.qlora_rank, targets=section.lora_targets)
+    return shapes, adapter
 
 
 def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
@@ -342,7 +368,7 @@ def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[s
             parameters=shape.parameters,
             weights_bytes=resolved.weights_bytes,
             dtype=dtype_name(role.dtype),
-            quantization=role.quantization,
+            quantization=model.quantization,
             device=_placement(role, cards),
         )
     return found
@@ -350,11 +376,12 @@ def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """What the plans of all devices are made from. ``placed`` is the device of each role's model, ``known`` the memory of some
+    """What the plans of all devices are made from. ``adapter`` is what the student trains, ``placed`` is the device of each role's model, ``known`` the memory of some
     devices."""
 
     prepared: Prepared
     shapes: Mapping[str, ModelShape]
+    adapter: int
     placed: Mapping[str, str]
     completion: int
     known: Mapping[str, DeviceInfo]
@@ -409,10 +436,11 @@ def _settings(
     checkpointing = config.trainer.gradient_checkpointing
     return MemorySettings(
         models={
-            name: _model_memory(layout, model.role, infos, time_shared=time_shared)
+            name: _model_memory(layout, model, infos, time_shared=time_shared)
             for name, model in prepared.models.items()
         },
         rank=config.model.qlora_rank,
+        adapter_parameters=layout.adapter,
         rollouts=config.data.batch_size * config.data.group_size,
         prompts=config.data.batch_size,
         prompt_tokens=rendered.longest_prompt,
@@ -426,13 +454,14 @@ def _settings(
 
 
 def _model_memory(
-    layout: _Layout, role: Role, infos: Mapping[str, DeviceInfo], *, time_shared: bool
+    layout: _Layout, model: RunModel, infos: Mapping[str, DeviceInfo], *, time_shared: bool
 ) -> ModelMemory:
+    role = model.role
     memory = ModelMemory(
         role=role,
         shape=layout.shapes[role.name],
         width=role.dtype.itemsize,
-        quantization=role.quantization,
+        quantization=model.quantization,
         device=layout.placed[role.name],
     )
     if role.serving.url is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rnow.config import Config, ModelSection, SamplerSection, TeacherSection
-from rnow.models.loading import Quantization, choose_device, choose_dtype
+from rnow.models.loading import Quantization, choose_device, choose_dtype, stored_quantization
 from rnow.models.resolved import ResolvedModel
 from rnow.plan.choices import sampler_backend, teacher_backend
 from rnow.training.residency import Part
@@ -117,6 +117,12 @@ class RunModel:
 
     role: Role
     resolved: ResolvedModel
+
+    @property
+    def quantization(self) -> Stored:
+        """How its weights are held: as they are stored, else as the config says. Raises ModelError for a format that
+        cannot be read."""
+        return stored_quantization(self.resolved.local_dir) or self.role.quantization
 
 
 Models = Mapping[str, RunModel]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rnow.disk.folder import RunFolder
 from rnow.models.card import CardWatch, ready_card
-from rnow.models.shape import measure
+from rnow.models.shape import build_empty, shape_of
 from rnow.plan.choices import teacher_answers
 from rnow.plan.memory import ENGINE_ASLEEP
 from rnow.plan.plan import taking_turns
@@ -155,7 +155,7 @@ class _Loader:
         prepared, gpu = self.prepared, self.gpu
         await gpu.clear()
         self.stage("loading the student")
-        lm = load_model(prepared.student, prepared.rendered.vocabulary)
+        lm = load_model(prepared.student, prepared.rendered)
         if vllm is not None:
             vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm), warn=prepared.warn)
         student = build_student(prepared, lm, self.poll, embedded=vllm is None)
@@ -171,9 +171,10 @@ class _Loader:
         """A teacher, and what answers with it where it is to be evaluated."""
         prepared, name, part = self.prepared, model.role.name, model.role.part
         by_vllm, in_turns = model.role.backend == "vllm", part in self.turns
+        trust = model.role.section.trust_remote_code
         evaluated = bool(prepared.project.dataset.held_out) and teacher_answers(
             prepared.config,
-            measure(model.resolved, trust_remote_code=model.role.section.trust_remote_code),
+            shape_of(build_empty(model.resolved, trust_remote_code=trust)),
         )
         self.stage(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
         if in_turns:
@@ -193,7 +194,7 @@ class _Loader:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
             cards = prepared.cards.get(name, ())
-            lm = load_model(model, prepared.rendered.vocabulary, cards=cards)
+            lm = load_model(model, prepared.rendered, cards=cards)
             teacher = score_with(prepared, lm, self.poll)
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)

@@ -36,7 +36,7 @@ from rnow.errors import SAME_COMMAND, ConfigError, InputError, StopRequested, Te
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
 from rnow.plan.choices import sampler_backend, slow_paths, uses_vllm
-from rnow.plan.plan import Plan, build_plan, may_take_turns
+from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.protocols import Tokenizer
@@ -121,7 +121,8 @@ def run(
         warn=display.warn,
     )
     _tell(prepared, display)
-    may_take_turns(config)  # refused before anything is written
+    may_take_turns(config)  # refused before anything is written, as what follows
+    measure(prepared)
     run_folder = prepared.run_folder(fresh=fresh)
     if fresh:
         display.note(f"a new run: {run_folder.path.name}")
