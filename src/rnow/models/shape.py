@@ -121,5 +121,5 @@ def _linear_shape(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    rows, columns = module.weight.shape  # GPT-2's linear layer keeps its weight transposed
-    return int(rows), int(columns)
+    weight = module.get_parameter("weight")  # GPT-2's linear layer keeps it transposed
+    return weight.shape[0], weight.shape[1]
