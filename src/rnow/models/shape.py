@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rnow.errors import ModelError
 from rnow.models.families import UNSAMPLED, check_family
@@ -124,7 +124,5 @@ def _linear_shape(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    rows, columns = cast(
-        Tensor, module.weight
-    ).shape  # GPT-2's linear layer keeps its weight transposed
-    return int(rows), int(columns)
+    weight = module.get_parameter("weight")  # GPT-2's linear layer keeps it transposed
+    return weight.shape[0], weight.shape[1]

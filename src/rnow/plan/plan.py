@@ -199,17 +199,9 @@ def build_plan(
     completion = _completion_tokens(prepared)
     shapes, adapter = measure(prepared)
     models = _model_plans(prepared, shapes)
-    turns = may_take_turns(config)
     placed = {name: model.device for name, model in models.items()}
-    layout = _Layout(
-        prepared=prepared,
-        shapes=shapes,
-        adapter=adapter,
-        placed=placed,
-        completion=completion,
-        known=devices or {},
-    )
-    plans = _device_plans(layout, turns)
+    known = devices or {}
+    layout = _Layout(prepared, shapes, adapter, placed, completion, known)
     checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
@@ -232,7 +224,7 @@ def build_plan(
         vocabulary=rendered.vocabulary,
         stop_ids=rendered.stop_ids,
         trainable_parameters=adapter,
-        devices=plans,
+        devices=_device_plans(layout, may_take_turns(config)),
         checkpoint_bytes=checkpoint,
         # One more than is kept: the next is complete before the oldest goes.
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
@@ -374,7 +366,7 @@ def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[s
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Layout:
     """What the plans of all devices are made from. ``adapter`` is what the student trains, ``placed`` is the device of each role's model, ``known`` the memory of some
     devices."""
