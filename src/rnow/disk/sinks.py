@@ -249,7 +249,7 @@ class WandbSink:
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, save_code=False, init_timeout=30
         )
-        return wandb.init(**arguments | {"mode": mode}, settings=settings)
+        return wandb.init(**arguments, mode=mode, settings=settings)  # pyright: ignore[reportArgumentType]
 
     def _give_up(self, what: str, why: str) -> None:
         if not self._over:
