@@ -1,6 +1,7 @@
 # make quickstart   install into .venv, then train the tiny student of templates/quickstart (a CPU is enough)
 # make test         lint, types and the default test suite
 # make test-vllm    the tests against the real vLLM: its CPU build, in an environment of its own (about 3 GB)
+# make resolve      asks the package index whether constraints-cuda.txt still resolves; fetches metadata only
 # make test-agents  the tests with a real browser and real sandboxes; installs Chromium and bubblewrap from Debian
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter; PYTEST_ARGS='-n 4 -k config' goes to pytest.
@@ -16,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-vllm run-test-vllm test-agents run-test-agents agents-packages lint docs clean install install-dev
+.PHONY: help quickstart test test-vllm run-test-vllm test-agents run-test-agents agents-packages resolve lint docs clean install install-dev
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -41,6 +42,9 @@ test-agents: agents-packages
 
 run-test-agents: $(VENV)/.installed-agents
 	$(BIN)/python -m pytest -m agents $(PYTEST_ARGS)
+
+resolve: $(VENV)/.installed-dev
+	$(BIN)/python scripts/check_resolves.py --constraints constraints-cuda.txt '.[vllm,dev]'
 
 # Tests whose package is missing skip and say so; they must not skip here.
 agents-packages:

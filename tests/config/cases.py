@@ -80,7 +80,7 @@ CASES: dict[str, Case] = {
     "number_as_text": more("trainer:\n  num_epochs: '4'\n"),
     "bool_as_number": more("trainer:\n  learning_rate: true\n"),
     "float_as_int": more("trainer:\n  num_epochs: 2.0\n"),
-    "yes_as_bool": more("evaluation:\n  teacher: no\n"),
+    "yes_as_bool": more("sampler:\n  enforce_eager: no\n"),
     "number_as_model": yml(BASE.replace("Qwen/Qwen3-8B", "42")),
     "text_as_section": yml(
         BASE.replace("teacher:\n  path: Qwen/Qwen3-32B", "teacher: Qwen/Qwen3-32B")

@@ -104,7 +104,7 @@ def test_overrides_change_values_and_are_told(load: Load) -> None:
         "trainer.learning_rate: 0.0001 (default) -> 2e-5",
         "data.batch_size: 2 -> 8",
         "data.train_file: train.jsonl -> [a.jsonl, b.jsonl]",
-        "evaluation.teacher: true (default) -> false",
+        "evaluation.teacher: auto (default) -> false",
         "model.qlora_alpha: 2 x qlora_rank (default) -> 16",
         "data.group_size: 4 (default) -> 4",
     ]

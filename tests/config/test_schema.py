@@ -258,3 +258,23 @@ def test_a_dataset_cannot_take_the_name_of_a_metric() -> None:
             teacher={"path": "b"},
             data={"train_file": [{"path": "x.jsonl", "name": "k3"}]},
         )
+
+
+@pytest.mark.parametrize(
+    ("section", "fine"),
+    [
+        ({"quantization": "fp8", "backend": "vllm"}, True),
+        ({"quantization": "fp8", "url": "http://h:1"}, True),
+        ({"quantization": "fp8"}, False),
+        ({"quantization": "fp8", "backend": "transformers"}, False),
+        ({"quantization": "int8"}, True),
+        ({"quantization": "int8", "backend": "vllm"}, False),
+    ],
+)
+def test_each_engine_quantises_in_its_own_ways(section: dict[str, Any], fine: bool) -> None:
+    values = {"dataset_type": "distill", "model": {"path": "s"}, "teacher": {"path": "t"} | section}
+    if fine:
+        Config(**values)
+    else:
+        with pytest.raises(ConfigError, match=section["quantization"]):
+            Config(**values)

@@ -1,4 +1,5 @@
-"""The samplers and teachers on a GPU, held to the conformance tests of all others. Float32, so that numbers can be compared."""
+"""The samplers and teachers on a GPU, held to the conformance tests of all others. Float32, so that numbers can be
+compared, but for vLLM's adapters, whose kernels take 16 bits only."""
 
 from __future__ import annotations
 
@@ -48,8 +49,14 @@ def embedded(mode: SamplingMode) -> Callable[[Callable[..., Path]], Candidate]:
     params=[
         pytest.param(embedded("merged"), id="transformers-merged"),
         pytest.param(embedded("shared"), id="transformers-shared"),
-        pytest.param(conformance.vllm(EngineBackend, 1), id="vllm-engine", marks=needs_vllm),
-        pytest.param(conformance.vllm(conformance.OnServer, 1), id="vllm-server", marks=needs_vllm),
+        pytest.param(
+            conformance.vllm(EngineBackend, 1, dtype="bfloat16"), id="vllm-engine", marks=needs_vllm
+        ),
+        pytest.param(
+            conformance.vllm(conformance.OnServer, 1, dtype="bfloat16"),
+            id="vllm-server",
+            marks=needs_vllm,
+        ),
         pytest.param(conformance.vllm_teacher, id="vllm-teacher", marks=needs_vllm),
     ],
 )

@@ -115,3 +115,9 @@ def test_reports(check_golden: Callable[..., None], name: str, path: str, key: s
     assert caught.value.where == key
     caught.value.where = f"config.yml:12 ({key})"  # whoever read the config knows the line
     check_golden(name, caught.value)
+
+
+def test_the_id_of_a_hosted_run_is_named_as_such() -> None:
+    with pytest.raises(ModelError, match="id of a hosted run") as caught:
+        check_model_id("3f2b8c1e-9d47-4a6b-8e21-0c5d7f9ab312", key="model.path")
+    assert caught.value.where == "model.path"

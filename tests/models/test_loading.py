@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -239,3 +240,22 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_dtypes(name: str, device: str, expected: torch.dtype) -> None:
     assert choose_dtype(name, torch.device(device)) == expected
+
+
+def test_weights_stored_in_4_bits_stay_as_they_are(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    load(tiny_model_dir(), quantization="nf4").model.save_pretrained(tmp_path)
+    for asked in ("none", "nf4"):
+        assert load(tmp_path, quantization=asked).quantization == "nf4"
+
+
+def test_another_quantised_format_is_refused_by_name(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model_dir(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"quantised already \(gptq\)"):
+        load(folder)

@@ -2,17 +2,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.models.folders import model_folder, write_json
 
 from rnow.errors import ModelError
 from rnow.models.resolve import resolve_model
-from rnow.models.shape import ModelShape, measure
+from rnow.models.shape import ModelShape, build_empty, shape_of
+from rnow.policy.lora import count_adapter
 
 
 def measured(folder: Path) -> ModelShape:
-    return measure(resolve_model(folder.name, key="model.path", base_dir=folder.parent))
+    return shape_of(empty(folder))
+
+
+def empty(folder: Path) -> Any:
+    return build_empty(resolve_model(folder.name, key="model.path", base_dir=folder.parent))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -31,7 +37,7 @@ def test_sizes_are_those_of_the_real_model_and_its_adapter(
         model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert shape.lora_parameters(8) == trainable
+    assert count_adapter(empty(folder), rank=8, targets=("all-linear",)) == trainable
 
 
 def test_a_large_model_is_measured_without_memory(tmp_path: Path) -> None:

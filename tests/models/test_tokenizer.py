@@ -277,3 +277,17 @@ def test_templates_that_render_alike_are_no_warning(tmp_path: Path) -> None:
     student = model_folder(tmp_path / "s", eos_token_id=IM_END)
     teacher = model_folder(tmp_path / "t", eos_token_id=IM_END, template="{# the same #}" + CHATML)
     assert compare(student, teacher).warnings == ()
+
+
+def test_a_template_beside_a_processor_is_used(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny_model_dir(), tmp_path / "m")
+    template = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    resolved = ResolvedModel(path="m", local_dir=folder, revision=None, weights_bytes=0)
+    assert load_tokenizer(resolved).chat_template

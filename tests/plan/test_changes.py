@@ -114,6 +114,7 @@ def test_warned(change: dict[str, Any]) -> None:
         {"model__path": "other"},
         {"model__qlora_rank": 8},
         {"model__qlora_alpha": 8},
+        {"model__lora_targets": "q_proj"},
         {"model__quantization": "nf4"},
         {"data__batch_size": 8},
         {"data__val_split": 0.5},
@@ -220,7 +221,7 @@ TABLE: dict[Change, str] = {
     """,
     "refuse": """
         dataset_type seed data.train_file data.batch_size data.group_size data.val_split data.shuffle
-        model.path model.qlora_rank model.qlora_alpha model.quantization model.dtype model.revision model.device
+        model.path model.qlora_rank model.qlora_alpha model.lora_targets model.quantization model.dtype model.revision model.device
         model.attn_implementation model.trust_remote_code algorithm.adv_estimator rollout.reasoning_mode
         rollout.max_context_window
     """,
@@ -413,3 +414,10 @@ def test_a_key_at_its_default_that_another_version_has_makes_no_difference() -> 
     assert measurement({**FACTS, "config": older}, READERS) == measured()
     del older["rollout"]["max_tokens"]
     assert measurement({**FACTS, "config": older}, READERS) == measured()
+
+
+def test_a_key_that_an_older_run_did_not_have_is_no_change_at_its_default() -> None:
+    old = config()
+    del old["model"]["lora_targets"]
+    assert compared(old, config()) == Changes()
+    assert len(compared(old, config(model__lora_targets="q_proj")).refused) == 1

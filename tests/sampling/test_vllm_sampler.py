@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,9 @@ Make = Callable[..., VllmSampler]
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[VllmSampler] = []
 
-    def build(*flags: str, silence: float = 30.0, probe: tuple[int, ...] = ()) -> VllmSampler:
+    def build(
+        *flags: str, silence: float = 30.0, probe: tuple[int, ...] = (), **changes: Any
+    ) -> VllmSampler:
         settings = VllmSettings(
             local_dir=tmp_path / "student",
             vocabulary=10,
@@ -50,6 +53,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             max_lora_rank=8,
             probe=probe,
             request_timeout=silence,
+            **changes,
         )
         command = (sys.executable, str(STAND_IN), str(tmp_path), *flags)
         made.append(VllmSampler(EngineBackend(settings, command=command)))
@@ -491,6 +495,25 @@ def test_an_adapter_that_is_wrong_from_the_start_is_the_users_affair(make: Make)
     assert "sampler.quantization" in str(failure.value.fix)
     with pytest.raises(ModelError):
         complete(sampler, (DRAW, 1))
+
+
+def test_where_limits_are_not_measured_a_gap_is_told_and_written_down(
+    make: Make, tmp_path: Path
+) -> None:
+    gaps, told = tmp_path / "gaps.jsonl", list[str]()
+    sampler = make(probe=PROBE, measured=False, gaps=gaps)
+    sampler.watch(lambda ids, masked: [-2.0, -2.1], warn=told.append)
+    sampler.load_policy(adapter(), version=3)
+    assert complete(sampler, (DRAW, 1))[0].policy_version == 3
+    (line,) = told
+    assert "off by 0.05 nats" in line
+    base, adapted = [json.loads(row) for row in gaps.read_text().splitlines()]
+    assert (base["what"], base["mean"]) == ("the base", 0.0)
+    assert (adapted["what"], adapted["version"], adapted["tokens"]) == ("the adapter", 3, 2)
+    assert adapted["mean"] == pytest.approx(0.05)
+    sampler.watch(lambda ids, masked: [-2.0, -5.0], warn=told.append)
+    with pytest.raises(TemporaryError, match=r"1\.5 nats"):
+        sampler.load_policy(adapter(), version=4)
 
 
 def test_an_adapter_that_goes_wrong_once_is_loaded_again(make: Make, tmp_path: Path) -> None:

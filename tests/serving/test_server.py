@@ -146,3 +146,28 @@ def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="not installed"):
         require_vllm("sampler.backend")
+
+
+@pytest.mark.parametrize(
+    ("version", "fine"),
+    [
+        ("0.26.0", False),
+        ("0.28.1.post1", False),
+        ("0.29.0", True),
+        ("0.32.0+cpu", True),
+        ("1.0.0", True),
+        ("0.1.dev17+gabc", True),
+        (None, True),
+    ],
+)
+def test_a_vllm_that_wakes_with_other_weights_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, fine: bool
+) -> None:
+    monkeypatch.setattr(server_module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(server_module, "vllm_version", lambda: version)
+    if fine:
+        require_vllm("here")
+        return
+    with pytest.raises(ModelError, match=r"rnow needs 0\.29 or newer") as caught:
+        require_vllm("here")
+    assert caught.value.where == "here"

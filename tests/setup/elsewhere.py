@@ -68,7 +68,7 @@ class _Student:
         from rnow.setup.models import build_student, load_model
 
         prepared = prepare(Config(**values), folder, weights=True)
-        base = load_model(prepared.student, prepared.rendered.vocabulary)
+        base = load_model(prepared.student, prepared.rendered)
         self._student = build_student(prepared, base, lambda: None, embedded=False)
 
     def facts(self) -> Any:
@@ -92,7 +92,7 @@ class _Judge:
         from rnow.setup.models import load_model, score_with
 
         prepared = prepare(Config(**values), folder, weights=True)
-        model = load_model(prepared.models["teacher"], prepared.rendered.vocabulary)
+        model = load_model(prepared.models["teacher"], prepared.rendered)
         self._teacher = score_with(prepared, model, lambda: None)
 
     def score(self, samples: Sequence[Any]) -> Any:

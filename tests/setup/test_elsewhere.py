@@ -60,7 +60,7 @@ def live_elsewhere(
         student = student_process(values, project.folder)
         teacher = teacher_process(values, project.folder)
         processes.extend((student, teacher))
-        drawing = load_model(prepared.student, prepared.rendered.vocabulary)
+        drawing = load_model(prepared.student, prepared.rendered)
         return Backends(
             student=student.call("facts"),
             policy=PolicyElsewhere(student),

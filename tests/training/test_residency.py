@@ -382,11 +382,39 @@ def test_a_part_that_does_not_change_saves_and_is_raised(where: str) -> None:
     assert run.saved == [1]
 
 
+def test_the_card_is_looked_at_whenever_everybody_sleeps() -> None:
+    card = Card(awake=())
+
+    def measure() -> dict[str, float]:
+        assert not card.awake
+        card.events.append("look")
+        return {"memory/asleep_gb": len(card.events)}
+
+    card.gpu = Residency(measure)
+    clock = StageClock()
+
+    async def turns() -> None:
+        for part in PARTS[:2]:
+            card.awake.add(part)
+            card.gpu.add(part, card.sleeper(part))
+            await card.gpu.clear()
+        for part in ("sampler", "sampler", "teacher"):
+            async with card.gpu.only(part, clock):
+                card.work(part, part)
+
+    asyncio.run(turns())
+    assert card.events == [
+        "sleep sampler", "look", "sleep teacher", "look", "look", "wake sampler", "sampler",
+        "sleep sampler", "look", "wake teacher", "teacher",
+    ]  # fmt: skip
+    assert clock.metrics()["memory/asleep_gb"] == 9
+
+
 def test_turns_on_a_cpu_are_refused_before_anything_is_written(
     tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
     project = Project(tmp_path, tiny_model_dir)
-    for sampler in ({}, {"backend": "vllm"}):
+    for sampler in ({}, {"backend": "vllm", "url": "http://127.0.0.1:1"}):
         with pytest.raises(ConfigError, match="CUDA card only"):
             run(project.config(residency="time_shared", sampler=sampler), folder=tmp_path)
     assert not (tmp_path / "runs").exists()

@@ -23,6 +23,7 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from name_problems(config)
     yield from _too_large(config, ())
     yield from _without_its_teacher(config)
+    yield from _unknown_to_its_engine(config)
     yield from _without_signal(config)
     yield from _truncated(config)
     yield from _names_taken(config)
@@ -42,6 +43,21 @@ def _without_its_teacher(config: Schema) -> Iterator[Problem]:
             message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
             hint="remove the teacher section, or set dataset_type: distill",
         )
+
+
+def _unknown_to_its_engine(config: Schema) -> Iterator[Problem]:
+    """A teacher stored as its engine cannot load it."""
+    teacher = config.teacher
+    if teacher is not None and teacher.url is None:
+        # auto loads the teacher with transformers where no url is given.
+        engine = "vllm" if teacher.backend == "vllm" else "transformers"
+        if teacher.quantization == ("int8" if engine == "vllm" else "fp8"):
+            other = "transformers" if engine == "vllm" else "vllm"
+            yield Problem(
+                path=("teacher", "quantization"),
+                message=f"{engine} does not quantise to {teacher.quantization} while it loads",
+                hint=f"set teacher.backend: {other}, or teacher.quantization: nf4",
+            )
 
 
 def _without_signal(config: Schema) -> Iterator[Problem]:

@@ -104,6 +104,13 @@ class ModelSection(Section):
     )
     qlora_rank: Positive = key(32, "Rank of the LoRA adapter.")
     qlora_alpha: Positive | None = key(None, "Scale of the LoRA adapter.", "2 x `qlora_rank`")
+    lora_targets: Annotated[tuple[Text, ...], BeforeValidator(text_or_list)] = key(
+        ("all-linear",),
+        "Layers the adapter changes: `all-linear` (but for the head, experts and routers), or names of layers, e.g. "
+        "`[q_proj, v_proj]`. Experts are adapted where their layers are named.",
+        "`all-linear`",
+        min_length=1,
+    )
     name: Text | None = key(
         None,
         "Name of the trained adapter and of its run folder. A key in braces stands for its value: "
@@ -138,9 +145,9 @@ class TeacherSection(Section):
         "whether there is a tools.py or an mcp_url",
         change="shapes",
     )
-    quantization: Literal["none", "nf4", "int8"] = key(
+    quantization: Literal["none", "nf4", "int8", "fp8"] = key(
         "none",
-        "Quantization of the teacher's weights; it puts a floor under the KL. int8 scores one sample at a time.",
+        "Quantization of the teacher's weights; it puts a floor under the KL. int8, with transformers only, scores one sample at a time; fp8 is vllm's only.",
         reader="local teacher",
     )
     dtype: DType = key(
@@ -398,7 +405,12 @@ class EvaluationSection(Section):
     num_samples: Positive = key(4, "Rollouts per prompt.")
     max_prompts: Positive = key(256, "At most so many held-out prompts.")
     temperature: Above0 = key(1.0, "Sampling temperature.")
-    teacher: bool = key(True, "Evaluate the teacher too.", change="free")
+    teacher: Annotated[Literal["auto", True, False], BeforeValidator(auto_or_bool)] = key(
+        "auto",
+        "Evaluate the teacher too; `auto` does where vLLM serves it, or it is small: answers of a large one that transformers "
+        "runs take hours.",
+        change="free",
+    )
     success_reward: float = key(1.0, "A rollout passes when its reward is at least this.")
 
 

@@ -64,8 +64,8 @@ class AnswerFiles:
         step is not there."""
         found: dict[str, tuple[str, str]] = {}
         try:
-            for line in (self._folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n"):
-                row = json.loads(line) if line else {"step": None}
+            text = (self._folder / f"{name}.jsonl").read_text(encoding="utf-8")
+            for row in map(json.loads, filter(None, text.split("\n"))):
                 if row["step"] == step and row["prompt_id"] not in found:
                     asked = message_text(row["messages"][-1]["content"])
                     said = get_response(row["answer"])

@@ -60,6 +60,7 @@ _WORDS = {
 }
 """Words of names whose capitals are not just the first letter."""
 
+_RUN_ID = re.compile(r"^(?i:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$")
 _LOWER_CASE_NAMES = re.compile(r"^deepseek-(coder|llm|math|moe|vl)-(?!v\d)")
 
 
@@ -79,6 +80,13 @@ def check_model_id(path: str, *, key: str, base_dir: Path | None = None) -> None
     """
     if looks_like_a_path(path) or ((base_dir or Path()) / path).is_dir():
         return
+    if _RUN_ID.match(path):
+        raise _unsupported(
+            key,
+            f"'{path}' looks like the id of a hosted run; those are not reachable from here",
+            "a model is a HuggingFace id or a folder on this machine",
+            f"download that run's model and name its folder, or {key}: organisation/name",
+        )
     for pattern, provider in _API_MODELS:
         if pattern.match(path.lower()):
             raise _api_only(path, provider, key)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 
 from rnow.algorithm.head import Head
 from rnow.errors import ModelError, RnowError
+from rnow.models.parts import body_of, output_layer
 from rnow.models.refusal import one_line
-from rnow.models.shape import output_layer
+from rnow.models.rope import fix_rope
 
 Quantization = Literal["none", "nf4", "int8"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DEVICE_MAP_SHARE = 0.9
+"""How much of what is free on a card the weights of a model spread over several may take."""
 
 PROBE_TOLERANCE, FLOAT32_PROBE_TOLERANCE = 2e-2, 1e-4
 
@@ -49,6 +54,31 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def stored_quantization(local_dir: Path) -> Quantization | None:
+    """How the weights in a folder are quantised already, by its config.json; None where they are not.
+
+    Raises:
+        ModelError: in a format that is not bitsandbytes'.
+    """
+    try:
+        config = json.loads((local_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(found, dict):
+        return None
+    if found.get("load_in_4bit") or found.get("_load_in_4bit"):
+        return "nf4"
+    if found.get("load_in_8bit") or found.get("_load_in_8bit"):
+        return "int8"
+    method = found.get("quant_method", "an unknown method")
+    raise ModelError(
+        f"the weights of {local_dir.name} are quantised already ({method}), which cannot be used here",
+        why="only bitsandbytes' formats (4 and 8 bits) are read; others are made for inference alone",
+        fix="name the original model, and set quantization: nf4",
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -86,42 +116,59 @@ def load_causal_lm(
     device: torch.device,
     quantization: Quantization = "none",
     device_map: str | None = None,
+    cards: Sequence[int] = (),
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    window: int | None = None,
 ) -> CausalLM:
     """Load safetensors weights from a folder, frozen and in eval mode.
 
     Args:
         vocabulary: ids the tokenizer can produce; the head is cut to them.
         quantization: ``nf4`` double-quantises with a ``dtype`` compute type; ``int8`` is bitsandbytes' LLM.int8.
+            Weights that are stored quantised stay as they are.
         device_map: accelerate's placement, e.g. ``auto`` to spread over several GPUs; overrides ``device``.
+        cards: those over which ``device_map`` spreads; all of them when empty.
+        window: no sequence will be longer; it settles rotary embeddings that depend on length (``rnow.models.rope``).
 
     Raises:
         ModelError: the folder does not load as a causal LM, or its head does something we do not reproduce.
     """
     quiet_libraries()
+    stored = stored_quantization(local_dir)
     arguments: dict[str, object] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    if quantization != "none":
+    if quantization != "none" and stored is None:
         arguments["quantization_config"] = _quantization_config(quantization, dtype)
+    if quantization != "none" or stored is not None:
         arguments["device_map"] = {"": device}
     if device_map is not None:
         arguments["device_map"] = device_map
+        if cards:
+            # Neither other cards nor main memory: both would be filled, and the latter without a word.
+            arguments["max_memory"] = {card: _room_on(card) for card in cards}
     model = _from_pretrained(local_dir, device, arguments)
     if "device_map" not in arguments:
         model = model.to(device)
+    _refuse_offloaded(model, local_dir)
     _keep_nf4_layout(model)
     model.requires_grad_(False)
     model.eval()
-    loaded = take_apart(model, vocabulary=vocabulary, quantization=quantization)
+    _switch_off_dropout(model)
+    if window is not None:
+        fix_rope(model, window)
+    loaded = take_apart(model, vocabulary=vocabulary, quantization=stored or quantization)
     _refuse_non_finite(loaded, local_dir)
     _probe_head(loaded, local_dir)
     return loaded
 
 
+def _room_on(card: int) -> int:
+    return int(DEVICE_MAP_SHARE * torch.cuda.mem_get_info(card)[0])
+
+
 def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[str, object]) -> Any:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -132,15 +179,7 @@ def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[s
             output_loading_info=True,
             **arguments,
         )
-    except (
-        ValueError,
-        OSError,
-        KeyError,
-        RuntimeError,
-        MemoryError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # whatever the code of an architecture makes of a config
         if ran_out_of_memory(error):
             raise ModelError(
                 f"{local_dir.name} does not fit on {device}",
@@ -155,6 +194,17 @@ def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[s
     model, report = loaded
     _refuse_made_up(local_dir, report)
     return model
+
+
+def _refuse_offloaded(model: nn.Module, local_dir: Path) -> None:
+    """accelerate leaves what does not fit the cards on the meta device, and brings it there when a layer is called. Ours
+    are read without a call (the head, an adapter's base)."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ModelError(
+            f"{local_dir.name} does not fit on the cards: its device_map leaves a part in main memory or on disk",
+            where="teacher.device_map",
+            fix="load it quantised (quantization: nf4), on more cards, or serve it with vLLM (teacher.backend: vllm)",
+        )
 
 
 def _refuse_made_up(local_dir: Path, report: Mapping[str, Collection[object]]) -> None:
@@ -220,12 +270,11 @@ def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "non
         weight=weight[:rows],
         bias=None if bias is None else bias.detach()[:rows],
         scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=_softcap(config),
     )
-    body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     return CausalLM(
         model=model,
-        body=body,
+        body=body_of(model),
         head=head,
         device=model.get_input_embeddings().weight.device,
         quantization=quantization,
@@ -238,6 +287,12 @@ def _logit_scale(config: object) -> float:
         return float(factor)
     divisor = getattr(config, "logits_scaling", None)
     return 1.0 / float(divisor) if divisor else 1.0
+
+
+def _softcap(config: object) -> float | None:
+    """Where logits are squashed by a tanh: Gemma's name for it, RecurrentGemma's and xLSTM's."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((float(cap) for name in names if (cap := getattr(config, name, None))), None)
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> object:
@@ -259,6 +314,21 @@ def _keep_nf4_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, wherever a layer reads it from. Gradient checkpointing works in training mode only, where a
+    base with, say, ``attention_dropout`` 0.1 would otherwise be scored by one distribution and trained by another."""
+    holders = {
+        id(holder): holder for m in model.modules() for holder in (m, getattr(m, "config", m))
+    }
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for holder in holders.values():
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
 
 
 @torch.no_grad()

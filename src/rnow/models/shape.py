@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rnow.errors import ModelError
-from rnow.models.refusal import one_line
+from rnow.models.families import UNSAMPLED, check_family
+from rnow.models.parts import linear_layers, output_layer, routes_tokens
+from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
-
-# What transformers raises for a configuration that it cannot build from, depending on what is odd in it.
-_NOT_A_MODEL = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +25,10 @@ class ModelShape:
         linear: (inputs, outputs) of every linear layer but the head: what LoRA adapts and quantization shrinks.
         layers: transformer blocks.
         hidden: width of the hidden state.
-        kv_width: values of one token's keys in one layer (as many again for its values).
+        kv_width: values of one token's keys in one layer (as many again for its values); the mean, where layers differ.
         vocabulary_rows: rows of the head, padding included.
+        routed: a mixture of experts.
+        sampled: the embedded sampler can answer with it.
     """
 
     architecture: str
@@ -37,78 +38,93 @@ class ModelShape:
     hidden: int
     kv_width: int
     vocabulary_rows: int
+    routed: bool = False
+    sampled: bool = True
 
     @property
     def linear_parameters(self) -> int:
         """Weights of the linear layers, biases left out."""
         return sum(inputs * outputs for inputs, outputs in self.linear)
 
-    def lora_parameters(self, rank: int) -> int:
-        """Trainable parameters of an adapter: ``rank * (inputs + outputs)`` per linear layer."""
-        return sum(rank * (inputs + outputs) for inputs, outputs in self.linear)
 
+def build_empty(
+    resolved: ResolvedModel,
+    *,
+    key: str = "model.path",
+    sampled: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model without its weights; takes well under a second.
 
-def measure(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> ModelShape:
-    """Build the model without weights and read off its sizes; takes well under a second.
+    Args:
+        key: the setting that names it.
+        sampled: the embedded sampler is to answer with it.
 
     Raises:
-        ModelError: the configuration is not one of a causal language model.
+        ModelError: the configuration is not one of a causal language model, or is of a family that cannot be used.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # Before transformers reads it: of some families it does not even make a config.
+    family = read_json(
+        resolved.local_dir / "config.json", Refusal(path=resolved.path, key=key)
+    ).get("model_type")
+    check_family(str(family), resolved.path, key=key, sampled=sampled)
     try:
         config = AutoConfig.from_pretrained(
             str(resolved.local_dir), local_files_only=True, trust_remote_code=trust_remote_code
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except _NOT_A_MODEL as error:
+    except Exception as error:  # whatever the code of an architecture makes of a config
         raise ModelError(
             f"'{resolved.path}' is not a causal language model that transformers can build",
             why=one_line(error),
             fix="name a model whose config.json has an architecture ending in ForCausalLM",
         ) from error
-    return shape_of(model)
-
-
-def output_layer(model: Any) -> Any:
-    """The head of a transformers causal LM. Raises ModelError when it has none."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelError(
-            f"{type(model).__name__} has no output embedding, so it is no causal language model"
-        )
-    return head
+    return model
 
 
 def shape_of(model: Any) -> ModelShape:
     """The sizes of a transformers causal LM, with or without its weights."""
-    head = output_layer(model)
-    linear = tuple(
-        shape
-        for module in model.modules()
-        if module is not head and (shape := _linear_shape(module)) is not None
-    )
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    widths = kv_widths(config)
     return ModelShape(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linear=linear,
+        linear=tuple(_linear_shape(module) for _, module in linear_layers(model)),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        kv_width=heads * width,
-        vocabulary_rows=head.weight.shape[0],
+        kv_width=-(-sum(widths) // len(widths)),
+        vocabulary_rows=output_layer(model).weight.shape[0],
+        routed=routes_tokens(model),
+        sampled=config.model_type not in UNSAMPLED,
     )
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of the layer kinds that PEFT's "all-linear" adapts."""
-    from transformers.pytorch_utils import Conv1D
+def kv_widths(config: Any) -> list[int]:
+    """Values of one token's keys in each layer. Families whose layers differ keep a config for each; one that says
+    nothing of heads (Mamba) has none."""
+    layers = range(config.num_hidden_layers)
+    if getattr(config, "is_heterogeneous", False):
+        return [_kv_width(config.per_layer_config[layer]) for layer in layers]
+    return [_kv_width(config)] * len(layers)
 
+
+def _kv_width(config: Any) -> int:
+    queries = getattr(config, "num_attention_heads", None)
+    if not isinstance(queries, int) or not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None)
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return (heads if isinstance(heads, int) else queries) * width
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if isinstance(module, Conv1D):  # GPT-2's linear layer keeps its weight transposed
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
+    rows, columns = cast(
+        Tensor, module.weight
+    ).shape  # GPT-2's linear layer keeps its weight transposed
+    return int(rows), int(columns)

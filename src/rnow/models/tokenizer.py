@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.errors import ModelError
-from rnow.models.refusal import one_line
+from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
 from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import ToolDescription, render_text
@@ -44,7 +44,7 @@ def load_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool = False) 
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(resolved.local_dir), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -53,6 +53,18 @@ def load_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool = False) 
             why=one_line(error),
             fix="check the folder with AutoTokenizer.from_pretrained",
         ) from error
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _processor_template(resolved)
+    return tokenizer
+
+
+def _processor_template(resolved: ResolvedModel) -> str | None:
+    """The template in chat_template.json, where models with a processor keep it (Gemma 3, Mistral Small 3.1)."""
+    file = resolved.local_dir / "chat_template.json"
+    if not file.is_file():
+        return None
+    template = read_json(file, Refusal(path=resolved.path, key="model.path")).get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -49,6 +49,9 @@ change."""
 # Nothing to warn of when a run continues, but what an earlier start sampled or measured may have other numbers.
 SILENT: Mapping[str, Change] = {"teacher_revision": "evaluates", "versions": "shapes"}
 
+ADDED_KEYS: Mapping[str, object] = {"model.lora_targets": ["all-linear"]}
+"""Keys that earlier versions did not have, as those behaved."""
+
 
 MEASURING: frozenset[Change] = frozenset({"measures", "evaluates", "shapes", "refuse"})
 """Changes after which an evaluation measures something else."""
@@ -114,6 +117,8 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
     for path, kept in REMOVED.items():
         if before.get(dotted(path)) == kept:
             del before[dotted(path)]  # written by a version that still had the key
+    if before:
+        before = {**ADDED_KEYS, **before}
     falling = after.get("trainer.lr_schedule", "constant") != "constant"
     lines: list[tuple[Change, str]] = [
         (_kind(key, readers, falling=falling), f"{key}: {before.get(key)} -> {after.get(key)}")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from rnow.config import Config, TeacherSection
 from rnow.models.loading import choose_device
+from rnow.models.shape import ModelShape
+from rnow.serving.server import VISIBLE
 
+SMALL_TEACHER = 10**9
+"""Parameters up to which a teacher that transformers runs answers the held-out prompts too."""
+LAYER_SECONDS = 1.5e-3
+"""Of one layer in one step of transformers' decoding on a card: bound by launching kernels, not by the numbers."""
+DRIVER = Path("/proc/driver/nvidia/version")
+"""There where NVIDIA's driver is loaded."""
 DEFAULT_MAX_TOKENS = 4096
 """Cap on one answer."""
 DEFAULT_MAX_TURNS = 10
@@ -30,6 +40,46 @@ def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
         return "vllm"
     on_gpu = choose_device(config.model.device).type == "cuda"
     return "vllm" if on_gpu and find_spec("vllm") is not None else "transformers"
+
+
+def teacher_answers(config: Config, shape: ModelShape) -> bool:
+    """``evaluation.teacher`` with ``auto`` decided: whether the teacher, of this shape, answers the held-out prompts too."""
+    asked, teacher = config.evaluation.teacher, config.teacher
+    if asked != "auto":
+        return asked
+    served = teacher is not None and teacher_backend(teacher) == "vllm"
+    return served or (shape.sampled and shape.parameters <= SMALL_TEACHER)
+
+
+def slow_paths(config: Config) -> list[str]:
+    """What this machine could do faster and does not, with the reason; one sentence each."""
+    device, found = choose_device(config.model.device), []
+    if device.type == "cpu" and "auto" in (config.model.device, _device_of(config.teacher)):
+        why = unusable_gpu()
+        if why is not None:
+            found.append(f"this machine has a GPU, and the run is on the CPU: {why}")
+    embedded = config.sampler.backend == "auto" and sampler_backend(config) == "transformers"
+    if device.type == "cuda" and embedded:
+        found.append(
+            "the student samples with transformers, several times slower than vLLM, since vLLM is not installed: "
+            "pip install 'rnow-local[vllm]' -c constraints-cuda.txt, or set sampler.backend: transformers if that is meant"
+        )
+    return found
+
+
+def _device_of(teacher: TeacherSection | None) -> str | None:
+    return None if teacher is None or teacher.url is not None else teacher.device
+
+
+def unusable_gpu() -> str | None:
+    """Why torch does not use an NVIDIA card that this machine has; None without one, and where the user hides it."""
+    import torch
+
+    if not DRIVER.exists() or torch.cuda.is_available() or os.environ.get(VISIBLE) in ("", "-1"):
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA; install one with it"
+    return f"torch {torch.__version__} does not find it; its CUDA {torch.version.cuda} may need a newer NVIDIA driver"
 
 
 def teacher_backend(section: TeacherSection) -> Literal["transformers", "vllm"]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+MARGIN = 0.05
+"""Of a card, kept free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +23,22 @@ class DeviceInfo:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is one CUDA card."""
-        return self.device.startswith("cuda")
+        """Whether this is a CUDA card, or several."""
+        return self.device != "cpu"
+
+    @property
+    def margin(self) -> int:
+        """Bytes that no plan fills: what an allocator loses between its blocks, and what no estimate knows."""
+        return round(MARGIN * self.total_bytes) if self.on_gpu else 0
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a plan may fill."""
+        return self.free_bytes - self.margin
 
 
-def describe_device(name: str) -> DeviceInfo:
-    """Name and memory of a torch device; any other name stands for all GPUs together."""
+def describe_device(name: str, cards: Sequence[int] = ()) -> DeviceInfo:
+    """Name and memory of a torch device; any other name stands for ``cards`` together."""
     import torch
 
     if name == "cpu" or not torch.cuda.is_available():
@@ -37,12 +51,12 @@ def describe_device(name: str) -> DeviceInfo:
         free, total = torch.cuda.mem_get_info(name)
         title = torch.cuda.get_device_name(name)
         return DeviceInfo(device=name, name=title, total_bytes=total, free_bytes=free)
-    cards = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+    found = [torch.cuda.mem_get_info(card) for card in cards]
     return DeviceInfo(
         device=name,
-        name=f"{len(cards)} GPUs",
-        total_bytes=sum(total for _, total in cards),
-        free_bytes=sum(free for free, _ in cards),
+        name=f"{len(found)} GPUs",
+        total_bytes=sum(total for _, total in found),
+        free_bytes=sum(free for free, _ in found),
     )
 
 

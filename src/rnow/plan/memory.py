@@ -6,14 +6,14 @@ so a run usually stays below them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from rnow.models.loading import Quantization
 from rnow.models.shape import ModelShape
-from rnow.plan.roles import STUDENT, Role
+from rnow.plan.roles import STUDENT, Role, Stored
 from rnow.training.residency import Part
 
 Stage = Literal["always", "sampling", "teacher", "update"]
@@ -27,8 +27,11 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 INT8_BYTES = 1.0
 SAMPLING_LOGIT_BYTES = 4 * 8
 """Per row and vocabulary entry while drawing a token: logits, log-probabilities and a float64 cumulative sum."""
-HEAD_COPIES = 3
-"""Buffers of one chunk's size in the head: logits, probabilities and the gradient's weights."""
+HEAD_COPIES = 5
+"""Buffers of one chunk's size in the head: logits before and after the temperature, shifted, probabilities, and the head's own
+number format of either."""
+ENGINE_CONTEXT = 0.7e9
+"""What a vLLM that runs holds beside its share: its CUDA context, taken before it measures what is free."""
 ENGINE_WORK = 10**9
 """What a vLLM takes of its share before any cache: activations, CUDA graphs, buffers."""
 ENGINE_ASLEEP = 1.5e9
@@ -45,23 +48,44 @@ class ModelMemory:
 
     Attributes:
         width: bytes of an unquantised number.
-        engine: bytes that a vLLM takes for its weights and caches: 0 where a server elsewhere holds it, None without one.
+        engine: bytes of a card that a vLLM takes for its weights and caches: 0 where a server elsewhere holds it, None without
+            one.
+        device, engine_device: where the model is loaded, and where the vLLM runs; the first card of a spread one.
+        cards: over which the vLLM is spread.
     """
 
     role: Role
     shape: ModelShape
     width: int
-    quantization: Quantization
+    quantization: Stored
     engine: int | None = None
+    device: str = "cpu"
+    engine_device: str = "cpu"
+    cards: int = 1
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of the weights as loaded."""
         if self.quantization == "none":
             return self.shape.parameters * self.width
-        each = NF4_BYTES if self.quantization == "nf4" else INT8_BYTES
         rest = self.shape.parameters - self.shape.linear_parameters
-        return self.shape.linear_parameters * each + rest * self.width
+        return self.shape.linear_parameters * self.linear_width + rest * self.width
+
+    @property
+    def linear_width(self) -> float:
+        """Bytes of one weight of a linear layer."""
+        if self.quantization == "none":
+            return self.width
+        return NF4_BYTES if self.quantization == "nf4" else INT8_BYTES
+
+    @property
+    def pinned_bytes(self) -> int:
+        """What the weights take of main memory while they are away: torch rounds every pinned block up to a power of two."""
+        linear = [inputs * outputs * self.linear_width for inputs, outputs in self.shape.linear]
+        table = self.shape.vocabulary_rows * self.shape.hidden * self.width
+        rest = self.shape.parameters - self.shape.linear_parameters
+        tables, left = divmod(rest * self.width, max(1, table))
+        return sum(map(_power_of_two, [*linear, *[table] * tables, left]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +95,9 @@ class MemorySettings:
     Attributes:
         models: by role, the student first.
         rank: of the adapter.
+        adapter_parameters: what it trains.
         rollouts: sequences sampled in one step.
+        prompts: how many different prompts they have.
         prompt_tokens: tokens of the longest prompt.
         completion_tokens: the longest answer.
         window: no sequence is longer.
@@ -83,7 +109,9 @@ class MemorySettings:
 
     models: Mapping[str, ModelMemory]
     rank: int
+    adapter_parameters: int
     rollouts: int
+    prompts: int
     prompt_tokens: int
     completion_tokens: int
     window: int
@@ -112,7 +140,13 @@ class MemorySettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPart:
     """One line of the plan: whose, what, when it is held, its bytes, who leaves the card with it, and what becomes of it
-    then. ``model`` is a role."""
+    then.
+
+    Attributes:
+        model: a role.
+        device: where it is held.
+        host: bytes that it takes of main memory once it has left the card.
+    """
 
     model: str
     name: str
@@ -120,6 +154,8 @@ class MemoryPart:
     bytes: int
     owner: Part
     kind: Kind = "loaded"
+    device: str = "cpu"
+    host: int = 0
 
 
 def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
@@ -127,11 +163,11 @@ def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
     parts: list[MemoryPart] = []
     for role, model in settings.models.items():
         if role == STUDENT:
-            parts += _trainer_parts(role, model, settings)
+            parts += _trainer_parts(model, settings)
         elif model.engine is not None:
-            parts += _engine_parts(role, model, settings)
+            parts += _engine_parts(model, settings)
         else:
-            parts += _scoring_parts(role, model, settings)
+            parts += _scoring_parts(model, settings)
     return parts
 
 
@@ -141,24 +177,46 @@ def with_nf4(settings: MemorySettings, role: str) -> MemorySettings:
     return replace(settings, models={**settings.models, role: changed})
 
 
+def _power_of_two(size: float) -> int:
+    return 1 << max(0, math.ceil(size) - 1).bit_length() if size else 0
+
+
 def _part(
-    model: str, owner: Part, name: str, stage: Stage, amount: float, kind: Kind = "loaded"
+    model: ModelMemory,
+    owner: Part,
+    name: str,
+    stage: Stage,
+    amount: float,
+    kind: Kind = "loaded",
+    host: float = 0,
 ) -> MemoryPart:
+    """``model`` is where the model itself is loaded, unless a vLLM holds it."""
     return MemoryPart(
-        model=model, name=name, stage=stage, bytes=round(amount), owner=owner, kind=kind
+        model=model.role.name,
+        name=name,
+        stage=stage,
+        bytes=round(amount),
+        owner=owner,
+        kind=kind,
+        device=model.device if kind == "loaded" else model.engine_device,
+        host=round(host),
     )
 
 
-def _trainer_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
-    part = partial(_part, role, "trainer")
-    lora = model.shape.lora_parameters(settings.rank) * FLOAT32
-    parts = [part("weights", "always", model.weight_bytes)]
+def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
+    part = partial(_part, model, "trainer")
+    lora = settings.adapter_parameters * FLOAT32
+    parts = [part("weights", "always", model.weight_bytes, host=model.pinned_bytes)]
     if model.engine is not None:
-        parts += _engine_parts(role, model, settings)
-    elif model.quantization == "none" and model.width == FLOAT32:
+        parts += _engine_parts(model, settings)
+    elif model.quantization == "none" and model.width == FLOAT32 and not model.shape.routed:
         # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
-        parts.append(part("merged copy", "always", model.shape.linear_parameters * FLOAT32))
-    parts += [part("adapter", "always", lora), part("optimizer", "always", 2 * lora)]
+        merged = model.shape.linear_parameters * FLOAT32
+        parts.append(part("merged copy", "always", merged, host=model.pinned_bytes))
+    parts += [
+        part("adapter", "always", lora, host=lora),
+        part("optimizer", "always", 2 * lora, host=2 * lora),
+    ]
     if model.engine is None:
         parts.append(part("sampling cache", "sampling", _cache_bytes(settings)))
     return [
@@ -169,24 +227,26 @@ def _trainer_parts(role: str, model: ModelMemory, settings: MemorySettings) -> l
     ]
 
 
-def _scoring_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
-    part = partial(_part, role, model.role.part)
+def _scoring_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
+    part = partial(_part, model, model.role.part)
     return [
-        part("weights", "always", model.weight_bytes),
-        part("activations", "teacher", _scoring_activations(model, settings)),
-        part("head buffers", "teacher", _head_bytes(model, settings)),
+        part("weights", "always", model.weight_bytes, host=model.pinned_bytes),
+        part("activations", "teacher", _scoring_bytes(model, settings)),
     ]
 
 
-def _engine_parts(role: str, model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
+def _engine_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
+    """Of one card, where it is spread over several."""
     if not model.engine:
         return []
-    part = partial(_part, role, model.role.part)
+    part = partial(_part, model, model.role.part)
     cache = engine_cache(model, model.engine, settings)
+    weights, kept = model.weight_bytes / model.cards, model.pinned_bytes / model.cards
     return [
-        part("vLLM weights", "always", model.weight_bytes, "engine weights"),
+        part("vLLM weights", "always", weights, "engine weights", kept),
         part("vLLM KV cache", "always", cache, "engine cache"),
         part("vLLM buffers", "always", ENGINE_WORK, "engine cache"),
+        part("vLLM context", "always", ENGINE_CONTEXT, "engine cache"),
     ]
 
 
@@ -223,14 +283,14 @@ def _asleep(parts: Sequence[MemoryPart], turns: Collection[Part], awake: Part) -
 
 
 def engine_cache(model: ModelMemory, total: int, settings: MemorySettings) -> int:
-    """Bytes of a vLLM's KV cache: what its weights and buffers leave of ``total``, one longest sequence at least."""
-    one = settings.window * kv_bytes(model)
-    return max(one, total - round(model.weight_bytes) - ENGINE_WORK)
+    """Bytes of a vLLM's KV cache on one card: what its weights and buffers leave of ``total``, one longest sequence at least."""
+    one = math.ceil(settings.window * kv_bytes(model) / model.cards)
+    return max(one, total - round(model.weight_bytes / model.cards) - ENGINE_WORK)
 
 
 def engine_least(model: ModelMemory, settings: MemorySettings) -> int:
-    """Bytes without which a vLLM does not start: weights, buffers and the cache of one longest sequence."""
-    return engine_cache(model, 0, settings) + round(model.weight_bytes) + ENGINE_WORK
+    """Bytes of a card without which a vLLM does not start: weights, buffers and the cache of one longest sequence."""
+    return engine_cache(model, 0, settings) + round(model.weight_bytes / model.cards) + ENGINE_WORK
 
 
 def kv_bytes(model: ModelMemory) -> int:
@@ -239,17 +299,17 @@ def kv_bytes(model: ModelMemory) -> int:
 
 
 def savings(
-    settings: MemorySettings, models: Sequence[str], turns: Collection[Part] = ()
+    settings: MemorySettings, device: str, turns: Collection[Part] = ()
 ) -> list[tuple[str, int]]:
     """Settings that would lower the peak on a device, with the peak each gives alone; the largest saving first.
 
     Args:
-        models: the roles whose models the device holds.
+        device: as the parts name it.
         turns: the parts that are there one at a time.
     """
 
     def peak_of(changed: MemorySettings) -> int:
-        parts = [part for part in memory_parts(changed) if part.model in models]
+        parts = [part for part in memory_parts(changed) if part.device == device]
         return peak_in_turns(parts, turns)[0]
 
     before = peak_of(settings)
@@ -277,11 +337,17 @@ def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySetting
 
 
 def _cache_bytes(settings: MemorySettings) -> float:
-    """Keys, values and one step's logits of the sequences decoded together: all of them, or what the budget holds."""
-    shape, width = settings.student.shape, settings.student.width
-    row = settings.sequence_tokens * 2 * shape.layers * shape.kv_width * width
-    row += SAMPLING_LOGIT_BYTES * shape.vocabulary_rows
-    return max(row, min(settings.cache_budget, settings.rollouts * row))
+    """Keys, values and one step's logits of the sequences decoded together: all of them, or what the budget holds. Or, where
+    that is more, the pass over all their prompts at once."""
+    model = settings.student
+    one = model.shape.vocabulary_rows * SAMPLING_LOGIT_BYTES
+    row = settings.sequence_tokens * kv_bytes(model) + one
+    rows = max(1, min(settings.rollouts, int(settings.cache_budget // row)))
+    prompts = min(rows, settings.prompts) * min(settings.window, settings.prompt_tokens)
+    prefill = prompts * (_layer_bytes(model) + kv_bytes(model))
+    # A step joins each layer's cache and the new token into another one before the old goes.
+    joined = rows * settings.sequence_tokens * kv_bytes(model) / model.shape.layers
+    return max(row, min(settings.cache_budget, settings.rollouts * row), prefill) + joined
 
 
 def _training_activations(settings: MemorySettings) -> float:
@@ -298,10 +364,18 @@ def _training_activations(settings: MemorySettings) -> float:
     return kept * settings.pass_tokens
 
 
-def _scoring_activations(model: ModelMemory, settings: MemorySettings) -> float:
-    """Without gradients only the layer at work is held: its widest input and outputs, and the hidden states."""
-    widest = max((inputs + 2 * outputs for inputs, outputs in model.shape.linear), default=0)
-    return settings.pass_tokens * (widest + 4 * model.shape.hidden) * model.width
+def _layer_bytes(model: ModelMemory) -> int:
+    """Bytes per token of a pass without gradients: only the layer at work is held, its widest input, outputs that are
+    multiplied with each other, and the hidden states."""
+    widest = max((inputs + 3 * outputs for inputs, outputs in model.shape.linear), default=0)
+    return (widest + 4 * model.shape.hidden) * model.width
+
+
+def _scoring_bytes(model: ModelMemory, settings: MemorySettings) -> float:
+    """The body comes first and the head after it, when only hidden states are left of the body."""
+    left = settings.pass_tokens * model.shape.hidden * model.width
+    body = settings.pass_tokens * _layer_bytes(model)
+    return max(body, left + _head_bytes(model, settings))
 
 
 def _head_bytes(model: ModelMemory, settings: MemorySettings) -> float:

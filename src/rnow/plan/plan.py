@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -12,8 +13,14 @@ from rnow.config import Config
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
 from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
-from rnow.models.shape import ModelShape, measure
-from rnow.plan.choices import DEFAULT_MAX_TOKENS, DEFAULT_MAX_TURNS
+from rnow.models.shape import ModelShape, build_empty, shape_of
+from rnow.plan.choices import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_MAX_TURNS,
+    LAYER_SECONDS,
+    slow_paths,
+    teacher_answers,
+)
 from rnow.plan.devices import DeviceInfo, cpu_memory, describe_device, free_disk
 from rnow.plan.memory import (
     ENGINE_WORK,
@@ -41,6 +48,7 @@ from rnow.plan.roles import (
     roles_of,
     sharers,
 )
+from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
@@ -48,6 +56,7 @@ MOMENTS_AND_ADAPTER = 3
 TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 150, 30
 """Bytes of JSON for one token: its id, text and three log-probabilities; its id and one."""
 MAX_ADVICE = 4
+HOST_FIX = "set teacher.quantization: nf4, give the teacher a device or a server of its own, or free main memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +84,7 @@ class DevicePlan:
         peaks: of both, where there is a choice.
         lacking: vLLMs whose share of the card is too small for them to start.
         with_nf4_teacher: the peak of all at once with a 4-bit teacher, where the teacher is none and there is a choice.
+        host_bytes, host_free_bytes: of main memory, what the parts that sleep need and what there is.
     """
 
     info: DeviceInfo
@@ -87,16 +97,24 @@ class DevicePlan:
     peaks: Mapping[Residence, int] = field(default_factory=dict)
     lacking: tuple[str, ...] = ()
     with_nf4_teacher: int | None = None
+    host_bytes: int = 0
+    host_free_bytes: int = 0
+
+    @property
+    def host_suffices(self) -> bool:
+        """Whether what sleeps has room in main memory."""
+        return self.host_bytes <= self.host_free_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the estimate is within the free memory."""
-        return self.peak_bytes <= self.info.free_bytes and not self.lacking
+        """Whether the estimate is within the memory that may be filled."""
+        return self.peak_bytes <= self.info.usable_bytes and not self.lacking and self.host_suffices
 
     @property
     def hopeless(self) -> bool:
         """Whether even the least is too much; otherwise shorter answers than the longest may fit."""
-        return self.least_bytes > self.info.free_bytes or bool(self.lacking)
+        too_much = self.least_bytes > self.info.usable_bytes
+        return too_much or bool(self.lacking) or not self.host_suffices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +175,7 @@ class Plan:
         for device, plain in zip(self.devices, values["devices"], strict=True):
             plain["fits"] = device.fits
             for part in plain["parts"]:
-                del part["kind"]
+                del part["kind"], part["host"], part["device"]
         return {TEACHER: None, **values.pop("models"), **values, "fits": self.fits}
 
 
@@ -179,14 +197,19 @@ def build_plan(
     per_step = data.batch_size * data.group_size
     rollouts = prepared.num_steps * per_step
     completion = _completion_tokens(prepared)
-    shapes = {
-        name: measure(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
-        for name, model in prepared.models.items()
-    }
-    models = {name: _model_plan(model, shapes[name]) for name, model in prepared.models.items()}
+    shapes, adapter = measure(prepared)
+    models = _model_plans(prepared, shapes)
     turns = may_take_turns(config)
-    plans = _device_plans(prepared, models, shapes, turns, completion, devices or {})
-    adapter = shapes[STUDENT].lora_parameters(config.model.qlora_rank)
+    placed = {name: model.device for name, model in models.items()}
+    layout = _Layout(
+        prepared=prepared,
+        shapes=shapes,
+        adapter=adapter,
+        placed=placed,
+        completion=completion,
+        known=devices or {},
+    )
+    plans = _device_plans(layout, turns)
     checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
@@ -217,9 +240,62 @@ def build_plan(
         journal_bytes=2 * per_step * (completion * JOURNAL_TOKEN + rendered.longest_prompt),
         transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
         disk_free_bytes=free_disk(run_dir),
-        notices=prepared.notices,
-        warnings=(*dataset.warnings, *rendered.warnings, *_host_warnings(plans, turns)),
+        notices=(*prepared.notices, *_teacher_notice(layout)),
+        warnings=(*dataset.warnings, *rendered.warnings, *slow_paths(config)),
     )
+
+
+def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
+    """The sizes of every model, and the parameters of the student's adapter.
+
+    Raises:
+        ModelError: a model of a family that cannot be used, or layers to adapt that are not there.
+    """
+    section, adapter = prepared.config.model, 0
+    shapes = {}
+    for name, model in prepared.models.items():
+        role = model.role
+        answers = role.trained or prepared.config.evaluation.teacher is True
+        empty = build_empty(
+            model.resolved,
+            key=f"{role.key}.path",
+            sampled=answers and role.backend == "transformers",
+            trust_remote_code=role.section.trust_remote_code,
+        )
+        shapes[name] = shape_of(empty)
+        if role.trained:
+            adapter = count_adapter(empty, rank=section.qlora_rank, targets=section.lora_targets)
+    return shapes, adapter
+
+
+def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
+    """What the teacher's own answers to the held-out prompts cost, or that there are none."""
+    prepared, shape = layout.prepared, layout.shapes.get(TEACHER)
+    config, held_out = prepared.config, len(prepared.project.dataset.held_out)
+    if shape is None or not held_out:
+        return ()
+    section = config.evaluation
+    answers = min(held_out, section.max_prompts) * section.num_samples
+    what = f"{answers:,} answers to the held-out prompts, of at most {layout.completion:,} tokens"
+    role = prepared.models[TEACHER].role
+    if role.backend == "transformers" and role.on_gpu:
+        hours = _decode_seconds(layout, shape, answers) / 3600
+        what += f", about {hours:.1f} h with transformers at that length"
+    if teacher_answers(config, shape):
+        return (f"the teacher itself is evaluated, once: {what}",)
+    return (f"the teacher itself is not evaluated; evaluation.teacher: true would: {what}",)
+
+
+def _decode_seconds(layout: _Layout, shape: ModelShape, answers: int) -> float:
+    """A batch of as many rows as its cache holds takes a step per token, whatever the rows."""
+    role = layout.prepared.models[TEACHER].role
+    tokens = min(
+        layout.prepared.rendered.window, layout.prepared.rendered.longest_prompt + layout.completion
+    )
+    row = tokens * 2 * shape.layers * shape.kv_width * role.dtype.itemsize
+    budget = layout.info(layout.placed[TEACHER]).total_bytes * GPU_BATCH_FRACTION
+    batches = math.ceil(answers / max(1, budget // row))
+    return batches * layout.completion * shape.layers * LAYER_SECONDS
 
 
 def may_take_turns(config: Config) -> frozenset[Part]:
@@ -245,13 +321,22 @@ def taking_turns(prepared: Prepared, run_dir: Path) -> frozenset[Part]:
     """The parts that take turns in this run, by its config and, with ``residency: auto``, by what fits the card now.
 
     Raises:
-        ConfigError: as ``may_take_turns``.
+        ConfigError: as ``may_take_turns``; or what would sleep has no room in main memory.
     """
     turns = may_take_turns(prepared.config)
-    if not turns or prepared.config.residency == "time_shared":
+    if not turns:
         return turns
-    plan = build_plan(prepared, run_dir=run_dir)
-    return turns if plan.devices[0].residency == "time_shared" else frozenset()
+    shared = build_plan(prepared, run_dir=run_dir).devices[0]
+    if shared.residency == "resident":
+        return frozenset()
+    if not shared.host_suffices:
+        raise ConfigError(
+            "what sleeps while the parts of the run take turns does not fit main memory",
+            where="residency",
+            why=f"it needs {format_bytes(shared.host_bytes)}, and {format_bytes(shared.host_free_bytes)} are free",
+            fix=HOST_FIX,
+        )
+    return turns
 
 
 def _completion_tokens(prepared: Prepared) -> int:
@@ -262,71 +347,87 @@ def _completion_tokens(prepared: Prepared) -> int:
     return room if prepared.tools else min(cap, room)
 
 
-def _placement(model: RunModel) -> str:
-    """One name per device, so that two models on one card are added up: every device map on a machine with a single GPU is
-    that GPU."""
-    import torch
-
-    if model.role.device_map is None:
-        return model.role.card
-    if torch.cuda.is_available() and torch.cuda.device_count() > 1:
-        return f"device_map {model.role.device_map}"
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+def _placement(role: Role, cards: Mapping[str, tuple[int, ...]]) -> str:
+    """One name per device, so that two models on one card are added up."""
+    if role.trained or role.name not in cards or (role.device_map is None and role.spread == 1):
+        return role.card
+    own = cards[role.name]
+    if role.spread > 1 or len(own) == 1:
+        return f"cuda:{own[0]}"
+    return f"device_map {role.device_map}"
 
 
-def _model_plan(model: RunModel, shape: ModelShape) -> ModelPlan:
-    role, resolved = model.role, model.resolved
-    return ModelPlan(
-        path=resolved.path,
-        revision=resolved.revision,
-        architecture=shape.architecture,
-        parameters=shape.parameters,
-        weights_bytes=resolved.weights_bytes,
-        dtype=dtype_name(role.dtype),
-        quantization=role.quantization,
-        device=_placement(model),
-    )
+def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[str, ModelPlan]:
+    cards, found = prepared.cards, {}
+    for name, model in prepared.models.items():
+        role, resolved, shape = model.role, model.resolved, shapes[name]
+        found[name] = ModelPlan(
+            path=resolved.path,
+            revision=resolved.revision,
+            architecture=shape.architecture,
+            parameters=shape.parameters,
+            weights_bytes=resolved.weights_bytes,
+            dtype=dtype_name(role.dtype),
+            quantization=model.quantization,
+            device=_placement(role, cards),
+        )
+    return found
 
 
-def _device_plans(
-    prepared: Prepared,
-    models: Mapping[str, ModelPlan],
-    shapes: Mapping[str, ModelShape],
-    turns: frozenset[Part],
-    completion: int,
-    known: Mapping[str, DeviceInfo],
-) -> tuple[DevicePlan, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """What the plans of all devices are made from. ``adapter`` is what the student trains, ``placed`` is the device of each role's model, ``known`` the memory of some
+    devices."""
+
+    prepared: Prepared
+    shapes: Mapping[str, ModelShape]
+    adapter: int
+    placed: Mapping[str, str]
+    completion: int
+    known: Mapping[str, DeviceInfo]
+
+    def info(self, device: str) -> DeviceInfo:
+        """A device's memory: as known, or as it is now."""
+        spread = [
+            cards for name, cards in self.prepared.cards.items() if self.placed[name] == device
+        ]
+        return self.known.get(device) or describe_device(device, *spread[:1])
+
+    def engine_device(self, role: Role) -> str:
+        """Where a vLLM for this role runs."""
+        if role.spread > 1 and role.on_gpu:
+            return f"cuda:{self.prepared.cards[role.name][0]}"
+        return self.placed[role.name]
+
+
+def _device_plans(layout: _Layout, turns: frozenset[Part]) -> tuple[DevicePlan, ...]:
     """One plan per device, that of the student first: only there is a choice between all at once and taking turns."""
-    owners: dict[str, list[str]] = {}
-    for name, model in models.items():
-        owners.setdefault(model.device, []).append(name)
-    infos = {device: known.get(device) or describe_device(device) for device in owners}
-    shared = models[STUDENT].device
-    held, info = owners[shared], infos[shared]
-    settings = _settings(prepared, shapes, info, completion, time_shared=False)
-    first, *others = (_device_plan(settings, infos[device], owners[device]) for device in owners)
+    roles = [model.role for model in layout.prepared.models.values()]
+    names = [layout.placed[role.name] for role in roles]
+    names += [layout.engine_device(role) for role in roles if role.starts_vllm]
+    infos = {device: layout.info(device) for device in dict.fromkeys(names)}
+    shared = layout.placed[STUDENT]
+    settings = _settings(layout, infos, time_shared=False)
+    first, *others = (_device_plan(settings, info) for info in infos.values())
     if turns:
-        in_turns = _settings(prepared, shapes, info, completion, time_shared=True)
-        alternative = _device_plan(in_turns, info, held, turns)
-        preferred = prepared.config.residency == "time_shared" or not first.fits
+        in_turns = _settings(layout, infos, time_shared=True)
+        alternative = _device_plan(in_turns, infos[shared], turns)
+        preferred = layout.prepared.config.residency == "time_shared" or not first.fits
         first = replace(
             alternative if preferred else first,
             peaks={"resident": first.peak_bytes, "time_shared": alternative.peak_bytes},
-            with_nf4_teacher=_with_nf4_teachers(settings, held),
+            with_nf4_teacher=_with_nf4_teachers(settings, shared),
         )
     return (first, *others)
 
 
 def _settings(
-    prepared: Prepared,
-    shapes: Mapping[str, ModelShape],
-    device: DeviceInfo,
-    completion: int,
-    *,
-    time_shared: bool,
+    layout: _Layout, infos: Mapping[str, DeviceInfo], *, time_shared: bool
 ) -> MemorySettings:
-    """The same defaults as the parts themselves take. ``device`` is the student's."""
+    """The same defaults as the parts themselves take."""
+    prepared = layout.prepared
     config, rendered = prepared.config, prepared.rendered
+    device = infos[layout.placed[STUDENT]]
     on_gpu = device.on_gpu
     cache = CPU_BATCH_BYTES if not on_gpu else int(device.total_bytes * GPU_BATCH_FRACTION)
     if config.sampler.batch_memory_gb is not None:
@@ -335,15 +436,15 @@ def _settings(
     checkpointing = config.trainer.gradient_checkpointing
     return MemorySettings(
         models={
-            name: _model_memory(
-                model.role, shapes[name], prepared.student.role, device, time_shared=time_shared
-            )
+            name: _model_memory(layout, model, infos, time_shared=time_shared)
             for name, model in prepared.models.items()
         },
         rank=config.model.qlora_rank,
+        adapter_parameters=layout.adapter,
         rollouts=config.data.batch_size * config.data.group_size,
+        prompts=config.data.batch_size,
         prompt_tokens=rendered.longest_prompt,
-        completion_tokens=completion,
+        completion_tokens=layout.completion,
         window=rendered.window,
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
         gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
@@ -353,48 +454,53 @@ def _settings(
 
 
 def _model_memory(
-    role: Role, shape: ModelShape, student: Role, device: DeviceInfo, *, time_shared: bool
+    layout: _Layout, model: RunModel, infos: Mapping[str, DeviceInfo], *, time_shared: bool
 ) -> ModelMemory:
+    role = model.role
     memory = ModelMemory(
-        role=role, shape=shape, width=role.dtype.itemsize, quantization=role.quantization
+        role=role,
+        shape=layout.shapes[role.name],
+        width=role.dtype.itemsize,
+        quantization=model.quantization,
+        device=layout.placed[role.name],
     )
     if role.serving.url is not None:
         return replace(memory, engine=0)
     if role.backend != "vllm":
         return memory
-    if device.on_gpu:
+    there = layout.engine_device(role)
+    memory = replace(memory, engine_device=there, cards=role.spread)
+    if infos[there].on_gpu:
+        student = layout.prepared.student.role
         share = engine_share(role, student, time_shared=time_shared)
-        return replace(memory, engine=round(share * device.total_bytes))
+        return replace(memory, engine=round(share * infos[there].total_bytes))
     cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")) * 2**30
-    return replace(memory, engine=round(memory.weight_bytes) + cache + ENGINE_WORK)
+    return replace(memory, engine=round(memory.weight_bytes / memory.cards) + cache + ENGINE_WORK)
 
 
-def _with_nf4_teachers(settings: MemorySettings, held: Collection[str]) -> int | None:
+def _with_nf4_teachers(settings: MemorySettings, device: str) -> int | None:
     """The peak with every teacher on the device in 4 bits; None where there is none to change."""
     changed = settings
-    for role in held:
-        model = settings.models[role]
+    for role, model in settings.models.items():
         # A vLLM takes its share of the card, however it stores its weights.
-        if role != STUDENT and model.quantization != "nf4" and model.engine is None:
+        loaded = model.device == device and model.engine is None
+        if role != STUDENT and loaded and model.quantization != "nf4":
             changed = with_nf4(changed, role)
     if changed is settings:
         return None
-    return peak([part for part in memory_parts(changed) if part.model in held])[0]
+    return peak([part for part in memory_parts(changed) if part.device == device])[0]
 
 
 def _device_plan(
-    settings: MemorySettings,
-    info: DeviceInfo,
-    held: Sequence[str],
-    turns: frozenset[Part] = frozenset(),
+    settings: MemorySettings, info: DeviceInfo, turns: frozenset[Part] = frozenset()
 ) -> DevicePlan:
-    parts = tuple(part for part in memory_parts(settings) if part.model in held)
+    parts = tuple(part for part in memory_parts(settings) if part.device == info.device)
     most, stage = peak_in_turns(parts, turns)
     advice: tuple[str, ...] = ()
-    if most > info.free_bytes:
+    if most > info.usable_bytes:
         advice = tuple(
             f"{setting}  (peak {format_bytes(after)})"
-            for setting, after in savings(settings, held, turns)[:MAX_ADVICE]
+            for setting, after in savings(settings, info.device, turns)[:MAX_ADVICE]
         )
     return DevicePlan(
         info=info,
@@ -404,35 +510,23 @@ def _device_plan(
         advice=advice,
         residency="time_shared" if turns else "resident",
         least_bytes=least(parts, turns),
-        lacking=_lacking(settings, held) if info.on_gpu else (),
+        lacking=_lacking(settings, info.device) if info.on_gpu else (),
+        host_bytes=sum(part.host for part in parts if part.owner in turns),
+        host_free_bytes=cpu_memory()[1],
     )
 
 
-def _lacking(settings: MemorySettings, held: Sequence[str]) -> tuple[str, ...]:
+def _lacking(settings: MemorySettings, device: str) -> tuple[str, ...]:
     """One line for each vLLM that would not start, for want of memory of its own."""
     lines = []
-    for model in map(settings.models.__getitem__, held):
-        total = model.engine
+    for model in settings.models.values():
+        total = model.engine if model.engine_device == device else None
         if total and total < (needed := engine_least(model, settings)):
             lines.append(
                 f"{model.role.serving_key}.gpu_memory_utilization gives vLLM {format_bytes(total)}; its weights and one sequence of "
                 f"{settings.window:,} tokens need {format_bytes(needed)}"
             )
     return tuple(lines)
-
-
-def _host_warnings(plans: tuple[DevicePlan, ...], turns: frozenset[Part]) -> tuple[str, ...]:
-    """What sleeps must find room in main memory."""
-    plan = plans[0]
-    if plan.residency != "time_shared":
-        return ()
-    kept = [part for part in plan.parts if part.owner in turns and part.stage == "always"]
-    needed = sum(part.bytes for part in kept if part.kind != "engine cache")
-    free = cpu_memory()[1]
-    if needed <= free:
-        return ()
-    sizes = f"{format_bytes(needed)} of main memory, and {format_bytes(free)}"
-    return (f"the parts that sleep need up to {sizes} are free",)
 
 
 def format_bytes(amount: float) -> str:

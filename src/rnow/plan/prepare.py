@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 
 from rnow.config import Config, fill_name, refuse_reserved
@@ -16,13 +15,13 @@ from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
+from rnow.plan.engines import cards_of, check_engines
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
 from rnow.plan.sources import SourcePlan, plan_source
 from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import TOOLS_FILE, Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
-from rnow.serving.nf4 import require_nf4
 from rnow.tools.build import list_tools
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.sandbox import check_sandbox
@@ -56,6 +55,11 @@ class Prepared:
     def student(self) -> RunModel:
         """The model that is trained."""
         return self.models[STUDENT]
+
+    @property
+    def cards(self) -> dict[str, tuple[int, ...]]:
+        """By role, the cards of its vLLM, or those over which it is loaded."""
+        return cards_of({name: model.role for name, model in self.models.items()})
 
     @property
     def num_steps(self) -> int:
@@ -103,7 +107,8 @@ def prepare(
     refuse_reserved(config)
     _check_served(config)
     roles = roles_of(config)
-    _check_nf4(roles)
+    if training:  # what is not trained is rehearsed, by transformers alone
+        check_engines(roles)
     for role in roles.values():
         key = f"{role.key}.path"
         check_model_id(role.section.path, key=key, base_dir=folder)
@@ -210,15 +215,6 @@ def _check_served(config: Config) -> None:
             why="its prompt log-probabilities cannot be tempered, so teacher and student would not be comparable",
             fix="set rollout.temperature: 1, or teacher.backend: transformers",
         )
-
-
-def _check_nf4(roles: Mapping[str, Role]) -> None:
-    """Weights in 4 bits that a vLLM of ours could not load."""
-    for role in roles.values():
-        if role.starts_vllm and find_spec("vllm"):
-            quantization, dtype = role.serving_format
-            if quantization == "nf4":
-                require_nf4(f"{role.serving_key}.quantization", dtype=dtype)
 
 
 def _check_evals(config: Config, *, held_out: int) -> None:

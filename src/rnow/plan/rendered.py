@@ -10,6 +10,7 @@ from pathlib import Path
 from rnow.config import Config
 from rnow.errors import InputError
 from rnow.models.refusal import one_line
+from rnow.models.rope import rope_switch
 from rnow.models.tokenizer import (
     TokenizerAgreement,
     compare_tokenizers,
@@ -113,7 +114,7 @@ def render_prompts(
     ids = encode_texts(tokenizer, list(texts.values()))
 
     found = _compare(tokenizer, models, prompts, texts, ids, mode, tools, now)
-    warnings = [*altered, *found.warnings]
+    warnings = [*altered, *_rope_warnings(models, window), *found.warnings]
     vocabulary = _cut_to_rows(found.vocabulary, models, warnings)
     token_ids = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
     dialogues = _load_dialogues(tokenizer, prompts, tools or {}, found.stop_token_ids, mode)
@@ -232,6 +233,16 @@ def choose_window(asked: int | None, models: Models) -> int:
                 fix=f"set it to {min(known.values())} or less, or leave it out",
             )
     return asked
+
+
+def _rope_warnings(models: Models, window: int) -> list[str]:
+    """What a window beyond the switch of a longrope model means for short sequences."""
+    return [
+        f"the {name} has other rotary factors beyond {switch} tokens (longrope): in a window of {window} every sequence is "
+        f"read with the long ones, as vLLM does; rollout.max_context_window: {switch} uses the short ones"
+        for name, model in models.items()
+        if (switch := rope_switch(model.resolved.local_dir)) is not None and window > switch
+    ]
 
 
 def model_limit(local_dir: Path) -> int | None:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rnow.config import Config, ModelSection, SamplerSection, TeacherSection
-from rnow.models.loading import Quantization, choose_device, choose_dtype
+from rnow.models.loading import Quantization, choose_device, choose_dtype, stored_quantization
 from rnow.models.resolved import ResolvedModel
 from rnow.plan.choices import sampler_backend, teacher_backend
 from rnow.training.residency import Part
 
 if TYPE_CHECKING:
     import torch
+
+Stored = Quantization | Literal["fp8"]
+"""How weights are stored: fp8 by a vLLM alone."""
 
 STUDENT = "student"
 TEACHER = "teacher"
@@ -70,7 +73,7 @@ class Role:
         return choose_dtype(self.section.dtype, self.device)
 
     @property
-    def quantization(self) -> Quantization:
+    def quantization(self) -> Stored:
         """How its weights are stored, ``auto`` decided."""
         chosen = self.section.quantization
         if chosen == "auto":
@@ -78,7 +81,7 @@ class Role:
         return chosen
 
     @property
-    def serving_format(self) -> tuple[Quantization, str]:
+    def serving_format(self) -> tuple[Stored, str]:
         """Quantization, and dtype as vLLM spells it, in which a vLLM is to hold it: its own, unless the config says
         otherwise."""
         serving = self.serving
@@ -92,6 +95,21 @@ class Role:
         name = str(self.device)
         return "cuda:0" if name == "cuda" else name
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is, or its vLLM runs, on a CUDA card."""
+        return self.device.type == "cuda"
+
+    @property
+    def index(self) -> int:
+        """The card's number, as torch counts those it sees."""
+        return self.device.index or 0
+
+    @property
+    def spread(self) -> int:
+        """Over how many cards a vLLM of ours runs; 1 without one."""
+        return self.serving.tensor_parallel_size if self.starts_vllm else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunModel:
@@ -99,6 +117,12 @@ class RunModel:
 
     role: Role
     resolved: ResolvedModel
+
+    @property
+    def quantization(self) -> Stored:
+        """How its weights are held: as they are stored, else as the config says. Raises ModelError for a format that
+        cannot be read."""
+        return stored_quantization(self.resolved.local_dir) or self.role.quantization
 
 
 Models = Mapping[str, RunModel]
@@ -154,11 +178,9 @@ def sharers(roles: Mapping[str, Role]) -> frozenset[Part]:
     student = roles[STUDENT]
     found: set[Part] = {"trainer"}
     for role in roles.values():
-        by_vllm = role.backend == "vllm"
-        embedded = role.trained and not by_vllm
+        embedded = role.trained and role.backend != "vllm"
         elsewhere = role.serving.url or role.device_map or role.card != student.card
-        spread = by_vllm and role.serving.tensor_parallel_size > 1
-        if not (embedded or elsewhere or spread):
+        if not (embedded or elsewhere or role.spread > 1):
             found.add(role.part)
     return frozenset(found)
 

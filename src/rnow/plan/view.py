@@ -9,7 +9,7 @@ from rich.text import Text
 from rnow.display.tables import quiet_table
 from rnow.display.terminal import bar, escape_control
 from rnow.plan.memory import Residence, Stage
-from rnow.plan.plan import DevicePlan, ModelPlan, Plan, format_bytes
+from rnow.plan.plan import HOST_FIX, DevicePlan, ModelPlan, Plan, format_bytes
 from rnow.plan.roles import STUDENT
 
 _STAGES: dict[Stage, str] = {
@@ -106,6 +106,8 @@ def _verdict(device: DevicePlan) -> RenderableType:
     info = device.info
     peak = f"at most about {format_bytes(device.peak_bytes)} at once ({_STAGES[device.peak_stage]})"
     room = f"{format_bytes(info.free_bytes)} free of {format_bytes(info.total_bytes)} ({escape_control(info.name)})"
+    if info.margin:
+        room += f", of which {format_bytes(info.margin)} stay free"
     if device.fits:
         return Text(f"fits: {peak}, {room}", style="green")
     if device.hopeless:
@@ -114,6 +116,9 @@ def _verdict(device: DevicePlan) -> RenderableType:
         text = Text(f"may not fit with the longest answers: {peak}, {room}", style="bold yellow")
     if device.lacking:
         text.append("".join(f"\n{line}" for line in device.lacking), style="default not bold")
+    if not device.host_suffices:
+        line = f"main memory does not hold what sleeps: {HOST_FIX}"
+        text.append(f"\n{line}", style="default not bold")
     if not device.advice:
         return text
     lines = "".join(f"\n  {line}" for line in device.advice)
@@ -124,13 +129,16 @@ def _residency(device: DevicePlan) -> Text:
     """Both sums against the card."""
 
     def line(what: str, most: int) -> str:
-        against = "fits" if most <= device.info.free_bytes else "does not fit"
+        against = "fits" if most <= device.info.usable_bytes else "does not fit"
         return f"{what}: {format_bytes(most)}, {against}"
 
     lines = []
     for kind, most in device.peaks.items():
         chosen = "  <- chosen" if kind == device.residency else ""
         lines.append(line(_RESIDENCIES[kind], most) + chosen)
+    if device.host_bytes:
+        host = f"{format_bytes(device.host_bytes)} of {format_bytes(device.host_free_bytes)} free"
+        lines.append(f"main memory for what sleeps: {host}, pinned in blocks of powers of two")
     if device.with_nf4_teacher is not None:
         lines.append(line("all at once with teacher.quantization: nf4", device.with_nf4_teacher))
     return Text("\n".join(lines))

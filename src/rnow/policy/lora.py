@@ -2,60 +2,164 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rnow.errors import ModelError
 from rnow.models.loading import CausalLM
+from rnow.models.parts import adapted_by_default, linear_layers
+from rnow.models.refusal import one_line, shorten
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ALL_LINEAR = "all-linear"
 
 
-def attach_lora(lm: CausalLM, *, rank: int, alpha: int, seed: int, base_name: str) -> Any:
-    """Wrap ``lm.model`` with PEFT LoRA on every linear layer except the head; dropout 0, weights in float32.
+def attach_lora(
+    lm: CausalLM,
+    *,
+    rank: int,
+    alpha: int,
+    seed: int,
+    base_name: str,
+    targets: Sequence[str] = (ALL_LINEAR,),
+) -> Any:
+    """Wrap ``lm.model`` with PEFT LoRA; dropout 0, weights in float32.
 
     ``lm.body`` and ``lm.head`` stay valid: PEFT swaps the linear layers in place. The adapter starts as the identity
     (B = 0); A is drawn from ``seed`` without touching the global random state.
 
     Args:
         base_name: what the adapter's config names as its base: the path the user gave.
+        targets: the layers it changes, see ``lora_config``.
 
     Raises:
-        ModelError: no linear layer was found.
+        ModelError: as ``lora_config``.
     """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
+    config = lora_config(lm.model, rank=rank, alpha=alpha, targets=targets)
+    # Drawn on the CPU; torch warns where it copies the state of several cards.
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = get_peft_model(lm.model, config)
+        model = _wrap(lm.model, config)
     model.peft_config["default"].base_model_name_or_path = base_name
-    trainable = dict(trainable_parameters(model))
-    if not trainable:
-        raise ModelError("the student has no linear layer to adapt")
-    for parameter in trainable.values():
+    for _, parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
-    _switch_off_dropout(model)
     model.eval()
     return model
 
 
-def _switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout of the base to 0. Gradient checkpointing works in training mode only, where a base with, say,
-    ``attention_dropout`` 0.1 would otherwise be scored by one distribution and trained by another."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+def count_adapter(model: Any, *, rank: int, targets: Sequence[str]) -> int:
+    """Parameters of the adapter that ``attach_lora`` would put on ``model``, which is wrapped and of no use afterwards.
+
+    Args:
+        model: it may be without weights, on torch's meta device.
+
+    Raises:
+        ModelError: as ``lora_config``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        wrapped = _wrap(model, lora_config(model, rank=rank, alpha=rank, targets=targets))
+    return sum(parameter.numel() for _, parameter in trainable_parameters(wrapped))
+
+
+def lora_config(model: Any, *, rank: int, alpha: int, targets: Sequence[str]) -> LoraConfig:
+    """What PEFT is told to adapt.
+
+    Args:
+        targets: names of linear layers or of experts' stacked weights, whole or their last parts (``q_proj``);
+            ``all-linear`` stands for every linear layer of the body but experts and routers.
+
+    Raises:
+        ModelError: a name is not found in the model, or there is nothing to adapt.
+    """
+    from peft import LoraConfig
+
+    linear = [name for name, _ in linear_layers(model)]
+    stacked = [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]
+    chosen: list[str] = []
+    parameters: list[str] = []
+    for target in targets:
+        if target == ALL_LINEAR:
+            chosen += _not_renamed(model, adapted_by_default(model))
+        elif layers := _called(target, linear):
+            chosen += layers
+        elif _called(target, stacked):
+            parameters.append(target)
+        elif _is_renamed(model, target):
+            chosen.append(target)
+        else:
+            raise _no_such_layer(model, target, [*linear, *stacked])
+    if not chosen and not parameters:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer that {ALL_LINEAR} would adapt",
+            where="model.lora_targets",
+            details=shorten(sorted({_leaf(name) for name in (*linear, *stacked)})),
+            fix="name the layers to adapt in model.lora_targets",
+        )
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(dict.fromkeys(chosen)),
+        target_parameters=parameters or None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _wrap(model: Any, config: LoraConfig) -> Any:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"PEFT cannot adapt these layers of {type(model).__name__}",
+            where="model.lora_targets",
+            why=one_line(error),
+            fix="name other layers in model.lora_targets",
+        ) from error
+
+
+def _called(target: str, names: Collection[str]) -> list[str]:
+    """Those of ``names`` that PEFT finds under ``target``."""
+    return [name for name in names if name == target or name.endswith(f".{target}")]
+
+
+def _not_renamed(model: Any, names: Sequence[str]) -> list[str]:
+    """``names`` without those that PEFT would take for experts: of some mixtures of experts it reads the names of ordinary
+    layers (``shared_expert.gate_proj``) as older names of the stacked experts, when it trains and when it loads."""
+    renamed = {leaf for leaf in {_leaf(name) for name in names} if _is_renamed(model, leaf)}
+    return [name for name in names if _leaf(name) not in renamed]
+
+
+def _is_renamed(model: Any, leaf: str) -> bool:
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # it belongs to several that are renamed together
+        return True
+    return bool(config.target_parameters)
+
+
+def _no_such_layer(model: Any, target: str, names: Sequence[str]) -> ModelError:
+    return ModelError(
+        f"model.lora_targets names '{target}', and {type(model).__name__} has no such layer",
+        where="model.lora_targets",
+        details=shorten(sorted({_leaf(name) for name in names})),
+        fix=f"name some of these, or {ALL_LINEAR}",
+    )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.policy.float16 import add_gradients
-from rnow.policy.lora import attach_lora, trainable_parameters
+from rnow.policy.lora import ALL_LINEAR, attach_lora, trainable_parameters
 from rnow.policy.streams import PassStreams
 from rnow.types import Adapter
 
@@ -61,6 +61,7 @@ class LoraPolicy:
         rank, alpha: of the adapter.
         seed: draws the adapter's start.
         base_name: what the adapter's config names as its base.
+        targets: the layers it changes, as ``lora_config`` takes them.
         micro_batch_tokens: padded tokens per forward/backward pass; from the device when None. It changes memory and
             speed, not the gradient: that is normalised by the loss tokens of the whole batch.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -77,6 +78,7 @@ class LoraPolicy:
         base_name: str,
         objective: Objective,
         optimizer: OptimizerSettings,
+        targets: Sequence[str] = (ALL_LINEAR,),
         micro_batch_tokens: int | None = None,
         gradient_checkpointing: bool = False,
         poll: Callable[[], None] = lambda: None,
@@ -85,7 +87,9 @@ class LoraPolicy:
         self._objective = objective
         self._settings = optimizer
         self._updates = 0
-        self.model = attach_lora(lm, rank=rank, alpha=alpha, seed=seed, base_name=base_name)
+        self.model = attach_lora(
+            lm, rank=rank, alpha=alpha, seed=seed, base_name=base_name, targets=targets
+        )
         self._poll = poll
         self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
         self._parameters = dict(trainable_parameters(self.model))
@@ -155,7 +159,7 @@ class LoraPolicy:
             plan = plan_micro_batches(lengths, self._micro_batch_tokens)
             found = PassStreams()
             self._adamw.zero_grad(set_to_none=True)
-            self.model.train(self._checkpointing)
+            self._train_mode()
             try:
                 for indices in plan:
                     progress.moved()
@@ -170,6 +174,12 @@ class LoraPolicy:
                 self._halve_micro_batch(plan, lengths, error)
             finally:
                 self.model.eval()
+
+    def _train_mode(self) -> None:
+        """Checkpointing works in training mode only. It is set on the modules that checkpoint and on nothing inside them:
+        routers would add noise, and dropout read from a config come back."""
+        for module in self.model.modules():
+            module.training = self._checkpointing and hasattr(module, "gradient_checkpointing")
 
     def _backward(self, micro: MicroBatch, num_loss_tokens: int, found: PassStreams) -> None:
         if micro.tokens.targets.numel() == 0:

@@ -6,6 +6,7 @@ counter-based random stream, and the log-probability of the drawn token comes fr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,15 +92,10 @@ def decode(
             cache.reorder_cache(kept)
             live, drawn, going = live[kept], drawn[kept], going[kept]
             attention, positions = attention[kept], positions[kept]
-        positions = positions + 1
-        output = body(
-            input_ids=drawn[:, None],
-            attention_mask=attention[:, : width + position + 1],
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = output.last_hidden_state[:, -1]
+        # A finished row rides along at its last position: beyond the window there is none.
+        positions = positions + going
+        seen = attention[:, : width + position + 1]
+        hidden = _read(body, drawn[:, None], seen, positions[:, None], cache)
     return _collect(token_ids, logprobs, lengths, stopped)
 
 
@@ -186,18 +182,22 @@ def _prefill(
     attention = (columns >= (width - lengths)[:, None]).long()
     position_ids = (attention.cumsum(dim=1) - 1).clamp(min=0)
     cache: Any = DynamicCache(config=body.config)
-    output = body(
-        input_ids=token_ids,
-        attention_mask=attention,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-    )
+    hidden = _read(body, token_ids, attention, position_ids, cache)
     index = torch.tensor(source, device=device)
     if len(prompts) < len(requests):
         cache.reorder_cache(index)
-    hidden = output.last_hidden_state[:, -1][index]
-    return cache, hidden, attention[index], position_ids[index, -1]
+    return cache, hidden[index], attention[index], position_ids[index, -1]
+
+
+def _read(body: Any, token_ids: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    """The hidden states ``[B, H]`` after the last of ``token_ids`` ``[B, T]``, which are added to the cache."""
+    given: dict[str, Any] = {"attention_mask": attention, "past_key_values": cache}
+    if "cache_params" in inspect.signature(body.forward).parameters:
+        # Mamba's name for it. One token alone has no mask there: padding left no trace in the state.
+        mask = attention if token_ids.shape[1] > 1 else None
+        given = {"attention_mask": mask, "cache_params": cache}
+    output = body(input_ids=token_ids, position_ids=positions, use_cache=True, **given)
+    return output.last_hidden_state[:, -1]
 
 
 def _collect(token_ids: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Drawn]:

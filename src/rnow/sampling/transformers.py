@@ -13,6 +13,7 @@ import torch
 from rnow import progress
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.scoring import check_present
+from rnow.models.shape import kv_widths
 from rnow.sampling.decode import Drawn, Request, decode
 from rnow.sampling.weights import MergedWeights, SamplingMode, sampling_mode
 from rnow.types import Adapter, Completion, SamplingParams
@@ -234,11 +235,8 @@ def default_batch_bytes(device: torch.device) -> int:
 
 def kv_bytes_per_token(lm: CausalLM) -> int:
     """Bytes of keys and values that one token of one sequence holds, over all layers."""
-    config = lm.body.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = 2 if lm.head.weight.dtype in (torch.bfloat16, torch.float16) else 4
-    return 2 * config.num_hidden_layers * heads * head_dim * width
+    return 2 * sum(kv_widths(lm.body.config)) * width
 
 
 def _settings(request: Request) -> tuple[object, ...]:

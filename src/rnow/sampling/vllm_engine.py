@@ -21,7 +21,7 @@ from rnow.sampling.vllm_link import Message, WorkerLink
 from rnow.sampling.vllm_padding import EXTENSION
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.serving.client import Generated, Refused, ServerDown
-from rnow.serving.server import START_TIMEOUT, require_vllm
+from rnow.serving.server import START_TIMEOUT, card_environment, require_vllm
 from rnow.types import SamplingParams
 
 WORKER = ("-P", "-m", "rnow.sampling.vllm_worker")
@@ -53,7 +53,7 @@ class EngineBackend(Backend):
         with theirs:
             self._process = ManagedProcess(
                 [*command, str(theirs.fileno())],
-                env=environment(),
+                env=environment() | card_environment(self.settings.cards),
                 log=log,
                 name=self.name,
                 pass_fds=(theirs.fileno(),),

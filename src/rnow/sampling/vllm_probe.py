@@ -40,6 +40,10 @@ ROUNDED = Tolerance(same=2e-2, trainer=0.15)
 QUANTISED = Tolerance(same=2e-2, trainer=0.25)
 
 
+WRONG = 1.0
+"""Nats per token that no rounding makes: other weights."""
+
+
 def tolerance_of(dtype: str, quantization: str) -> Tolerance:
     """What a dtype (``auto`` counts as rounded) and a quantisation allow."""
     if quantization != "none":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TypeVar
 
 from rnow.errors import (
@@ -20,7 +21,7 @@ from rnow.errors import (
 )
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
 from rnow.sampling.vllm_backend import Backend
-from rnow.sampling.vllm_probe import Gap, Reference, gap_between, tolerance_of
+from rnow.sampling.vllm_probe import WRONG, Gap, Reference, gap_between, tolerance_of
 from rnow.serving.client import Generated, Refused, ServerDown
 from rnow.tasks import ask_again
 from rnow.types import Adapter, Completion, FinishReason, SamplingParams
@@ -50,6 +51,8 @@ class VllmSampler:
         if len(settings.probe) == 1:
             raise ValueError("a probe needs at least two token ids")
         self._probe_ids = settings.probe
+        self._settings = settings
+        self._warn: Callable[[str], None] = lambda text: None
         self._tolerance = tolerance_of(settings.dtype, settings.quantization)
         self._reference: Reference | None = None
         self._base_logprobs: list[float] | None = None
@@ -70,13 +73,21 @@ class VllmSampler:
         self._drawing = 0
         self._asleep = False
 
-    def watch(self, reference: Reference, *, tolerance: float = 0.0) -> None:
+    def watch(
+        self,
+        reference: Reference,
+        *,
+        tolerance: float = 0.0,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Hold every adapter that is loaded from now on against the trainer's own scoring of the probe.
 
         Args:
             reference: called in ``load_policy``, when the trainer has the weights that are handed over.
             tolerance: what the trainer's own dtype asks for, where it asks for more than vLLM's.
+            warn: told of a gap beyond the limits where those are not measured yet.
         """
+        self._warn = warn
         self._reference = reference
         self._tolerance = replace(self._tolerance, trainer=max(tolerance, self._tolerance.trainer))
 
@@ -322,7 +333,7 @@ class VllmSampler:
             if self._expected is None:
                 return
             gap = gap_between(self._probed(self._current), self._expected)
-            if gap.within(self._tolerance.trainer):
+            if self._passes("the adapter", gap, self._tolerance.trainer):
                 self._proven = True
                 return
             if last:
@@ -368,11 +379,30 @@ class VllmSampler:
         if self._base_logprobs is None:
             self._base_logprobs = found
         gap = gap_between(found, self._base_logprobs)
-        if not gap.within(self._tolerance.same):
+        if not self._passes("the base", gap, self._tolerance.same):
             raise ServerDown(
                 f"its base model is not what it was at the start: the same tokens' log-probabilities differ by {gap},"
                 f" and {self._tolerance.same:g} on average is allowed"
             )
+
+    def _passes(self, what: str, gap: Gap, limit: float) -> bool:
+        """Whether a gap is none, or one that is only told; each is written down."""
+        passed = gap.within(limit)
+        if self._settings.gaps is not None:
+            finite = {
+                key: value if math.isfinite(value) else None for key, value in asdict(gap).items()
+            }
+            row = {"what": what, "version": self._version, "limit": limit, **finite}
+            self._settings.gaps.parent.mkdir(parents=True, exist_ok=True)
+            with self._settings.gaps.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if passed or self._settings.measured or not gap.within(WRONG):
+            return passed
+        self._warn(
+            f"what {self._backend.name} says of {what} is off by {gap}, and at most {limit:g} was expected; the run goes on, "
+            "since nobody has measured yet what is usual on such a card"
+        )
+        return True
 
     def _probed(self, adapter: StoredAdapter | None) -> list[float]:
         # Nothing is drawn beside it: new draws wait for this thread, and the old ones ended with what they asked.

@@ -33,8 +33,12 @@ class VllmSettings:
         max_num_seqs: completions in flight at once.
         engine: further arguments of the engine that is started, by vLLM's own names (``enforce_eager``, ...).
         max_lora_rank: the adapter's rank; vLLM is told the next one it knows.
+        cards: on which the engine runs, numbered as this process sees them; none: wherever vLLM likes.
         enable_sleep: reserve what ``sleep`` needs; no use on a CPU.
         probe: a short text's ids, scored to see that vLLM still has the right weights; without any nothing is probed.
+        measured: the probe's limits hold on this hardware. Where nobody has measured yet what is usual, a gap beyond them is
+            told, and only one that no rounding makes is an error.
+        gaps: every gap that a probe finds is appended here, a JSON object a line.
         request_timeout: seconds without any token or answer after which the engine counts as dead; with a server, seconds
             that one completion may take.
     """
@@ -49,10 +53,13 @@ class VllmSettings:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     engine: Mapping[str, object] = field(default_factory=dict)
+    cards: tuple[int, ...] = ()
     enable_sleep: bool = False
     trust_remote_code: bool = False
     max_lora_rank: int = 32
     probe: tuple[int, ...] = ()
+    measured: bool = True
+    gaps: Path | None = None
     request_timeout: float = 600.0
 
     @property

@@ -115,7 +115,7 @@ def fitted(arguments: Message, known: set[str], cpu: bool) -> Message:
         needed["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, needed["max_model_len"] or 0)
     if missing := needed.keys() - known:
         raise Refused(
-            f"this vLLM has no {', '.join(sorted(missing))}; rnow needs vLLM 0.26 or newer"
+            f"this vLLM has no {', '.join(sorted(missing))}; rnow needs vLLM 0.29 or newer"
         )
     wished = {
         "stream_interval": STREAM_INTERVAL,
@@ -290,7 +290,8 @@ async def main(descriptor: int) -> None:
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     # vLLM may fork its engine: a copy of the socket there would hide from the trainer that this process ended.
-    os.register_at_fork(after_in_child=lambda: os.close(descriptor))
+    # Through the object, which knows whether it is closed: its number may have become another file's since.
+    os.register_at_fork(after_in_child=connection.close)
     reader, writer = await asyncio.open_connection(sock=connection, limit=_LINE_LIMIT)
     first = json.loads(await reader.readline())
     try:

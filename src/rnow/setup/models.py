@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from rnow.models.adapter import TrainedAdapter
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.models.offload import tensors_of
 from rnow.plan.prepare import Prepared
+from rnow.plan.rendered import Rendered
 from rnow.plan.roles import RunModel, dtype_name
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.transformers import TransformersSampler
@@ -55,18 +56,26 @@ class LocalStudent:
     reference: ReferenceTeacher
 
 
-def load_model(model: RunModel, vocabulary: int) -> CausalLM:
-    """A model of the run, frozen, with its head cut to the ids that all models know."""
+def load_model(model: RunModel, rendered: Rendered, *, cards: Sequence[int] = ()) -> CausalLM:
+    """A model of the run, frozen, with its head cut to the ids that all models know and made for the run's window.
+
+    Args:
+        cards: over which its device map may spread it.
+    """
     role, section = model.role, model.role.section
+    quantization = model.quantization
+    assert quantization != "fp8", "refused with the config: only vLLM has it"
     return load_causal_lm(
         model.resolved.local_dir,
-        vocabulary=vocabulary,
+        vocabulary=rendered.vocabulary,
         dtype=role.dtype,
         device=role.device,
-        quantization=role.quantization,
+        quantization=quantization,
         device_map=role.device_map,
+        cards=cards if role.device_map is not None else (),
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
+        window=rendered.window,
     )
 
 
@@ -156,6 +165,7 @@ def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]
         student,
         rank=model.qlora_rank,
         alpha=model.lora_alpha,
+        targets=model.lora_targets,
         seed=config.seed,
         # An adapter outlives the folder it was trained from: a local base is named by its full path.
         base_name=str(resolved.local_dir.resolve()) if resolved.revision is None else model.path,

@@ -149,7 +149,7 @@ def _load(
     poll: Callable[[], None],
 ) -> Sampler:
     with console.status("loading the student ..."):
-        student = load_model(prepared.student, prepared.rendered.vocabulary)
+        student = load_model(prepared.student, prepared.rendered)
         if trained is None:
             return answer_with(prepared, student, poll)
         sampler = answer_as_trained(prepared, student, trained, poll)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 
 from rnow.config import TeacherSection
 from rnow.disk.folder import RunFolder
-from rnow.errors import ConfigError, ModelError
+from rnow.errors import ModelError
 from rnow.models.loading import CausalLM, take_apart
 from rnow.plan.prepare import Prepared
-from rnow.plan.roles import RunModel, dtype_name, engine_share
+from rnow.plan.roles import STUDENT, RunModel, dtype_name, engine_share
 from rnow.protocols import Sampler
 from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_engine import EngineBackend
@@ -36,12 +35,6 @@ def start_vllm_sampler(
         time_shared: it takes turns on its card, and must be able to sleep.
     """
     section = prepared.config.sampler
-    if section.url is None and find_spec("vllm") is None:
-        raise ConfigError(
-            "sampler.backend is vllm, but vLLM is not installed here",
-            where="sampler.backend",
-            fix="pip install 'rnow-local[vllm]', or set sampler.backend: transformers",
-        )
     settings = sampler_settings(prepared, run_folder, time_shared=time_shared)
     backend: Backend = EngineBackend(settings)
     if section.url is not None:
@@ -67,7 +60,7 @@ def sampler_settings(
     vLLM."""
     config, section, student = prepared.config, prepared.config.sampler, prepared.student
     quantization, dtype = student.role.serving_format
-    assert quantization != "int8", "no setting of the student or the sampler"
+    assert quantization in ("none", "nf4"), "no setting of the student or the sampler"
     return VllmSettings(
         local_dir=student.resolved.local_dir,
         vocabulary=prepared.rendered.vocabulary,
@@ -83,10 +76,13 @@ def sampler_settings(
             "enforce_eager": section.enforce_eager or student.role.device.type == "cpu",
             "enable_prefix_caching": section.enable_prefix_caching,
         },
+        cards=prepared.cards.get(STUDENT, ()),
         enable_sleep=time_shared,
         trust_remote_code=config.model.trust_remote_code,
         max_lora_rank=config.model.qlora_rank,
         probe=probe_ids(prepared),
+        measured=not student.role.on_gpu,
+        gaps=run_folder.path / "vllm-probes.jsonl",
     )
 
 
@@ -98,14 +94,14 @@ async def start_vllm_teacher(
     poll: Callable[[], None],
     *,
     time_shared: bool,
+    answers: bool,
 ) -> VllmTeacher:
-    """The vLLM that scores with the teacher, started or reached, and checked; ``stack`` closes one of ours.
+    """The vLLM that scores with the teacher, started or reached, and checked; ``stack`` closes one of ours. Raises ModelError
+    when it cannot be used.
 
     Args:
         time_shared: it takes turns on its card, and must be able to sleep.
-
-    Raises:
-        ModelError: it cannot be used.
+        answers: it will answer prompts too.
     """
     role, section, rendered = model.role, model.role.serving, prepared.rendered
     assert isinstance(section, TeacherSection)
@@ -130,11 +126,12 @@ async def start_vllm_teacher(
             gpu_memory_utilization=engine_share(
                 role, prepared.student.role, time_shared=time_shared
             ),
+            cards=prepared.cards.get(role.name, ()),
             enable_sleep=time_shared,
             max_num_batched_tokens=section.max_num_batched_tokens,
             max_model_len=rendered.window,
             trust_remote_code=section.trust_remote_code,
-            samples=prepared.config.evaluation.teacher and bool(prepared.project.dataset.held_out),
+            samples=answers,
         )
         teacher = VllmTeacher.managed(settings, temperature=temperature, top_k=top_k, poll=poll)
         stack.callback(teacher.close)

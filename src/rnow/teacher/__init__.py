@@ -33,13 +33,20 @@ def load_teacher(
     from rnow.models.ids import check_model_id
     from rnow.models.loading import choose_device, choose_dtype, load_causal_lm
     from rnow.models.resolve import resolve_model
+    from rnow.models.shape import build_empty
     from rnow.models.tokenizer import load_tokenizer, vocabulary_size
     from rnow.teacher.transformers import TransformersTeacher
 
     check_model_id(path, key="teacher")
     resolved = resolve_model(
-        path, revision=revision, key="teacher", weights=True, base_dir=Path.cwd()
+        path,
+        revision=revision,
+        key="teacher",
+        weights=True,
+        base_dir=Path.cwd(),
+        trust_remote_code=trust_remote_code,
     )
+    build_empty(resolved, key="teacher", trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(resolved, trust_remote_code=trust_remote_code)
     target = choose_device(device)
     lm = load_causal_lm(

@@ -12,7 +12,7 @@ from rnow.errors import ConfigError
 from rnow.serving.client import MAX_LOGPROBS
 from rnow.serving.nf4 import ARGUMENT as BITSANDBYTES
 from rnow.serving.nf4 import require_nf4
-from rnow.serving.server import VllmServer, require_vllm
+from rnow.serving.server import VllmServer, card_environment, require_vllm
 
 MAX_NUM_BATCHED_TOKENS = 1024
 """Prompt tokens per forward pass. vLLM materialises the logits of a whole chunk of the prompt: at 8,192 tokens and 151,936
@@ -48,6 +48,7 @@ class TeacherServerSettings:
         log: its output is appended here.
         quantization: ``none``, ``nf4`` (bitsandbytes), or one of vLLM's own words (``fp8``, ``awq`` ...).
         gpu_memory_utilization: share of the card; None: vLLM's default.
+        cards: on which it runs, numbered as this process sees them; none: wherever vLLM likes.
         max_num_batched_tokens: prompt tokens whose logits are in memory at once.
         max_model_len: tokens of the longest sample to be scored; None: the model's limit.
         enable_sleep: reserve what sleeping needs.
@@ -59,6 +60,7 @@ class TeacherServerSettings:
     dtype: str = "auto"
     quantization: str = "none"
     tensor_parallel_size: int = 1
+    cards: tuple[int, ...] = ()
     gpu_memory_utilization: float | None = None
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
     max_model_len: int | None = None
@@ -75,7 +77,7 @@ def teacher_server(settings: TeacherServerSettings, asking: Asking) -> VllmServe
         ModelError: vLLM is not installed, or cannot load nf4.
     """
     require_vllm("teacher.backend")
-    environment = {}
+    environment = card_environment(settings.cards)
     if settings.max_model_len is not None:
         environment["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     if settings.enable_sleep:

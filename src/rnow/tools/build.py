@@ -62,8 +62,9 @@ def build_toolbox(
         log = None if log_dir is None else log_dir / "tools.log"
         host = CodeHost(folder / TOOLS_FILE, "tools", secrets=secrets, log=log)
         sources.append(HostTools(host, rollout.tool_timeout, sandboxes=sandboxes))
-        for state in kept_state(folder / TOOLS_FILE) if warn else ():
-            warn(state.line())
+        if warn is not None:
+            for state in kept_state(folder / TOOLS_FILE):
+                warn(state.line())
     sources += mcp_servers(
         rollout.mcp_url, timeout=rollout.tool_timeout, secrets=secrets, log_dir=log_dir, warn=warn
     )

@@ -85,11 +85,12 @@ def throughput_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def memory_metrics() -> dict[str, float]:
-    """``memory/peak_gb``: most memory so far, of the GPU if torch uses one, else of the process; 10^9 bytes."""
+    """``memory/peak_gb``: most memory so far, of the fullest GPU if torch uses one, else of the process; 10^9 bytes."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return {"memory/peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+        cards = range(torch.cuda.device_count())
+        return {"memory/peak_gb": max(map(torch.cuda.max_memory_allocated, cards)) / 1e9}
     import resource
     import sys
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Literal, Protocol
 
@@ -21,6 +21,7 @@ class StageClock:
         self._on_start = on_start
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._noted: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -32,10 +33,15 @@ class StageClock:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
+    def note(self, values: Mapping[str, float]) -> None:
+        """Add metrics that were measured between stages; the largest of each counts."""
+        for name, value in values.items():
+            self._noted[name] = max(value, self._noted.get(name, value))
+
     def metrics(self) -> dict[str, float]:
-        """``time/<stage>`` for each stage and ``time/step`` since the clock was made, in seconds."""
+        """``time/<stage>`` for each stage and ``time/step`` since the clock was made, in seconds, and what was noted."""
         stages = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
-        return stages | {"time/step": time.perf_counter() - self._started}
+        return self._noted | stages | {"time/step": time.perf_counter() - self._started}
 
 
 class Sleeper(Protocol):
@@ -57,16 +63,23 @@ class Residency:
     Parts that were added take turns: the one that is asked for is awake, the others sleep, and it stays awake until another
     is asked for. A part that was not added has a card of its own, or needs none: it changes nothing. Without any, nothing
     ever happens here.
+
+    Args:
+        measure: asked whenever every part sleeps, the one moment at which nothing of theirs should be on the card; gives
+            metrics, may raise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, measure: Callable[[], Mapping[str, float]] = dict) -> None:
         self._sleepers: dict[Part, Sleeper] = {}
         self._user: Part | None = None
+        self._measure = measure
+        self._awake: Sleeper | None = None
 
     def add(self, part: Part, sleeper: Sleeper) -> None:
         """``sleeper``, awake now, takes turns from now on. Several parts may be one sleeper: the embedded sampler draws with
         the trainer's weights."""
         self._sleepers[part] = sleeper
+        self._awake = sleeper
 
     @asynccontextmanager
     async def only(self, part: Part, clock: StageClock | None = None) -> AsyncIterator[None]:
@@ -86,8 +99,13 @@ class Residency:
             wanted = self._sleepers.get(part)
             if wanted is not None:
                 await self._sleep(clock, but=wanted)
+                if wanted is not self._awake:
+                    found = self._measure()
+                    if clock is not None:
+                        clock.note(found)
                 with clock.stage(f"wake_{part}") if clock else nullcontext():
                     await wanted.wake()
+                self._awake = wanted
             yield
         finally:
             self._user = None
@@ -95,6 +113,9 @@ class Residency:
     async def clear(self) -> None:
         """Put every part to sleep: the one that is about to be loaded needs the card."""
         await self._sleep(None, but=None)
+        self._awake = None
+        if self._sleepers:
+            self._measure()
 
     async def _sleep(self, clock: StageClock | None, *, but: Sleeper | None) -> None:
         done = [but]

@@ -84,7 +84,7 @@ class Watchdog:
     def _arm(self) -> None:
         """Should a kernel hold the interpreter itself, this thread does not come to look again: then faulthandler's own,
         which needs no interpreter, writes the stacks to stderr and ends the process (with 1, which is all it can)."""
-        if not self._flag.handled:
+        if not self._flag.handled or sys.__stderr__ is None:
             return
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback_later(self._seconds + SAVE_SECONDS, exit=True, file=2)

@@ -1,0 +1,151 @@
+"""The plan against what each stage really takes, at three sizes: never below it, and at most 30 % above."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.plan.measured import peak_bytes
+from tests.plan.test_memory import ROLES
+from tests.policy.batches import make_batch
+
+from rnow.algorithm import head as head_module
+from rnow.algorithm.policy_gradient import PolicyGradient
+from rnow.models.loading import CausalLM, load_causal_lm
+from rnow.models.shape import shape_of
+from rnow.plan.memory import MemorySettings, ModelMemory, memory_parts
+from rnow.policy.student import LoraPolicy, OptimizerSettings
+from rnow.sampling.decode import Request, decode
+from rnow.teacher.transformers import TransformersTeacher
+from rnow.types import SamplingParams
+
+ROWS, NEW = 4, 6
+CPU = torch.device("cpu")
+SIZES: dict[str, dict[str, Any]] = {
+    "wide vocabulary": {
+        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 2048, "tokens": 256,
+    },
+    "wide": {
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "tokens": 192,
+    },
+    "deep": {
+        "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "vocab_size": 512, "tokens": 224,
+    },
+}  # fmt: skip
+
+
+class Case:
+    """A model of one size and four sequences of one length, which one pass takes together."""
+
+    def __init__(self, make_model: Callable[..., Path], size: dict[str, Any], buffer: int) -> None:
+        shape = dict(size)
+        self.tokens: int = shape.pop("tokens")
+        self.buffer = buffer
+        self.folder = make_model(max_position_embeddings=1024, **shape)
+        self.vocabulary: int = shape["vocab_size"]
+
+    def load(self) -> CausalLM:
+        return load_causal_lm(
+            self.folder, vocabulary=self.vocabulary, dtype=torch.float32, device=CPU
+        )
+
+    def planned(self, lm: CausalLM, stage: str, *, checkpointing: bool = False) -> int:
+        model = ModelMemory(
+            role=ROLES["student"], shape=shape_of(lm.model), width=4, quantization="none"
+        )
+        teacher = ModelMemory(
+            role=ROLES["teacher"], shape=shape_of(lm.model), width=4, quantization="none"
+        )
+        settings = MemorySettings(
+            models={"student": model, "teacher": teacher},
+            rank=16,
+            rollouts=ROWS,
+            prompts=ROWS,
+            prompt_tokens=self.tokens - NEW,
+            completion_tokens=NEW,
+            window=self.tokens,
+            micro_batch_tokens=ROWS * self.tokens,
+            gradient_checkpointing=checkpointing,
+            cache_budget=10**12,
+            head_buffer=self.buffer,
+        )
+        return sum(part.bytes for part in memory_parts(settings) if part.stage == stage)
+
+    def batch(self) -> Any:
+        return make_batch(("." * 16 + "X" * (self.tokens - 16),) * ROWS)
+
+
+@pytest.fixture(params=SIZES)
+def case(
+    request: pytest.FixtureRequest,
+    tiny_model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Case:
+    buffer = 256 * 1024  # several chunks of rows, as with a real vocabulary
+    monkeypatch.setattr(head_module, "CPU_BUFFER_BYTES", buffer)
+    return Case(tiny_model_dir, SIZES[request.param], buffer)
+
+
+def check(planned: int, measured: int) -> None:
+    assert measured <= planned <= 1.3 * measured, f"{planned / measured:.2f} of what was measured"
+
+
+def test_loading(case: Case) -> None:
+    lm = case.load()
+    held = sum(p.nbytes for p in lm.model.parameters())
+    parts = ModelMemory(
+        role=ROLES["teacher"], shape=shape_of(lm.model), width=4, quantization="none"
+    )
+    check(round(parts.weight_bytes), held)
+
+
+def test_scoring(case: Case) -> None:
+    lm = case.load()
+    teacher = TransformersTeacher(lm, micro_batch_tokens=ROWS * case.tokens)
+    samples = [item.sample for item in case.batch().samples]
+    check(case.planned(lm, "teacher"), peak_bytes(lambda: teacher.score_now(samples)))
+
+
+def test_sampling(case: Case) -> None:
+    lm = case.load()
+    params = SamplingParams(max_tokens=NEW, stop_token_ids=(), temperature=1.0)
+    length = case.tokens - NEW
+    requests = [
+        Request(
+            prompt_token_ids=tuple((5 + 7 * i + row) % 90 for i in range(length)),
+            params=params,
+            seed=row,
+        )
+        for row in range(ROWS)
+    ]
+
+    def draw() -> Any:
+        return decode(lm.body, lm.head, requests, device=CPU, poll=lambda: None)
+
+    check(case.planned(lm, "sampling"), peak_bytes(draw))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_update(case: Case, checkpointing: bool) -> None:
+    lm = case.load()
+    planned = case.planned(lm, "update", checkpointing=checkpointing)
+    policy = LoraPolicy(
+        lm,
+        rank=16,
+        alpha=32,
+        seed=0,
+        base_name="tiny",
+        objective=PolicyGradient(reward_coef=1.0),
+        optimizer=OptimizerSettings(),
+        micro_batch_tokens=ROWS * case.tokens,
+        gradient_checkpointing=checkpointing,
+    )
+    batch = case.batch()
+    policy.update(batch)  # the optimizer's state is there from the second on
+    check(planned, peak_bytes(lambda: policy.update(batch)))
