@@ -201,6 +201,11 @@ class RewardResult:
     breakdown: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def worked(self) -> bool:
+        """Whether the total says something: no reward failed, or another one gave a number."""
+        return not self.errors or not self.breakdown.keys() <= self.errors.keys()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:

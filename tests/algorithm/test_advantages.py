@@ -116,6 +116,19 @@ def test_a_reward_that_failed_counts_in_nobody_s_mean(estimator: AdvantageEstima
     assert list(found.values()) == [0.5, 0.0, -0.5, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce"])
+def test_a_reward_that_failed_for_a_whole_group_leaves_the_others_to_learn_from(
+    estimator: AdvantageEstimator,
+) -> None:
+    def scored(style: float, failed: str = "") -> RewardResult:
+        errors = {"right": "KeyError"} | ({failed: "KeyError"} if failed else {})
+        return RewardResult(total=style, breakdown={"style": style, "right": 0.0}, errors=errors)
+
+    group, rewards = _group("p", "ccc", {0: scored(1.0), 1: scored(0.0), 2: scored(0.0, "style")})
+    found = rollout_advantages([group], rewards, estimator, scale=False)
+    assert list(found.values()) == [0.5, -0.5, 0.0]
+
+
 def test_a_group_of_which_every_reward_failed_has_no_advantage() -> None:
     failed = RewardResult(total=0.0, errors={"a": "ValueError"})
     group, rewards = _group("p", "cc", {0: failed, 1: failed})

@@ -65,6 +65,7 @@ class Case:
         settings = MemorySettings(
             models={"student": model, "teacher": teacher},
             rank=16,
+            adapter_parameters=16 * sum(map(sum, model.shape.linear)),
             rollouts=ROWS,
             prompts=ROWS,
             prompt_tokens=self.tokens - NEW,

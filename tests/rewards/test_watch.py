@@ -12,6 +12,9 @@ WORKED = RewardResult(total=1.0, breakdown={"style": 1.0, "right": 0.0})
 HALF = RewardResult(
     total=0.0, breakdown={"style": 0.0, "right": 0.0}, errors={"style": "KeyError: 'a' (rewards.py:3)"}
 )  # fmt: skip
+BOTH = RewardResult(
+    total=0.0, breakdown={"style": 0.0, "right": 0.0}, errors={"style": "KeyError: 'a' (rewards.py:3)", "right": "x"}
+)  # fmt: skip
 BROKEN = RewardResult(total=0.0, breakdown={"right": 0.0}, errors={"right": "returned None"})
 LOST = RewardResult(total=0.0, errors={"rollout": "sampler died"})
 
@@ -43,9 +46,9 @@ def test_each_reward_is_told_of_once_whether_a_step_or_an_evaluation_meets_it_fi
 
 def test_where_none_has_worked_the_first_step_ends_the_run() -> None:
     watch = RewardWatch(lambda text: None, teaching=True)
-    watch.look("of an evaluation", of(HALF, LOST))
-    with pytest.raises(RnowError, match="in step 1 every rollout") as caught:
-        watch.step(1, of(HALF, BROKEN, LOST))
+    watch.look("of an evaluation", of(BOTH, LOST))
+    with pytest.raises(RnowError, match="in step 1 every reward") as caught:
+        watch.step(1, of(BOTH, BROKEN, LOST))
     assert caught.value.exit_code == EXIT_FAILED
     assert [detail.split('"')[1] for detail in caught.value.details] == ["right", "style"]
     assert "rnow test" in (caught.value.fix or "")
@@ -55,10 +58,10 @@ def test_after_one_that_worked_it_takes_three_steps_in_a_row() -> None:
     watch = RewardWatch(lambda text: None, teaching=True)
     watch.step(1, of(WORKED, HALF))
     for step in (2, 3):
-        watch.step(step, of(HALF, HALF))
-    watch.step(4, of(WORKED, HALF))
+        watch.step(step, of(BOTH, BOTH))
+    watch.step(4, of(HALF, BOTH))
     for step in (5, 6):
-        watch.step(step, of(HALF, BROKEN))
+        watch.step(step, of(BOTH, BROKEN))
     with pytest.raises(RnowError, match=f"{MAX_UNREWARDED} steps in a row"):
         watch.step(7, of(BROKEN))
 
@@ -67,6 +70,6 @@ def test_rewards_that_only_track_end_nothing_and_a_step_without_rewards_says_not
     tracking = RewardWatch(lambda text: None, teaching=False)
     teaching = RewardWatch(pytest.fail, teaching=True)
     for step in range(1, 9):
-        tracking.step(step, of(HALF))
+        tracking.step(step, of(BOTH))
         teaching.step(step, {})
         teaching.step(step, of(LOST))

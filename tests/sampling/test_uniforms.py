@@ -56,10 +56,13 @@ def test_every_position_of_a_long_answer_has_a_number_of_its_own() -> None:
     ids, long, short = 97, 2 * RANDOM_BLOCK + 5, RANDOM_BLOCK + 3
     flat = Head(weight=torch.zeros(ids, 4))
 
-    def body(input_ids: torch.Tensor, **options: Any) -> Any:
-        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 4))
+    class Body(torch.nn.Module):
+        config = None
 
-    body.config = None  # pyright: ignore[reportFunctionMemberAccess]
+        def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
+            return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 4))
+
+    body = Body()
     rows = {11: long, 12: short, 13: short, 14: long}
     requests = [
         Request(

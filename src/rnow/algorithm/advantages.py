@@ -44,16 +44,10 @@ def rollout_advantages(
     *,
     scale: bool,
 ) -> dict[str, float]:
-    """Advantage by rollout id: 0 without a reward. A rollout that failed, or of which a reward failed, says nothing about the
-    others: it has 0 too, and does not count in its group's mean."""
-    judged = [
-        [
-            r.id
-            for r in group.rollouts
-            if r.status != "failed" and r.id in rewards and not rewards[r.id].errors
-        ]
-        for group in groups
-    ]
+    """Advantage by rollout id: 0 without a reward. A rollout that failed, of which no reward worked, or of which one failed
+    that worked for others of its group, says nothing about those: it has 0 too, and does not count in its group's mean. A
+    reward that failed for all of a group is 0 for all, which is no difference between them."""
+    judged = [_comparable(group, rewards) for group in groups]
     values = reward_advantages(
         [[rewards[key].total for key in group] for group in judged], estimator, scale=scale
     )
@@ -61,6 +55,14 @@ def rollout_advantages(
     for keys, found in zip(judged, values, strict=True):
         advantages |= zip(keys, found, strict=True)
     return advantages
+
+
+def _comparable(group: RolloutGroup, rewards: Mapping[str, RewardResult]) -> list[str]:
+    """Ids of the rollouts of a group to which the same rewards gave a number."""
+    ids = [r.id for r in group.rollouts if r.status != "failed" and r.id in rewards]
+    ids = [key for key in ids if rewards[key].worked]
+    failed_for_all = set.intersection(*(set(rewards[key].errors) for key in ids)) if ids else set()
+    return [key for key in ids if rewards[key].errors.keys() <= failed_for_all]
 
 
 def _group_relative(group: Tensor, scale: bool) -> Tensor:

@@ -136,12 +136,12 @@ def _row(line: bytes) -> Row | None:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
-    numbers = all(
-        value is None or isinstance(value, int | float)
+    texts = ("name", "settings")
+    holds = all(
+        isinstance(value, str) if key in texts else value is None or isinstance(value, int | float)
         for key, value in row.items()
-        if key != "name"
     )
-    return row if numbers and isinstance(row.get("name", ""), str) else None
+    return row if holds else None
 
 
 class WandbSink:

@@ -136,7 +136,7 @@ def prepare(
         if training or role.trained
     }
     prompts = [*dataset.prompts, *dataset.held_out]
-    now = _date_of(_run_folder(config, folder, fresh=fresh)) if training else None
+    now = _date_of(_run_folder(config, folder, fresh=fresh))
     return Prepared(
         config=config,
         project=project,

@@ -63,19 +63,19 @@ class RewardWatch:
             if failure.name not in self._told:
                 self._told.add(failure.name)
                 self._warn(f"{failure.line()} {where}")
-        self._worked |= any(result.breakdown and not result.errors for result in rewards.values())
+        self._worked |= any(result.breakdown and result.worked for result in rewards.values())
         return found
 
     def step(self, step: int, rewards: Mapping[str, RewardResult]) -> None:
         """Look at the rewards of a step, before it is trained on.
 
         Raises:
-            RnowError: the student is to learn from the rewards, and no rollout has one that worked: at once where none has
-                worked since the start, else at the third step in a row.
+            RnowError: the student is to learn from the rewards, and every reward of every rollout failed: at once where none
+                has worked since the start, else at the third step in a row.
         """
         found = self.look(f"of step {step}", rewards)
         judged = [result for result in rewards.values() if result.breakdown]
-        if not judged or not all(result.errors for result in judged):
+        if not judged or any(result.worked for result in judged):
             self._unrewarded = 0
             return
         self._unrewarded += 1
@@ -84,7 +84,7 @@ class RewardWatch:
                 f"step {step}" if self._unrewarded == 1 else f"{self._unrewarded} steps in a row"
             )
             raise RnowError(
-                f"in {steps} every rollout has a reward that failed: there is nothing to learn from",
+                f"in {steps} every reward of every rollout failed: there is nothing to learn from",
                 title="Rewards fail",
                 details=[failure.line() for failure in found],
                 where="rewards.py",
