@@ -6,13 +6,17 @@ class here for anything a user can cause; let programming mistakes surface as or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_TEMPORARY = 75
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+
+_EXCERPT = re.compile(r"\s*(\d+ \| .*|\^)?")
+"""Details that show a line of a file, and point into it."""
 
 
 class RnowError(Exception):
@@ -47,6 +51,27 @@ class RnowError(Exception):
         self.why = why
         self.fix = fix
         self.details = tuple(details)
+
+    def __str__(self) -> str:
+        """Everything in one line, for tracebacks and logs."""
+        text = self.message
+        if listed := [line.strip() for line in self.details if not _EXCERPT.fullmatch(line)]:
+            text += f": {'; '.join(listed)}"
+        if self.where:
+            text += f" [{self.where}]"
+        if self.why:
+            text += f"; {self.why}"
+        if self.fix:
+            text += f" (fix: {self.fix})"
+        return " ".join(text.split())
+
+    def rewrite(self, change: Callable[[str], str]) -> None:
+        """Put every text of the error through ``change``, which takes secrets out of it."""
+        self.message, self.args = change(self.message), (change(self.message),)
+        self.where = change(self.where) if self.where else self.where
+        self.why = change(self.why) if self.why else self.why
+        self.fix = change(self.fix) if self.fix else self.fix
+        self.details = tuple(map(change, self.details))
 
     def render(self) -> str:
         """The report as plain text, one labelled line per part."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rnow.text.redact import Redactor
 from rnow.usercode import frames
 from rnow.usercode.environment import plainly_secret
 from rnow.usercode.host import CallOutcome, read_outcome
@@ -81,8 +82,8 @@ def outcome_of(body: bytes, hidden_in_value: Mapping[str, str] | None = None) ->
         body,
         timeout=1,
         file="tools.py",
-        hidden={},
-        hidden_in_value=hidden_in_value or {},
+        redact=Redactor(),
+        redact_value=Redactor(hidden_in_value),
     )
 
 

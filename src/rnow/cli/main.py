@@ -12,8 +12,9 @@ import typer
 from rnow import __version__
 from rnow.cli import account, check, init, rehearse, run
 from rnow.cli.hosted import hosted_client_note
-from rnow.cli.output import print_error, print_note
+from rnow.cli.output import clean, hide, print_error, print_note
 from rnow.errors import EXIT_FAILED, EXIT_INTERRUPTED, RnowError
+from rnow.text.redact import Redactor
 
 app = typer.Typer(
     name="rnow",
@@ -61,6 +62,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of this process when not given.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    hide(Redactor())
     try:
         if not {"-h", "--help", "--version"}.intersection(given):
             note = hosted_client_note()
@@ -75,7 +77,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(clean(traceback.format_exc()))
         print_note("This is a fault in rnow itself; please report it with the lines above.")
         return EXIT_FAILED
     return 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rnow.errors import RnowError
+from rnow.text.redact import Redactor
 
 if TYPE_CHECKING:
     from rnow.config import LoadedConfig
@@ -53,11 +54,15 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     Raises:
         ConfigError: the config, or a setting, is not valid.
     """
-    from rnow.cli.output import print_note, print_warning
+    from rnow.cli.output import hide, print_note, print_warning
     from rnow.config import SHORTHANDS, load_config
+    from rnow.project.secrets import load_secrets, writing_redactor
 
+    secrets = load_secrets(folder)
+    hide(Redactor(secrets))
     settings = [f"{SHORTHANDS[name]}={value}" for name, value in flags.items() if value is not None]
     loaded = load_config(folder, [*settings, *(overrides or [])])
+    hide(writing_redactor(secrets, loaded.config))
     for line in loaded.warnings:
         print_warning(line)
     for line in loaded.changes:

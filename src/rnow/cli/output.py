@@ -9,9 +9,24 @@ from typing import TYPE_CHECKING
 
 from rnow.display.terminal import escape_control
 from rnow.errors import RnowError
+from rnow.text.redact import Redactor, without_user_info
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_redact = Redactor()
+
+
+def hide(redact: Redactor) -> None:
+    """Take these secrets out of all that is printed from now on: there is one project to a command."""
+    global _redact
+    _redact = redact
+
+
+def clean(text: str) -> str:
+    """``text`` as the terminal may have it: no secrets, nothing that could control it."""
+    return escape_control(without_user_info(_redact(text)))
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -25,7 +40,7 @@ def print_error(error: RnowError) -> None:
     """The report of an error on standard error: no traceback, nothing that could control the terminal."""
     from rich.text import Text
 
-    title, _, rest = escape_control(error.render()).partition(":")
+    title, _, rest = clean(error.render()).partition(":")
     text = Text.assemble((title, "bold red"), ":", rest)
     text.highlight_regex(r"(?m)^  (where|why|fix):", "bold")
     console(stderr=True).print(text, soft_wrap=True, highlight=False)
@@ -35,9 +50,7 @@ def print_note(line: str) -> None:
     """One line on standard error that the user should know."""
     from rich.text import Text
 
-    console(stderr=True).print(
-        Text(escape_control(line), style="yellow"), soft_wrap=True, highlight=False
-    )
+    console(stderr=True).print(Text(clean(line), style="yellow"), soft_wrap=True, highlight=False)
 
 
 def print_warning(line: str) -> None:
@@ -51,9 +64,10 @@ def print_lines(lines: Iterable[str]) -> None:
 
     out = console()
     for line in lines:
-        out.print(Text(escape_control(line)), soft_wrap=True, highlight=False)
+        out.print(Text(clean(line)), soft_wrap=True, highlight=False)
 
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
+    data = _redact.data(data)
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

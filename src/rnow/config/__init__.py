@@ -1,7 +1,8 @@
 """config.yml -> Config: strict types, overrides, suggestions, each fault at its line. No torch."""
 
 from rnow.config.load import Config, LoadedConfig, find_config_file, load_config
-from rnow.config.output import config_hash, to_dict, to_yaml
+from rnow.config.normalise import full_address
+from rnow.config.output import config_hash, dump_yaml, to_dict, to_yaml
 from rnow.config.overrides import SHORTHANDS
 from rnow.config.reserved import refuse_reserved
 from rnow.config.schema import (
@@ -32,7 +33,9 @@ __all__ = [
     "TeacherSection",
     "TrainerSection",
     "config_hash",
+    "dump_yaml",
     "find_config_file",
+    "full_address",
     "load_config",
     "refuse_reserved",
     "to_dict",

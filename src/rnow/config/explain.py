@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rnow.config.problems import KeyPath, Problem
 from rnow.config.suggest import suggest
+from rnow.text.redact import without_user_info
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -96,7 +97,8 @@ def in_words(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        shown = value if len(value) <= 60 else value[:57] + "..."
+        shown = without_user_info(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
         return f'the text "{shown}"'
     if isinstance(value, int | float):
         shown = str(value)

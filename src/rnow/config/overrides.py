@@ -13,6 +13,7 @@ from rnow.config.problems import KeyPath, dotted
 from rnow.config.schema import SECTION_NAMES, field_at, key_of
 from rnow.config.strict_yaml import NULL, parse_value
 from rnow.errors import ConfigError
+from rnow.text.redact import without_user_info
 
 SHORTHANDS = {
     "model": "model.path",
@@ -121,7 +122,7 @@ def show(value: object) -> str:
         return "[" + ", ".join(map(show, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
-    return str(value)
+    return without_user_info(str(value))
 
 
 def show_default(path: KeyPath) -> str:

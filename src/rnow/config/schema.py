@@ -11,17 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from rnow.config.keys import Change, Key, Reserved, key, reserved
-from rnow.config.normalise import auto_or_bool, name_sources, one_path, text_or_list
+from rnow.config.normalise import (
+    auto_or_bool,
+    hide_user_info,
+    name_sources,
+    one_path,
+    text_or_list,
+)
 from rnow.config.problems import KeyPath
 
 DatasetType = Literal["distill", "sft", "rl", "midtrain"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ReasoningMode = Literal["disabled", "none", "minimal", "low", "medium", "high", "xhigh"]
 Text = Annotated[str, Field(min_length=1)]
+Url = Annotated[Text, AfterValidator(hide_user_info)]
 Positive = Annotated[int, Field(ge=1)]
 AtLeast0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
@@ -159,7 +166,7 @@ class TeacherSection(Section):
     backend: Literal["auto", "transformers", "vllm"] = key(
         "auto", "The engine that runs the teacher; `auto` is transformers."
     )
-    url: Text | None = key(
+    url: Url | None = key(
         None,
         "Address of a vLLM server that serves the teacher; its key in RNOW_TEACHER_API_KEY. `path` still names the model.",
         "none",
@@ -258,7 +265,7 @@ class RolloutSection(Section):
         "the template's own",
         change="refuse",
     )
-    mcp_url: Annotated[tuple[Text, ...], BeforeValidator(text_or_list)] = key(
+    mcp_url: Annotated[tuple[Url, ...], BeforeValidator(text_or_list)] = key(
         (), "Address or addresses of MCP servers.", "none"
     )
     tool_timeout: Above0 = key(60.0, "Seconds for one tool call.", reader="tools")
@@ -286,7 +293,7 @@ class SamplerSection(Section):
         "auto",
         "The engine that samples; `auto` is vllm on a GPU where it is installed, else transformers.",
     )
-    url: Text | None = key(
+    url: Url | None = key(
         None,
         "vllm: address of a server that runs already and sees the run folder under the same path.",
         "an engine is started",

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from rnow.disk.files import finite, replace_file, to_json
+from rnow.text.redact import Redactor
 
 Warn = Callable[[str], None]
 
@@ -46,17 +47,26 @@ class JsonlSink:
     Args:
         metrics, evaluations: the files; their folder must exist.
         warn: called once when the metrics cannot be written, and once more when they can again.
+        redact: takes the secrets out of the names of metrics and evaluations.
     """
 
-    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn) -> None:
+    def __init__(
+        self, metrics: Path, evaluations: Path, *, warn: Warn, redact: Redactor | None = None
+    ) -> None:
         self._metrics = metrics
         self._evaluations = evaluations
         self._warn = warn
+        self._redact = redact or Redactor()
         self._failing = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.log``. A full disk loses the line, not the run."""
-        line = (json.dumps(finite({"step": step, **metrics}), allow_nan=False) + "\n").encode()
+        line = (
+            json.dumps(
+                finite({"step": step, **self._redact.data(metrics, keys=True)}), allow_nan=False
+            )
+            + "\n"
+        ).encode()
         try:
             _append_whole(self._metrics, line)
         except OSError as error:
@@ -75,8 +85,9 @@ class JsonlSink:
             OSError: the disk is full. An evaluation is minutes of work and cannot be made up later: the run ends here, and
                 the next start measures it again.
         """
+        row = self._redact.data({"name": name, "step": step, **metrics}, keys=True)
         with self._evaluations.open("a", encoding="utf-8") as file:
-            file.write(to_json({"name": name, "step": step, **metrics}) + "\n")
+            file.write(to_json(row) + "\n")
 
     def forget_from(self, step: int) -> None:
         """See ``Sink.forget_from``. Lines that a crash left unfinished go too; a file is replaced in one piece."""
@@ -112,6 +123,7 @@ class WandbSink:
         config: the resolved config, secrets already redacted by the caller.
         dir: where W&B keeps its files (it makes a ``wandb`` folder there).
         run_id: makes a resumed run continue the same W&B run.
+        redact: takes the secrets out of the names of metrics and evaluations.
         warn: called with one line when something fails; from then on this sink does nothing.
     """
 
@@ -124,8 +136,10 @@ class WandbSink:
         *,
         run_id: str | None = None,
         warn: Warn,
+        redact: Redactor | None = None,
     ) -> None:
         self._warn = warn
+        self._redact = redact or Redactor()
         self._run: Any = None
         try:
             import wandb
@@ -138,7 +152,13 @@ class WandbSink:
                     "send it later with `wandb sync`"
                 )
             settings = wandb.Settings(
-                console="off", silent=True, disable_git=True, save_code=False, init_timeout=30
+                console="off",
+                silent=True,
+                disable_git=True,
+                save_code=False,
+                init_timeout=30,
+                # The command line, with every override on it, would be in W&B's metadata.
+                x_disable_meta=True,
             )
             self._run = wandb.init(
                 project=project,
@@ -160,7 +180,7 @@ class WandbSink:
         if self._run is None:
             return
         try:
-            self._run.log(dict(metrics), step=step)
+            self._run.log(self._redact.data(dict(metrics), keys=True), step=step)
         except Exception as error:
             self._give_up("stopped accepting metrics", error)
 

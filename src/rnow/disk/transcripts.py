@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rnow.algorithm.batching import at_loss_tokens
 from rnow.algorithm.records import StepData
-from rnow.disk.files import map_text, to_json
+from rnow.disk.files import to_json
+from rnow.text.redact import Redactor
 from rnow.types import Prompt, RewardResult, Rollout
 
 
@@ -29,11 +30,11 @@ class TranscriptWriter:
     Args:
         folder: made when the first step is written.
         decode: token ids to text.
-        redact: replaces secrets in a text.
+        redact: takes the secrets out.
     """
 
     def __init__(
-        self, folder: Path, *, decode: Callable[[Sequence[int]], str], redact: Callable[[str], str]
+        self, folder: Path, *, decode: Callable[[Sequence[int]], str], redact: Redactor
     ) -> None:
         self._folder = folder
         self._decode = decode
@@ -90,14 +91,14 @@ class TranscriptWriter:
                 "step": step,
                 "id": rollout.id,
                 "prompt_id": prompt.id,
-                "messages": map_text(list(prompt.messages), self._redact),
-                "answer": map_text(list(rollout.messages), self._redact),
+                "messages": self._redact.data(list(prompt.messages)),
+                "answer": self._redact.data(list(rollout.messages)),
                 "status": rollout.status,
                 "end_reason": rollout.end_reason,
-                "error": map_text(rollout.error, self._redact),
+                "error": self._redact.data(rollout.error),
                 "reward": None if reward is None else reward.total,
                 "rewards": {} if reward is None else dict(reward.breakdown),
-                "reward_errors": {} if reward is None else map_text(reward.errors, self._redact),
+                "reward_errors": {} if reward is None else self._redact.data(reward.errors),
                 "teacher_kl": sum(kls) / len(kls) if kls else None,
                 "tokens": tokens,
             }

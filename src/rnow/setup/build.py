@@ -13,14 +13,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rnow.config import Config, config_hash, to_yaml
+from rnow.config import Config, config_hash, dump_yaml
 from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
 from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
 from rnow.disk.sinks import JsonlSink, Sink, WandbSink
 from rnow.disk.transcripts import TranscriptWriter
-from rnow.display.display import Display, QuietDisplay
+from rnow.display.display import Display, QuietDisplay, RedactingDisplay
 from rnow.errors import ConfigError, InputError, StopRequested, TemporaryError
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
@@ -28,6 +28,7 @@ from rnow.plan.choices import sampler_backend, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
+from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
@@ -42,7 +43,6 @@ from rnow.setup.usercode import (
     UserCode,
     build_episodes,
     open_user_code,
-    redactor,
     rollout_settings,
     single_turns,
 )
@@ -65,8 +65,10 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
     Raises:
         InputError: what is wrong.
     """
-    prepared = prepare(config, Path(folder), weights=False)
-    return build_plan(prepared, run_dir=prepared.run_folder().path)
+    with writing_redactor(load_secrets(Path(folder)), config).errors():
+        prepared = prepare(config, Path(folder), weights=False)
+        plan = build_plan(prepared, run_dir=prepared.run_folder().path)
+    return prepared.project.redact.data(plan)
 
 
 def run(
@@ -87,11 +89,17 @@ def run(
         StopRequested: Ctrl-C or SIGTERM; the state is saved.
         TemporaryError: a fault outside the run; the state is saved.
     """
-    display = display or QuietDisplay()
+    redact = writing_redactor(load_secrets(Path(folder)), config)
+    with redact.errors():
+        shown = RedactingDisplay(display or QuietDisplay(), redact)
+        return _run(config, folder=Path(folder), fresh=fresh, display=shown)
+
+
+def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunSummary:
     quiet_libraries()
     display.stage("checking")
     prepared = replace(
-        prepare(config, Path(folder), weights=True),
+        prepare(config, folder, weights=True),
         warn=display.warn,
     )
     found = (
@@ -215,8 +223,7 @@ class _Run:
             saved = checkpoint.state.get("counters", {})
             recorder.completion_tokens = int(saved.get("completion_tokens", 0))
             self._started -= float(saved.get("seconds", 0.0))
-        text = redactor(self._prepared)(to_yaml(self._config))
-        replace_file(self._folder.config, text.encode())
+        replace_file(self._folder.config, dump_yaml(redacted_config(self._prepared)).encode())
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
         try:
             await train(self._build_parts(backends, recorder, saver, journals, code), done)
@@ -322,17 +329,20 @@ class _Run:
 
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note
-        redact = redactor(self._prepared)
-        sinks: list[Sink] = [JsonlSink(folder.metrics, folder.evaluations, warn=note)]
+        redact, redact_names = self._prepared.project.redact, self._prepared.project.redact_read
+        sinks: list[Sink] = [
+            JsonlSink(folder.metrics, folder.evaluations, warn=note, redact=redact_names)
+        ]
         if self._config.wandb_project is not None:
             sinks.append(
                 WandbSink(
-                    self._config.wandb_project,
-                    self._config.wandb_name or folder.path.name,
+                    redact_names(self._config.wandb_project),
+                    redact_names(self._config.wandb_name or folder.path.name),
                     redacted_config(self._prepared),
                     folder.path,
                     run_id=folder.wandb_id(),
                     warn=note,
+                    redact=redact_names,
                 )
             )
         decode = self._prepared.rendered.tokenizer.decode
@@ -350,7 +360,8 @@ class _Run:
         embedded = sampler_backend(self._config) == "transformers"
         in_company = self._prepared.project.agentic and embedded
         whole = data.batch_size * data.group_size if in_company else None
-        return JournalFolder(self._folder.journal, whole=whole)
+        redact = self._prepared.project.redact_read
+        return JournalFolder(self._folder.journal, whole=whole, redact=redact)
 
     def _build_parts(
         self,

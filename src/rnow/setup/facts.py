@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from rnow.config import config_hash, to_dict
-from rnow.disk.files import map_text, sha256_of
+from rnow.disk.files import sha256_of
 from rnow.disk.folder import RunFolder
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import weights_fingerprint
@@ -20,7 +20,6 @@ from rnow.plan.roles import TEACHER, teachers_of
 from rnow.project.project import TOOLS_FILE
 from rnow.setup.backends import Backends
 from rnow.setup.objective import build_objective
-from rnow.setup.usercode import redactor
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
@@ -30,9 +29,10 @@ _PACKAGES = ("rnow-local", "torch", "transformers", "peft", "bitsandbytes", "saf
 def build_facts(prepared: Prepared) -> dict[str, object]:
     """What every checkpoint states about its run, JSON-ready, secrets redacted."""
     folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
+    redact = prepared.project.redact
     models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
     for role, model in prepared.models.items():
-        models |= {role: model.resolved.path, f"{role}_revision": model.resolved.revision}
+        models |= {role: redact(model.resolved.path), f"{role}_revision": model.resolved.revision}
     return {
         "config": redacted_config(prepared),
         "config_hash": config_hash(prepared.config),
@@ -43,7 +43,7 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
         "dataset_hash": prepared.source and prepared.source.content_hash,
         "rewards_hash": _hash_of(folder / "rewards.py"),
         "tools_hash": _hash_of(folder / TOOLS_FILE) if prepared.project.agentic else None,
-        "tools": prepared.tools,
+        "tools": redact.data(prepared.tools),
         "versions": versions(),
     }
 
@@ -54,7 +54,7 @@ def _hash_of(file: Path) -> str | None:
 
 def redacted_config(prepared: Prepared) -> dict[str, object]:
     """The resolved config without the project's secrets."""
-    return map_text(to_dict(prepared.config), redactor(prepared))
+    return prepared.project.redact.data(to_dict(prepared.config))
 
 
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:

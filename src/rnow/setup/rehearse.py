@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from rnow.config import Config
-from rnow.disk.files import map_text, to_json
+from rnow.disk.files import to_json
 from rnow.display.terminal import escape_control
 from rnow.errors import InputError, StopRequested
 from rnow.models.loading import quiet_libraries
 from rnow.plan.prepare import Prepared, prepare
+from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import collect_rollouts
@@ -26,10 +27,10 @@ from rnow.setup.models import answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
     open_user_code,
-    redactor,
     rollout_settings,
 )
 from rnow.tasks import run_anywhere
+from rnow.text.redact import Redactor
 from rnow.training.metrics import reward_metrics, rollout_metrics
 from rnow.training.signals import StopFlag
 from rnow.types import EndReason, Message, Prompt, RewardResult, Rollout, RolloutGroup
@@ -38,7 +39,6 @@ FOLDER = "rollouts"
 _ROLLOUT = re.compile(r"rollout_[0-9]+")
 _SAMPLE = re.compile(r"sample_[0-9]+\.json")
 
-Redact = Callable[[str], str]
 Rewards = Mapping[str, RewardResult]
 Scored = tuple[Sequence[RolloutGroup], Rewards]
 
@@ -75,10 +75,21 @@ def rehearse(
         InputError: the project is not usable, a row does not exist, or something else stands where rollouts go.
         StopRequested: Ctrl-C or SIGTERM; what an earlier call wrote is still there.
     """
-    console = console or Console()
+    with writing_redactor(load_secrets(Path(folder)), config).errors():
+        return _rehearse(config, Path(folder), limit, rows, verbose, console or Console())
+
+
+def _rehearse(
+    config: Config,
+    folder: Path,
+    limit: int | None,
+    rows: Sequence[int] | None,
+    verbose: bool,
+    console: Console,
+) -> Rehearsal:
     quiet_libraries()
     with console.status("checking ..."):
-        prepared = prepare(config, Path(folder), weights=True, training=False)
+        prepared = prepare(config, folder, weights=True, training=False)
     target = prepared.project.folder / FOLDER
     _earlier(target)
     prompts = _choose(prepared, limit, rows)
@@ -88,7 +99,7 @@ def rehearse(
     with console.status("loading the student ..."):
         student = load_model(prepared.student, prepared.rendered.vocabulary)
         sampler = answer_with(prepared, student, stop.poll)
-    redact = redactor(prepared)
+    redact = prepared.project.redact
     try:
         with (
             stop.watch(lambda: console.print("stopping ...")),
@@ -195,7 +206,7 @@ def _write(
     groups: Sequence[RolloutGroup],
     rewards: Rewards,
     success_reward: float,
-    redact: Redact,
+    redact: Redactor,
 ) -> None:
     for old in _earlier(target):
         shutil.rmtree(old)
@@ -206,20 +217,20 @@ def _write(
             # Redacted before it becomes JSON, which writes a quote or a newline in a secret differently.
             reward = rewards.get(rollout.id)
             record = rollout_record(group.prompt, rollout, reward, success_reward)
-            record = map_text(record, redact)
+            record = redact.data(record)
             # A lone surrogate, which UTF-8 cannot hold, becomes its own escape in JSON.
             (folder / f"sample_{count}.json").write_text(
                 to_json(record, indent=2) + "\n", encoding="utf-8", errors="backslashreplace"
             )
 
 
-def _shown(value: object, redact: Redact) -> str:
+def _shown(value: object, redact: Redactor) -> str:
     """Anything as text that is safe on a terminal, in rich's markup."""
-    return escape(escape_control(str(map_text(value, redact))))
+    return escape(escape_control(str(redact.data(value))))
 
 
 def _conversations(
-    groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redact
+    groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redactor
 ) -> Iterator[str]:
     for group in groups:
         yield f"[bold]{_shown(group.prompt.id, redact)}[/]"
@@ -252,7 +263,7 @@ _ENDINGS: Mapping[EndReason, str] = {
 }
 
 
-def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str]:
+def _message_lines(message: Message, index: int, redact: Redactor) -> Iterator[str]:
     text = _shown(message.get("content") or "", redact)
     if message["role"] == "tool":
         color = "red" if message.get("failed") else "yellow"
@@ -272,7 +283,7 @@ def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str
         yield f"  [green]{message['role']} #{index}[/] calls {name}({_shown(arguments, redact)})"
 
 
-def _table(groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redact) -> Table:
+def _table(groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redactor) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True, ratio=2)
     table.add_column("first answer", overflow="ellipsis", no_wrap=True, ratio=2)

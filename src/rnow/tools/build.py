@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rnow.config import Config
+from rnow.config import Config, full_address
 from rnow.project.project import TOOLS_FILE
+from rnow.project.secrets import reading_redactor
 from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import ToolDescription
 from rnow.tasks import run_anywhere
@@ -17,11 +18,9 @@ from rnow.tools.limits import TokenLimit
 from rnow.tools.mcp_server import mcp_servers
 from rnow.tools.toolbox import Toolbox, ToolSource
 from rnow.types import Prompt, ToolContext, rollout_id
-from rnow.usercode.environment import plainly_secret
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import Sandboxes
-from rnow.usercode.text import redact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +59,11 @@ def build_toolbox(
         host = CodeHost(folder / TOOLS_FILE, "tools", secrets=secrets, log=log)
         sources.append(HostTools(host, rollout.tool_timeout, sandboxes=sandboxes))
     sources += mcp_servers(
-        rollout.mcp_url, timeout=rollout.tool_timeout, secrets=secrets, log_dir=log_dir, warn=warn
+        list(map(full_address, rollout.mcp_url)),
+        timeout=rollout.tool_timeout,
+        secrets=secrets,
+        log_dir=log_dir,
+        warn=warn,
     )
     tokens = None
     if rollout.max_tool_response is not None and tokenizer is not None:
@@ -72,8 +75,7 @@ def build_toolbox(
     return Toolbox(
         sources,
         tokens=tokens,
-        # Of what the student reads, only what is plainly a secret: LOG_LEVEL=info must not take "info" out of a page.
-        redact=lambda text: redact(text, plainly_secret(secrets)),
+        redact=reading_redactor(secrets, config),
         timeout=rollout.tool_timeout,
     )
 
