@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -14,14 +14,23 @@ from rnow.errors import RnowError
 
 _MIN_LENGTH = 4
 _LONG_LINE = 12
+_DEPTH = 3  # a text in JSON in an error's repr
+_ESCAPES: tuple[Callable[[str], str], ...] = (
+    lambda text: json.dumps(text)[1:-1],
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: repr(text)[1:-1],
+    lambda text: ascii(text)[1:-1],
+    # In a longer text that holds both kinds of quotes.
+    lambda text: repr(f"\"'{text}")[4:-1],
+    lambda text: ascii(f"\"'{text}")[4:-1],
+)
 _USER_INFO = re.compile(r"(?<=://)[^\s/?#@]*@")
 
 
 class Redactor:
     """Puts ``[NAME]`` in the place of every secret value, the longest first.
 
-    A value is known as it is, as JSON escapes it (also inside a text that is JSON itself), as Python's ``repr`` does, and
-    as a URL quotes it; of one with several lines, also each long line. Values under four characters are left: replacing
+    A value is known as it is, as JSON and Python's ``repr`` escape it (also one inside the other), and as a URL quotes it; of one with several lines, also each long line. Values under four characters are left: replacing
     "1" everywhere would hide the text and protect nothing.
 
     Attributes:
@@ -96,11 +105,9 @@ def spellings(value: str) -> set[str]:
     lines = [line.strip() for line in value.splitlines()]
     plain = {value, *(line for line in lines if len(line) >= _LONG_LINE)}
     found = set(plain)
+    for _ in range(_DEPTH):
+        found |= {escape(text) for text in found for escape in _ESCAPES}
     for text in plain:
-        for ascii_only in (True, False):
-            once = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
-            found |= {once, json.dumps(once, ensure_ascii=ascii_only)[1:-1]}
-        found |= {repr(text)[1:-1], ascii(text)[1:-1], repr(repr(text)[1:-1])[1:-1]}
         raw = text.encode("utf-8", "surrogatepass")
         quoted = {quote(raw), quote(raw, safe=""), quote_plus(raw)}
         found |= quoted
