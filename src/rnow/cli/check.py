@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from rnow.config import LoadedConfig
 
 
+HEADINGS = ("resolved config:", "and at the defaults:")
+
+
 def check(overrides: Overrides = None, folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Validate the project and show what a run would do, without training."""
     show_plan(load(folder, overrides), folder, as_json=as_json)
@@ -18,8 +21,8 @@ def check(overrides: Overrides = None, folder: Folder = Path(), as_json: AsJson 
 
 def show_plan(loaded: LoadedConfig, folder: Path, *, as_json: bool) -> None:
     """Resolve and check everything, then print the resolved config, secrets redacted, and the plan."""
-    from rnow.cli.output import console, print_json, print_lines
-    from rnow.config import to_dict, to_yaml
+    from rnow.cli.output import console, print_json, print_lines, redacted
+    from rnow.config import dump_yaml, split_by_default, to_dict
     from rnow.plan.view import plan_view
     from rnow.setup import build
 
@@ -29,7 +32,9 @@ def show_plan(loaded: LoadedConfig, folder: Path, *, as_json: bool) -> None:
         print_json({**plan.to_dict(), "config": to_dict(loaded.config)})
         return
     # The plan last: it is what the user looks at, and the config would push it off the screen.
-    resolved = to_yaml(loaded.config).splitlines()
-    print_lines(["resolved config:", *(f"  {line}" for line in resolved), ""])
+    # Of the config, what is at its default comes after what is not.
+    for heading, part in zip(HEADINGS, split_by_default(loaded.config), strict=True):
+        lines = dump_yaml(redacted(part)).splitlines()
+        print_lines([heading, *(f"  {line}" for line in lines), ""])
     out = console()
     out.print(plan_view(plan, out))

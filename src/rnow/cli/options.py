@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rnow.errors import RnowError
+from rnow.errors import InputError, RnowError
 from rnow.text.redact import Redactor
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ LearningRate = Annotated[
 Name = Annotated[str | None, typer.Option("--name", "-n", help="Sets model.name.", metavar="NAME")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
 
-_KEY = re.compile(r"([a-z_]+)\.[a-z_0-9]+([.\[][a-z_0-9.\[\]]*)?")
-
 
 def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> LoadedConfig:
     """The project's config with the command line laid over it; warnings and changes are printed to standard error.
@@ -58,6 +55,12 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     from rnow.config import SHORTHANDS, load_config
     from rnow.project.secrets import load_secrets, writing_redactor
 
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is a file, and -d names the project folder",
+            where="-d, --dir",
+            fix=f"give the folder, which holds its config as config.yml: -d {folder.parent}",
+        )
     secrets = load_secrets(folder)
     hide(Redactor(secrets))
     settings = [f"{SHORTHANDS[name]}={value}" for name, value in flags.items() if value is not None]
@@ -73,10 +76,11 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
 @contextmanager
 def placed(loaded: LoadedConfig) -> Iterator[None]:
     """Errors that name only a config key (``teacher.path``) leave here with the file and line that set it."""
+    from rnow.config import is_key
+
     try:
         yield
     except RnowError as error:
-        match = _KEY.fullmatch(error.where or "")
-        if match and hasattr(loaded.config, match[1]):
-            error.where = loaded.places.where(match[0])
+        if is_key(error.where or ""):
+            error.where = loaded.places.where(error.where or "")
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rnow.display.terminal import escape_control
 from rnow.errors import RnowError
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+T = TypeVar("T")
+
 _redact = Redactor()
 
 
@@ -22,6 +24,11 @@ def hide(redact: Redactor) -> None:
     """Take these secrets out of all that is printed from now on: there is one project to a command."""
     global _redact
     _redact = redact
+
+
+def redacted(data: T) -> T:
+    """Data that is about to become text, without the secrets: a text may be folded in the middle of one."""
+    return _redact.data(data)
 
 
 def clean(text: str) -> str:
@@ -69,5 +76,5 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
-    data = _redact.data(data)
+    data = redacted(data)
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,12 @@ def hint_for(path: KeyPath, kind: str, given: object) -> str | None:
             return "write false"
     if kind == "model_type" and path in (("model",), ("teacher",)) and isinstance(given, str):
         return f"the model belongs to the key {path[0]}.path"
+    if (
+        kind in ("int_type", "float_type")
+        and isinstance(given, str)
+        and given.strip().lower() in (*("inf", "+inf", "-inf", "infinity", "nan"),)
+    ):
+        return "write a finite number"
     if kind in ("int_type", "float_type") and isinstance(given, str) and is_number(given):
         if "_" in given:
             return f"write {given.strip().replace('_', '')}"
@@ -133,8 +140,8 @@ def hint_for(path: KeyPath, kind: str, given: object) -> str | None:
 
 
 def is_number(text: str) -> bool:
-    """Whether the text reads as a plain number."""
+    """Whether the text reads as a plain, finite number."""
     try:
-        return float(text) == float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False

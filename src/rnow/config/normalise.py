@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 
+from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from rnow.errors import NotYetSupported
@@ -47,6 +48,11 @@ def text_or_list(value: object) -> object:
     if isinstance(value, list | tuple):
         return tuple(value)
     return (value,)
+
+
+def none_is(default: object) -> BeforeValidator:
+    """Null as another way of leaving a key out, where projects of the hosted service have it."""
+    return BeforeValidator(lambda value: default if value is None else value)
 
 
 def name_sources(value: object) -> object:

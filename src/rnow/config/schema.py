@@ -19,6 +19,7 @@ from rnow.config.normalise import (
     auto_or_bool,
     hide_user_info,
     name_sources,
+    none_is,
     one_path,
     text_or_list,
 )
@@ -90,7 +91,9 @@ class DataSection(Section):
     )
     batch_size: Positive = key(4, "Prompts per step.")
     group_size: Positive = key(4, "Rollouts per prompt.")
-    val_split: Fraction = key(0.0, "Share of the prompts held out of training and evaluated.")
+    val_split: Annotated[Fraction, none_is(0.0)] = key(
+        0.0, "Share of the prompts held out of training and evaluated."
+    )
     shuffle: bool = key(True, "Shuffle the prompts of every epoch, from the seed.")
 
     @property
@@ -406,9 +409,9 @@ class EvalEntry(Section):
 
     step: Positive = key(..., "Run every so many steps.")
     name: Text | None = key(None, "Name in metrics.", "`eval_0`, `eval_1`, ...")
-    pass1: bool = key(True, "Report pass@1.")
-    pass4: bool = key(False, "Report pass@4.")
-    pass8: bool = key(False, "Report pass@8.")
+    pass1: Annotated[bool, none_is(True)] = key(True, "Report pass@1.")
+    pass4: Annotated[bool, none_is(False)] = key(False, "Report pass@4.")
+    pass8: Annotated[bool, none_is(False)] = key(False, "Report pass@8.")
     pass1_temp: AtLeast0 | None = key(None, "Temperature for pass@1.", "`evaluation.temperature`")
     pass4_temp: AtLeast0 | None = key(None, "Temperature for pass@4.", "`evaluation.temperature`")
     pass8_temp: AtLeast0 | None = key(None, "Temperature for pass@8.", "`evaluation.temperature`")
@@ -489,6 +492,12 @@ def _keys() -> dict[str, Key]:
 
 KEYS: Mapping[str, Key] = _keys()
 """Every dotted key, ``change`` filled in from its section. A list of sections is one key."""
+
+
+def is_key(text: str) -> bool:
+    """Whether a text is a dotted key of the config, or of an entry of one of its lists: ``evals[0].step``."""
+    path = text.partition("[")[0]
+    return path in KEYS
 
 
 def field_at(path: KeyPath) -> FieldInfo | None:

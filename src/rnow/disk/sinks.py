@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from rnow.disk.files import finite, replace_file, to_json
+from rnow.text.install import install_command
 from rnow.text.redact import Redactor
 
 Warn = Callable[[str], None]
@@ -171,7 +172,7 @@ class WandbSink:
                 settings=settings,
             )
         except ImportError:
-            warn("wandb_project is set but wandb is not installed: pip install 'rnow-local[wandb]'")
+            warn(f"wandb_project is set but wandb is not installed: {install_command('wandb')}")
         except Exception as error:
             self._give_up("could not start", error)
 

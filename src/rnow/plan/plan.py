@@ -124,6 +124,7 @@ class Plan:
     max_total_tokens: int
     vocabulary: int
     stop_ids: tuple[int, ...]
+    stop_texts: tuple[str, ...]
     trainable_parameters: int
     devices: tuple[DevicePlan, ...]
     checkpoint_bytes: int
@@ -198,6 +199,7 @@ def build_plan(
         max_total_tokens=rollouts * completion,
         vocabulary=rendered.vocabulary,
         stop_ids=rendered.stop_ids,
+        stop_texts=tuple(rendered.tokenizer.decode([token]) for token in rendered.stop_ids),
         trainable_parameters=adapter,
         devices=plans,
         checkpoint_bytes=checkpoint,

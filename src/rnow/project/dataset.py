@@ -67,7 +67,7 @@ class Dataset:
             f"data.batch_size is {batch_size}, but there {'is' if count == 1 else 'are'} only {count} {noun} "
             f"to train on{held}",
             title="Batch larger than the dataset",
-            where="config.yml (data.batch_size)",
+            where="data.batch_size",
             why="a step takes batch_size different prompts",
             fix=f"set data.batch_size to {count} or less, or add rows" if count else "add rows",
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from rnow.errors import ModelError, RnowError
 from rnow.processes.process import ManagedProcess, ProcessFailed, StartFailed, free_port
 from rnow.serving.client import VllmClient
+from rnow.text.install import install_command
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 900.0
@@ -30,7 +31,7 @@ def require_vllm(where: str) -> None:
         raise ModelError(
             "vLLM is not installed in this environment",
             where=where,
-            fix="pip install 'rnow-local[vllm]', or set the backend to transformers",
+            fix=f"{install_command('vllm')}, or set the backend to transformers",
         )
 
 

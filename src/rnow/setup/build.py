@@ -11,7 +11,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from rich.console import Console
 
 from rnow.config import Config, config_hash, dump_yaml
 from rnow.disk.checkpoints import Checkpoint, CheckpointStore, export_adapter
@@ -20,7 +22,7 @@ from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
 from rnow.disk.sinks import JsonlSink, Sink, WandbSink
 from rnow.disk.transcripts import TranscriptWriter
-from rnow.display.display import Display, QuietDisplay, RedactingDisplay
+from rnow.display.display import Display, QuietDisplay, RedactingDisplay, build_display
 from rnow.errors import ConfigError, InputError, StopRequested, TemporaryError
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
@@ -38,6 +40,7 @@ from rnow.setup.facts import (
     closing_lines,
     header_lines,
     redacted_config,
+    repeat,
 )
 from rnow.setup.usercode import (
     UserCode,
@@ -65,6 +68,7 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
     Raises:
         InputError: what is wrong.
     """
+    _refuse_other(config)
     with writing_redactor(load_secrets(Path(folder)), config).errors():
         prepared = prepare(config, Path(folder), weights=False)
         plan = build_plan(prepared, run_dir=prepared.run_folder().path)
@@ -76,23 +80,40 @@ def run(
     *,
     folder: str | Path = ".",
     fresh: bool = False,
-    display: Display | None = None,
+    display: Display | Literal["auto"] | None = None,
 ) -> RunSummary:
     """Train, or continue training, the project in ``folder``.
 
     Args:
         fresh: start over in a new run folder instead of continuing.
-        display: told what happens; nothing is shown by default.
+        display: told what happens; ``"auto"`` shows what `rnow run` shows. Nothing is shown by default.
 
     Raises:
         InputError: bad input, before training; nothing was written.
         StopRequested: Ctrl-C or SIGTERM; the state is saved.
         TemporaryError: a fault outside the run; the state is saved.
     """
+    _refuse_other(config)
     redact = writing_redactor(load_secrets(Path(folder)), config)
     with redact.errors():
-        shown = RedactingDisplay(display or QuietDisplay(), redact)
-        return _run(config, folder=Path(folder), fresh=fresh, display=shown)
+        own = build_display(Console()) if display == "auto" else None
+        shown = RedactingDisplay(own or display or QuietDisplay(), redact)
+        try:
+            return _run(config, folder=Path(folder), fresh=fresh, display=shown)
+        finally:
+            if own is not None:
+                own.close()
+
+
+def _refuse_other(config: object) -> None:
+    if not isinstance(config, Config):
+        given = f"the text {config!r}" if isinstance(config, str) else type(config).__name__
+        path = repr(config) if isinstance(config, str) else "'config.yml'"
+        raise ConfigError(
+            f"a run takes a Config, not {given}",
+            title="Not a config",
+            fix=f"from rnow import Config, run; run(Config.from_file({path}))",
+        )
 
 
 def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunSummary:
@@ -115,6 +136,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
     run_folder = prepared.run_folder(fresh=fresh)
     if (finished := _finished(run_folder, prepared)) is not None:
         display.note(f"this run is finished already ({run_folder.path}); --fresh starts over")
+        repeat(finished, display)
         return RunSummary(values=finished)
     run_folder.check_writable()
     with ExitStack() as stack:
@@ -247,7 +269,7 @@ class _Run:
             sampler=backends.sampler_facts,
         )
         replace_file(self._folder.summary, readable_json(values))
-        self._display.finish(closing_lines(self._folder.adapter))
+        self._display.finish(closing_lines(self._folder.adapter.resolve()))
         return RunSummary(values=values)
 
     def _counters(self, recorder: Recorder) -> dict[str, float]:

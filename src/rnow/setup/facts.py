@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rnow.config import config_hash, to_dict
 from rnow.disk.files import sha256_of
 from rnow.disk.folder import RunFolder
+from rnow.display.display import Display
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import weights_fingerprint
 from rnow.plan.choices import DEFAULT_MAX_TURNS
@@ -101,9 +103,44 @@ def closing_lines(adapter: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """The outcome of ``rnow run``. ``values`` is the content of summary.json."""
+    """The outcome of ``rnow run``. ``values`` is the content of summary.json, of which the properties are a part."""
 
-    values: Mapping[str, object]
+    values: Mapping[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.values["run_dir"])
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter, as PEFT loads it."""
+        return Path(self.values["adapter"])
+
+    @property
+    def steps(self) -> int:
+        """Steps trained, those of earlier attempts included."""
+        return self.values["steps"]
+
+    @property
+    def teacher_kl(self) -> Mapping[str, Any]:
+        """``first`` and ``last``: means over so many steps as ``averaged_steps`` says, None without a teacher."""
+        return self.values["teacher_kl"]
+
+    @property
+    def evaluation(self) -> Mapping[str, Any]:
+        """``before``, ``after`` and ``teacher``, each None where it was not evaluated."""
+        return self.values["evaluation"]
+
+
+def repeat(values: Mapping[str, Any], display: Display) -> None:
+    """Show the result of a finished run once more."""
+    evaluation = values.get("evaluation")
+    for name, row in evaluation.items() if isinstance(evaluation, Mapping) else ():
+        if isinstance(row, Mapping):
+            numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+            display.evaluation(name, numbers)
+    display.finish(closing_lines(Path(str(values.get("adapter")))))
 
 
 def build_values(
@@ -119,19 +156,23 @@ def build_values(
     """Collect summary.json.
 
     ``teacher_kl`` first and last are means over the first and last tenth of the steps (at least one): a single step is
-    a handful of rollouts.
+    a handful of rollouts; ``averaged_steps`` says how many. Paths are absolute.
     """
     series = _series(folder.metrics, "teacher_kl")
     tenth = max(1, len(series) // 10)
     last = {row["name"]: {key: row[key] for key in row if key != "name"} for row in evaluations}
     return {
         "status": "finished",
-        "run_dir": str(folder.path),
-        "adapter": str(folder.adapter),
+        "run_dir": str(folder.path.resolve()),
+        "adapter": str(folder.adapter.resolve()),
         "steps": steps,
         "wall_seconds": round(counters["seconds"], 2),
         "completion_tokens": int(counters["completion_tokens"]),
-        "teacher_kl": {"first": _mean(series[:tenth]), "last": _mean(series[-tenth:])},
+        "teacher_kl": {
+            "first": _mean(series[:tenth]),
+            "last": _mean(series[-tenth:]),
+            "averaged_steps": min(tenth, len(series)),
+        },
         "evaluation": {
             "before": last.get(BEFORE),
             "after": last.get(AFTER),

@@ -25,6 +25,7 @@ from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
 from rnow.teacher.vllm_sampler import VllmTeacherSampler
 from rnow.teacher.vllm_server import Asking, TeacherServerSettings
+from rnow.text.install import install_command
 
 
 def start_vllm_sampler(
@@ -40,7 +41,7 @@ def start_vllm_sampler(
         raise ConfigError(
             "sampler.backend is vllm, but vLLM is not installed here",
             where="sampler.backend",
-            fix="pip install 'rnow-local[vllm]', or set sampler.backend: transformers",
+            fix=f"{install_command('vllm')}, or set sampler.backend: transformers",
         )
     settings = sampler_settings(prepared, run_folder, time_shared=time_shared)
     backend: Backend = EngineBackend(settings)

@@ -70,7 +70,8 @@ class Redactor:
                 for key, item in value.items()
             }
         if isinstance(value, list | tuple):
-            return [self.data(item, keys=keys) for item in value]
+            items = [self.data(item, keys=keys) for item in value]
+            return tuple(items) if isinstance(value, tuple) else items
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = [field.name for field in dataclasses.fields(value) if field.init]
             return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 from rnow.core.tool_schema import Schema
 from rnow.errors import InputError
+from rnow.text.install import install_command
 from rnow.text.suggest import hint
 from rnow.usercode.records import Fault, MistakeReport, Report
 from rnow.usercode.text import escape
@@ -115,6 +117,8 @@ def _raised(report: Fault, shown: str, file: Path) -> tuple[str, str]:
         return f"{shown} is not valid Python", "correct this line"
     if report.get("kind") == "exit":
         return f"{file.name} ends the program while it is imported", "remove the exit() call"
+    if fix := report.get("fix"):
+        return f"{file.name} cannot be imported", escape(str(fix))
     return f"{file.name} cannot be imported", f"correct it; `python {file.name}` shows more"
 
 
@@ -122,9 +126,12 @@ def _missing_module(module: str, file: Path) -> tuple[str, str]:
     folder = file.parent
     top = module.partition(".")[0]
     helpers = [entry.stem for entry in folder.glob("*.py")]
-    fix = f"pip install {top} (in the environment that runs rnow){hint(top, helpers)}"
-    if (folder / "requirements.txt").is_file():
-        fix = "pip install -r requirements.txt (in the environment that runs rnow)"
+    where = f"in the environment that runs rnow: {sys.prefix}"
+    fix = f"pip install {top} ({where}){hint(top, helpers)}"
+    if top == "crawl4ai":
+        fix = f"{install_command('agents')} ({where})"
+    elif (folder / "requirements.txt").is_file():
+        fix = f"pip install -r requirements.txt, with {top} in it ({where})"
     return f'{file.name} imports "{module}", which is not installed', fix
 
 

@@ -13,6 +13,7 @@ from rnow.core.marks import Spec
 from rnow.core.reward import REWARDS
 from rnow.core.tool import TOOLS
 from rnow.core.tool_schema import describe
+from rnow.errors import RnowError
 from rnow.usercode.records import Fault, FunctionReport, MistakeReport, Report
 
 _MAX_TEXT = 2000
@@ -148,7 +149,8 @@ def _fault(path: Path, error: BaseException) -> Fault:
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     return {
         "type": type(error).__name__,
-        "message": safe_text(error),
+        "message": error.message if isinstance(error, RnowError) else safe_text(error),
+        "fix": error.fix if isinstance(error, RnowError) else None,
         "module": name,
         "kind": "syntax" if isinstance(error, SyntaxError) else "exit" if isinstance(error, SystemExit) else "",
         "line": line,
