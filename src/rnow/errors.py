@@ -19,6 +19,13 @@ _EXCERPT = re.compile(r"\s*(\d+ \| .*|\^)?")
 """Details that show a line of a file, and point into it."""
 
 
+MAX_SHOWN = 10
+"""Faults that an error lists; the rest is its ``more``."""
+
+ALL_ERRORS = "--all-errors"
+"""The option that lists them all."""
+
+
 class RnowError(Exception):
     """A problem shown to the user as a short report instead of a traceback.
 
@@ -29,6 +36,7 @@ class RnowError(Exception):
         why: why this cannot work, when the message alone does not say it.
         fix: what to type or change, in the imperative.
         details: further lines, for errors that list several places.
+        more: what does not fit the report, which only counts it: the rest of a long list.
     """
 
     exit_code = EXIT_FAILED
@@ -43,6 +51,7 @@ class RnowError(Exception):
         why: str | None = None,
         fix: str | None = None,
         details: Sequence[str] = (),
+        more: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -51,6 +60,7 @@ class RnowError(Exception):
         self.why = why
         self.fix = fix
         self.details = tuple(details)
+        self.more = tuple(more)
 
     def __str__(self) -> str:
         """Everything in one line, for tracebacks and logs."""
@@ -72,11 +82,16 @@ class RnowError(Exception):
         self.why = change(self.why) if self.why else self.why
         self.fix = change(self.fix) if self.fix else self.fix
         self.details = tuple(map(change, self.details))
+        self.more = tuple(map(change, self.more))
 
-    def render(self) -> str:
-        """The report as plain text, one labelled line per part."""
+    def render(self, *, everything: bool = False) -> str:
+        """The report as plain text, one labelled line per part; ``everything``: with what it would only count."""
         lines = [f"{self.title}: {self.message}"]
         lines += [f"  {detail}" for detail in self.details]
+        if self.more and everything:
+            lines += [f"  {detail}" for detail in self.more]
+        elif self.more:
+            lines.append(f"  ... and {len(self.more)} more; {ALL_ERRORS} lists them")
         for label, text in (("where", self.where), ("why", self.why), ("fix", self.fix)):
             if text:
                 lines.append(f"  {label}: {text}")

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.algorithm import reference
 
-from rnow.algorithm.advantages import AdvantageEstimator, reward_advantages
+from rnow.algorithm.advantages import (
+    AdvantageEstimator,
+    reward_advantages,
+    rollout_advantages,
+)
+from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup, rollout_id
 
 REWARDS = st.floats(-10, 10).map(lambda value: round(value, 3))
 GROUPS = st.lists(st.lists(REWARDS, min_size=1, max_size=6), min_size=1, max_size=4)
@@ -25,7 +32,7 @@ def test_grpo_is_the_formula(groups: list[list[float]], scale: bool) -> None:
     found = reward_advantages(groups, "grpo", scale=scale)
     expected = reference.grpo(groups, scale=scale)
     assert [len(group) for group in found] == [len(group) for group in groups]
-    # Equal rewards leave a rounding error of 1e-15 that the division by 1e-6 raises to 1e-9.
+    # Of equal rewards the reference leaves a rounding error of 1e-15 that the division by 1e-6 raises to 1e-9.
     assert _flat(found) == pytest.approx(_flat(expected), rel=1e-9, abs=1e-8)
 
 
@@ -61,6 +68,61 @@ def test_a_constant_added_to_one_group_changes_nothing_under_grpo(
     moved = [[reward + constant for reward in groups[0]], *groups[1:]]
     before, after = reward_advantages(groups, "grpo"), reward_advantages(moved, "grpo")
     assert _flat(after) == pytest.approx(_flat(before), rel=1e-9, abs=1e-8)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3])
+@pytest.mark.parametrize("size", [3, 7, 10])
+@pytest.mark.parametrize(("estimator", "scale"), ESTIMATORS)
+def test_equal_rewards_give_exactly_nothing(
+    estimator: AdvantageEstimator, scale: bool, size: int, reward: float
+) -> None:
+    """Not the rounding of their mean, which Adam would bring to full size."""
+    groups = [[reward] * size, [reward] * size]
+    assert reward_advantages(groups, estimator, scale=scale) == [[0.0] * size] * 2
+
+
+def _group(name: str, statuses: str, totals: dict[int, RewardResult]) -> Any:
+    words = {"c": "completed", "t": "truncated", "f": "failed"}
+    rollouts = tuple(
+        Rollout(
+            prompt_id=name,
+            index=index,
+            turns=(),
+            messages=(),
+            status=words[letter],  # type: ignore[arg-type]
+            end_reason="answer",
+        )
+        for index, letter in enumerate(statuses)
+    )
+    prompt = Prompt(id=name, dataset="d", row=0, messages=())
+    rewards = {rollout_id(name, index): result for index, result in totals.items()}
+    return RolloutGroup(prompt=prompt, rollouts=rollouts), rewards
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce"])
+def test_a_reward_that_failed_counts_in_nobody_s_mean(estimator: AdvantageEstimator) -> None:
+    group, rewards = _group(
+        "p",
+        "cctfcc",
+        {
+            0: RewardResult(total=1.0),
+            1: RewardResult(total=0.5, breakdown={"a": 0.5, "b": 0.0}, errors={"b": "ValueError"}),
+            2: RewardResult(total=0.0),
+            3: RewardResult(total=0.0, errors={"rollout": "x"}),
+            5: RewardResult(total=0.0, errors={"a": "ValueError"}),
+        },
+    )
+    found = rollout_advantages([group], rewards, estimator, scale=False)
+    assert list(found.values()) == [0.5, 0.0, -0.5, 0.0, 0.0, 0.0]
+
+
+def test_a_group_of_which_every_reward_failed_has_no_advantage() -> None:
+    failed = RewardResult(total=0.0, errors={"a": "ValueError"})
+    group, rewards = _group("p", "cc", {0: failed, 1: failed})
+    other, more = _group("q", "cc", {0: RewardResult(total=1.0), 1: RewardResult(total=0.0)})
+    for estimator in ("grpo", "reinforce"):
+        found = rollout_advantages([group, other], rewards | more, estimator, scale=False)  # type: ignore[arg-type]
+        assert list(found.values()) == [0.0, 0.0, 0.5, -0.5]
 
 
 def test_equal_rewards_give_no_signal_and_no_division_by_zero() -> None:

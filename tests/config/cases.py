@@ -95,6 +95,8 @@ CASES: dict[str, Case] = {
     "missing_model": yml(BASE.replace("model:\n  path: Qwen/Qwen3-8B\n", "")),
     "missing_teacher": yml(BASE.replace("teacher:\n  path: Qwen/Qwen3-32B\n", "")),
     "both_coefficients_zero": yml(BASE.replace("0.1", "0")),
+    "reward_of_a_group_of_one": yml(BASE, "algorithm.reward_coef=1", "data.group_size=1"),
+    "truncated_ppo": more("rollout:\n  top_p: 0.9\n", "rollout.top_k=20"),
     "same_dataset_name": yml(
         BASE.replace("train.jsonl", "[{path: a.jsonl, name: x}, {path: b.jsonl, name: x}]")
     ),

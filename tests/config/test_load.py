@@ -259,12 +259,14 @@ def test_legacy_key_below_something_that_is_no_section(load: Load) -> None:
 
 # notices
 
+IMPORTANCE = "algorithm:\n  loss_fn: importance_sampling\n"
+
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("rollout:\n  top_p: 0.9\n", "top_p 0.9"),
-        ("rollout:\n  top_k: 20\n", "top_k 20"),
+        (IMPORTANCE + "rollout:\n  top_p: 0.9\n", "top_p 0.9"),
+        (IMPORTANCE + "rollout:\n  top_k: 20\n", "top_k 20"),
         ("data:\n  val_split: 0.1\nevals:\n  - {step: 1, eval_id: e}\n", "eval_id is ignored"),
         ("evals:\n  - step: 1\n", "val_split is 0"),
     ],

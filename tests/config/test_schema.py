@@ -159,6 +159,59 @@ def test_both_coefficients_zero() -> None:
     make(algorithm={"kl_penalty_coef": 0, "reward_coef": 1})
 
 
+def test_rl_without_its_rewards_is_refused() -> None:
+    """Its KL is to the student's own start: that alone keeps the student where it is."""
+    rl = {"dataset_type": "rl", "teacher": None}
+    with pytest.raises(ConfigError, match="reward_coef is 0"):
+        make(**rl, algorithm={"kl_penalty_coef": 0.1, "reward_coef": 0})
+    with pytest.raises(ConfigError, match="both 0"):
+        make(**rl, algorithm={"kl_penalty_coef": 0, "reward_coef": 0})
+    make(**rl, algorithm={"kl_penalty_coef": 0, "reward_coef": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("estimator", "batch_size", "group_size", "refused"),
+    [
+        ("grpo", 4, 1, True),
+        ("grpo", 1, 2, False),
+        ("reinforce", 4, 1, False),
+        ("reinforce", 1, 2, False),
+        ("reinforce", 1, 1, True),
+    ],
+)
+@pytest.mark.parametrize("kl_penalty_coef", [0.0, 0.1])
+def test_a_reward_that_is_compared_with_nothing_is_refused(
+    estimator: str, batch_size: int, group_size: int, refused: bool, kl_penalty_coef: float
+) -> None:
+    data = {"batch_size": batch_size, "group_size": group_size}
+    algorithm = {"adv_estimator": estimator, "kl_penalty_coef": kl_penalty_coef, "reward_coef": 0.5}
+    rl = {"dataset_type": "rl", "teacher": None}
+    for kind in ({}, rl):
+        if refused:
+            with pytest.raises(ConfigError, match="group_size is 1") as caught:
+                make(**kind, data=data, algorithm=algorithm)
+            assert "data.group_size" in caught.value.render()
+        else:
+            make(**kind, data=data, algorithm=algorithm)
+
+
+def test_a_group_of_one_is_enough_for_a_teacher() -> None:
+    make(data={"group_size": 1})
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 20}])
+def test_a_truncated_distribution_is_refused_with_ppo(cut: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(cut))} .* cannot go with ppo") as caught:
+        make(rollout=cut)
+    assert "importance_sampling" in caught.value.render()
+    make(rollout=cut, algorithm={"loss_fn": "importance_sampling"})
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 1.0}, {"top_k": 0}, {"top_k": -1}])
+def test_what_cuts_nothing_goes_with_ppo(cut: dict[str, Any]) -> None:
+    make(rollout=cut)
+
+
 def test_wandb_from_python() -> None:
     config = make(wandb_project="p", wandb_name="n")
     assert (config.wandb_project, config.wandb_name) == ("p", "n")
@@ -174,8 +227,10 @@ def test_all_problems_at_once_and_at_most_ten() -> None:
     ]
     with pytest.raises(InvalidValues) as caught:
         make(**{f"k{i}": 1 for i in range(14)})
-    assert len(caught.value.details) == 11
-    assert caught.value.details[-1] == "... and 4 more"
+    assert len(caught.value.details) == 10
+    assert len(caught.value.more) == 4
+    assert "... and 4 more; --all-errors lists them" in caught.value.render()
+    assert "k13: " in caught.value.render(everything=True)
 
 
 def test_a_config_does_not_change() -> None:

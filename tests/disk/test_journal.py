@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,24 @@ def test_round_trip(path: Path) -> None:
     for item in items:
         assert journal.finished(item.prompt_id, item.index) == item
     assert journal.finished("dataset_0/1", 1) is None
+
+
+def test_a_probability_that_is_no_number_is_null_in_the_file_and_nan_again(path: Path) -> None:
+    item = rollout(0)
+    turn = item.turns[0]
+    drawn = replace(turn.completion, logprobs=(-0.1, math.nan))
+    write(path, [replace(item, turns=(replace(turn, completion=drawn),))])
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is no JSON")
+
+    for line in path.read_bytes().splitlines():
+        json.loads(line, parse_constant=refuse)
+    found = Journal(path, version=4).finished("dataset_0/0", 0)
+    assert found is not None
+    first, second = found.turns[0].completion.logprobs
+    assert first == -0.1
+    assert math.isnan(second)
 
 
 def test_a_batch_is_closed_by_one_commit_line(path: Path) -> None:

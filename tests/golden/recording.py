@@ -38,7 +38,7 @@ SERIES = ("loss", "teacher_kl", "grad_norm", "sampler_trainer_kl", "clip_fractio
 
 OBJECTIVE = PolicyGradient(loss_fn="ppo", kl_penalty_coef=1.0, reward_coef=0.2, kl_clamp=4.0)
 OPTIMIZER = OptimizerSettings(
-    learning_rate=1.2e-2, warmup_steps=3, schedule="cosine", total_updates=60, updates_per_batch=2
+    learning_rate=1.2e-2, warmup_updates=3, schedule="cosine", total_updates=60, updates_per_batch=2
 )
 
 

@@ -138,15 +138,49 @@ def test_a_tied_head_is_not_missing(tiny_model_dir: Callable[..., Path], tied: b
     load(tiny_model_dir(tie_word_embeddings=tied))
 
 
-def test_weights_with_nan_are_refused_as_such(
+def spoiled(folder: Path, tmp_path: Path, name: str, row: int | slice, value: float) -> Path:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name][row] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("model.norm.weight", 3),
+        ("model.embed_tokens.weight", 77),
+        ("lm_head.weight", 99),
+        ("model.layers.1.mlp.up_proj.weight", 5),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, name: str, row: int, value: float
+) -> None:
+    """Those included that no prompt of the first step reads."""
+    folder = spoiled(tiny_model_dir(), tmp_path, name, row, value)
+    with pytest.raises(ModelError, match=f"1 tensors .* NaN or infinity, the first is {name}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_the_tokenizer_does_not_have_may_hold_anything(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, tied: bool
+) -> None:
+    plain = tiny_model_dir(vocab_size=128, tie_word_embeddings=tied)
+    load(spoiled(plain, tmp_path, "model.embed_tokens.weight", 120, float("nan")))
+
+
+def test_numbers_that_overflow_are_refused_as_such(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(tiny_model_dir(), tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="non-finite logits"):
-        load(folder)
+    folder = spoiled(tiny_model_dir(), tmp_path, "model.norm.weight", slice(None), 6e4)
+    load(folder)
+    with pytest.raises(ModelError, match="non-finite logits") as caught:
+        load(folder, dtype=torch.float16)
+    assert "bfloat16" in caught.value.render()
 
 
 @pytest.mark.parametrize(

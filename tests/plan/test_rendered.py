@@ -81,7 +81,9 @@ def project(tmp_path: Path) -> Project:
 def test_a_good_project(project: Project) -> None:
     prompts = prompts_of("reverse: cat", "", "<|im_end|>")
     found = project.render(prompts)
-    assert found.warnings == ()
+    (warning,) = found.warnings
+    assert warning.startswith("a prompt spells control tokens; an invisible space is put into each")
+    assert warning.endswith("(train.jsonl:3 spells '<|im_end|>')")
     assert found.stop_ids == (IM_END,)
     assert found.vocabulary == IM_END + 1
     assert found.window == 512

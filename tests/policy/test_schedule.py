@@ -13,7 +13,7 @@ def learning_rate(
     update: int, *, base: float, warmup: int, total: int, schedule: ScheduleName
 ) -> float:
     settings = OptimizerSettings(
-        learning_rate=base, warmup_steps=warmup, total_updates=total, schedule=schedule
+        learning_rate=base, warmup_updates=warmup, total_updates=total, schedule=schedule
     )
     return settings.rate_of(update)
 

@@ -153,7 +153,12 @@ def test_the_second_update_of_an_on_policy_batch_is_the_first_with_a_ratio(
 
 
 def test_the_learning_rate_follows_the_schedule(make_policy: MakePolicy) -> None:
-    optimizer = {"warmup_steps": 2, "schedule": "linear", "total_updates": 4, "learning_rate": 0.01}
+    optimizer = {
+        "warmup_updates": 2,
+        "schedule": "linear",
+        "total_updates": 4,
+        "learning_rate": 0.01,
+    }
     policy = make_policy(objective=TEACHER_ONLY, optimizer=optimizer)
     rates = [policy.update(make_batch()).metrics["lr"] for _ in range(4)]
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
@@ -165,7 +170,7 @@ def test_the_learning_rate_follows_the_schedule(make_policy: MakePolicy) -> None
 def test_the_optimizer_uses_the_rate_that_is_reported(make_policy: MakePolicy) -> None:
     """Adam's first step is the learning rate times g / (|g| + 1e-8)."""
     whole = make_policy(objective=TEACHER_ONLY)
-    warming = make_policy(objective=TEACHER_ONLY, optimizer={"warmup_steps": 4})
+    warming = make_policy(objective=TEACHER_ONLY, optimizer={"warmup_updates": 4})
     start = weights(whole)
     for policy in (whole, warming):
         policy.update(make_batch())

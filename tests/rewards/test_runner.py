@@ -34,6 +34,7 @@ class Unprintable(Exception):
 VALUES = {
     "0": 0, "0.0": 0.0, "False": False, "1": 1, "True": True, "0.25": 0.25, "scalar": Scalar(), "None": None,
     "text": "0.5", "bytes": b"1", "list": [1.0], "complex": 1j, "nan": float("nan"), "inf": float("inf"), "huge": 10**400,
+    "1e308": 1e308, "-1e31": -1e31,
 }
 ERRORS = {
     "value": ValueError("bad\\nthing"), "key": KeyError("answer"), "red": RuntimeError("\\x1b[31mred"),
@@ -271,6 +272,8 @@ BAD_VALUES = [
     ("nan", "returned nan, not a finite number"),
     ("inf", "returned inf, not a finite number"),
     ("huge", "returned a int, not one number"),
+    ("1e308", "returned 1e+308, more than training can reckon with"),
+    ("-1e31", "returned -1e+31, more than training can reckon with"),
 ]
 
 

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from tests.conftest import CHARACTERS, character_tokenizer
 from tests.rollout.families import BY_NAME, TOOLS, byte_tokenizer, render_prompt, tool, trl_template
 
+from rnow.rollout.controls import ZERO_WIDTH, neutralise
 from rnow.rollout.rendering import (
-    ZERO_WIDTH,
     control_pattern,
     describe_tools,
-    neutralise,
     render_text,
     template_shows_tools,
 )

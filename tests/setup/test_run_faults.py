@@ -137,7 +137,7 @@ FAULTS = [
     (empty_teacher, "empty"),
     (wrong_tokenizer, "token"),
     (truncated_weights, "model.safetensors"),
-    (teacher_of_nan, "non-finite logits"),
+    (teacher_of_nan, "hold NaN or infinity"),
     (teacher_of_zeros, "same log-probability"),
     (unknown_reward, "shorty"),
     (oversized_prompt, "not fit the window"),
@@ -361,6 +361,28 @@ def test_three_steps_of_nan_end_the_run(project: Project, monkeypatch: pytest.Mo
     assert saved is not None
     assert all(torch.isfinite(tensor).all() for tensor in saved.adapter.values())
     assert saved.state["updates"] == 1
+
+
+def test_ten_steps_of_nothing_end_the_run_and_are_saved(project: Project) -> None:
+    """Every answer is worth the same, and the reference is the student's own start. The warm-up counts steps, of two
+    updates each."""
+    (project.folder / "rewards.py").write_text(
+        "from rnow.core import reward\n\n@reward\ndef short(args, messages):\n    return 0.7\n"
+    )
+    trainer = {"num_epochs": 3, "updates_per_batch": 2, "warmup_steps": 3, "learning_rate": 6e-3}
+    config = project.config(dataset_type="rl", teacher=None, trainer=trainer)
+    watcher = Watcher()
+    with pytest.raises(RnowError, match="10 steps in a row was exactly zero") as caught:
+        run(config, folder=project.folder, display=watcher)
+    assert caught.value.title == "Nothing to learn"
+    assert "same reward" in caught.value.render()
+    assert len([note for note in watcher.notes if "nothing was learned in step 1" in note]) == 1
+    store = checkpoints.CheckpointStore(project.run_dir / "checkpoints", keep=2, warn=pytest.fail)
+    saved = store.latest()
+    assert saved is not None
+    assert (saved.step, saved.state["updates"]) == (10, 20)
+    # The rate of a step's last update.
+    assert [row["lr"] for row in project.metrics[:4]] == pytest.approx([2e-3, 4e-3, 6e-3, 6e-3])
 
 
 # ---- signals to the real program -----------------------------------------------------------------------------------

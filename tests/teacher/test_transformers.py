@@ -48,6 +48,27 @@ def sample_of(ids: tuple[int, ...], completion: Completion) -> Sample:
     )
 
 
+def test_an_int8_teacher_judges_a_sample_as_if_it_were_alone(
+    tiny_model_dir: Callable[..., Path],
+) -> None:
+    """LLM.int8 would let the longest answer of a batch choose which columns of the others are kept in float."""
+    lm = load_causal_lm(
+        tiny_model_dir(num_hidden_layers=1, initializer_range=0.3),
+        vocabulary=VOCABULARY,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        quantization="int8",
+    )
+    sizes = (20, 33, 64, 120)
+    samples = [make_sample(f"d/{i}#0", size, first=i) for i, size in enumerate(sizes)]
+    teacher = TransformersTeacher(lm, micro_batch_tokens=10_000)
+    together = teacher.score_now(samples)
+    for sample in samples:
+        alone = teacher.score_now([sample])[sample.id].teacher_logprobs
+        assert torch.equal(together[sample.id].teacher_logprobs, alone)
+        assert alone.min() < -1.0
+
+
 # ---- on its own ---------------------------------------------------------------------------------------------------
 
 

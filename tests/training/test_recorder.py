@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.fakes import FakeSink
 
-from rnow.algorithm.records import StepData, UpdateResult
+from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample, UpdateResult
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import JsonlSink
 from rnow.disk.transcripts import TranscriptWriter
@@ -17,7 +19,7 @@ from rnow.display.display import QuietDisplay
 from rnow.errors import EXIT_FAILED, RnowError
 from rnow.text.redact import Redactor
 from rnow.training.recorder import Recorder
-from rnow.types import Completion, Prompt, RewardResult, Rollout, RolloutGroup, Turn
+from rnow.types import Completion, Prompt, RewardResult, Rollout, RolloutGroup, Sample, Turn
 
 NON_FINITE = "non-finite"
 
@@ -51,9 +53,11 @@ class Desk:
             num_steps=9,
         )
 
-    def record(self, step: int, **changes: Any) -> None:
+    def record(
+        self, step: int, data: StepData | None = None, good: int | None = None, **changes: Any
+    ) -> None:
         update = UpdateResult(**{"metrics": {"loss": 0.5}, "streams": {}} | changes)
-        self.recorder.record(step, step_data(), update, self.recorder.clock())
+        self.recorder.record(step, data or step_data(), update, self.recorder.clock(), lambda: good)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -117,9 +121,92 @@ def test_three_steps_in_a_row_without_an_update_end_the_run(desk: Desk) -> None:
     with pytest.raises(RnowError, match="3 steps in a row") as caught:
         desk.record(7, skipped=NON_FINITE)
     assert caught.value.exit_code == EXIT_FAILED
-    assert "step-000004" in str(caught.value)
+    assert "the newest checkpoint is step-000004" in str(caught.value)
+    assert "good" not in caught.value.render()
     assert [row["skipped_updates"] for row in desk.rows] == [1.0, 2.0, 3.0]
     assert len(desk.display.notes) == 3
+
+
+def test_the_checkpoint_that_is_named_is_one_known_to_be_good(desk: Desk) -> None:
+    for step in (2, 4):
+        (desk.folder.checkpoints / f"step-{step:06d}").mkdir(parents=True)
+    desk.record(5, skipped=NON_FINITE)
+    desk.record(6, skipped=NON_FINITE)
+    with pytest.raises(RnowError, match="last good checkpoint is step-000002") as caught:
+        desk.record(7, good=2, skipped=NON_FINITE)
+    assert caught.value.title == "Training diverged"
+    assert "step-000004" not in caught.value.render()
+
+
+def judged_data(*logprobs: float) -> StepData:
+    sample = Sample(
+        id="dataset_0/0#0",
+        dataset="dataset_0",
+        token_ids=(1, 2, 3, 4, 9),
+        loss_mask=(False, False, False, True, True),
+        sampler_logprobs=(0.0, 0.0, 0.0, -0.1, -0.2),
+    )
+    evidence = SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, 0.0, *logprobs]))
+    training = TrainingSample(sample=sample, reward_advantage=0.0, evidence=evidence)
+    return replace(step_data(), training=(training,), rewards={})
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("-inf")])
+def test_a_teacher_that_answers_nonsense_is_no_divergence(desk: Desk, logprob: float) -> None:
+    data = judged_data(-0.5, logprob)
+    desk.record(1, data, skipped=NON_FINITE)
+    desk.record(2, data, skipped=NON_FINITE)
+    with pytest.raises(RnowError, match="3 steps in a row") as caught:
+        desk.record(3, data, skipped=NON_FINITE)
+    assert caught.value.title == "Unusable teacher"
+    assert "of 1 of 1 rollouts" in caught.value.render()
+    assert "learning_rate" not in caught.value.render()
+
+
+def test_steps_without_a_gradient_are_told_of_and_end_the_run(desk: Desk) -> None:
+    for step in range(1, 11):
+        desk.recorder.end_if_idle()
+        desk.record(step, zero_gradient=True)
+    assert (
+        len([note for note in desk.display.notes if "nothing was learned in step 1," in note]) == 1
+    )
+    assert len(desk.display.notes) == 1
+    with pytest.raises(RnowError, match="10 steps in a row was exactly zero") as caught:
+        desk.recorder.end_if_idle()
+    assert caught.value.exit_code == EXIT_FAILED
+    assert caught.value.title == "Nothing to learn"
+
+
+def test_a_gradient_starts_that_count_again(desk: Desk) -> None:
+    for step in range(1, 31):
+        # A step without any rollout says nothing of the gradient.
+        skipped = "no tokens" if step % 8 == 5 else None
+        desk.record(step, zero_gradient=step % 8 > 0 and not skipped, skipped=skipped)
+        desk.recorder.end_if_idle()
+    warnings = [note for note in desk.display.notes if "nothing was learned" in note]
+    assert len(warnings) == 4
+
+
+ZERO = {"loss": 0.0, "advantage/mean": 0.0, "advantage/std": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "metrics", "cause"),
+    [
+        ({}, ZERO, "same reward"),
+        ({"rewards": {"a": RewardResult(total=0.0, errors={"accuracy": "ValueError"})}}, ZERO,
+         "every reward failed (ValueError)"),
+        ({"rewards": {}}, ZERO | {"teacher_kl": 0.0}, "that its reference gives them"),
+        ({"rewards": {}}, ZERO, "no token has an advantage"),
+        ({}, {"advantage/mean": -0.1, "advantage/std": 0.2, "clip_fraction": 0.9}, "clipped"),
+        ({}, {"advantage/mean": -0.1, "advantage/std": 0.2, "clip_fraction": 0.0}, "number format"),
+    ],
+)  # fmt: skip
+def test_why_there_was_nothing_to_learn(
+    desk: Desk, changes: dict[str, Any], metrics: dict[str, float], cause: str
+) -> None:
+    desk.record(1, replace(step_data(), **changes), metrics=metrics, zero_gradient=True)
+    assert cause in desk.display.notes[0]
 
 
 def test_steps_without_a_rollout_do_not_count_as_divergence(desk: Desk) -> None:

@@ -248,12 +248,13 @@ class Watched:
     def parts(self, *, num_steps: int, evaluated: bool = False) -> Parts:
         recorder: Any = SimpleNamespace(
             clock=self.make_clock, record=self.record, evaluated=self.evaluated,
-            evaluations=lambda: self.rows, stage=lambda name: None,
+            evaluations=lambda: self.rows, stage=lambda name: None, end_if_idle=lambda: None,
         )  # fmt: skip
         saver: Any = SimpleNamespace(
             save=self.save,
             rescue=self.save,
             after_step=lambda step: None,
+            last_good=lambda: None,
         )
         evaluator = Evaluator(
             prompts=PROMPTS,

@@ -96,6 +96,16 @@ def test_a_broken_teacher_is_refused(teacher: FakeTeacher, message: str) -> None
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_student_or_a_sampler_without_numbers_is_refused(value: float) -> None:
+    """Not taken for one that agrees: every comparison with NaN is false."""
+    one = FakeTeacher(lambda sample, position: value if position == 3 else -0.5)
+    with pytest.raises(ModelError, match="the student gives 4 non-finite log-probabilities in 12"):
+        check(FakeTeacher(-0.75), student=one)
+    with pytest.raises(ModelError, match="the sampler gives 12 non-finite"):
+        check(FakeTeacher(-0.75), sampler=FakeSampler([[4, 5, END]], logprob=value))
+
+
 def test_a_teacher_that_changes_its_mind_is_refused() -> None:
     noise = itertools.count()
     teacher = FakeTeacher(lambda sample, position: -0.5 - 0.01 * next(noise))

@@ -31,9 +31,9 @@ def reward_advantages(
     """
     groups = [torch.tensor(list(group), dtype=torch.float64) for group in rewards]
     if estimator == "reinforce":
-        everything = torch.cat(groups) if groups else torch.zeros(0, dtype=torch.float64)
-        mean = everything.mean() if everything.numel() else everything.sum()
-        return [(group - mean).tolist() for group in groups]
+        sizes = [group.numel() for group in groups]
+        everything = torch.cat([*groups, torch.zeros(0, dtype=torch.float64)])
+        return [part.tolist() for part in _centred(everything).split(sizes)] if groups else []
     return [_group_relative(group, scale).tolist() for group in groups]
 
 
@@ -44,9 +44,14 @@ def rollout_advantages(
     *,
     scale: bool,
 ) -> dict[str, float]:
-    """Advantage by rollout id. Failed rollouts do not count in their group's mean; a rollout without a reward has 0."""
+    """Advantage by rollout id: 0 without a reward. A rollout that failed, or of which a reward failed, says nothing about the
+    others: it has 0 too, and does not count in its group's mean."""
     judged = [
-        [r.id for r in group.rollouts if r.id in rewards and r.status != "failed"]
+        [
+            r.id
+            for r in group.rollouts
+            if r.status != "failed" and r.id in rewards and not rewards[r.id].errors
+        ]
         for group in groups
     ]
     values = reward_advantages(
@@ -59,9 +64,14 @@ def rollout_advantages(
 
 
 def _group_relative(group: Tensor, scale: bool) -> Tensor:
-    if group.numel() == 0:
-        return group
-    centred = group - group.mean()
-    if not scale:
+    centred = _centred(group)
+    if not scale or group.numel() == 0:
         return centred
     return centred / (group.std(correction=0) + STD_EPSILON)
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Values minus their mean. Equal ones are exactly 0 apart: the rounding of their mean would be all there is to learn."""
+    if values.numel() == 0 or bool((values == values[0]).all()):
+        return torch.zeros_like(values)
+    return values - values.mean()

@@ -124,11 +124,13 @@ class UpdateResult:
         metrics: the scalars of the batch.
         streams: stream -> sample id -> float32 ``[loss tokens]``, at the first update of the batch; see ``Terms.streams``.
         skipped: why the optimizer did not step: ``non-finite`` loss or gradient, or ``no tokens`` to learn from.
+        zero_gradient: every gradient of the batch was exactly zero: there was nothing to learn.
     """
 
     metrics: Mapping[str, float]
     streams: Mapping[str, Mapping[str, Tensor]]
     skipped: SkipReason | None = None
+    zero_gradient: bool = False
 
 
 class PolicyState(TypedDict):

@@ -13,7 +13,7 @@ from rnow import __version__
 from rnow.cli import account, check, init, rehearse, run
 from rnow.cli.hosted import hosted_client_note
 from rnow.cli.output import clean, hide, print_error, print_note
-from rnow.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, RnowError
+from rnow.errors import ALL_ERRORS, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RnowError
 from rnow.text.redact import Redactor
 from rnow.text.suggest import closest, did_you_mean
 
@@ -58,6 +58,12 @@ def _options(
             "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
+    all_errors: Annotated[
+        bool,
+        typer.Option(
+            ALL_ERRORS, help="List every fault of an error, not ten; before or after the command."
+        ),
+    ] = False,
 ) -> None:
     """Options that stand before a command."""
 
@@ -86,6 +92,8 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     hide(Redactor())
+    everything = ALL_ERRORS in given
+    given = [argument for argument in given if argument != ALL_ERRORS]
     try:
         if not {"-h", "--help", "--version"}.intersection(given):
             note = hosted_client_note()
@@ -96,7 +104,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else EXIT_FAILED * bool(exit_.code)
     except RnowError as error:
-        print_error(error)
+        print_error(error, everything=everything)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+from rnow.disk.files import to_json
 from rnow.display.terminal import escape_control
 from rnow.errors import RnowError
 from rnow.text.redact import Redactor, without_user_info
@@ -43,11 +43,11 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr)
 
 
-def print_error(error: RnowError) -> None:
+def print_error(error: RnowError, *, everything: bool = False) -> None:
     """The report of an error on standard error: no traceback, nothing that could control the terminal."""
     from rich.text import Text
 
-    title, _, rest = clean(error.render()).partition(":")
+    title, _, rest = clean(error.render(everything=everything)).partition(":")
     text = Text.assemble((title, "bold red"), ":", rest)
     text.highlight_regex(r"(?m)^  (where|why|fix):", "bold")
     console(stderr=True).print(text, soft_wrap=True, highlight=False)
@@ -76,5 +76,4 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
-    data = redacted(data)
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(to_json(redacted(data), indent=2) + "\n")

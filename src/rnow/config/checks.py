@@ -16,6 +16,13 @@ RESERVED_EVALS = frozenset({"before", "after", "teacher"})
 
 def find_contradictions(config: Schema) -> Iterator[Problem]:
     """Every pair of settings that cannot go together."""
+    yield from _without_its_teacher(config)
+    yield from _without_signal(config)
+    yield from _truncated(config)
+    yield from _names_taken(config)
+
+
+def _without_its_teacher(config: Schema) -> Iterator[Problem]:
     distill = config.dataset_type == "distill"
     if distill and config.teacher is None:
         yield Problem(
@@ -29,15 +36,55 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
             message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
             hint="remove the teacher section, or set dataset_type: distill",
         )
-    algorithm = config.algorithm
-    coefficients = (algorithm.kl_penalty_coef, algorithm.reward_coef)
-    sampled = config.dataset_type in ("distill", "rl") and algorithm.kl_estimator == "sampled"
-    if sampled and coefficients == (0, 0):
+
+
+def _without_signal(config: Schema) -> Iterator[Problem]:
+    """Settings under which every advantage is 0, or the rewards' part of it."""
+    algorithm, data = config.algorithm, config.data
+    if algorithm.kl_estimator != "sampled" or config.dataset_type not in ("distill", "rl"):
+        return
+    if algorithm.kl_penalty_coef == algorithm.reward_coef == 0:
         yield Problem(
             path=("algorithm", "kl_penalty_coef"),
             message="kl_penalty_coef and reward_coef are both 0, so nothing would be learned",
             hint="set kl_penalty_coef above 0 to follow the teacher, or reward_coef above 0 to follow the rewards",
         )
+    elif algorithm.reward_coef == 0 and config.dataset_type == "rl":
+        yield Problem(
+            path=("algorithm", "reward_coef"),
+            message="reward_coef is 0, so nothing would be learned: the KL of rl is that to the student's own start",
+            hint="set reward_coef above 0, or follow a teacher with dataset_type: distill",
+        )
+    in_group = algorithm.adv_estimator == "grpo"
+    compared = data.group_size if in_group else data.group_size * data.batch_size
+    if algorithm.reward_coef > 0 and compared == 1:
+        yield Problem(
+            path=("data", "group_size"),
+            message=f"group_size is 1: with adv_estimator {algorithm.adv_estimator} a reward is judged against "
+            f"the others of its {'group' if in_group else 'batch'}, so every advantage would be 0",
+            hint="set data.group_size to 2 or more"
+            + (", or algorithm.adv_estimator: reinforce" if in_group else ""),
+        )
+
+
+def _truncated(config: Schema) -> Iterator[Problem]:
+    rollout = config.rollout
+    if config.algorithm.loss_fn != "ppo":
+        return
+    for name, value, neutral in (
+        ("top_p", rollout.top_p, rollout.top_p == 1),
+        ("top_k", rollout.top_k, rollout.top_k <= 0),
+    ):
+        if not neutral:
+            yield Problem(
+                path=("rollout", name),
+                message=f"{name} {value:g} cannot go with ppo: a token's probability is higher where it was sampled than "
+                "where it is trained, which ppo takes for a policy that has moved, and clips",
+                hint=f"remove {name}, or set algorithm.loss_fn: importance_sampling, which corrects for it",
+            )
+
+
+def _names_taken(config: Schema) -> Iterator[Problem]:
     names = [source.name for source in config.data.sources]
     for index, name in enumerate(names):
         path = ("data", "train_file", index, "name")

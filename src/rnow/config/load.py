@@ -22,6 +22,7 @@ from rnow.config.reserved import refuse_reserved, refuse_value
 from rnow.config.schema import SECTION_NAMES, Schema
 from rnow.config.strict_yaml import Document, decode, parse_document
 from rnow.errors import ConfigError, NotYetSupported
+from rnow.text.user_files import is_present, read_regular
 
 FILE_NAMES = ("config.yml", "config.yaml", "config.json")
 RL_DEFAULTS = {"kl_penalty_coef": 0.01, "reward_coef": 1.0}
@@ -85,7 +86,7 @@ def find_config_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+    found = [path / name for name in FILE_NAMES if is_present(path / name)]
     if not found:
         raise ConfigError(
             "no config.yml here",
@@ -105,7 +106,7 @@ def read_document(path: Path) -> Document:
     """Read and parse a config file, YAML or (by its name) JSON."""
     name = str(path)
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except FileNotFoundError:
         raise ConfigError("no such file", where=name, fix="check the path of the config") from None
     except OSError as error:

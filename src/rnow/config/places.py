@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rnow.config.problems import MAX_SHOWN, KeyPath, Problem, dotted
+from rnow.config.problems import KeyPath, Problem, dotted
 from rnow.config.strict_yaml import Document, Position, excerpt
-from rnow.errors import ConfigError
+from rnow.errors import MAX_SHOWN, ConfigError
 
 COMMAND_LINE = "command line"
 
@@ -78,19 +78,24 @@ def place(problems: Sequence[Problem], places: Places) -> ConfigError:
             fix=only.hint,
             details=places.line_of(only.path),
         )
-    details: list[str] = []
 
     def line(problem: Problem) -> int:
         position = places.position(problem.path)
         return position.line if position else 0  # the command line first
 
     ordered = sorted(problems, key=line)
-    for problem in ordered[:MAX_SHOWN]:
-        details.append(f"{places.find(problem.path, column=True)}: {problem.describe()}")
-        details += [f"    {line}" for line in places.line_of(problem.path)[:1]]
-    if len(ordered) > MAX_SHOWN:
-        details.append(f"... and {len(ordered) - MAX_SHOWN} more")
-    return ConfigError(f"{len(problems)} problems", details=details)
+    listed = [
+        "\n      ".join(
+            (
+                f"{places.find(problem.path, column=True)}: {problem.describe()}",
+                *places.line_of(problem.path)[:1],
+            )
+        )
+        for problem in ordered
+    ]
+    return ConfigError(
+        f"{len(problems)} problems", details=listed[:MAX_SHOWN], more=listed[MAX_SHOWN:]
+    )
 
 
 def name_key(problem: Problem) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rnow.errors import ConfigError
-
-MAX_SHOWN = 10
+from rnow.errors import MAX_SHOWN, ConfigError
 
 KeyPath = tuple[str | int, ...]
 
@@ -48,7 +46,7 @@ class InvalidValues(ConfigError):
             only = self.problems[0]
             super().__init__(only.message, where=only.key, fix=only.hint)
         else:
-            details = [f"{p.key}: {p.describe()}" for p in self.problems[:MAX_SHOWN]]
-            if len(self.problems) > MAX_SHOWN:
-                details.append(f"... and {len(self.problems) - MAX_SHOWN} more")
-            super().__init__(f"{len(self.problems)} problems", details=details)
+            lines = [f"{p.key}: {p.describe()}" for p in self.problems]
+            super().__init__(
+                f"{len(lines)} problems", details=lines[:MAX_SHOWN], more=lines[MAX_SHOWN:]
+            )

@@ -147,7 +147,7 @@ class TeacherSection(Section):
     )
     quantization: Literal["none", "nf4", "int8"] = key(
         "none",
-        "Quantization of the teacher's weights; it puts a floor under the KL.",
+        "Quantization of the teacher's weights; it puts a floor under the KL. int8 scores one sample at a time.",
         reader="local teacher",
     )
     dtype: DType = key(
@@ -383,7 +383,7 @@ class TrainerSection(Section):
     adam_beta1: Fraction = key(0.9, "AdamW's first beta.")
     adam_beta2: Fraction = key(0.95, "AdamW's second beta.")
     max_grad_norm: Above0 = key(1.0, "Gradients are clipped to this norm.")
-    warmup_steps: int = key(0, "Steps of linear warm-up.", ge=0)
+    warmup_steps: int = key(0, "Steps of linear warm-up, whatever `updates_per_batch`.", ge=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = key(
         "constant", "Course of the learning rate after warm-up; linear and cosine end at 0."
     )

@@ -73,8 +73,12 @@ class CheckpointStore:
         adapter: Adapter,
         moments: Mapping[str, Tensor],
         state: Mapping[str, Any],
+        good_before: int = 0,
     ) -> Path:
         """Commit a checkpoint after ``step`` finished steps and return its folder.
+
+        Args:
+            good_before: the newest checkpoint of a step before this one stays, whatever its age.
 
         Raises:
             TemporaryError: the disk is full; earlier checkpoints are untouched.
@@ -99,7 +103,7 @@ class CheckpointStore:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise self._disk_full(str(error)) from error
-        self._prune()
+        self._prune(good_before)
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -130,10 +134,10 @@ class CheckpointStore:
             )
         return None
 
-    def newest_step(self) -> int | None:
-        """The step of the newest committed checkpoint, unverified."""
-        committed = self._committed()
-        return _step_of(committed[-1]) if committed else None
+    def newest_step(self, *, before: int | None = None) -> int | None:
+        """The step of the newest committed checkpoint (of those of a step below ``before``), unverified."""
+        steps = map(_step_of, self._committed())
+        return max((step for step in steps if before is None or step < before), default=None)
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._folder).free
@@ -203,8 +207,11 @@ class CheckpointStore:
             state=json.loads((folder / STATE).read_text(encoding="utf-8")),
         )
 
-    def _prune(self) -> None:
+    def _prune(self, good_before: int) -> None:
+        good = self.newest_step(before=good_before)
         for folder in self._committed()[: -self._keep]:
+            if _step_of(folder) == good:
+                continue
             # Renamed first: a crash in the middle of a delete must not leave half a checkpoint under a good name.
             doomed = folder.with_name(f".tmp-old-{folder.name}")
             folder.rename(doomed)

@@ -47,14 +47,30 @@ def unused(path: Path) -> Path:
     return candidate
 
 
-def to_json(value: object, *, indent: int | None = None) -> str:
-    """Strict JSON: NaN and infinities become null, keys keep their order."""
-    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+def to_json(value: object, *, indent: int | None = None, compact: bool = False) -> str:
+    """Strict JSON: NaN and infinities become null, keys keep their order. ``compact``: in ASCII and without blanks."""
+    return json.dumps(
+        finite(value),
+        ensure_ascii=compact,
+        allow_nan=False,
+        indent=indent,
+        separators=(",", ":") if compact else None,
+    )
 
 
 def readable_json(value: Mapping[str, object]) -> bytes:
     """The content of a JSON file for people to read."""
-    return (to_json(value, indent=2) + "\n").encode()
+    return _encoded(to_json(value, indent=2))
+
+
+def json_line(value: Mapping[str, object], *, compact: bool = False) -> bytes:
+    """One line of a file of JSON lines."""
+    return _encoded(to_json(value, compact=compact))
+
+
+def _encoded(text: str) -> bytes:
+    # A lone surrogate, which UTF-8 cannot hold, becomes \udc80: its own escape in JSON.
+    return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rnow.disk.files import json_line
 from rnow.text.redact import Redactor
 from rnow.types import Completion, Rollout, Turn
 
@@ -59,10 +61,11 @@ class Journal:
         the run: a resumed step samples these rollouts again."""
         if not self._pending:
             return
-        rows = [_to_json(rollout, self._redact) for rollout in self._pending]
-        lines = [json.dumps(row, separators=(",", ":")) for row in rows]
+        lines = [
+            json_line(_to_json(rollout, self._redact), compact=True) for rollout in self._pending
+        ]
         self._pending = []
-        data = "\n".join([*lines, '{"commit":true}', ""]).encode()
+        data = b"".join([*lines, b'{"commit":true}\n'])
         with suppress(OSError):
             self._path.touch()
             with self._path.open("r+b") as file:
@@ -137,7 +140,7 @@ def _from_json(row: dict[str, Any]) -> Rollout:
                 observation_token_ids=tuple(turn["observation_token_ids"]),
                 completion=Completion(
                     token_ids=tuple(turn["token_ids"]),
-                    logprobs=tuple(turn["logprobs"]),
+                    logprobs=tuple(math.nan if v is None else v for v in turn["logprobs"]),
                     finish_reason=turn["finish_reason"],
                     policy_version=turn["policy_version"],
                 ),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from rnow.disk.files import finite, replace_file, to_json
+from rnow.disk.files import json_line, replace_file
 from rnow.text.install import install_command
 from rnow.text.redact import Redactor
 
@@ -62,12 +62,7 @@ class JsonlSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.log``. A full disk loses the line, not the run."""
-        line = (
-            json.dumps(
-                finite({"step": step, **self._redact.data(metrics, keys=True)}), allow_nan=False
-            )
-            + "\n"
-        ).encode()
+        line = json_line(self._redact.data({"step": step, **metrics}, keys=True))
         try:
             _append_whole(self._metrics, line)
         except OSError as error:
@@ -87,8 +82,8 @@ class JsonlSink:
                 the next start measures it again.
         """
         row = self._redact.data({"name": name, "step": step, **metrics}, keys=True)
-        with self._evaluations.open("a", encoding="utf-8") as file:
-            file.write(to_json(row) + "\n")
+        with self._evaluations.open("ab") as file:
+            file.write(json_line(row))
 
     def forget_from(self, step: int) -> None:
         """See ``Sink.forget_from``. Lines that a crash left unfinished go too; a file is replaced in one piece."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rnow.algorithm.batching import at_loss_tokens
 from rnow.algorithm.records import StepData
-from rnow.disk.files import to_json
+from rnow.disk.files import json_line
 from rnow.text.redact import Redactor
 from rnow.types import Prompt, RewardResult, Rollout
 
@@ -65,10 +65,7 @@ class TranscriptWriter:
         ]
         path = self._folder / f"step-{step:06d}.jsonl"
         aside = path.with_suffix(".tmp")
-        # A lone surrogate, which UTF-8 cannot hold, becomes \udc80: its own escape in JSON.
-        aside.write_bytes(
-            "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
-        )
+        aside.write_bytes(b"".join(lines))
         aside.replace(path)
 
     def forget_from(self, step: int) -> None:
@@ -84,9 +81,9 @@ class TranscriptWriter:
         rollout: Rollout,
         reward: RewardResult | None,
         tokens: list[dict[str, object]],
-    ) -> str:
+    ) -> bytes:
         kls = [kl for token in tokens if isinstance(kl := token["kl"], float)]
-        return to_json(
+        return json_line(
             {
                 "step": step,
                 "id": rollout.id,

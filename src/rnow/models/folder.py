@@ -9,6 +9,7 @@ from rnow.errors import ModelError
 from rnow.models.refusal import Refusal, adapter_refused, read_json
 from rnow.models.weight_files import PICKLED, WEIGHTS, check_weights
 from rnow.text.suggest import closest
+from rnow.text.user_files import is_present
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of these makes a tokenizer."""
@@ -17,6 +18,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def check_folder(folder: Path, refusal: Refusal) -> int:
     """Bytes of the folder's weights, after checking that it holds a whole model."""
     names = {entry.name for entry in folder.iterdir()}
+    for entry in folder.iterdir():  # libraries open them by name
+        if not entry.is_dir():
+            is_present(entry)
     if "adapter_config.json" in names:
         raise adapter_refused(refusal)
     if "config.json" not in names:

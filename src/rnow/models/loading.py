@@ -115,6 +115,7 @@ def load_causal_lm(
     model.requires_grad_(False)
     model.eval()
     loaded = take_apart(model, vocabulary=vocabulary, quantization=quantization)
+    _refuse_non_finite(loaded, local_dir)
     _probe_head(loaded, local_dir)
     return loaded
 
@@ -167,6 +168,34 @@ def _refuse_made_up(local_dir: Path, report: Mapping[str, Collection[object]]) -
         why="they would be random numbers",
         fix="fetch the model anew; if its tensors are only named otherwise, rename them as its architecture does",
     )
+
+
+def _refuse_non_finite(loaded: CausalLM, local_dir: Path) -> None:
+    """NaN in a row that the first prompts do not touch would be met steps later, and look like divergence. Embeddings of
+    ids that the tokenizer does not have are never read."""
+    rows = loaded.head.vocabulary
+    embeddings = (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
+    tables = {id(table.weight) for table in embeddings if table is not None}
+    bad = [
+        name
+        for name, tensor in loaded.model.named_parameters()
+        if not _is_finite(tensor[:rows] if id(tensor) in tables else tensor)
+    ]
+    if bad:
+        raise ModelError(
+            f"{len(bad)} tensors of {local_dir.name} hold NaN or infinity, the first is {bad[0]}",
+            why="every log-probability that depends on them is no number, or wrong",
+            fix="fetch the model anew; if its tensors are finite in the file, set another dtype (float16 overflows where "
+            "bfloat16 does not)",
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # One pass and no copy: NaN is carried through both, and infinity is one of them.
+    smallest, largest = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(smallest) & torch.isfinite(largest))
 
 
 def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "none") -> CausalLM:

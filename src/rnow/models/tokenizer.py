@@ -12,6 +12,7 @@ from rnow.models.refusal import one_line
 from rnow.models.resolved import ResolvedModel
 from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import ToolDescription, render_text
+from rnow.rollout.template_process import TemplateFault
 from rnow.types import Message
 
 MISMATCH_TITLE = "Student and teacher tokenizers differ"
@@ -79,8 +80,8 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
         return None
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template that refuses this conversation tells nothing
+        text = render_text(tokenizer, messages, generation_prompt=False)
+    except TemplateFault:  # a template that refuses this conversation tells nothing
         return None
     after = text.rpartition(_PROBE)[2].lstrip()
     ids = tokenizer.encode(after, add_special_tokens=False) if after else []
@@ -303,7 +304,7 @@ class _Pair:
             ours = render_text(student, messages, reasoning_mode=reasoning_mode, tools=tools)
             try:
                 theirs = render_text(teacher, messages, reasoning_mode=reasoning_mode, tools=tools)
-            except Exception as error:  # jinja's errors, and whatever a template raises by itself
+            except TemplateFault as error:
                 self.warnings.append(
                     f"the teacher's chat template refuses a prompt ({one_line(error)}); the student's is used for both"
                 )

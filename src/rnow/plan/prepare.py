@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
 from rnow.config import Config, refuse_reserved
+from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder, choose_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
@@ -66,22 +68,31 @@ class Prepared:
     @property
     def run_name(self) -> str:
         """``model.name``, else ``project_name``, else the folder's own name."""
-        own = self.project.folder.resolve().name
-        return self.config.model.name or self.config.project_name or own or "run"
+        return _run_name(self.config, self.project.folder)
 
     def run_folder(self, *, fresh: bool = False) -> RunFolder:
         """Where the run is kept; relative to the project."""
-        base = self.project.folder / self.config.output_dir
-        return choose_run_folder(base, self.run_name, fresh=fresh)
+        return _run_folder(self.config, self.project.folder, fresh=fresh)
 
 
-def prepare(config: Config, folder: Path, *, weights: bool, training: bool = True) -> Prepared:
+def _run_name(config: Config, folder: Path) -> str:
+    return config.model.name or config.project_name or folder.resolve().name or "run"
+
+
+def _run_folder(config: Config, folder: Path, *, fresh: bool) -> RunFolder:
+    return choose_run_folder(folder / config.output_dir, _run_name(config, folder), fresh=fresh)
+
+
+def prepare(
+    config: Config, folder: Path, *, weights: bool, training: bool = True, fresh: bool = False
+) -> Prepared:
     """Check ids, data, models and tokenizers, in the order of what is cheapest to be told.
 
     Args:
         folder: the project.
         weights: fetch the weights too (a run), or only what describes them (a check).
         training: the number of steps matters; False leaves batch sizes and the teacher out.
+        fresh: a new run is begun, instead of that which the run folder holds.
 
     Raises:
         InputError: the first thing that is wrong.
@@ -111,17 +122,27 @@ def prepare(config: Config, folder: Path, *, weights: bool, training: bool = Tru
         for name, role in roles.items()
         if training or role.trained
     }
+    prompts = [*dataset.prompts, *dataset.held_out]
+    run = _run_folder(config, folder, fresh=fresh)
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(config, [*dataset.prompts, *dataset.held_out], models, tools),
+        rendered=render_prompts(config, prompts, models, tools, now=_date_of(run)),
         source=source,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
     )
+
+
+def _date_of(run: RunFolder) -> datetime | None:
+    """What chat templates read as the date when this run began; None when none did, or there is no such run."""
+    try:
+        return datetime.fromisoformat(read_json_object(run.facts).get("template_date") or "")
+    except (TypeError, ValueError):
+        return None
 
 
 def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:

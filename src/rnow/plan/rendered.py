@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from rnow.config import Config
@@ -23,7 +24,16 @@ from rnow.plan.roles import STUDENT, Models, RunModel, teachers_of
 from rnow.project.dataset import oversized_rows_error, place_of
 from rnow.protocols import Tokenizer
 from rnow.rollout.environment import Dialogue
-from rnow.rollout.rendering import ToolDescription, render_text
+from rnow.rollout.rendering import (
+    BROKEN,
+    ToolDescription,
+    local_time,
+    render,
+    render_text,
+    set_template_date,
+    template_date,
+)
+from rnow.rollout.template_process import TemplateFault
 from rnow.types import Prompt
 
 ToolSchemas = Mapping[str, ToolDescription]
@@ -51,6 +61,7 @@ class Rendered:
         vocabulary: ids that all models know; at or above it are padding rows.
         window: tokens of a whole conversation.
         prompt_token_ids: prompt id -> its rendered ids, so that the run need not render again.
+        template_date: the date that chat templates wrote into the prompts; None when none reads it.
         dialogues: the tools a prompt may use, by name -> how they are shown and called; empty without tools.
         warnings: what the user should know, each one sentence.
     """
@@ -60,6 +71,7 @@ class Rendered:
     vocabulary: int
     window: int
     prompt_token_ids: Mapping[str, tuple[int, ...]]
+    template_date: datetime | None
     dialogues: Mapping[tuple[str, ...], Dialogue]
     warnings: tuple[str, ...]
 
@@ -70,7 +82,12 @@ class Rendered:
 
 
 def render_prompts(
-    config: Config, prompts: Sequence[Prompt], models: Models, tools: ToolSchemas | None = None
+    config: Config,
+    prompts: Sequence[Prompt],
+    models: Models,
+    tools: ToolSchemas | None = None,
+    *,
+    now: datetime | None = None,
 ) -> Rendered:
     """Render and encode every prompt, and check the models against each other and the prompts against the window.
 
@@ -78,6 +95,7 @@ def render_prompts(
         prompts: all prompts of the run, training and held out.
         models: with their tokenizer files on this machine; weights are not read.
         tools: what the student can call, by name; None for a run without tools.
+        now: what chat templates read as the date; None: now.
 
     Raises:
         ModelError: the tokenizers or end-of-turn ids differ, or the student has no chat template.
@@ -86,15 +104,16 @@ def render_prompts(
             cannot show or answer tools.
     """
     student = models[STUDENT]
-    tokenizer = _load_tokenizer(student)
+    now = now or local_time()
+    tokenizer = _load_tokenizer(student, now)
     require_chat_template(tokenizer, path=student.resolved.path, key=f"{student.role.key}.path")
     window = choose_window(config.rollout.max_context_window, models)
     mode = config.rollout.reasoning_mode
-    texts = _render(tokenizer, prompts, mode, tools)
+    texts, altered = _render(tokenizer, prompts, mode, tools)
     ids = encode_texts(tokenizer, list(texts.values()))
 
-    found = _compare(tokenizer, models, prompts, texts, ids, mode, tools)
-    warnings = [*found.warnings]
+    found = _compare(tokenizer, models, prompts, texts, ids, mode, tools, now)
+    warnings = [*altered, *found.warnings]
     vocabulary = _cut_to_rows(found.vocabulary, models, warnings)
     token_ids = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
     dialogues = _load_dialogues(tokenizer, prompts, tools or {}, found.stop_token_ids, mode)
@@ -110,13 +129,17 @@ def render_prompts(
         vocabulary=vocabulary,
         window=window,
         prompt_token_ids=token_ids,
+        template_date=template_date(tokenizer),
         dialogues=dialogues,
         warnings=tuple(warnings),
     )
 
 
-def _load_tokenizer(model: RunModel) -> Tokenizer:
-    return load_tokenizer(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
+def _load_tokenizer(model: RunModel, now: datetime) -> Tokenizer:
+    trust = model.role.section.trust_remote_code
+    tokenizer = load_tokenizer(model.resolved, trust_remote_code=trust)
+    set_template_date(tokenizer, now)
+    return tokenizer
 
 
 def _compare(
@@ -127,6 +150,7 @@ def _compare(
     ids: Sequence[Sequence[int]],
     mode: str | None,
     tools: ToolSchemas | None,
+    now: datetime,
 ) -> TokenizerAgreement:
     """What the student and all its teachers agree on; the student's own where there is no teacher."""
     student_dir = models[STUDENT].resolved.local_dir
@@ -135,7 +159,7 @@ def _compare(
     for teacher in teachers_of(models):
         agreement = compare_tokenizers(
             tokenizer,
-            _load_tokenizer(teacher),
+            _load_tokenizer(teacher, now),
             texts,
             student_dir=student_dir,
             teacher_dir=teacher.resolved.local_dir,
@@ -183,7 +207,11 @@ def tool_names(prompt: Prompt, tools: ToolSchemas | None) -> tuple[str, ...]:
 def _ignores_reasoning(tokenizer: Tokenizer, prompt: Prompt) -> bool:
     """Whether the template renders the same text with thinking on, off, and unsaid."""
     modes = (None, "none", "low", "high")
-    return len({render_text(tokenizer, prompt.messages, reasoning_mode=m) for m in modes}) == 1
+    try:
+        texts = {render_text(tokenizer, prompt.messages, reasoning_mode=m) for m in modes}
+    except TemplateFault:  # it knows these words, and not all of them
+        return False
+    return len(texts) == 1
 
 
 def choose_window(asked: int | None, models: Models) -> int:
@@ -213,15 +241,15 @@ def model_limit(local_dir: Path) -> int | None:
 
 def _render(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], mode: str | None, tools: ToolSchemas | None
-) -> dict[str, str]:
+) -> tuple[dict[str, str], list[str]]:
+    """The prompts as text by id, and what to say of those that could not stay as they are."""
     texts: dict[str, str] = {}
+    altered: list[str] = []
     for prompt in prompts:
         shown = [tools[name] for name in tool_names(prompt, tools)] if tools is not None else None
         try:
-            texts[prompt.id] = render_text(
-                tokenizer, prompt.messages, reasoning_mode=mode, tools=shown
-            )
-        except Exception as error:  # a template raises jinja's errors, or Python's on odd messages
+            found = render(tokenizer, prompt.messages, reasoning_mode=mode, tools=shown)
+        except TemplateFault as error:
             raise InputError(
                 f"the chat template refuses this conversation: {one_line(error)}",
                 title="Prompt does not fit the chat template",
@@ -229,7 +257,13 @@ def _render(
                 details=[f"roles: {', '.join(str(m.get('role')) for m in prompt.messages)}"],
                 fix="change the row to what the student's chat template accepts",
             ) from error
-    return texts
+        texts[prompt.id] = found.text
+        if found.altered is not None:
+            altered.append(f"{place_of(prompt)} spells {found.altered!r}")
+    if not altered:
+        return texts, []
+    rows = "a prompt spells" if len(altered) == 1 else f"{len(altered)} prompts spell"
+    return texts, [f"{rows} control tokens; {BROKEN} ({altered[0]})"]
 
 
 def _cut_to_rows(vocabulary: int, models: Models, warnings: list[str]) -> int:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rnow.algorithm.batching import collate, plan_micro_batches
-from rnow.algorithm.objective import Objective
+from rnow.algorithm.objective import Objective, Terms
 from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
 from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
+from rnow.policy.float16 import add_gradients
 from rnow.policy.lora import attach_lora, trainable_parameters
 from rnow.policy.streams import PassStreams
 from rnow.types import Adapter
@@ -31,15 +33,15 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
-    warmup_steps: int = 0
+    warmup_updates: int = 0
     schedule: ScheduleName = "constant"
     total_updates: int = 1
     updates_per_batch: int = 1
 
     def rate_of(self, update: int) -> float:
-        """Learning rate of the ``update``-th optimizer step (from 0): linear warm-up over ``warmup_steps``, then constant,
+        """Learning rate of the ``update``-th optimizer step (from 0): linear warm-up over ``warmup_updates``, then constant,
         or falling to 0 at ``total_updates`` linearly or along a half cosine."""
-        base, warmup = self.learning_rate, self.warmup_steps
+        base, warmup = self.learning_rate, self.warmup_updates
         if update < warmup:
             return base * (update + 1) / warmup
         if self.schedule == "constant":
@@ -86,6 +88,7 @@ class LoraPolicy:
         self._poll = poll
         self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
         self._parameters = dict(trainable_parameters(self.model))
+        self._float16 = any(p.dtype == torch.float16 for p in self.model.parameters())
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,6 +116,7 @@ class LoraPolicy:
         first: PassStreams | None = None
         metrics: dict[str, float] = {}
         skipped: SkipReason | None = None
+        zero_gradient = True
         datasets = {item.sample.id: item.sample.dataset for item in batch.samples}
         for _ in range(self._settings.updates_per_batch):
             # A stop between two updates would leave a step half done: only the first can be interrupted.
@@ -120,6 +124,7 @@ class LoraPolicy:
             norm = torch.nn.utils.clip_grad_norm_(
                 self._parameters.values(), self._settings.max_grad_norm
             ).item()
+            zero_gradient = zero_gradient and norm == 0.0
             rate = self._settings.rate_of(self._updates)
             current = found.metrics(self._objective.summaries, datasets)
             if first is None:
@@ -128,7 +133,7 @@ class LoraPolicy:
                 if summary.over_updates == "largest" and name in current:
                     metrics[name] = max(metrics[name], current[name])
             metrics |= {"grad_norm": norm, "lr": rate}
-            if not (torch.isfinite(torch.tensor([norm, current.get("loss", 0.0)])).all()):
+            if not (math.isfinite(norm) and math.isfinite(current.get("loss", 0.0))):
                 skipped = "non-finite"
                 self._adamw.zero_grad(set_to_none=True)
                 break
@@ -138,7 +143,9 @@ class LoraPolicy:
             self._adamw.zero_grad(set_to_none=True)
             self._updates += 1
         streams = first.by_sample() if first else {}
-        return UpdateResult(metrics=metrics, streams=streams, skipped=skipped)
+        return UpdateResult(
+            metrics=metrics, streams=streams, skipped=skipped, zero_gradient=zero_gradient
+        )
 
     def _accumulate(self, batch: Batch, *, interruptible: bool = True) -> PassStreams:
         """Gradients of the whole batch, left in ``.grad``. Out of memory: the same batch again, half at a time."""
@@ -163,9 +170,16 @@ class LoraPolicy:
     def _backward(self, micro: MicroBatch, num_loss_tokens: int, found: PassStreams) -> None:
         if micro.tokens.targets.numel() == 0:
             return
-        terms = self._objective.terms(hidden_rows(self.lm, micro.tokens), self.lm.head, micro)
-        (terms.losses.sum() / num_loss_tokens).backward()
+        if self._float16:
+            parameters = list(self._parameters.values())
+            terms = add_gradients(partial(self._terms, micro), parameters, num_loss_tokens)
+        else:
+            terms = self._terms(micro)
+            (terms.losses.sum() / num_loss_tokens).backward()
         found.add(micro.tokens, terms.streams)
+
+    def _terms(self, micro: MicroBatch) -> Terms:
+        return self._objective.terms(hidden_rows(self.lm, micro.tokens), self.lm.head, micro)
 
     def _halve_micro_batch(
         self, plan: list[list[int]], lengths: list[int], error: torch.OutOfMemoryError

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.config.schema import DatasetSource
-from rnow.errors import DataError
-from rnow.project.faults import MAX_SHOWN, excerpt
+from rnow.errors import MAX_SHOWN, DataError
+from rnow.project.faults import excerpt
 from rnow.project.rows import RowRules
 from rnow.project.sources import read_source
 from rnow.types import Prompt
@@ -118,19 +118,15 @@ def load_dataset(
 def oversized_rows_error(rows: Sequence[tuple[Prompt, int]], limit: int) -> DataError:
     """The error for prompts of more than ``limit`` tokens: ``rows`` are (prompt, its tokens)."""
     longest = max(tokens for _, tokens in rows)
-    details = [
-        f"{place_of(prompt)}: {tokens} tokens | {_shown(prompt)}"
-        for prompt, tokens in rows[:MAX_SHOWN]
-    ]
-    if len(rows) > MAX_SHOWN:
-        details.append(f"... and {len(rows) - MAX_SHOWN} more")
+    lines = [f"{place_of(prompt)}: {tokens} tokens | {_shown(prompt)}" for prompt, tokens in rows]
     prompts = "1 prompt does" if len(rows) == 1 else f"{len(rows)} prompts do"
     return DataError(
         f"{prompts} not fit the window: at most {limit} tokens leave room for an answer",
         title="Prompts too long",
         where=place_of(rows[0][0]),
         fix=f"shorten or remove these rows, or raise rollout.max_context_window above {longest}",
-        details=details,
+        details=lines[:MAX_SHOWN],
+        more=lines[MAX_SHOWN:],
     )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rnow.errors import DataError, InputError, NotYetSupported
+from rnow.errors import MAX_SHOWN, DataError, InputError, NotYetSupported
 from rnow.usercode.text import escape
 
-MAX_SHOWN = 10
+_MAX_KEPT = 10_000
 _EXCERPT_WIDTH = 60
 _EXCERPT_BEFORE = 24
 
 
 @dataclass(slots=True)
 class FaultList:
-    """Keeps the first ten faults as lines and counts the rest, so that memory stays small however bad a file is."""
+    """Keeps the first 10,000 faults as lines and counts the rest, so that memory stays small however bad a file is."""
 
     total: int = 0
     _lines: list[str] = field(default_factory=list)
@@ -42,17 +42,18 @@ class FaultList:
         self._supported += not unsupported
         self._fixes.add(fix)
         self._first_place = self._first_place or place
-        if self.total <= MAX_SHOWN:
+        if self.total <= _MAX_KEPT:
             where = place if column is None else f"{place}, column {column}"
             self._lines.append(f"{where}: {message}" + (f" | {shown}" if shown else ""))
 
     def error(self, label: str, *, stopped_early: bool = False) -> InputError:
         """The error that lists them: NotYetSupported when nothing else is wrong, DataError otherwise."""
-        details = [*self._lines]
-        if self.total > MAX_SHOWN:
-            details.append(f"... and {self.total - MAX_SHOWN} more")
+        lines = [*self._lines]
+        if self.total > _MAX_KEPT:
+            lines.append(f"... and {self.total - _MAX_KEPT} more, which were not kept")
+        cut: list[str] = []
         if stopped_early:
-            details.append("... the rest of the file was not read")
+            cut = ["... the rest of the file was not read"]
         faults = "1 fault" if self.total == 1 else f"{self.total} faults"
         fix = next(iter(self._fixes)) if len(self._fixes) == 1 else None
         kind = DataError if self._supported else NotYetSupported
@@ -60,7 +61,8 @@ class FaultList:
             f"{label} has {faults}",
             where=f"{label}, {self._first_place}",
             fix=fix or "correct these rows and run again",
-            details=details,
+            details=[*lines[:MAX_SHOWN], *cut],
+            more=lines[MAX_SHOWN:],
         )
 
 

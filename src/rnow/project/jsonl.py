@@ -11,6 +11,7 @@ from rnow.project.faults import FaultList, excerpt
 from rnow.project.json_text import JsonFault, parse
 from rnow.project.row_file import RowCollector, RowFile
 from rnow.project.rows import RowRules
+from rnow.text.user_files import open_regular
 
 MAX_LINE_BYTES = 16 * 2**20
 _FOREIGN_BOMS = {
@@ -35,7 +36,7 @@ def read_rows(path: Path, source: DatasetSource, rules: RowRules) -> RowFile:
     rows = RowCollector(source=source, rules=rules)
     stopped_early = False
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             for number, line in enumerate(
                 iter(lambda: stream.readline(MAX_LINE_BYTES + 2), b""), 1
             ):

@@ -13,6 +13,7 @@ from rnow.project.rows import RowRules
 from rnow.project.secrets import load_secrets, reading_redactor, writing_redactor
 from rnow.project.user_code import load_rewards
 from rnow.text.redact import Redactor
+from rnow.text.user_files import is_present
 from rnow.usercode.functions import FunctionInfo
 
 TOOLS_FILE = "tools.py"
@@ -51,7 +52,7 @@ def is_agentic(folder: Path, config: Config) -> bool:
 
 
 def _has_tools(folder: Path, config: Config) -> bool:
-    return (folder / TOOLS_FILE).is_file() or bool(config.rollout.mcp_url)
+    return is_present(folder / TOOLS_FILE) or bool(config.rollout.mcp_url)
 
 
 def load_project(folder: Path, config: Config, *, tools: Collection[str] = ()) -> Project:

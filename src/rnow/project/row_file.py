@@ -15,6 +15,9 @@ from rnow.text.strict_json import JsonPath, position_of
 from rnow.text.suggest import hint
 from rnow.types import Prompt
 
+_QUESTIONS = ("prompt", "question")
+"""Keys that become a user message where a row has no ``messages``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFile:
@@ -33,6 +36,7 @@ class RowCollector:
     faults: FaultList = field(default_factory=FaultList)
     _rows: list[Prompt] = field(default_factory=list)
     _unknown: Counter[str] = field(default_factory=Counter)
+    _questions: set[str] = field(default_factory=set)
 
     def add(
         self, value: object, place: str, *, text: str | None = None, line: int | None = None
@@ -43,6 +47,9 @@ class RowCollector:
             place: ``line 57``, ``row 3``.
             text: the JSON it was read from, for columns and excerpts; None for a row of a table.
         """
+        value, question = _with_messages(value)
+        if question is not None:
+            self._questions.add(question)
         if isinstance(value, dict):
             self._unknown.update(value.keys() - ROW_KEYS)
         row = check_row(value, self.rules, self.source, number=len(self._rows), line=line)
@@ -62,10 +69,8 @@ class RowCollector:
                 unsupported=fault.unsupported,
             )
 
-    def finish(
-        self, *, empty: str, fix: str, notes: tuple[str, ...] = (), stopped_early: bool = False
-    ) -> RowFile:
-        """All rows, and warnings after the ``notes``.
+    def finish(self, *, empty: str, fix: str, stopped_early: bool = False) -> RowFile:
+        """All rows, and what to say of them.
 
         Raises:
             DataError: there are faults, or no rows: ``empty`` and ``fix`` say so.
@@ -76,12 +81,33 @@ class RowCollector:
             raise self.faults.error(label, stopped_early=stopped_early)
         if not self._rows:
             raise DataError(f"{label} {empty}", where=label, fix=fix)
+        notes = tuple(
+            f'{label}: the column "{column}" is used as the user message'
+            for column in sorted(self._questions)
+        )
         if self._unknown:
             names = sorted(self._unknown)
             shown = ", ".join(f'"{excerpt(name)}"{hint(name, ROW_KEYS)}' for name in names[:5])
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             notes = (*notes, f"{label}: these keys of its rows are ignored: {shown}{more}")
         return RowFile(rows=tuple(self._rows), warnings=notes)
+
+
+def _with_messages(raw: object) -> tuple[object, str | None]:
+    """The row with ``messages``, and the column they were made from, if they were not there."""
+    if not isinstance(raw, dict) or raw.get("messages") is not None:
+        return raw, None
+    for column in _QUESTIONS:
+        value = raw.get(column)
+        if isinstance(value, list):
+            messages = value
+        elif isinstance(value, str):
+            messages = [{"role": "user", "content": value}]
+        else:
+            continue
+        rest = {key: item for key, item in raw.items() if key not in (column, "messages")}
+        return {**rest, "messages": messages}, column
+    return raw, None
 
 
 def _excerpt_of(value: object, path: JsonPath) -> str:

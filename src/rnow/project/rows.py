@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from rnow.config.schema import DatasetSource
 from rnow.project.variables import substitute_message
+from rnow.text.json_values import NoJsonValue, read_arguments, to_json_value
 from rnow.text.strict_json import JsonPath
 from rnow.text.suggest import did_you_mean, hint
 from rnow.types import Prompt
@@ -67,7 +68,8 @@ def check_row(
 ) -> Prompt | list[RowFault]:
     """The row as a prompt, its variables substituted, or everything that is wrong with it.
 
-    ``null`` stands for an absent key. A null or missing ``content`` is read as "" beside ``tool_calls``. Keys of messages
+    ``null`` stands for an absent key, at every depth and in every format; what a table holds beyond JSON becomes JSON (see
+    ``to_json_value``). A null or missing ``content`` is read as "" beside ``tool_calls``. Keys of messages
     are kept, unknown keys of rows are not.
 
     Args:
@@ -75,11 +77,11 @@ def check_row(
         line: 1-based, None where the source has no lines.
     """
     if not isinstance(value, dict):
-        return [RowFault(path=(), message=f"a row is an object {{...}}, not {_kind(value)}")]
+        return [RowFault(path=(), message=f"a row must be an object {{...}}, but {_is(value)}")]
     check = _Checker(value, rules)
     messages = check.messages()
-    metadata = check.optional("metadata", dict, "an object {...}") or {}
-    variables = check.optional("variables", dict, "an object {...}") or {}
+    metadata = check.object("metadata")
+    variables = check.object("variables")
     prompt = Prompt(
         id=f"{source.name}/{number}",
         dataset=source.name,
@@ -113,8 +115,22 @@ class _Checker:
         value = self.row.get(key)
         if value is None or isinstance(value, kind):
             return value
-        self.fault((key,), f'"{key}" is {said}, not {_kind(value)}')
+        self.fault((key,), f'"{key}" must be {said}, but {_is(value)}')
         return None
+
+    def object(self, key: str) -> dict[str, object]:
+        """The object under a key that may be absent, as JSON holds it."""
+        value = self.optional(key, dict, "an object {...}") or {}
+        return self.plain(value, (key,))
+
+    def plain(self, value: dict[str, object], path: JsonPath) -> dict[str, object]:
+        try:
+            plain = to_json_value(value, path)
+        except NoJsonValue as error:
+            self.fault(error.path, f"{dotted(error.path)}: {error.what}", fix=error.fix)
+            return {}
+        assert isinstance(plain, dict)
+        return plain
 
     def messages(self) -> list[dict[str, object]]:
         if self.row.get("messages") is None:
@@ -147,7 +163,8 @@ class _Checker:
 
     def message(self, value: object, path: JsonPath) -> dict[str, object]:
         if not isinstance(value, dict):
-            self.fault(path, f"a message is an object with role and content, not {_kind(value)}")
+            wanted = "a message must be an object with role and content"
+            self.fault(path, f"{wanted}, but this one is {_kind(value)}")
             return {}
         role, content, calls = value.get("role"), value.get("content"), value.get("tool_calls")
         if role not in ROLES:
@@ -158,12 +175,11 @@ class _Checker:
                 near = f" ({did_you_mean([better])})" if better else hint(role, ROLES)
                 problem = f'unknown role "{_short(role)}"{near}'
             self.fault((*path, "role"), problem, fix="a role is system, user, assistant or tool")
-        if not isinstance(calls, list | None):
-            self.fault((*path, "tool_calls"), f"tool_calls is a list, not {_kind(calls)}")
-        problem = f"content is a string or a list of parts, not {_kind(content)}"
+        self.calls(calls, (*path, "tool_calls"))
+        problem = f"content must be a string or a list of parts, but {_is(content)}"
         if content is None:
             if calls:
-                return {**value, "content": ""}
+                return {**self.plain(value, path), "content": ""}
             word = "null content" if "content" in value else "no content"
             problem = f'the message has {word}; "" is allowed, null only beside tool_calls'
         if isinstance(content, list):
@@ -171,12 +187,29 @@ class _Checker:
                 self.part(part, (*path, "content", index))
         elif not isinstance(content, str):
             self.fault((*path, "content"), problem)
-        return value
+        return self.plain(value, path)
+
+    def calls(self, calls: object, path: JsonPath) -> None:
+        if not isinstance(calls, list | None):
+            self.fault(path, f"tool_calls must be a list, but {_is(calls)}")
+            return
+        for index, call in enumerate(calls or ()):
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if not isinstance(function, dict):
+                example = '{"function": {"name": "...", "arguments": {...}}}'
+                self.fault((*path, index), f"a tool call must be an object like {example}")
+            elif (given := function.get("arguments")) is not None and read_arguments(given) is None:
+                self.fault(
+                    (*path, index, *(("function",) if "function" in call else ()), "arguments"),
+                    "the arguments of a tool call must be an object, or JSON text of one",
+                )
 
     def part(self, part: object, path: JsonPath) -> None:
         if not isinstance(part, dict):
             example = '{"type": "text", "text": "..."}'
-            self.fault(path, f"a part is an object like {example}, not {_kind(part)}")
+            self.fault(
+                path, f"a part must be an object like {example}, but this one is {_kind(part)}"
+            )
         elif part.get("type") == "text":
             if not isinstance(part.get("text"), str):
                 self.fault((*path, "text"), 'a text part has a string under "text"')
@@ -203,7 +236,7 @@ class _Checker:
         values = self.optional(key, list, "a list of names")
         for index, name in enumerate(values or ()):
             if not isinstance(name, str):
-                problem = f'"{key}" is a list of names; this one is {_kind(name)}'
+                problem = f'"{key}" must be a list of names, but this one is {_kind(name)}'
                 self.fault((key, index), problem)
             elif name in names:
                 self.fault((key, index), f'"{_short(name)}" is listed twice in "{key}"')
@@ -249,7 +282,7 @@ class _Checker:
             return None
         if not isinstance(image, str) or not _IMAGE.fullmatch(image):
             shown = f'"{_short(image)}"' if isinstance(image, str) else _kind(image)
-            self.fault(("docker",), f'"docker" is the name of an image, not {shown}')
+            self.fault(("docker",), f'"docker" must be the name of an image, but it is {shown}')
             return None
         local = image.removeprefix(LOCAL)
         if local != image and local not in known:
@@ -261,17 +294,27 @@ class _Checker:
         return image
 
     def docker_env(self) -> dict[str, str]:
-        value = self.optional("docker_env", dict, "an object {...}") or {}
+        value = self.object("docker_env")
         if value and self.row.get("docker") is None:
             fix = 'add "docker", or remove it'
             self.fault(("docker_env",), '"docker_env" needs "docker"', fix=fix)
         for name, text in value.items():
             if not isinstance(text, str):
-                problem = f'"docker_env" holds texts; {_short(name)} is {_kind(text)}'
+                problem = f'"docker_env" must hold strings, but {_short(name)} is {_kind(text)}'
                 self.fault(("docker_env", name), problem, fix="write it in quotes")
             elif not _VARIABLE.fullmatch(name):
                 self.fault(("docker_env",), f'"{_short(name)}" is no name of a variable')
         return value
+
+
+def dotted(path: JsonPath) -> str:
+    """``metadata.scores[2]``."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{_short(step)}" for step in path)
+    return "".join(steps).removeprefix(".")
+
+
+def _is(value: object) -> str:
+    return f"it is {_kind(value)}"
 
 
 def _kind(value: object) -> str:

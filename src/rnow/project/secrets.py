@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from urllib.parse import parse_qsl, unquote
 from rnow.config import Config, full_address
 from rnow.errors import InputError
 from rnow.text.redact import Redactor
+from rnow.text.user_files import is_present, read_regular
 from rnow.usercode.environment import SECRET, plainly_secret
 
 OWN_VARIABLES = ("RNOW_TEACHER_API_KEY", "RNOW_SAMPLER_API_KEY", "HF_TOKEN", "WANDB_API_KEY")
@@ -27,12 +29,13 @@ def load_secrets(folder: Path) -> dict[str, str]:
     Raises InputError for a file that cannot be read as text.
     """
     path = folder / ".env"
-    if not path.is_file():
+    if not is_present(path):
         return {}
     from dotenv import dotenv_values
 
     try:
-        values = dotenv_values(path, interpolate=False, encoding="utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
+        values = dotenv_values(stream=io.StringIO(text), interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "the secrets file cannot be read",

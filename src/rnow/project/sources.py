@@ -14,10 +14,10 @@ from rnow.project.jsonl import read_rows
 from rnow.project.row_file import RowCollector, RowFile
 from rnow.project.rows import RowRules
 from rnow.text.suggest import closest, did_you_mean
+from rnow.text.user_files import is_present, open_regular, read_regular
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
-_QUESTION_COLUMNS = ("prompt", "question")
 _KEY = "data.train_file"
 
 
@@ -51,6 +51,7 @@ def _read_local(source: DatasetSource, path: Path, rules: RowRules) -> RowFile:
         if path.suffix.lower() not in _LOCAL_SUFFIXES and _HUB_ID.fullmatch(source.path):
             return _read_hub(source, rules)
         raise _missing(source.path, path)
+    is_present(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _check_table(_parquet_rows(path, source.path), rules, source)
@@ -81,48 +82,14 @@ def _missing(name: str, path: Path) -> DataError:
 def _check_table(rows: Iterable[object], rules: RowRules, source: DatasetSource) -> RowFile:
     """Rows that have no text of their own: places are ``row N`` (from 1), and there is no column."""
     checked = RowCollector(source=source, rules=rules)
-    mapped: set[str] = set()
     for number, raw in enumerate(rows, start=1):
-        value, column = _with_messages(raw)
-        if column:
-            mapped.add(column)
-        checked.add(value, f"row {number}")
-    notes = tuple(
-        f'{source.path}: the column "{column}" is used as the user message'
-        for column in sorted(mapped)
-    )
-    return checked.finish(empty="has no rows", fix="give it at least one row", notes=notes)
-
-
-def _with_messages(raw: object) -> tuple[object, str | None]:
-    """The row with ``messages``, and the column they were made from, if they were not there."""
-    if not isinstance(raw, dict) or raw.get("messages") is not None:
-        return raw, None
-    for column in _QUESTION_COLUMNS:
-        value = raw.get(column)
-        if isinstance(value, list):
-            messages = value
-        elif isinstance(value, str):
-            messages = [{"role": "user", "content": value}]
-        else:
-            continue
-        rest = {key: item for key, item in raw.items() if key not in (column, "messages")}
-        return {**rest, "messages": messages}, column
-    return raw, None
+        checked.add(raw, f"row {number}")
+    return checked.finish(empty="has no rows", fix="give it at least one row")
 
 
 def _without_nulls(row: Mapping[str, object]) -> dict[str, object]:
-    """A columnar row as a jsonl row: Arrow fills absent fields with nulls, inside messages too."""
-    clean = {key: value for key, value in row.items() if value is not None}
-    for key, value in clean.items():
-        if key in ("messages", *_QUESTION_COLUMNS) and isinstance(value, list):
-            clean[key] = [
-                {name: item for name, item in message.items() if item is not None}
-                if isinstance(message, dict)
-                else message
-                for message in value
-            ]
-    return clean
+    """A row of a table without its empty columns."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
@@ -133,7 +100,7 @@ def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
                     yield _without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
@@ -142,14 +109,14 @@ def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
 
 
 def _starts_with_array(path: Path) -> bool:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         head = stream.read(4096)
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 def _array_rows(path: Path, label: str) -> list[object]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
         rows = parse(text)
     except UnicodeDecodeError as error:
         raise DataError(

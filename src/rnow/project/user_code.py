@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rnow.errors import InputError
+from rnow.text.user_files import is_present
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import load_functions
 
@@ -24,7 +25,7 @@ def load_rewards(
         InputError: the file cannot be imported, or a reward has the wrong parameters or a name twice.
     """
     path = folder / "rewards.py"
-    if not path.is_file():
+    if not is_present(path):
         return {}
     rewards = {info.name: info for info in load_functions(path, "rewards", secrets=secrets)}
     for info in rewards.values():

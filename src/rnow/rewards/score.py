@@ -1,4 +1,4 @@
-"""The rewards of a step: the user's reward functions on its rollouts. One that fails is reported by name and counts 0."""
+"""The rewards of a step: the user's reward functions on its rollouts. One that fails is reported by name."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from rnow.usercode.sandbox import Sandboxes
 DEFAULT_TIMEOUT = 60.0
 MAX_CONCURRENT = 256
 POLL_SECONDS = 0.2
+LARGEST_REWARD = 1e30
+"""Beyond it the sums of a batch leave float32."""
 
 
 async def score_rewards(
@@ -161,7 +163,10 @@ class RewardRunner:
             timeout=self._timeout if info.timeout is None else info.timeout,
         )
         if outcome.status == "ok" and outcome.value is not None:
-            return float(outcome.value), None
+            value = float(outcome.value)
+            if abs(value) <= LARGEST_REWARD:
+                return value, None
+            return 0.0, f"returned {value:g}, more than training can reckon with"
         error = outcome.error or outcome.status
         return 0.0, f"{error} ({outcome.place})" if outcome.place else error
 

@@ -15,6 +15,7 @@ from rnow.errors import InputError
 from rnow.protocols import Tokenizer
 from rnow.rollout.probe import USER, assistant_turns, new_mark
 from rnow.rollout.rendering import ToolDescription, decode_all, render_text, template_text
+from rnow.rollout.template_process import TemplateFault
 from rnow.types import Message
 
 CONTINUE: Message = {"role": "user", "content": "Continue."}
@@ -170,7 +171,7 @@ class Observations:
                 tools=self._tools,
                 generation_prompt=generation_prompt,
             )
-        except Exception:  # jinja's errors, and whatever a template raises by itself
+        except TemplateFault:
             return None
         _, found, after = text.rpartition(self._mark)
         return after if found else None

@@ -1,21 +1,32 @@
-"""Messages to token ids, and back. The only place where a chat template runs."""
+"""Messages to token ids, and back. The only place where a chat template runs.
+
+What the student reads is what its template makes of the conversation. Two things are done to that: messages are given the
+form which the template prints (``forms``), and no text of the conversation becomes a control token (``controls``).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TypedDict
 from weakref import WeakKeyDictionary
 
 from rnow.protocols import Tokenizer, Tool
+from rnow.rollout.controls import Controls, Tools, change_texts
+from rnow.rollout.forms import Forms
+from rnow.rollout.template_process import PROCESS, TemplateFault
 from rnow.text.strict_json import mend_surrogates
 from rnow.types import Message
 
-ZERO_WIDTH = "\u200b"
-
 _THINKING_OFF = frozenset({"disabled", "none"})
-_ROUNDS = 8
-_INERT_TEXT: WeakKeyDictionary[Tokenizer, Callable[[str], str]] = WeakKeyDictionary()
+
+BROKEN = "an invisible space is put into each, so that the student reads them as text"
+"""What is done to control tokens that a conversation spells."""
+
+Write = Callable[[Sequence[Message], Tools], str]
+"""What a chat template makes of messages and tools."""
 
 
 class ToolFunction(TypedDict):
@@ -48,6 +59,58 @@ def describe_tools(tools: Iterable[Tool]) -> tuple[ToolDescription, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendering:
+    """A conversation as the student reads it. ``altered``: a control token that a text of it spelled out and that was
+    broken, so that it reads as text; None when all is as the template wrote it."""
+
+    text: str
+    altered: str | None
+
+
+def render(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    reasoning_mode: str | None = None,
+    tools: Sequence[ToolDescription] | None = None,
+    generation_prompt: bool = True,
+) -> Rendering:
+    """The conversation as the chat template writes it, before tokenisation.
+
+    Text of the conversation and of the tools cannot become a control token. Thinking tags in what the assistant said are
+    no such text: the template decides what becomes of them.
+
+    Args:
+        tokenizer: with a chat template.
+        reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
+            reads them.
+        tools: descriptions of the tools the student may call; none, or an empty sequence, for a prompt without.
+        generation_prompt: whether the assistant's next turn is opened.
+
+    Raises:
+        TemplateFault: the template refuses this conversation.
+        InputError: the template takes too long, or writes too much.
+    """
+    student = _student(tokenizer)
+    options = {
+        "add_generation_prompt": generation_prompt,
+        **_reasoning_switches(reasoning_mode),
+    }
+
+    def write(messages: Sequence[Message], tools: Tools) -> str:
+        return _write(tokenizer, student, messages, tools, options)
+
+    shown_tools = list(tools) if tools else None
+    forms = student.forms[shown_tools is not None]
+    shown = forms.prepare(messages, lambda probe: write(probe, shown_tools))
+    found = _settle(student.controls, write, shown, shown_tools)
+    if found.altered is not None and student.tell is not None:
+        tell, student.tell = student.tell, None
+        tell(f"what a tool answered spells the control token {found.altered!r}; {BROKEN}")
+    return found
+
+
 def render_text(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -56,26 +119,41 @@ def render_text(
     tools: Sequence[ToolDescription] | None = None,
     generation_prompt: bool = True,
 ) -> str:
-    """The conversation as the chat template writes it, before tokenisation.
+    """The text of ``render``."""
+    return render(
+        tokenizer,
+        messages,
+        reasoning_mode=reasoning_mode,
+        tools=tools,
+        generation_prompt=generation_prompt,
+    ).text
 
-    Text of the conversation and of the tools cannot become a control token: see ``neutralise``.
 
-    Args:
-        tokenizer: with a chat template.
-        reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
-            reads them.
-        tools: descriptions of the tools the student may call; none, or an empty sequence, for a prompt without.
-        generation_prompt: whether the assistant's next turn is opened.
-    """
-    inert = _inert_text(tokenizer)
-    text = tokenizer.apply_chat_template(
-        [_safe_message(message, inert) for message in messages],
-        tools=[_safe(tool, inert) for tool in tools] if tools else None,
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-        **_reasoning_switches(reasoning_mode),
-    )
-    return str(text)
+def set_template_date(tokenizer: Tokenizer, now: datetime) -> None:
+    """What templates of this tokenizer read as the date; without it, the time of the first rendering."""
+    _student(tokenizer).now = now
+
+
+def local_time() -> datetime:
+    """The time here, without a zone: what ``strftime_now`` of transformers reads."""
+    return datetime.now().astimezone().replace(tzinfo=None)
+
+
+def template_date(tokenizer: Tokenizer) -> datetime | None:
+    """The date in what was rendered so far; None when no template read it."""
+    student = _student(tokenizer)
+    return student.now if student.dated else None
+
+
+def tell_of_alterations(tokenizer: Tokenizer, tell: Callable[[str], None]) -> None:
+    """From now on, when what is rendered spells a control token, say so with ``tell``, once: after the prompts these are
+    the answers of tools."""
+    _student(tokenizer).tell = tell
+
+
+def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Matches the text of every control token of the tokenizer; None when there is none."""
+    return _student(tokenizer).controls.pattern
 
 
 def decode_all(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
@@ -93,90 +171,107 @@ def template_text(tokenizer: Tokenizer, *, tools: bool) -> str:
 def template_shows_tools(tokenizer: Tokenizer, tools: Sequence[ToolDescription]) -> bool:
     """Whether a prompt names every tool. A template that ignores ``tools`` leaves the student ignorant of them."""
     messages = [{"role": "user", "content": "hi"}]
-    inert = _inert_text(tokenizer)
     try:
         without = render_text(tokenizer, messages)
         shown = render_text(tokenizer, messages, tools=tools)
-    except Exception:  # a template that refuses tools does not show them
+    except TemplateFault:  # a template that refuses tools does not show them
         return False
+    inert = _student(tokenizer).controls.inert
     names = [inert(str(tool["function"]["name"])) for tool in tools]
     return all(shown.count(name) > without.count(name) for name in names)
 
 
-def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Matches the text of every added token of the tokenizer, whether or not it is marked special (Qwen3's
-    ``<tool_call>`` and ``<think>`` are not). None when there is none."""
-    texts = sorted((t for t in tokenizer.get_added_vocab() if len(t.strip()) > 1), key=len)
-    return re.compile("|".join(map(re.escape, reversed(texts)))) if texts else None
+@dataclass(slots=True)
+class _Student:
+    """What is known of one tokenizer and its chat template."""
+
+    template: object
+    controls: Controls
+    # Of its template for prompts without tools, and with: it may have two.
+    forms: tuple[Forms, Forms] = field(default_factory=lambda: (Forms(), Forms()))
+    now: datetime = field(default_factory=local_time)
+    dated: bool = False
+    tell: Callable[[str], None] | None = None
 
 
-def neutralise(text: str, controls: re.Pattern[str] | None) -> str:
-    """Break every control token spelled out in ``text`` with a zero-width space after its first character, so that it
-    reads the same and encodes as ordinary text. Text without one is returned unchanged."""
-    if controls is None:
-        return text
-    # Repeated until none is left: two control tokens may share letters, and one pass breaks only the first of them.
-    while controls.search(text):
-        text = controls.sub(lambda match: match.group()[0] + ZERO_WIDTH + match.group()[1:], text)
-    return text
+_STUDENTS: WeakKeyDictionary[Tokenizer, _Student] = WeakKeyDictionary()
 
 
-def _inert_text(tokenizer: Tokenizer) -> Callable[[str], str]:
-    """``neutralise`` for one tokenizer, made once. Also mends what only shows after the tokenizer's normaliser ran (it may
-    turn look-alike letters into a control token), and lone surrogates, which no tokenizer takes."""
-    if tokenizer not in _INERT_TEXT:
-        _INERT_TEXT[tokenizer] = _make_inert_text(tokenizer)
-    return _INERT_TEXT[tokenizer]
+def _student(tokenizer: Tokenizer) -> _Student:
+    known = _STUDENTS.get(tokenizer)
+    if known is None or known.template != tokenizer.chat_template:
+        known = _Student(tokenizer.chat_template, Controls.of(tokenizer))
+        _STUDENTS[tokenizer] = known
+    return known
 
 
-def _make_inert_text(tokenizer: Tokenizer) -> Callable[[str], str]:
-    controls = control_pattern(tokenizer)
-    normalise, hidden = _normalised_controls(tokenizer)
-
-    def inert(text: str) -> str:
-        text = neutralise(mend_surrogates(text), controls)
-        if normalise is None or hidden is None:
-            return text
-        for _ in range(_ROUNDS):
-            normal = normalise(text)
-            if not hidden.search(normal):
-                return text
-            # The normaliser might drop a zero-width space; it cannot drop the blanks between all letters.
-            text = neutralise(hidden.sub(lambda match: " ".join(match.group()), normal), controls)
-        return hidden.sub("", normalise(text))
-
-    return inert
-
-
-def _normalised_controls(
+def _write(
     tokenizer: Tokenizer,
-) -> tuple[Callable[[str], str] | None, re.Pattern[str] | None]:
-    """The tokenizer's normaliser, and what matches the added tokens that it looks for after normalising."""
-    normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    if normaliser is None:
-        return None, None
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    texts = {normaliser.normalize_str(token.content) for token in added if token.normalized}
-    longest_first = sorted((text for text in texts if len(text.strip()) > 1), key=len, reverse=True)
-    if not longest_first:
-        return None, None
-    return normaliser.normalize_str, re.compile("|".join(map(re.escape, longest_first)))
+    student: _Student,
+    messages: Sequence[Message],
+    tools: Tools,
+    options: Mapping[str, object],
+) -> str:
+    """What the template writes, as ``apply_chat_template`` has it."""
+    from transformers import PreTrainedTokenizerBase
+
+    usual = getattr(type(tokenizer), "apply_chat_template", None)
+    if usual is not PreTrainedTokenizerBase.apply_chat_template:  # the model's own code renders
+        try:
+            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+            return mend_surrogates(str(text))
+        except Exception as error:
+            raise TemplateFault(str(error) or type(error).__name__) from error
+    special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+    written = PROCESS.render(
+        tokenizer.get_chat_template(tools=tools),
+        {**special, "messages": messages, "tools": tools, "documents": None, **options},
+        now=student.now,
+        name=str(getattr(tokenizer, "name_or_path", "") or "this model"),
+    )
+    student.dated = student.dated or written.dated
+    return mend_surrogates(written.text)
 
 
-def _safe_message(message: Message, inert: Callable[[str], str]) -> dict[str, object]:
-    # Templates print more than the content: names, reasoning, the arguments of tool calls.
-    safe = {key: value if key == "role" else _safe(value, inert) for key, value in message.items()}
-    return safe | {"content": "" if safe.get("content") is None else safe["content"]}
+def _settle(
+    controls: Controls,
+    write: Write,
+    messages: Sequence[Message],
+    tools: Tools,
+) -> Rendering:
+    """The text in which every control token is the template's own: as it is where that holds, with those broken that a
+    text spells where the template takes texts as they come, else made of texts broken one by one."""
+    fault: TemplateFault | None = None
+    spelled: str | None = None
+    for strength in (None, controls.inert, controls.scrub):
+        if strength is not None:
+            spelled = spelled or controls.spelled_in(messages, tools)
+            messages, tools = change_texts(messages, tools, strength)
+        try:
+            raw = write(messages, tools)
+        except TemplateFault as error:
+            fault = fault or error
+            if spelled is None and controls.spelled_in(messages, tools) is None:
+                break  # no text that could be broken is to blame
+            continue
+        safe = _own_only(controls, write, raw, messages, tools)
+        if safe is not None:
+            return Rendering(text=safe[0], altered=spelled or safe[1])
+    raise fault or TemplateFault("its texts spell control tokens that cannot be told from its own")
 
 
-def _safe(value: object, inert: Callable[[str], str]) -> object:
-    if isinstance(value, str):
-        return inert(value)
-    if isinstance(value, Mapping):
-        return {_safe(key, inert): _safe(item, inert) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_safe(item, inert) for item in value]
-    return value
+def _own_only(
+    controls: Controls, write: Write, raw: str, messages: Sequence[Message], tools: Tools
+) -> tuple[str, str | None] | None:
+    """See ``Controls.own_only``."""
+    if not controls.found_in(raw):
+        return raw, None
+    marks = controls.marks_for(raw)
+    try:
+        marked = write(*change_texts(messages, tools, lambda text: text.translate(marks.forth)))
+    except TemplateFault:  # it reads what it is told, and refuses stand-ins
+        return None if controls.spelled_in(messages, tools) else (raw, None)
+    return controls.own_only(raw, marked, marks)
 
 
 def _reasoning_switches(reasoning_mode: str | None) -> dict[str, object]:

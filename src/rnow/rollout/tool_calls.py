@@ -15,6 +15,7 @@ from rnow.errors import InputError
 from rnow.protocols import Tokenizer
 from rnow.rollout.probe import USER, assistant_turns, new_mark
 from rnow.rollout.rendering import ToolDescription, render_text
+from rnow.rollout.template_process import TemplateFault
 from rnow.text.strict_json import JsonError, read_json, read_json_at
 from rnow.types import ToolCall
 
@@ -190,7 +191,7 @@ def _written_calls(tokenizer: Tokenizer, tools: Sequence[ToolDescription]) -> It
             try:
                 text = render_text(tokenizer, [USER, turn], tools=tools, generation_prompt=False)
                 start = len(render_text(tokenizer, [USER], tools=tools, generation_prompt=False))
-            except Exception:  # jinja's errors, and whatever a template raises by itself
+            except TemplateFault:
                 continue
             # Templates explain the format before the conversation; only what follows it is a call.
             if mark in text[start:]:

@@ -31,6 +31,7 @@ from rnow.plan.plan import Plan, build_plan, may_take_turns
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.project.secrets import load_secrets, writing_redactor
+from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
@@ -120,7 +121,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
     quiet_libraries()
     display.stage("checking")
     prepared = replace(
-        prepare(config, folder, weights=True),
+        prepare(config, folder, weights=True, fresh=fresh),
         warn=display.warn,
     )
     found = (
@@ -132,6 +133,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
         display.warn(warning)
     for notice in prepared.notices:
         display.note(notice)
+    tell_of_alterations(prepared.rendered.tokenizer, display.warn)
     may_take_turns(config)  # refused before anything is written
     run_folder = prepared.run_folder(fresh=fresh)
     if (finished := _finished(run_folder, prepared)) is not None:
@@ -339,7 +341,10 @@ class _Run:
             backends.teacher,
             # One turn tells; the tools are for the run.
             single_turns(self._prepared),
-            replace(settings, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)),
+            # A truncated distribution is another than the trainer's, as it should be.
+            replace(
+                settings, top_p=1.0, top_k=0, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)
+            ),
             backends.student.vocabulary,
             backends.gpu,
         )

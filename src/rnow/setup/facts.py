@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,13 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
         "rewards_hash": _hash_of(folder / "rewards.py"),
         "tools_hash": _hash_of(folder / TOOLS_FILE) if prepared.project.agentic else None,
         "tools": redact.data(prepared.tools),
+        "template_date": _isoformat(prepared.rendered.template_date),
         "versions": versions(),
     }
+
+
+def _isoformat(date: datetime | None) -> str | None:
+    return date and date.isoformat(timespec="seconds")
 
 
 def _hash_of(file: Path) -> str | None:

@@ -142,7 +142,7 @@ def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]
             weight_decay=trainer.weight_decay,
             betas=(trainer.adam_beta1, trainer.adam_beta2),
             max_grad_norm=trainer.max_grad_norm,
-            warmup_steps=trainer.warmup_steps,
+            warmup_updates=trainer.warmup_steps * trainer.updates_per_batch,
             schedule=trainer.lr_schedule,
             total_updates=prepared.num_steps * trainer.updates_per_batch,
             updates_per_batch=trainer.updates_per_batch,

@@ -23,6 +23,7 @@ from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rollout.collect import collect_rollouts
+from rnow.rollout.rendering import tell_of_alterations
 from rnow.setup.models import answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
@@ -90,6 +91,10 @@ def _rehearse(
     quiet_libraries()
     with console.status("checking ..."):
         prepared = prepare(config, folder, weights=True, training=False)
+    redact = prepared.project.redact
+    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
+        _warn(console, redact(warning))
+    tell_of_alterations(prepared.rendered.tokenizer, lambda text: _warn(console, redact(text)))
     target = prepared.project.folder / FOLDER
     _earlier(target)
     prompts = _choose(prepared, limit, rows)
@@ -99,7 +104,6 @@ def _rehearse(
     with console.status("loading the student ..."):
         student = load_model(prepared.student, prepared.rendered.vocabulary)
         sampler = answer_with(prepared, student, stop.poll)
-    redact = prepared.project.redact
     try:
         with (
             stop.watch(lambda: console.print("stopping ...")),
@@ -117,6 +121,10 @@ def _rehearse(
     metrics |= rollout_metrics(groups, agentic=prepared.project.agentic)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
     return Rehearsal(folder=target, metrics=metrics)
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(escape_control(text))}", soft_wrap=True)
 
 
 async def _sample(

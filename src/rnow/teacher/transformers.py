@@ -31,7 +31,8 @@ class TransformersTeacher:
         lm: the teacher, frozen.
         temperature: the student's sampling temperature; both models' distributions are tempered alike, so that a
             teacher equal to the student gives a KL of 0.
-        micro_batch_tokens: padded tokens per forward pass; chosen from the device when None.
+        micro_batch_tokens: padded tokens per forward pass; chosen from the device when None. An int8 model scores one
+            sample at a time.
         top_k: also list so many of the likeliest tokens at each position (``TopKEvidence``); 0: the sampled token alone.
         poll: called before each forward pass; may raise to stop.
     """
@@ -48,6 +49,9 @@ class TransformersTeacher:
         self.lm = lm
         self._temperature = temperature
         self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
+        if getattr(lm.model, "is_loaded_in_8bit", False):
+            # LLM.int8 picks its outlier columns over all rows of a batch: a score would depend on who else is in it.
+            self._micro_batch_tokens = 1
         self._top_k = top_k
         self._poll = poll
         self._offload = Offload(frozen=lambda: tensors_of(lm.model), what="the teacher")

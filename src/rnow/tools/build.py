@@ -13,6 +13,7 @@ from rnow.project.secrets import reading_redactor
 from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import ToolDescription
 from rnow.tasks import run_anywhere
+from rnow.text.user_files import is_present
 from rnow.tools.host_tools import HostTool, HostTools
 from rnow.tools.limits import TokenLimit
 from rnow.tools.mcp_server import mcp_servers
@@ -54,7 +55,7 @@ def build_toolbox(
     """
     rollout = config.rollout
     sources: list[ToolSource] = []
-    if (folder / TOOLS_FILE).is_file():
+    if is_present(folder / TOOLS_FILE):
         log = None if log_dir is None else log_dir / "tools.log"
         host = CodeHost(folder / TOOLS_FILE, "tools", secrets=secrets, log=log)
         sources.append(HostTools(host, rollout.tool_timeout, sandboxes=sandboxes))

@@ -51,6 +51,7 @@ async def train(parts: Parts, done: int) -> None:
             await train_step(parts, step)
             done = step
             parts.saver.after_step(step)
+            parts.recorder.end_if_idle()
             await parts.evaluations.after_step(step)
         parts.saver.save(done)
         await parts.evaluations.after(done)
@@ -68,7 +69,7 @@ async def train_step(parts: Parts, step: int) -> None:
             update = parts.policy.update(build_batch(data.training))
         with clock.stage("sync"):
             parts.sampler.load_policy(parts.policy.adapter(), version=step)
-    parts.recorder.record(step, data, update, clock)
+    parts.recorder.record(step, data, update, clock, parts.saver.last_good)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

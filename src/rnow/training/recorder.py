@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rnow.algorithm.records import SkipReason, StepData, UpdateResult
+from rnow.algorithm.records import StepData, UpdateResult
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Sink, read_evaluations
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display
 from rnow.errors import RnowError
+from rnow.training.causes import broken_evidence, why_idle
 from rnow.training.metrics import (
     memory_metrics,
     reward_metrics,
@@ -22,6 +23,7 @@ from rnow.training.residency import StageClock
 from rnow.types import RolloutGroup
 
 MAX_SKIPPED = 3
+MAX_IDLE = 10
 
 
 class Recorder:
@@ -50,6 +52,8 @@ class Recorder:
         self._num_steps = num_steps
         self._agentic = agentic
         self._skipped = 0
+        self._idle = 0
+        self._idle_because = ("", "")
         self._in_trouble = False
         self.completion_tokens = 0
 
@@ -65,8 +69,18 @@ class Recorder:
             numbers = {key: row[key] for key in row if key not in ("name", "step")}
             self._display.evaluation(row["name"], numbers)
 
-    def record(self, step: int, data: StepData, update: UpdateResult, clock: StageClock) -> None:
+    def record(
+        self,
+        step: int,
+        data: StepData,
+        update: UpdateResult,
+        clock: StageClock,
+        last_good: Callable[[], int | None],
+    ) -> None:
         """Write one step down.
+
+        Args:
+            last_good: the step of the newest checkpoint that is known to be good.
 
         Raises:
             RnowError: the third step in a row brought no finite update.
@@ -85,7 +99,24 @@ class Recorder:
         self._display.step(step, self._num_steps, metrics)
         self._tell_trouble(step, data.groups)
         if update.skipped:
-            self._tell_skipped(step, update.skipped, data.groups)
+            self._tell_skipped(step, update, data, last_good)
+        else:
+            self._tell_idle(step, update, data)
+
+    def end_if_idle(self) -> None:
+        """
+        Raises:
+            RnowError: nothing was learned in so many steps in a row that nothing will be.
+        """
+        if self._idle >= MAX_IDLE:
+            why, fix = self._idle_because
+            raise RnowError(
+                f"the gradient of {self._idle} steps in a row was exactly zero; the state is saved",
+                title="Nothing to learn",
+                where=str(self._folder.path),
+                why=why,
+                fix=fix,
+            )
 
     def _tell_trouble(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Once, and again after a step without trouble."""
@@ -94,27 +125,64 @@ class Recorder:
             self._display.warn(f"in step {step} {trouble}")
         self._in_trouble = trouble is not None
 
-    def _tell_skipped(self, step: int, why: SkipReason, groups: Sequence[RolloutGroup]) -> None:
-        what = {
-            "non-finite": "brought no finite update",
-            "no tokens": "had no rollout to learn from",
-        }[why]
+    def _tell_idle(self, step: int, update: UpdateResult, data: StepData) -> None:
+        """Once, and again after a step that had a gradient."""
+        self._idle = self._idle + 1 if update.zero_gradient else 0
+        if not update.zero_gradient:
+            return
+        self._idle_because = why_idle(data, update.metrics)
+        if self._idle == 1:
+            self._display.warn(
+                f"nothing was learned in step {step}, its gradient is exactly zero: {self._idle_because[0]}"
+            )
+
+    def _tell_skipped(
+        self,
+        step: int,
+        update: UpdateResult,
+        data: StepData,
+        last_good: Callable[[], int | None],
+    ) -> None:
+        diverged = update.skipped == "non-finite"
+        what = "brought no finite update" if diverged else "had no rollout to learn from"
         self._display.note(f"step {step} {what} and was skipped ({self._skipped} in a row)")
         if self._skipped < MAX_SKIPPED:
             return
-        saved = sorted(self._folder.checkpoints.glob("step-??????"))
-        good = f"the last good checkpoint is {saved[-1].name}" if saved else "nothing was saved yet"
-        diverged = why == "non-finite"
-        errors = [rollout.error for group in groups for rollout in group.rollouts if rollout.error]
+        happened = f"{MAX_SKIPPED} steps in a row were skipped, the last because it {what}"
+        where = str(self._folder.path)
+        if not diverged:
+            errors = [r.error for group in data.groups for r in group.rollouts if r.error]
+            raise RnowError(
+                happened,
+                title="No rollout succeeds",
+                where=where,
+                why=next(iter(errors), None),
+                fix="look at the last file of transcripts/, and try `rnow test`",
+            )
+        if broken := broken_evidence(data):
+            raise RnowError(
+                f"{happened}; {self._newest()}",
+                title="Unusable teacher",
+                where=where,
+                why=f"the teacher's log-probabilities of {broken} of {len(data.training)} rollouts are not finite",
+                fix="set teacher.dtype: float32 (float16 overflows), or check the teacher's weights, and run the same "
+                "command again",
+            )
+        good = last_good()
+        known = self._newest() if good is None else f"the last good checkpoint is step-{good:06d}"
         raise RnowError(
-            f"{MAX_SKIPPED} steps in a row were skipped, the last because it {what}; {good}",
-            title="Training diverged" if diverged else "No rollout succeeds",
-            where=str(self._folder.path),
-            why=None if diverged else next(iter(errors), None),
+            f"{happened}; {known}",
+            title="Training diverged",
+            where=where,
             fix="lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh"
-            if diverged
-            else "look at the last file of transcripts/, and try `rnow test`",
+            if good is None
+            else "lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh, or move the "
+            "checkpoints after the good one out of checkpoints/ to go on from there",
         )
+
+    def _newest(self) -> str:
+        saved = sorted(self._folder.checkpoints.glob("step-??????"))
+        return f"the newest checkpoint is {saved[-1].name}" if saved else "nothing was saved yet"
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations of the run so far, oldest first."""

@@ -48,6 +48,7 @@ class Saver:
         self._counters = counters
         self._saved_step = 0
         self._updates_of_step = policy.updates
+        self._updated_step = 0
         self._saved_at = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
@@ -73,10 +74,13 @@ class Saver:
         restore_random_state(checkpoint.moments)
         self._saved_step = checkpoint.step
         self._updates_of_step = self._policy.updates
+        self._updated_step = checkpoint.state.get("updated_step", checkpoint.step)
         return checkpoint.step
 
     def after_step(self, step: int) -> None:
         """Save if it is time to."""
+        if self._policy.updates > self._updates_of_step:
+            self._updated_step = step
         self._updates_of_step = self._policy.updates
         due = self._every_steps > 0 and step % self._every_steps == 0
         if due or time.monotonic() - self._saved_at >= self._every_seconds:
@@ -92,6 +96,11 @@ class Saver:
             ):  # a disk's fault cannot hide what happened first
                 self.save(step)
 
+    def last_good(self) -> int | None:
+        """The step of the newest checkpoint from whose weights an update was computed since, and was finite. Of the weights
+        after the last update nobody knows yet."""
+        return self._store.newest_step(before=self._updated_step)
+
     def save(self, step: int) -> None:
         """Commit a checkpoint of the state after ``step`` steps, unless it is committed already."""
         if step > 0 and step == self._saved_step:
@@ -106,9 +115,11 @@ class Saver:
                 "updates": policy["updates"],
                 "policy_version": step,
                 "data_cursor": step,
+                "updated_step": self._updated_step,
                 "counters": dict(self._counters()),
                 **self._facts,
             },
+            good_before=self._updated_step,
         )
         self._saved_step = step
         self._saved_at = time.monotonic()

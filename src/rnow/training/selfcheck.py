@@ -21,6 +21,7 @@ is in its batch. Dropout is meant to be found, and moves whole answers."""
 POSITIVE_TOLERANCE = 1e-4
 CONSTANT_TOLERANCE = 1e-4
 GAP_NOTE = 0.05
+_FIX = "check that the {who}'s weights match its config (dtype, quantization, a complete download)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ async def run_selfcheck(
         vocabulary: V, to recognise a teacher that answers -ln V whatever it is asked.
 
     Raises:
-        ModelError: the teacher's log-probabilities cannot be used.
+        ModelError: the log-probabilities of the student, its sampler or the teacher cannot be used.
     """
     async with gpu.only("sampler"):
         groups = await collect_rollouts(prompts[:PROMPTS], sampler, environments, settings, step=0)
@@ -64,6 +65,8 @@ async def run_selfcheck(
     async with gpu.only("trainer"):
         own = _loss_values(samples, await trainer_as_teacher.score(samples))
     drawn = [v for sample in samples for v in at_loss_tokens(sample, sample.sampler_logprobs)]
+    _check_finite("student", own)
+    _check_finite("sampler", drawn)
     gaps = [abs(a - b) for a, b in zip(drawn, own, strict=True)]
     mean_gap = sum(gaps) / len(gaps) if gaps else 0.0
     notes = []
@@ -94,13 +97,19 @@ def _loss_values(samples: Sequence[Sample], evidence: Mapping[str, Evidence]) ->
     ]
 
 
-def _check_teacher(first: Sequence[float], second: Sequence[float], vocabulary: int) -> None:
-    fix = "check that the teacher's weights match its config (dtype, quantization, a complete download)"
-    if bad := [value for value in first if not math.isfinite(value)]:
+def _check_finite(who: str, values: Sequence[float]) -> None:
+    """Before anything is compared: every comparison with NaN is false."""
+    if bad := [value for value in values if not math.isfinite(value)]:
         raise ModelError(
-            f"the teacher gives {len(bad)} non-finite log-probabilities in {len(first)} tokens",
-            fix=fix,
+            f"the {who} gives {len(bad)} non-finite log-probabilities in {len(values)} tokens",
+            why="its weights hold NaN or infinity, or its numbers overflow in this dtype (float16 does at 65504)",
+            fix=_FIX.format(who=who),
         )
+
+
+def _check_teacher(first: Sequence[float], second: Sequence[float], vocabulary: int) -> None:
+    fix = _FIX.format(who="teacher")
+    _check_finite("teacher", first)
     if (highest := max(first, default=0.0)) > POSITIVE_TOLERANCE:
         raise ModelError(f"the teacher gives a log-probability above 0 ({highest:.4g})", fix=fix)
     constant = -math.log(vocabulary)

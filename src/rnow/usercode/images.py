@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rnow.errors import InputError
 from rnow.processes.process import ManagedProcess
+from rnow.text.user_files import is_present
 from rnow.usercode.engines import ContainerEngine
 from rnow.usercode.visible import HIDDEN_FILES, HIDDEN_FOLDERS
 
@@ -131,7 +132,7 @@ def dockerfile_of(image: str, folder: Path, where: str | None) -> Path | None:
     if not image.startswith(LOCAL):
         return None
     name = f"Dockerfile.{image.removeprefix(LOCAL)}"
-    if not (folder / name).is_file():
+    if not is_present(folder / name):
         raise InputError(
             f'"{image}" needs a {name} beside config.yml',
             title="No such image",

@@ -1,0 +1,52 @@
+"""Why a step brought nothing, as far as its numbers tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rnow.algorithm.records import StepData
+
+
+def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
+    """Why every gradient of a step was zero, and what to do about it."""
+    if metrics.get("advantage/std") == metrics.get("advantage/mean") == 0.0:
+        facts, fixes = [], []
+        errors = [text for result in data.rewards.values() for text in result.errors.values()]
+        if errors and all(result.errors for result in data.rewards.values()):
+            facts.append(f"every reward failed ({errors[0]})")
+            fixes.append("mend the reward function")
+        elif not any(item.reward_advantage for item in data.training) and data.rewards:
+            facts.append("all rollouts of each group have the same reward")
+            fixes.append(
+                "let rewards differ between answers to one prompt, choose prompts of another difficulty, or raise "
+                "data.group_size; the last file of transcripts/ shows the answers"
+            )
+        if metrics.get("teacher_kl") == 0.0:
+            facts.append(
+                "the student gives its tokens the probabilities that its reference gives them"
+            )
+            fixes.append("in distill, name another model at teacher.path")
+        return (
+            ", and ".join(facts) or "no token has an advantage",
+            "; ".join(fixes) or "look at the last file of transcripts/, and try `rnow test`",
+        )
+    if metrics.get("clip_fraction", 0.0) > 0.0:
+        return (
+            "every token with an advantage is clipped: sampler and trainer disagree (ratio/mean, sampler_trainer_kl)",
+            "give sampler and student the same dtype and quantization, or raise algorithm.clip_ratio_low and "
+            "algorithm.clip_ratio_high",
+        )
+    return (
+        "the gradient is smaller than the student's number format can hold",
+        "set model.dtype: float32 or bfloat16",
+    )
+
+
+def broken_evidence(data: StepData) -> int:
+    """How many samples the teacher judged with numbers that are not finite."""
+    return sum(
+        item.evidence is not None
+        and not all(map(math.isfinite, item.evidence.teacher_logprobs.tolist()))
+        for item in data.training
+    )

@@ -1,0 +1,95 @@
+"""Which checkpoints of a run stay, and which are known to be good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.fakes import FakePolicy
+
+from rnow.algorithm.records import Batch
+from rnow.disk.checkpoints import CheckpointStore
+from rnow.disk.journal import JournalFolder
+from rnow.training.saver import Saver
+
+EMPTY = Batch(samples=(), num_loss_tokens=0)
+
+
+class Run:
+    """A policy that is saved after every step, and whose ``skip``-th updates are skipped."""
+
+    def __init__(self, folder: Path, *, every_steps: int = 1, skip: tuple[int, ...] = ()) -> None:
+        self.policy = FakePolicy(skip=skip)
+        self.store = CheckpointStore(folder / "checkpoints", keep=2, warn=pytest.fail)
+        self.saver = Saver(
+            self.store,
+            JournalFolder(folder / "journal"),
+            self.policy,
+            every_steps=every_steps,
+            every_minutes=1e9,
+            facts={},
+            counters=dict,
+        )
+
+    def steps(self, *numbers: int) -> None:
+        for step in numbers:
+            self.policy.update(EMPTY)
+            self.saver.after_step(step)
+
+    @property
+    def saved(self) -> list[int]:
+        return [step for step in range(99) if (self._folder / f"step-{step:06d}").exists()]
+
+    @property
+    def _folder(self) -> Path:
+        return self.store._folder
+
+
+def test_a_checkpoint_is_good_when_an_update_was_computed_from_it(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.saver.last_good() is None
+    run.steps(1)
+    assert run.saver.last_good() is None, "nobody has used these weights yet"
+    run.steps(2)
+    assert run.saver.last_good() == 1
+
+
+def test_the_last_good_checkpoint_is_not_pruned_by_those_of_a_diverged_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, skip=(3, 4, 5, 6))
+    run.steps(1, 2, 3, 4, 5, 6)
+    # After step 3 came no update: what it left may be what spoils them.
+    assert run.saved == [2, 5, 6]
+    assert run.saver.last_good() == 2
+    run.saver.rescue(7)
+    assert run.saved == [2, 6, 7]
+
+
+def test_a_run_that_recovers_keeps_no_more_than_before(tmp_path: Path) -> None:
+    run = Run(tmp_path, skip=(3, 4))
+    run.steps(1, 2, 3, 4, 5, 6, 7)
+    assert run.saved == [6, 7]
+    assert run.saver.last_good() == 6
+
+
+def test_what_is_good_is_known_after_a_resume(tmp_path: Path) -> None:
+    Run(tmp_path, skip=(3, 4)).steps(1, 2, 3, 4, 5)
+    again = Run(tmp_path, skip=(0, 1))
+    checkpoint = again.store.latest()
+    assert checkpoint is not None
+    assert again.saver.restore(checkpoint) == 5
+    assert again.saver.last_good() == 2
+    again.steps(6, 7)
+    assert again.saved == [2, 6, 7]
+
+
+def test_a_checkpoint_of_an_earlier_version_says_nothing_of_later_steps(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.steps(1, 2)
+    checkpoint = run.store.latest()
+    assert checkpoint is not None
+    state: dict[str, Any] = {k: v for k, v in checkpoint.state.items() if k != "updated_step"}
+    object.__setattr__(checkpoint, "state", state)
+    again = Run(tmp_path)
+    again.saver.restore(checkpoint)
+    assert again.saver.last_good() == 1
