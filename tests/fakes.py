@@ -255,7 +255,7 @@ class FakeSink:
     def forget_from(self, step: int) -> None:
         self.forgotten.append(step)
 
-    def close(self) -> None:
+    def close(self, patience: float) -> None:
         self.closed = True
 
     @property

@@ -31,7 +31,7 @@ HOUSE = (
     ("usercode", "serving"),
     ("algorithm", "web", "config", "processes"),
     ("core", "display", "text"),
-    ("types", "protocols", "errors", "tasks"),
+    ("types", "protocols", "errors", "tasks", "progress"),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(reversed(HOUSE)) for room in rooms}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    from rnow.cli.leave import leave
     from rnow.cli.main import run_command_line
 
-    raise SystemExit(run_command_line())
+    leave(run_command_line())
 
 
 if __name__ == "__main__":

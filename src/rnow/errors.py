@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_TEMPORARY = 75
+EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -137,10 +139,10 @@ class TemporaryError(RnowError):
 
 
 class StopRequested(RnowError):
-    """The user asked to stop (Ctrl-C or SIGTERM); raised at the next safe point.
+    """The user asked to stop (Ctrl-C, SIGTERM, or a terminal that went away); raised at the next safe point.
 
     Args:
-        exit_code: 130 after SIGINT, 143 after SIGTERM.
+        exit_code: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
     """
 
     default_title = "Stopped"

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import sys
+import threading
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -172,8 +174,8 @@ def test_what_every_sink_keeps_to(
     sink.evaluated("often", 1, {"pass@1": 0.5})
     sink.forget_from(1)
     sink.log(1, {"loss": 0.5})
-    sink.close()
-    sink.close()
+    sink.close(10.0)
+    sink.close(10.0)
     assert len(warnings) == (kind == "wandb that does not start")
 
 
@@ -183,8 +185,8 @@ def test_wandb_with_a_key_is_online(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     sink = make(tmp_path, warnings, run_id="abc")
     sink.log(3, {"loss": 1.0})
-    sink.close()
-    sink.close()
+    sink.close(10.0)
+    sink.close(10.0)
     assert (given["mode"], given["id"], given["resume"]) == (None, "abc", "allow")
     assert (given["project"], given["name"], given["config"]) == ("project", "name", {"a": 1})
     assert run.logged == [(3, {"loss": 1.0})]
@@ -212,6 +214,55 @@ def test_wandb_mode_of_the_user_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert warnings == []
 
 
+@pytest.mark.parametrize("hangs", ["init", "log", "finish"])
+def test_a_wandb_that_does_not_come_back_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hangs: str
+) -> None:
+    """Neither the steps nor the end, and it is told once."""
+    warnings: list[str] = []
+    run = FakeRun()
+    fake_wandb(monkeypatch, run)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr(sinks, "START_SECONDS", 0.1)
+    target = sys.modules["wandb"] if hangs == "init" else run
+    never = threading.Event()
+    monkeypatch.setattr(target, hangs, lambda *args, **kwargs: never.wait(60))
+    began = time.monotonic()
+    sink = make(tmp_path, warnings)
+    for step in range(1, 5):
+        sink.log(step, {"loss": 1.0})
+    sink.close(0.3)
+    sink.log(5, {"loss": 1.0})
+    sink.close(0.3)
+    assert time.monotonic() - began < 5
+    told = ["has not answered yet"] if hangs == "init" else []
+    told.append("did not finish")
+    assert [text in warning for text, warning in zip(told, warnings, strict=True)] == [True] * len(
+        told
+    )
+    never.set()
+    sink._thread.join(10)
+    assert len(warnings) == len(told), "what comes later is not told"
+
+
+def test_more_metrics_than_can_wait_are_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    warnings: list[str] = []
+    run, never = FakeRun(), threading.Event()
+    fake_wandb(monkeypatch, run)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr(sinks, "MAX_UNSENT", 3)
+    monkeypatch.setattr(run, "log", lambda *args, **kwargs: never.wait(60))
+    sink = make(tmp_path, warnings)
+    for step in range(1, 10):
+        sink.log(step, {"loss": 1.0})
+    assert len(warnings) == 1
+    assert "are not sent" in warnings[0]
+    sink.close(60.0)
+    never.set()
+
+
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_failing_wandb_gives_one_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: str
@@ -223,7 +274,7 @@ def test_a_failing_wandb_gives_one_warning(
     sink = make(tmp_path, warnings)
     sink.log(1, {"loss": 1.0})
     sink.log(2, {"loss": 1.0})
-    sink.close()
+    sink.close(10.0)
     assert len(warnings) == 1
     assert "training goes on" in warnings[0]
 
@@ -233,7 +284,7 @@ def test_wandb_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     warnings: list[str] = []
     sink = make(tmp_path, warnings)
     sink.log(1, {"loss": 1.0})
-    sink.close()
+    sink.close(10.0)
     assert len(warnings) == 1
     assert "pip install" in warnings[0]
 
@@ -265,6 +316,6 @@ def test_real_wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     warnings: list[str] = []
     sink = make(tmp_path, warnings)
     sink.log(1, {"loss": 0.5, "bad": math.nan})
-    sink.close()
+    sink.close(10.0)
     assert len(warnings) == 1, warnings
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -340,7 +340,7 @@ def test_plain_output_has_no_escape_codes(clock: Clock) -> None:
     [
         (True, {}, True),
         (False, {}, False),
-        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": "1"}, True),
         (True, {"NO_COLOR": ""}, True),
         (True, {"CI": "true"}, False),
         (True, {"TERM": "dumb"}, False),

@@ -174,8 +174,8 @@ TABLE: dict[Change, str] = {
     "free": """
         project_id project_name description organization_id output_dir residency wandb_project wandb_name evals
         model.name model.description teacher.url rollout.reward_timeout
-        trainer.save_step trainer.save_minutes trainer.keep_checkpoints trainer.micro_batch_tokens
-        trainer.gradient_checkpointing trainer.max_billing
+        trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints
+        trainer.micro_batch_tokens trainer.gradient_checkpointing trainer.max_billing
         teacher.device|local teacher
         teacher.device_map|local teacher
         teacher.tensor_parallel_size|local vllm teacher

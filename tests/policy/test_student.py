@@ -319,7 +319,11 @@ def test_a_batch_without_a_loss_token_is_skipped(
     assert_equal(weights(policy), before)
 
 
-def _run_out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+def _run_out_of_memory_above(
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    fault: type[Exception] = torch.OutOfMemoryError,
+) -> list[int]:
     """Refuse micro-batches of more padded tokens; the list fills with the size of each try."""
     tries: list[int] = []
     original: Callable[..., torch.Tensor] = student.hidden_rows
@@ -327,19 +331,20 @@ def _run_out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int) -> li
     def limited(lm: Any, micro: MicroBatch) -> torch.Tensor:
         tries.append(micro.token_ids.numel())
         if tries[-1] > tokens:
-            raise torch.OutOfMemoryError(f"tried to allocate {tries[-1]} tokens\nsecond line")
+            raise fault(f"DefaultCPUAllocator: {tries[-1]} tokens\nsecond line")
         return original(lm, micro)
 
     monkeypatch.setattr(student, "hidden_rows", limited)
     return tries
 
 
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(
-    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
 ) -> None:
     expected = gradients(make_policy(objective=TEACHER_ONLY), make_batch())
     policy = make_policy(objective=TEACHER_ONLY)
-    tries = _run_out_of_memory_above(monkeypatch, 30)
+    tries = _run_out_of_memory_above(monkeypatch, 30, fault)
     assert_same_gradients(gradients(policy, make_batch()), expected)
     assert tries[0] == len(MASKS) * max(map(len, MASKS))
     assert tries[1] <= tries[0] // 2

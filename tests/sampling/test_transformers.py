@@ -28,6 +28,11 @@ from rnow.sampling import transformers as module
 from rnow.sampling.transformers import TransformersSampler, kv_bytes_per_token
 from rnow.types import Completion
 
+NO_MEMORY = [
+    torch.OutOfMemoryError("full"),
+    MemoryError(),
+    RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+]
 OPEN = params(max_tokens=6, stop_token_ids=())
 
 
@@ -151,6 +156,24 @@ def test_an_error_in_decode_reaches_every_rollout(
     assert sum(isinstance(one, RuntimeError) for one in found) == 4
 
 
+def test_an_error_before_decode_reaches_every_rollout_too(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is cut by what the model's config says; of a kind that says it otherwise, nobody waits for ever."""
+
+    def unknown(lm: CausalLM) -> int:
+        raise TypeError("head_dim differs per layer")
+
+    monkeypatch.setattr(module, "kv_bytes_per_token", unknown)
+    sampler = sampler_of(lm)
+
+    async def scenario() -> list[Any]:
+        asked = (sampler.complete(prompt(4), OPEN, seed) for seed in range(3))
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=20)
+
+    assert [type(one) for one in asyncio.run(scenario())] == [TypeError] * 3
+
+
 def test_a_stop_is_noticed_between_tokens(lm: CausalLM) -> None:
     polled = []
 
@@ -198,11 +221,14 @@ def test_a_request_that_came_between_sub_batches_outlives_an_error(
     assert len(second.token_ids) == 6
 
 
-def test_out_of_memory_halves_the_batch(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", NO_MEMORY)
+def test_out_of_memory_halves_the_batch(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
     requests = [(prompt(4), OPEN, seed) for seed in range(6)]
     whole = complete_all(sampler_of(lm), requests)
     batches = Batches(monkeypatch)
-    batches.fail = {0: torch.OutOfMemoryError("full"), 1: torch.OutOfMemoryError("full")}
+    batches.fail = {0: fault, 1: fault}
     halved = complete_all(sampler_of(lm), requests)
     assert batches.sizes == [6, 3, 1, 2, 3]
     assert [one.token_ids for one in halved] == [one.token_ids for one in whole]

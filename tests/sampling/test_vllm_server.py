@@ -148,7 +148,7 @@ def test_a_server_that_forgot_the_adapter_was_restarted(
 
 
 def test_a_given_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_server, "START_TIMEOUT", 0.6)
+    monkeypatch.setattr(vllm_server, "CONNECT_SECONDS", 0.6)
     backend = ServerBackend(settings_of(tmp_path), url=f"http://127.0.0.1:{free_port()}")
     with closing(VllmSampler(backend)) as sampler, pytest.raises(ModelError, match=r"127\.0\.0\.1"):
         sampler.start().result()

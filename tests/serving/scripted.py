@@ -7,6 +7,7 @@ list. As a program (``python scripted.py --model M --served-model-name N --host 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -73,6 +74,58 @@ def slow(seconds: float) -> Fault:
     return wait
 
 
+def cut(handler: Handler, answer: dict[str, Any]) -> bool:
+    """Goes away in the middle of its answer."""
+    body = json.dumps(answer)
+    handler.send_response(200)
+    handler.send_header("content-length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body[: len(body) // 2].encode())
+    return hang_up(handler, answer)
+
+
+def bomb(handler: Handler, answer: dict[str, Any]) -> bool:
+    """Zeros, packed a thousandfold."""
+    handler.send_response(200)
+    handler.send_header("content-encoding", "gzip")
+    handler.send_header("content-length", str(len(BOMB)))
+    handler.end_headers()
+    handler.wfile.write(BOMB)
+    return True
+
+
+def flood(handler: Handler, answer: dict[str, Any]) -> bool:
+    """An answer without end."""
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" " * 65536)
+
+
+def drip(handler: Handler, answer: dict[str, Any]) -> bool:
+    """A byte now and then, so that no single read is slow."""
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" ")
+        time.sleep(0.02)
+
+
+def body(text: str) -> Fault:
+    """Something else that is no answer."""
+
+    def send(handler: Handler, answer: dict[str, Any]) -> bool:
+        handler.send(200, text, {})
+        return True
+
+    return send
+
+
+BOMB = gzip.compress(bytes(16 << 20))
+DEEP = '{"choices": ' + "[" * 10_000 + "]" * 10_000 + "}"
+DIGITS = '{"choices": ' + "9" * 5_000 + "}"
+
+
 def changed(change: Callable[[dict[str, Any]], None]) -> Fault:
     """The right answer, tampered with: ``change`` gets the choice of a completion."""
 
@@ -84,7 +137,7 @@ def changed(change: Callable[[dict[str, Any]], None]) -> Fault:
     return apply
 
 
-def prompt_value(value: float) -> Fault:
+def prompt_value(value: object) -> Fault:
     def change(choice: dict[str, Any]) -> None:
         for entry in choice["prompt_logprobs"][-1].values():
             entry["logprob"] = value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -10,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.setup.projects import Project, Watcher
 
+from rnow import progress
 from rnow.algorithm.records import SampledEvidence
 from rnow.config import to_yaml
 from rnow.disk import checkpoints
@@ -27,10 +30,13 @@ from rnow.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_TEMPORARY,
+    EXIT_TERMINATED,
     InputError,
     RnowError,
+    StopRequested,
     TemporaryError,
 )
+from rnow.sampling import transformers as transformers_sampler
 from rnow.setup.build import run
 from rnow.teacher.transformers import TransformersTeacher
 
@@ -404,15 +410,22 @@ main()
 
 
 def start(
-    project: Project, *, program: Sequence[str] = ("-m", "rnow", "run"), **sections: Any
+    project: Project,
+    *,
+    program: Sequence[str] = ("-m", "rnow", "run"),
+    stdout: int = subprocess.PIPE,
+    environment: Mapping[str, str] | None = None,
+    **sections: Any,
 ) -> subprocess.Popen[str]:
     (project.folder / "config.yml").write_text(to_yaml(project.config(**sections)))
     source = Path(__file__).parents[2] / "src"
     return subprocess.Popen(
         [sys.executable, *program],
         cwd=project.folder,
-        env=os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
+        env=os.environ
+        | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+        | dict(environment or {}),
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
     )
@@ -469,3 +482,129 @@ def test_a_second_ctrl_c_ends_at_once(project: Project) -> None:
     assert process.returncode == EXIT_INTERRUPTED, output
     state = json.loads((project.run_dir / "checkpoints/step-000001/state.json").read_text())
     assert state["step"] == 1
+
+
+# ---- nothing waits for ever ----------------------------------------------------------------------------------------------
+
+
+def test_a_sampler_that_fails_before_it_draws_ends_the_run(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(lm: object) -> int:
+        raise TypeError("head_dim differs per layer")
+
+    monkeypatch.setattr(transformers_sampler, "kv_bytes_per_token", unknown)
+    with pytest.raises(TypeError, match="differs per layer"):
+        run(project.config(), folder=project.folder)
+
+
+@pytest.mark.parametrize("stage", ["checking the models against each other", "rollout"])
+def test_a_stop_is_heard_while_the_sampler_never_answers(
+    project: Project, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    async def never(*arguments: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def hang() -> None:
+        monkeypatch.setattr(transformers_sampler.TransformersSampler, "complete", never)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    began = time.monotonic()
+    with pytest.raises(StopRequested) as caught:
+        run(project.config(), folder=project.folder, display=Watcher().at(stage, 1, hang))
+    assert caught.value.exit_code == EXIT_TERMINATED
+    assert time.monotonic() - began < 60
+
+
+def test_a_standstill_ends_with_75_and_the_state_saved(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*arguments: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def hang() -> None:
+        monkeypatch.setattr(progress, "_due_at", 0.0)
+        monkeypatch.setattr(transformers_sampler.TransformersSampler, "complete", never)
+
+    with pytest.raises(TemporaryError, match="nothing got on") as caught:
+        run(
+            project.config(trainer={"watchdog_minutes": 0.05}),
+            folder=project.folder,
+            display=Watcher().at("rollout", 2, hang),
+        )
+    assert caught.value.exit_code == EXIT_TEMPORARY
+    assert ".never\n" in (project.run_dir / "stacks.txt").read_text()
+    monkeypatch.undo()
+    watcher = Watcher()
+    run(project.config(), folder=project.folder, display=watcher)
+    assert any("continuing after step 1" in note for note in watcher.notes)
+
+
+HUNG_SERVICE = """
+import atexit, time
+
+class Settings:
+    base_url = "https://wandb.test"
+    def __init__(self, **settings): pass
+
+class Run:
+    def log(self, metrics, step): pass
+    def finish(self): time.sleep(600)
+
+def init(**arguments):
+    atexit.register(time.sleep, 600)
+    return Run()
+"""
+LESS_PATIENCE = """
+import sys
+from rnow.cli import leave
+from rnow.setup import build
+build.CLOSE_SECONDS = leave.LEAVE_SECONDS = 1.0
+from rnow.__main__ import main
+sys.argv = ["rnow", "run"]
+main()
+"""
+
+
+def test_a_metrics_service_that_does_not_come_back_ends_no_run(project: Project) -> None:
+    """Neither its last words nor what it does at exit; and Ctrl-C is not needed."""
+    service = project.folder / "service"
+    service.mkdir()
+    (service / "wandb.py").write_text(HUNG_SERVICE)
+    source = Path(__file__).parents[2] / "src"
+    environment = {"PYTHONPATH": f"{service}{os.pathsep}{source}", "WANDB_API_KEY": "k" * 40}
+    process = start(
+        project,
+        program=("-c", LESS_PATIENCE),
+        environment=environment,
+        wandb_project="w",
+        trainer={"max_steps": 1},
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "Weights & Biases did not finish" in output
+    assert output.index("adapter") < output.index("did not finish")
+
+
+def closed() -> int:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    return write_end
+
+
+def never_read() -> int:
+    _, write_end = os.pipe()  # the other end stays open in this process
+    os.write(write_end, b"." * fcntl.fcntl(write_end, fcntl.F_GETPIPE_SZ))
+    return write_end
+
+
+@pytest.mark.parametrize("make", [closed, never_read])
+def test_nobody_who_reads_decides_what_a_run_does(
+    project: Project, make: Callable[[], int]
+) -> None:
+    shown_on = make()
+    process = start(project, stdout=shown_on, trainer={"max_steps": 2})
+    os.close(shown_on)
+    assert process.wait(timeout=120) == 0
+    assert [row["step"] for row in project.metrics] == [1, 2]
+    assert (project.run_dir / "summary.json").exists()

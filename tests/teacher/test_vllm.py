@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import signal
@@ -17,9 +18,16 @@ import torch
 from tests.conftest import character_tokenizer
 from tests.serving import scripted
 from tests.serving.scripted import (
+    DEEP,
+    DIGITS,
     VOCABULARY,
     ScriptedServer,
+    body,
+    bomb,
     changed,
+    cut,
+    drip,
+    flood,
     hang_up,
     html,
     logprob,
@@ -173,8 +181,36 @@ def test_a_server_that_is_unwell_for_a_while(server: ScriptedServer) -> None:
         prompt_value(math.nan),
         prompt_value(0.1),
         changed(lambda choice: choice["prompt_logprobs"].pop()),
+        cut,
+        bomb,
+        flood,
+        drip,
+        body(DEEP),
+        body(DIGITS),
+        body("\x00\xff garbage"),
+        prompt_value(-(10**400)),
+        prompt_value([[]]),
     ],
-    ids=["500", "429", "401", "slow", "hang-up", "html", "nan", "positive", "count"],
+    ids=[
+        "500",
+        "429",
+        "401",
+        "slow",
+        "hang-up",
+        "html",
+        "nan",
+        "positive",
+        "count",
+        "cut",
+        "bomb",
+        "flood",
+        "drip",
+        "deep",
+        "digits",
+        "garbage",
+        "huge",
+        "lists",
+    ],
 )
 def test_a_server_that_stays_unwell_stops_the_run_for_now(
     server: ScriptedServer, fault: scripted.Fault
@@ -321,8 +357,28 @@ def test_a_server_with_adapters_is_asked_one_at_a_time(
         (hang_up, ModelError),
         (html, BadAnswer),
         (prompt_value(math.nan), BadAnswer),
+        (slow(2), ModelError),
+        (cut, ModelError),
+        (bomb, BadAnswer),
+        (flood, BadAnswer),
+        (drip, ModelError),
+        (body(DEEP), BadAnswer),
+        (prompt_value(-(10**400)), BadAnswer),
     ],
-    ids=["500", "401", "hang-up", "html", "nan"],
+    ids=[
+        "500",
+        "401",
+        "hang-up",
+        "html",
+        "nan",
+        "slow",
+        "cut",
+        "bomb",
+        "flood",
+        "drip",
+        "deep",
+        "huge",
+    ],
 )
 def test_a_bad_server_before_training_is_bad_input(
     server: ScriptedServer, tokenizer: Any, fault: scripted.Fault, error: type[Exception]
@@ -336,6 +392,33 @@ def test_a_bad_server_before_training_is_bad_input(
         run(served(server, timeout=0.4).check(tokenizer, VOCABULARY))
     assert caught.value.exit_code == 2  # type: ignore[attr-defined]
     assert caught.value.where == "teacher.url"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fault", [slow(5), hang_up, cut, drip, html, status(503)])
+def test_who_does_not_say_what_it_serves_is_given_ten_seconds(
+    server: ScriptedServer, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, fault: scripted.Fault
+) -> None:
+    """However long an answer may take later."""
+    assert vllm.CONNECT_SECONDS == 10
+    monkeypatch.setattr(vllm, "CONNECT_SECONDS", 0.4)
+    server.always = fault
+    before = time.monotonic()
+    with pytest.raises(ModelError) as caught:
+        run(served(server, timeout=600.0).check(tokenizer, VOCABULARY))
+    assert caught.value.exit_code == 2
+    assert server.url in caught.value.message
+    assert time.monotonic() - before < 4
+
+
+@pytest.mark.parametrize(
+    "entry", [{"id": 5}, {"id": "base", "max_model_len": "60"}, {"id": "base", "root": []}, 7]
+)
+def test_a_list_of_models_that_is_none(
+    server: ScriptedServer, tokenizer: Any, entry: object
+) -> None:
+    server.always = body(json.dumps({"data": [entry]}))
+    with pytest.raises(BadAnswer, match="list of models"):
+        run(served(server).check(tokenizer, VOCABULARY))
 
 
 # ---- a server that rnow starts --------------------------------------------------------------------------------------------

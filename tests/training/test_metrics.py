@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rnow.training.metrics import TROUBLE, reward_metrics, rollout_metrics, tool_trouble
-from rnow.types import Completion, Message, Prompt, RewardResult, Rollout, RolloutGroup, Turn
+from rnow.training.metrics import TROUBLE, rollout_metrics, tool_trouble
+from rnow.types import Completion, Message, Prompt, Rollout, RolloutGroup, Turn
 
 PROMPT = Prompt(id="dataset_0/0", dataset="dataset_0", row=0, messages=())
 TURN = Turn(
@@ -77,22 +77,3 @@ def test_trouble_with_the_tools_is_told_when_most_calls_fail() -> None:
     assert tool_trouble([group(*[FAILED] * TROUBLE, *[WORKED] * TROUBLE)]) is None
     assert tool_trouble([group(*[FAILED] * (TROUBLE - 1))]) is None, "a few say nothing"
     assert tool_trouble([]) is None
-
-
-def test_a_reward_that_failed_is_counted_and_in_no_mean() -> None:
-    group = RolloutGroup(prompt=PROMPT, rollouts=tuple(rollout(SAYS, index=i) for i in range(4)))
-    results = [
-        RewardResult(total=3.0, breakdown={"a": 1.0, "b": 2.0}),
-        RewardResult(total=2.0, breakdown={"a": 0.0, "b": 2.0}, errors={"a": "ValueError"}),
-        RewardResult(total=0.0, breakdown={"a": 0.0, "b": 0.0}, errors={"a": "x", "b": "x"}),
-        RewardResult(total=1.0, breakdown={"a": 1.0, "b": 0.0}),
-    ]
-    rewards = {r.id: result for r, result in zip(group.rollouts, results, strict=True)}
-    assert reward_metrics([group], rewards) == {
-        "reward/mean": 2.0,
-        "reward/a": 1.0,
-        "reward/b": pytest.approx(4 / 3),
-        "reward/failure_fraction": 0.5,
-    }
-    failed = dict.fromkeys(rewards, results[2])
-    assert reward_metrics([group], failed) == {"reward/failure_fraction": 1.0}

@@ -139,6 +139,7 @@ def test_the_checkpoint_that_is_named_is_one_known_to_be_good(desk: Desk) -> Non
 
 
 def judged_data(*logprobs: float) -> StepData:
+    """One rollout that is judged well, and one with these log-probabilities."""
     sample = Sample(
         id="dataset_0/0#0",
         dataset="dataset_0",
@@ -146,9 +147,15 @@ def judged_data(*logprobs: float) -> StepData:
         loss_mask=(False, False, False, True, True),
         sampler_logprobs=(0.0, 0.0, 0.0, -0.1, -0.2),
     )
-    evidence = SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, 0.0, *logprobs]))
-    training = TrainingSample(sample=sample, reward_advantage=0.0, evidence=evidence)
-    return replace(step_data(), training=(training,), rewards={})
+    training = [
+        TrainingSample(
+            sample=sample,
+            reward_advantage=0.0,
+            evidence=SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, 0.0, *values])),
+        )
+        for values in ((-0.5, -0.7), logprobs)
+    ]
+    return replace(step_data(), training=training, rewards={})
 
 
 @pytest.mark.parametrize("logprob", [float("nan"), float("-inf")])
@@ -159,7 +166,7 @@ def test_a_teacher_that_answers_nonsense_is_no_divergence(desk: Desk, logprob: f
     with pytest.raises(RnowError, match="3 steps in a row") as caught:
         desk.record(3, data, skipped=NON_FINITE)
     assert caught.value.title == "Unusable teacher"
-    assert "of 1 of 1 rollouts" in caught.value.render()
+    assert "of 1 of 2 rollouts" in caught.value.render()
     assert "learning_rate" not in caught.value.render()
 
 
@@ -275,5 +282,5 @@ def test_evaluations_survive_a_cut_line(desk: Desk, name: str) -> None:
 
 
 def test_closing_closes_every_sink(desk: Desk) -> None:
-    desk.recorder.close()
+    desk.recorder.close(1.0)
     assert desk.sink.closed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ EMPTY = Batch(samples=(), num_loss_tokens=0)
 class Run:
     """A policy that is saved after every step, and whose ``skip``-th updates are skipped."""
 
-    def __init__(self, folder: Path, *, every_steps: int = 1, skip: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_steps: int = 1,
+        every_minutes: float = 1e9,
+        skip: tuple[int, ...] = (),
+    ) -> None:
         self.policy = FakePolicy(skip=skip)
         self.store = CheckpointStore(folder / "checkpoints", keep=2, warn=pytest.fail)
         self.saver = Saver(
@@ -27,7 +35,7 @@ class Run:
             JournalFolder(folder / "journal"),
             self.policy,
             every_steps=every_steps,
-            every_minutes=1e9,
+            every_minutes=every_minutes,
             facts={},
             counters=dict,
         )
@@ -93,3 +101,27 @@ def test_a_checkpoint_of_an_earlier_version_says_nothing_of_later_steps(tmp_path
     again = Run(tmp_path)
     again.saver.restore(checkpoint)
     assert again.saver.last_good() == 1
+
+
+def test_nothing_to_restore_is_no_step(tmp_path: Path) -> None:
+    assert Run(tmp_path).saver.restore(None) == 0
+
+
+def test_it_saves_when_the_minutes_are_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    run = Run(tmp_path, every_steps=-1, every_minutes=15)
+    for step, seconds in ((1, 899), (2, 2), (3, 898), (4, 2)):
+        now[0] += seconds
+        run.steps(step)
+        assert run.saved == {1: [], 2: [2], 3: [2], 4: [2, 4]}[step]
+
+
+def test_the_journal_of_the_step_after_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path, every_steps=2)
+    for step in range(1, 6):
+        (tmp_path / "journal" / f"step-{step:06d}.jsonl").touch()
+        run.steps(step)
+    assert [path.name for path in (tmp_path / "journal").iterdir()] == ["step-000005.jsonl"]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
+import queue
 import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TextIO, TypeVar, cast
 
 from rnow.disk.files import to_json
 from rnow.display.terminal import escape_control
@@ -14,10 +21,79 @@ from rnow.text.redact import Redactor, without_user_info
 if TYPE_CHECKING:
     from rich.console import Console
 
+MAX_WAITING = 1000
+"""Pieces of output that may wait for a reader; a screen of the live table is one."""
 
+SETTLE_SECONDS = 2.0
 T = TypeVar("T")
-
 _redact = Redactor()
+_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EAGAIN})
+
+
+class Outlet:
+    """A standard stream that nothing written to it can fail: what is shown never decides what is done.
+
+    Where the reader is gone (``rnow run | head``, a closed terminal) everything goes nowhere from then on; on a full disk,
+    lines are lost until there is room; letters that its encoding lacks are escaped.
+
+    Args:
+        aside: write in a thread, so that a reader that stops reading (a pager, Ctrl-S) holds up nobody: what it does not
+            take is lost when too much waits. ``settle`` waits for it.
+    """
+
+    def __init__(self, stream: TextIO, *, aside: bool = False) -> None:
+        self._stream = stream
+        self._waiting: queue.Queue[str] | None = queue.Queue(MAX_WAITING) if aside else None
+        if aside:
+            threading.Thread(target=self._work, name="output", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        if self._waiting is None:
+            self._write(text)
+        else:
+            with contextlib.suppress(queue.Full):
+                self._waiting.put_nowait(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._waiting is None:
+            self._write("")
+
+    def settle(self, seconds: float = SETTLE_SECONDS) -> None:
+        """Wait until everything is written, but not for long."""
+        deadline = time.monotonic() + seconds
+        while self._waiting and self._waiting.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def _work(self) -> None:
+        assert self._waiting is not None
+        while True:
+            self._write(self._waiting.get())
+            self._waiting.task_done()
+
+    def _write(self, text: str) -> None:
+        try:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            if not isinstance(error, OSError) or error.errno not in _PASSING:
+                send_nowhere(self._stream)
+
+
+def send_nowhere(stream: TextIO) -> None:
+    """Let what is written to a stream that takes nothing more, and what waits in its buffer, vanish."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
 
 
 def hide(redact: Redactor) -> None:
@@ -36,11 +112,19 @@ def clean(text: str) -> str:
     return escape_control(without_user_info(_redact(text)))
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console on standard output, or on standard error."""
+def console(*, stderr: bool = False, aside: bool = False) -> Console:
+    """A console on standard output, or on standard error, written to as ``Outlet`` does."""
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    # Python has no stream at all where the program was started without one.
+    stream = (sys.stderr if stderr else sys.stdout) or io.StringIO()
+    return Console(file=cast("IO[str]", Outlet(stream, aside=aside)), stderr=stderr)
+
+
+def settle(written: Console) -> None:
+    """Wait until what a console was given is written: what comes next may go to the same terminal."""
+    if isinstance(written.file, Outlet):
+        written.file.settle()
 
 
 def print_error(error: RnowError, *, everything: bool = False) -> None:
@@ -76,4 +160,4 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
-    sys.stdout.write(to_json(redacted(data), indent=2) + "\n")
+    Outlet(sys.stdout).write(to_json(redacted(data), indent=2) + "\n")

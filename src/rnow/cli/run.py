@@ -44,15 +44,17 @@ def run(
         show_plan(loaded, folder, as_json=as_json)
         return
 
-    from rnow.cli.output import console, print_json
+    from rnow.cli.output import console, print_json, settle
     from rnow.display.display import build_display
     from rnow.setup import build
 
-    display = build_display(console(stderr=as_json))
+    shown_on = console(stderr=as_json, aside=True)
+    display = build_display(shown_on)
     try:
         with placed(loaded):
             summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)
     finally:
         display.close()
+        settle(shown_on)
     if as_json:
         print_json(summary.values)

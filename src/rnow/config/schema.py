@@ -366,6 +366,11 @@ class TrainerSection(Section):
         "Save at the first step that ends after so many minutes since the last save.",
         change="free",
     )
+    watchdog_minutes: Above0 = key(
+        60.0,
+        "End the run, with its state saved, when nothing has got on for so many minutes: no token, micro-batch, answer or file.",
+        change="free",
+    )
     keep_checkpoints: int = key(
         2, "How many of the newest checkpoints are kept.", ge=2, change="free"
     )

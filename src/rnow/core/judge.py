@@ -152,7 +152,7 @@ def _post(url: str, key: str | None, payload: Mapping[str, object], *, timeout: 
         raw = response.read(_MAX_ANSWER_BYTES)
     try:
         content = json.loads(raw)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         shown = raw[:200].decode("utf-8", "replace")
         raise JudgeError(f"the judge at {url} sent no chat completion: {shown!r}") from None
     if not isinstance(content, str):
@@ -165,10 +165,14 @@ def _read_score(answer: str, minimum: float, maximum: float) -> float:
     try:
         score = json.loads(found.group() if found else answer)
         score = score["score"] if isinstance(score, dict) else score
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, RecursionError):
         raise JudgeError(f"the judge gave no score: {answer!r:.200}") from None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    try:
+        number = float(score) if type(score) in (int, float) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         raise JudgeError(f"the judge's score is not a number: {score!r:.200}")
-    if not minimum <= score <= maximum:
-        raise JudgeError(f"the judge's score {score:g} is not between {minimum:g} and {maximum:g}")
-    return float(score)
+    if not minimum <= number <= maximum:
+        raise JudgeError(f"the judge's score {number:g} is not between {minimum:g} and {maximum:g}")
+    return number

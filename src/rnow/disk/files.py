@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rnow import progress
+
 CHUNK = 1 << 20
 
 
@@ -19,6 +21,7 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    progress.moved()
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from rnow.errors import InputError
 MAX_NAME = 100
 """Letters of a folder's name; most file systems take 255 bytes, and ``--fresh`` adds a number."""
 
+LOCK = ".lock"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -84,6 +85,12 @@ class RunFolder:
         except OSError as error:
             raise self._not_writable(error) from error
 
+    def remove_if_bare(self) -> None:
+        """Take ``make`` back, where nothing but the lock was written since."""
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK}:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder against a second run. The kernel lets go of it when the process ends, however it ends.
@@ -91,7 +98,7 @@ class RunFolder:
         Raises:
             InputError: another process holds it.
         """
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:  # an OSError too, so it comes first

@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -18,6 +21,11 @@ from rnow.text.install import install_command
 from rnow.text.redact import Redactor
 
 Warn = Callable[[str], None]
+
+START_SECONDS = 10.0
+"""How long a run waits for W&B to begin; later it begins beside the training."""
+
+MAX_UNSENT = 10_000
 
 
 class Sink(Protocol):
@@ -36,8 +44,8 @@ class Sink(Protocol):
         before anything is logged, with 1 where a run begins."""
         ...
 
-    def close(self) -> None:
-        """The run ends."""
+    def close(self, patience: float) -> None:
+        """The run ends; what is not sent within ``patience`` seconds is lost."""
         ...
 
 
@@ -94,7 +102,7 @@ class JsonlSink:
                 if len(kept) < len(lines):
                     replace_file(path, b"".join(kept))
 
-    def close(self) -> None:
+    def close(self, patience: float) -> None:
         """Nothing is held open."""
 
 
@@ -112,6 +120,8 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
 
 class WandbSink:
     """Sends metrics to Weights & Biases; without a key the run is recorded offline, in ``dir``.
+
+    W&B is spoken to in a thread of its own: whatever does not come back there holds up nobody.
 
     Args:
         project: the W&B project.
@@ -136,49 +146,32 @@ class WandbSink:
     ) -> None:
         self._warn = warn
         self._redact = redact or Redactor()
-        self._run: Any = None
-        try:
-            import wandb
-
-            mode = os.environ.get("WANDB_MODE") or None
-            if mode is None and not has_wandb_key(wandb.Settings().base_url, os.environ):
-                mode = "offline"
-                warn(
-                    f"no Weights & Biases key found: recording offline in {dir / 'wandb'}; "
-                    "send it later with `wandb sync`"
-                )
-            settings = wandb.Settings(
-                console="off",
-                silent=True,
-                disable_git=True,
-                save_code=False,
-                init_timeout=30,
-                # The command line, with every override on it, would be in W&B's metadata.
-                x_disable_meta=True,
-            )
-            self._run = wandb.init(
-                project=project,
-                name=name,
-                config=dict(config),
-                dir=str(dir),
-                id=run_id,
-                resume="allow" if run_id else None,
-                mode=mode,  # pyright: ignore[reportArgumentType]
-                settings=settings,
-            )
-        except ImportError:
-            warn(f"wandb_project is set but wandb is not installed: {install_command('wandb')}")
-        except Exception as error:
-            self._give_up("could not start", error)
+        self._over = False
+        self._unsent: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MAX_UNSENT)
+        self._started = threading.Event()
+        arguments = {
+            "project": project,
+            "name": name,
+            "config": dict(config),
+            "dir": str(dir),
+            "id": run_id,
+            "resume": "allow" if run_id else None,
+        }
+        self._thread = threading.Thread(
+            target=self._work, args=(arguments,), name="wandb", daemon=True
+        )
+        self._thread.start()
+        if not self._started.wait(START_SECONDS):
+            warn("Weights & Biases has not answered yet; training goes on, and its metrics wait")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics of one step."""
-        if self._run is None:
+        if self._over:
             return
         try:
-            self._run.log(self._redact.data(dict(metrics), keys=True), step=step)
-        except Exception as error:
-            self._give_up("stopped accepting metrics", error)
+            self._unsent.put_nowait((step, self._redact.data(dict(metrics), keys=True)))
+        except queue.Full:
+            self._give_up("stopped accepting metrics", f"{MAX_UNSENT} steps are not sent")
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.evaluated``: ``eval/<name>/<metric>``."""
@@ -187,19 +180,64 @@ class WandbSink:
     def forget_from(self, step: int) -> None:
         """Nothing is taken back: W&B cannot rewind a run, and goes on where it is."""
 
-    def close(self) -> None:
+    def close(self, patience: float) -> None:
         """Finish the W&B run; its service process ends."""
-        run, self._run = self._run, None
-        if run is None:
+        if self._over:
             return
-        try:
-            run.finish()
-        except Exception as error:
-            self._give_up("did not finish cleanly", error)
+        with suppress(queue.Full):
+            self._unsent.put_nowait(None)
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            self._give_up("did not finish", f"no answer in {patience:g} s; `wandb sync` may help")
+        self._over = True
 
-    def _give_up(self, what: str, error: Exception) -> None:
-        self._run = None
-        self._warn(f"Weights & Biases {what}: {error} (training goes on without it)")
+    def _work(self, arguments: dict[str, Any]) -> None:
+        """Everything that is said to W&B."""
+        doing = "could not start"
+        try:
+            run = self._start(arguments)
+            self._started.set()
+            doing = "stopped accepting metrics"
+            while (line := self._unsent.get()) is not None:
+                step, metrics = line
+                run.log(metrics, step=step)
+            doing = "did not finish cleanly"
+            run.finish()
+        except ImportError:
+            self._over = True
+            self._warn(
+                f"wandb_project is set but wandb is not installed: {install_command('wandb')}"
+            )
+        except Exception as error:
+            self._give_up(doing, str(error))
+        finally:
+            self._started.set()
+
+    def _start(self, arguments: dict[str, Any]) -> Any:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or None
+        if mode is None and not has_wandb_key(wandb.Settings().base_url, os.environ):
+            mode = "offline"
+            self._warn(
+                f"no Weights & Biases key found: recording offline in {Path(arguments['dir']) / 'wandb'}; "
+                "send it later with `wandb sync`"
+            )
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            disable_git=True,
+            save_code=False,
+            init_timeout=30,
+            # The command line, with every override on it, would be in W&B's metadata.
+            x_disable_meta=True,
+        )
+        return wandb.init(**arguments, mode=mode, settings=settings)
+
+    def _give_up(self, what: str, why: str) -> None:
+        if not self._over:
+            self._over = True
+            self._warn(f"Weights & Biases {what}: {why} (training goes on without it)")
 
 
 def has_wandb_key(base_url: str, environment: Mapping[str, str]) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -10,6 +12,8 @@ from rich.console import Console
 
 from rnow.display.live_table import LiveTable
 from rnow.display.plain_lines import PlainLines
+
+_log = logging.getLogger("rnow")
 
 
 class Display(Protocol):
@@ -101,13 +105,56 @@ class RedactingDisplay:
         self._display.close()
 
 
+class Harmless:
+    """A display of which no fault reaches the loop: what it cannot show is left out, and the log says so once."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._failed = False
+
+    def start(self, plan_lines: Sequence[str]) -> None:
+        self._try(lambda: self._display.start(plan_lines))
+
+    def stage(self, name: str) -> None:
+        self._try(lambda: self._display.stage(name))
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self._try(lambda: self._display.step(step, total, metrics))
+
+    def note(self, text: str) -> None:
+        self._try(lambda: self._display.note(text))
+
+    def warn(self, text: str) -> None:
+        self._try(lambda: self._display.warn(text))
+
+    def evaluation(self, name: str, results: Mapping[str, float]) -> None:
+        self._try(lambda: self._display.evaluation(name, results))
+
+    def finish(self, lines: Sequence[str]) -> None:
+        self._try(lambda: self._display.finish(lines))
+
+    def close(self) -> None:
+        self._try(lambda: self._display.close())
+
+    def _try(self, show: Callable[[], None]) -> None:
+        try:
+            show()
+        except (Exception, SystemExit):  # rich ends the program where a pipe is closed
+            if not self._failed:
+                _log.warning("the display failed; the run goes on", exc_info=True)
+            self._failed = True
+
+
 def build_display(console: Console) -> Display:
-    """The display of ``rnow run``: a live table where the console can redraw itself, plain lines otherwise."""
-    return LiveTable(console) if wants_live(console, os.environ) else PlainLines(console)
+    """The display of ``rnow run``: a live table where the console can redraw itself, plain lines with the time otherwise."""
+    if wants_live(console, os.environ):
+        return Harmless(LiveTable(console))
+    return Harmless(PlainLines(console, stamp=lambda: time.strftime("%Y-%m-%d %H:%M:%S  ")))
 
 
 def wants_live(console: Console, environment: Mapping[str, str]) -> bool:
-    """Whether a table may be redrawn in place: a real terminal, and nobody asked for plain output."""
+    """Whether a table may be redrawn in place: a real terminal, and no log that somebody will read later. NO_COLOR is about
+    colours, which the console leaves out."""
     if not console.is_terminal or console.is_dumb_terminal:
         return False
-    return not any(environment.get(name) for name in ("NO_COLOR", "CI"))
+    return not environment.get("CI")

@@ -26,11 +26,22 @@ _SECONDS_BETWEEN_LINES = 1.0
 
 
 class PlainLines:
-    """Prints the first and the last step, and those between at most about once per second."""
+    """Prints the first and the last step, and those between at most about once per second.
 
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        stamp: what every line that tells of an event begins with, e.g. the time of day.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        stamp: Callable[[], str] = lambda: "",
+    ) -> None:
         self._console = console
         self._clock = clock
+        self._stamp = stamp
         self._history = StepHistory(clock)
         self._last_stage = ""
         self._last_line_at = -math.inf
@@ -44,7 +55,7 @@ class PlainLines:
     def stage(self, name: str) -> None:
         if name != self._last_stage and name not in STEP_STAGES:
             self._flush()
-            self._print(f"{name} ...")
+            self._tell(f"{name} ...")
         self._last_stage = name
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -56,15 +67,15 @@ class PlainLines:
             self._flush()
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self._tell(text)
 
     def warn(self, text: str) -> None:
-        self._print(f"warning: {text}")
+        self._tell(f"warning: {text}")
 
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._flush()
         self._evaluations[name] = dict(results)
-        self._print(f"evaluation {name}:  {headline_text(results)}")
+        self._tell(f"evaluation {name}:  {headline_text(results)}")
 
     def finish(self, lines: Sequence[str]) -> None:
         self._flush()
@@ -79,8 +90,11 @@ class PlainLines:
     def _flush(self) -> None:
         """Print the newest step line that was held back, so that an early end shows where it ended."""
         if self._pending:
-            self._print(self._pending)
+            self._tell(self._pending)
         self._pending = ""
+
+    def _tell(self, line: str) -> None:
+        self._print(self._stamp() + line)
 
     def _print(self, line: str) -> None:
         self._console.print(Text(escape_control(line)), soft_wrap=True, highlight=False)

@@ -132,13 +132,21 @@ def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[s
             output_loading_info=True,
             **arguments,
         )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{local_dir.name} does not fit on {device}",
-            why=one_line(error),
-            fix="load it quantised (quantization: nf4), or on more cards (teacher.device_map: auto)",
-        ) from error
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        ValueError,
+        OSError,
+        KeyError,
+        RuntimeError,
+        MemoryError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        if ran_out_of_memory(error):
+            raise ModelError(
+                f"{local_dir.name} does not fit on {device}",
+                why=one_line(error),
+                fix="load it quantised (quantization: nf4), or on more cards (teacher.device_map: auto)",
+            ) from error
         raise ModelError(
             f"{local_dir.name} does not load as a causal language model",
             why=one_line(error),
@@ -174,11 +182,11 @@ def _refuse_non_finite(loaded: CausalLM, local_dir: Path) -> None:
     """NaN in a row that the first prompts do not touch would be met steps later, and look like divergence. Embeddings of
     ids that the tokenizer does not have are never read."""
     rows = loaded.head.vocabulary
-    embeddings = (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
-    tables = {id(table.weight) for table in embeddings if table is not None}
+    model = loaded.model
+    tables = {id(table.weight) for table in (model.get_input_embeddings(), output_layer(model))}
     bad = [
         name
-        for name, tensor in loaded.model.named_parameters()
+        for name, tensor in model.named_parameters()
         if not _is_finite(tensor[:rows] if id(tensor) in tables else tensor)
     ]
     if bad:
@@ -191,7 +199,8 @@ def _refuse_non_finite(loaded: CausalLM, local_dir: Path) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+    # Packed weights are bytes; float8 has no such kernel, and comes with scales that are checked.
+    if tensor.dtype not in _DTYPES.values() or tensor.is_meta or not tensor.numel():
         return True
     # One pass and no copy: NaN is carried through both, and infinity is one of them.
     smallest, largest = torch.aminmax(tensor.detach())
@@ -275,6 +284,17 @@ def _probe_head(loaded: CausalLM, local_dir: Path) -> None:
             why=f"its logits differ from hidden states times head by {gap:.3g}; log-probabilities would be wrong",
             fix="use a model whose head is a linear layer (Qwen, Llama, Mistral, Gemma, Granite, Cohere ... are)",
         )
+
+
+_NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small for what was tried, on a card or off: less at a time may fit. On a CPU torch says so with
+    a plain RuntimeError, known by its words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def out_of_memory(stage: str, tokens: int, error: BaseException) -> RnowError:

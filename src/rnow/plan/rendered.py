@@ -245,18 +245,20 @@ def _render(
     """The prompts as text by id, and what to say of those that could not stay as they are."""
     texts: dict[str, str] = {}
     altered: list[str] = []
-    for prompt in prompts:
-        shown = [tools[name] for name in tool_names(prompt, tools)] if tools is not None else None
-        try:
-            found = render(tokenizer, prompt.messages, reasoning_mode=mode, tools=shown)
-        except TemplateFault as error:
+    conversations = [
+        (prompt.messages, [tools[name] for name in tool_names(prompt, tools)] if tools else None)
+        for prompt in prompts
+    ]
+    written = render(tokenizer, conversations, reasoning_mode=mode)
+    for prompt, found in zip(prompts, written, strict=True):
+        if isinstance(found, TemplateFault):
             raise InputError(
-                f"the chat template refuses this conversation: {one_line(error)}",
+                f"the chat template refuses this conversation: {one_line(found)}",
                 title="Prompt does not fit the chat template",
                 where=place_of(prompt),
                 details=[f"roles: {', '.join(str(m.get('role')) for m in prompt.messages)}"],
                 fix="change the row to what the student's chat template accepts",
-            ) from error
+            )
         texts[prompt.id] = found.text
         if found.altered is not None:
             altered.append(f"{place_of(prompt)} spells {found.altered!r}")

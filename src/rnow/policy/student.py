@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rnow import progress
 from rnow.algorithm.batching import collate, plan_micro_batches
 from rnow.algorithm.objective import Objective, Terms
 from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
-from rnow.models.loading import CausalLM, out_of_memory
+from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.policy.float16 import add_gradients
@@ -157,12 +158,15 @@ class LoraPolicy:
             self.model.train(self._checkpointing)
             try:
                 for indices in plan:
+                    progress.moved()
                     if interruptible:
                         self._poll()
                     micro = collate([batch.samples[index] for index in indices], self.lm.device)
                     self._backward(micro, batch.num_loss_tokens, found)
                 return found
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error):
+                    raise
                 self._halve_micro_batch(plan, lengths, error)
             finally:
                 self.model.eval()
@@ -182,7 +186,7 @@ class LoraPolicy:
         return self._objective.terms(hidden_rows(self.lm, micro.tokens), self.lm.head, micro)
 
     def _halve_micro_batch(
-        self, plan: list[list[int]], lengths: list[int], error: torch.OutOfMemoryError
+        self, plan: list[list[int]], lengths: list[int], error: Exception
     ) -> None:
         if all(len(indices) == 1 for indices in plan):
             raise out_of_memory("the update", max(lengths), error) from error

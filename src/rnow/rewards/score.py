@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from rnow import progress
 from rnow.core.messages import message_text, strip_thinking
 from rnow.errors import DataError
 from rnow.protocols import Rewarder
@@ -154,14 +155,17 @@ class RewardRunner:
         self, info: FunctionInfo, given: Mapping[str, object], context: ToolContext
     ) -> tuple[float, str | None]:
         """(value, None), or (0, what went wrong: one line, with the line of the file where it was raised)."""
+        limit = self._timeout if info.timeout is None else info.timeout
+        progress.moved(ahead=limit)
         outcome = await call_function(
             info,
             given,
             context,
             host=self._host,
             sandboxes=self._sandboxes,
-            timeout=self._timeout if info.timeout is None else info.timeout,
+            timeout=limit,
         )
+        progress.moved()
         if outcome.status == "ok" and outcome.value is not None:
             value = float(outcome.value)
             if abs(value) <= LARGEST_REWARD:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
+from rnow import progress
 from rnow.errors import RnowError
 from rnow.protocols import Environment, Sampler
 from rnow.tasks import first_cause
@@ -200,6 +201,7 @@ class _Episode:
             # Before the environment is asked: a fault there must not lose what the student wrote.
             self._turns.append(Turn(observation_token_ids=observation, completion=completion))
             step = await environment.step(completion)
+            progress.moved()
             self._messages.extend(step.messages)
             if completion.finish_reason == "length":
                 full = len(self._context) >= self._settings.window

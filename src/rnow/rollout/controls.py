@@ -84,6 +84,10 @@ class Marks:
     back: Mapping[int, str]
     breakers: tuple[str, ...]
 
+    def mark(self, text: str) -> str:
+        """``text`` in stand-ins."""
+        return text.translate(self.forth)
+
 
 @dataclass(frozen=True, slots=True)
 class Controls:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from rnow.protocols import Tokenizer, Tool
 from rnow.rollout.controls import Controls, Tools, change_texts
 from rnow.rollout.forms import Forms
-from rnow.rollout.template_process import PROCESS, TemplateFault
+from rnow.rollout.template_process import PROCESS, TemplateFault, Written
 from rnow.text.strict_json import mend_surrogates
 from rnow.types import Message
 
@@ -59,6 +59,10 @@ def describe_tools(tools: Iterable[Tool]) -> tuple[ToolDescription, ...]:
     )
 
 
+Conversation = tuple[Sequence[Message], Sequence[ToolDescription] | None]
+"""Messages, and the tools that are shown with them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
     """A conversation as the student reads it. ``altered``: a control token that a text of it spelled out and that was
@@ -70,44 +74,69 @@ class Rendering:
 
 def render(
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    conversations: Sequence[Conversation],
     *,
     reasoning_mode: str | None = None,
-    tools: Sequence[ToolDescription] | None = None,
     generation_prompt: bool = True,
-) -> Rendering:
-    """The conversation as the chat template writes it, before tokenisation.
+) -> list[Rendering | TemplateFault]:
+    """Each conversation as the chat template writes it, before tokenisation, or why the template refuses it.
 
     Text of the conversation and of the tools cannot become a control token. Thinking tags in what the assistant said are
     no such text: the template decides what becomes of them.
 
     Args:
         tokenizer: with a chat template.
+        conversations: messages, with descriptions of the tools the student may call; none, or an empty sequence, for a
+            prompt without.
         reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
             reads them.
-        tools: descriptions of the tools the student may call; none, or an empty sequence, for a prompt without.
         generation_prompt: whether the assistant's next turn is opened.
 
     Raises:
-        TemplateFault: the template refuses this conversation.
         InputError: the template takes too long, or writes too much.
     """
     student = _student(tokenizer)
+    controls = student.controls
     options = {
         "add_generation_prompt": generation_prompt,
         **_reasoning_switches(reasoning_mode),
     }
 
     def write(messages: Sequence[Message], tools: Tools) -> str:
-        return _write(tokenizer, student, messages, tools, options)
+        (written,) = _write(tokenizer, student, [(messages, tools)], options)
+        if isinstance(written, TemplateFault):
+            raise written
+        return written
 
-    shown_tools = list(tools) if tools else None
-    forms = student.forms[shown_tools is not None]
-    shown = forms.prepare(messages, lambda probe: write(probe, shown_tools))
-    found = _settle(student.controls, write, shown, shown_tools)
-    if found.altered is not None and student.tell is not None:
-        tell, student.tell = student.tell, None
-        tell(f"what a tool answered spells the control token {found.altered!r}; {BROKEN}")
+    shown = [
+        (
+            student.prepare(messages, list(tools) if tools else None, write),
+            list(tools or ()) or None,
+        )
+        for messages, tools in conversations
+    ]
+    raw = _write(tokenizer, student, shown, options)
+    marks = {
+        index: controls.marks_for(text)
+        for index, text in enumerate(raw)
+        if isinstance(text, str) and controls.found_in(text)
+    }
+    marked = [change_texts(*shown[index], marks[index].mark) for index in marks]
+    twins = dict(zip(marks, _write(tokenizer, student, marked, options), strict=True))
+    found: list[Rendering | TemplateFault] = []
+    for index, text in enumerate(raw):
+        twin = twins.get(index)
+        if isinstance(text, str) and twin is None:
+            found.append(Rendering(text=text, altered=None))
+        elif (
+            isinstance(text, str)
+            and isinstance(twin, str)
+            and (own := controls.own_only(text, twin, marks[index]))
+        ):
+            found.append(Rendering(text=own[0], altered=own[1]))
+        else:
+            found.append(_settle(controls, write, *shown[index]))
+    student.tell_first(found)
     return found
 
 
@@ -119,14 +148,20 @@ def render_text(
     tools: Sequence[ToolDescription] | None = None,
     generation_prompt: bool = True,
 ) -> str:
-    """The text of ``render``."""
-    return render(
+    """One conversation: see ``render``.
+
+    Raises:
+        TemplateFault: the template refuses this conversation.
+    """
+    (found,) = render(
         tokenizer,
-        messages,
+        [(messages, tools)],
         reasoning_mode=reasoning_mode,
-        tools=tools,
         generation_prompt=generation_prompt,
-    ).text
+    )
+    if isinstance(found, TemplateFault):
+        raise found
+    return found.text
 
 
 def set_template_date(tokenizer: Tokenizer, now: datetime) -> None:
@@ -193,6 +228,17 @@ class _Student:
     dated: bool = False
     tell: Callable[[str], None] | None = None
 
+    def prepare(self, messages: Sequence[Message], tools: Tools, write: Write) -> list[Message]:
+        """The messages in the form that the template prints."""
+        return self.forms[tools is not None].prepare(messages, lambda probe: write(probe, tools))
+
+    def tell_first(self, found: Sequence[Rendering | TemplateFault]) -> None:
+        """Say the first alteration, once."""
+        altered = [one.altered for one in found if isinstance(one, Rendering) and one.altered]
+        if altered and self.tell is not None:
+            tell, self.tell = self.tell, None
+            tell(f"what a tool answered spells the control token {altered[0]!r}; {BROKEN}")
+
 
 _STUDENTS: WeakKeyDictionary[Tokenizer, _Student] = WeakKeyDictionary()
 
@@ -208,29 +254,41 @@ def _student(tokenizer: Tokenizer) -> _Student:
 def _write(
     tokenizer: Tokenizer,
     student: _Student,
-    messages: Sequence[Message],
-    tools: Tools,
+    conversations: Sequence[tuple[Sequence[Message], Tools]],
     options: Mapping[str, object],
-) -> str:
+) -> list[str | TemplateFault]:
     """What the template writes, as ``apply_chat_template`` has it."""
     from transformers import PreTrainedTokenizerBase
 
     usual = getattr(type(tokenizer), "apply_chat_template", None)
-    if usual is not PreTrainedTokenizerBase.apply_chat_template:  # the model's own code renders
-        try:
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-            return mend_surrogates(str(text))
-        except Exception as error:
-            raise TemplateFault(str(error) or type(error).__name__) from error
-    special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+    if usual is not PreTrainedTokenizerBase.apply_chat_template:
+        return [_write_itself(tokenizer, *one, options) for one in conversations]
+    fixed = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+    fixed |= {"documents": None, **options}
     written = PROCESS.render(
-        tokenizer.get_chat_template(tools=tools),
-        {**special, "messages": messages, "tools": tools, "documents": None, **options},
+        [
+            (
+                tokenizer.get_chat_template(tools=tools),
+                {**fixed, "messages": messages, "tools": tools},
+            )
+            for messages, tools in conversations
+        ],
         now=student.now,
         name=str(getattr(tokenizer, "name_or_path", "") or "this model"),
     )
-    student.dated = student.dated or written.dated
-    return mend_surrogates(written.text)
+    student.dated = student.dated or any(isinstance(w, Written) and w.dated for w in written)
+    return [w if isinstance(w, TemplateFault) else mend_surrogates(w.text) for w in written]
+
+
+def _write_itself(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools, options: Mapping[str, object]
+) -> str | TemplateFault:
+    """As the model's own code has it."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+    except Exception as error:
+        return TemplateFault(str(error) or type(error).__name__)
+    return mend_surrogates(str(text))
 
 
 def _settle(
@@ -238,7 +296,7 @@ def _settle(
     write: Write,
     messages: Sequence[Message],
     tools: Tools,
-) -> Rendering:
+) -> Rendering | TemplateFault:
     """The text in which every control token is the template's own: as it is where that holds, with those broken that a
     text spells where the template takes texts as they come, else made of texts broken one by one."""
     fault: TemplateFault | None = None
@@ -257,7 +315,7 @@ def _settle(
         safe = _own_only(controls, write, raw, messages, tools)
         if safe is not None:
             return Rendering(text=safe[0], altered=spelled or safe[1])
-    raise fault or TemplateFault("its texts spell control tokens that cannot be told from its own")
+    return fault or TemplateFault("its texts spell control tokens that cannot be told from its own")
 
 
 def _own_only(
@@ -268,7 +326,7 @@ def _own_only(
         return raw, None
     marks = controls.marks_for(raw)
     try:
-        marked = write(*change_texts(messages, tools, lambda text: text.translate(marks.forth)))
+        marked = write(*change_texts(messages, tools, marks.mark))
     except TemplateFault:  # it reads what it is told, and refuses stand-ins
         return None if controls.spelled_in(messages, tools) else (raw, None)
     return controls.own_only(raw, marked, marks)

@@ -9,12 +9,17 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from rnow.errors import InputError
 from rnow.rollout import template_worker
+
+Asked = tuple[str, Mapping[str, object]]
+"""The source of a template, and its variables."""
+
+_AT_ONCE = 32
 
 
 class TemplateFault(Exception):
@@ -30,7 +35,7 @@ class Written:
 
 
 class TemplateProcess:
-    """Renders one conversation at a time; started when first asked, and again after a template ended it."""
+    """Renders conversations; started when first asked, and again after a template ended it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,38 +43,45 @@ class TemplateProcess:
         self._known: dict[str, int] = {}
 
     def render(
-        self, source: str, context: Mapping[str, object], *, now: datetime, name: str
-    ) -> Written:
-        """The text that the template ``source`` writes.
+        self, asked: Sequence[Asked], *, now: datetime, name: str
+    ) -> list[Written | TemplateFault]:
+        """What each template writes, or why it does not.
 
         Args:
-            context: its variables, as JSON can hold them.
-            now: what it reads as the date.
-            name: whose template it is, for errors.
+            asked: sources of templates with their variables, as JSON can hold them.
+            now: what templates read as the date.
+            name: whose templates they are, for errors.
 
         Raises:
-            TemplateFault: the template raised, or is no valid template.
-            InputError: it took too long, too much memory, or wrote too much.
+            InputError: one took too long, too much memory, or wrote too much.
         """
-        with self._lock:
-            answer = self._ask(source, context, now)
-        if "text" in answer:
-            return Written(text=str(answer["text"]), dated=bool(answer["dated"]))
-        if answer.get("limit"):
-            raise _limit_error(str(answer["error"]), name)
-        raise TemplateFault(str(answer["error"]))
+        found: list[Written | TemplateFault] = []
+        for start in range(0, len(asked), _AT_ONCE):
+            with self._lock:
+                answers = self._ask(asked[start : start + _AT_ONCE], now)
+            for answer in answers:
+                if answer.get("limit"):
+                    raise _limit_error(str(answer["error"]), name)
+                if "text" in answer:
+                    text, dated = str(answer["text"]), bool(answer["dated"])
+                    found.append(Written(text=text, dated=dated))
+                else:
+                    found.append(TemplateFault(str(answer["error"])))
+        return found
 
-    def _ask(self, source: str, context: Mapping[str, object], now: datetime) -> dict[str, object]:
+    def _ask(self, asked: Sequence[Asked], now: datetime) -> list[dict[str, object]]:
         process = self._process or self._start()
-        request: dict[str, object] = {"context": context, "now": now.isoformat()}
-        if source not in self._known:
-            request["source"] = source
-        request["id"] = self._known.setdefault(source, len(self._known))
+        new = {source for source, _ in asked if source not in self._known}
+        items = [(self._known.setdefault(s, len(self._known)), context) for s, context in asked]
+        request = {
+            "items": items,
+            "sources": {self._known[source]: source for source in new},
+            "now": now.isoformat(),
+        }
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            line = json.dumps(request, default=str).encode() + b"\n"
-            process.stdin.write(line)
+            process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
             process.stdin.flush()
             answer = process.stdout.readline()
         except BrokenPipeError:
@@ -81,8 +93,8 @@ class TemplateProcess:
             return json.loads(answer)
         status = self._end()
         slow = status in (-signal.SIGPROF, -signal.SIGXCPU)
-        reason = "too long a time" if slow else f"an end with status {status}"
-        return {"error": reason, "limit": True}
+        reason = "it took too long" if slow else f"its process ended with status {status}"
+        return [{"error": reason, "limit": True}]
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._known = {}

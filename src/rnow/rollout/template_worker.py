@@ -1,8 +1,9 @@
 """Runs chat templates in a process of its own, so that one that never ends, or never stops writing, ends this process
 and nothing else. Standard library and jinja2 only.
 
-One JSON object a line in (``id`` and, the first time, ``source`` of the template; ``context``; ``now``), one out
-(``text`` and ``dated``: whether the date was read; or ``error``). The environment is that of transformers'
+A line in holds one JSON object: ``items``, each the number of a template and its variables; ``sources`` of the numbers
+not named before; and ``now``. A line out holds, for each item, ``text`` and ``dated`` (whether the date was read), or
+``error`` and whether it was a ``limit``. The environment is that of transformers'
 ``apply_chat_template``; what would differ between two runs (the date, jinja's random filter) is given or fixed.
 """
 
@@ -26,7 +27,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 CPU_SECONDS = 10
 MEMORY_BYTES = 2 * 2**30
 MAX_CHARACTERS = 32 * 2**20
-TOO_LONG = "too long"
 
 
 class _Generation(Extension):
@@ -88,6 +88,22 @@ def _environment(clock: _Clock) -> ImmutableSandboxedEnvironment:
     return made
 
 
+class _Templates:
+    """Sources by number, each compiled when first used."""
+
+    def __init__(self) -> None:
+        self.clock = _Clock()
+        self.sources: dict[int, str] = {}
+        self._compiled: dict[int, Template] = {}
+
+    def compiled(self, number: int) -> Template:
+        """Raises TemplateError for a source that is no template."""
+        if number not in self._compiled:
+            made = _environment(self.clock).from_string(self.sources[number])
+            self._compiled[number] = made
+        return self._compiled[number]
+
+
 def _render(template: Template, context: dict[str, object]) -> str:
     pieces, length = [], 0
     for piece in template.generate(context):
@@ -98,22 +114,22 @@ def _render(template: Template, context: dict[str, object]) -> str:
     return "".join(pieces)
 
 
-def _answer(line: bytes, templates: dict[int, Template], clock: _Clock) -> dict[str, object]:
-    request = json.loads(line)
-    number = request["id"]
-    clock.now, clock.read = datetime.fromisoformat(request["now"]), False
+def _answer(number: int, context: dict[str, object], templates: _Templates) -> dict[str, object]:
     random.seed(0)
+    templates.clock.read = False
+    # Processor time, not the clock's: a busy machine is no fault of the template.
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
-        if number not in templates:
-            templates[number] = _environment(clock).from_string(request["source"])
-        text = _render(templates[number], request["context"])
+        text = _render(templates.compiled(number), context)
     except OverflowError:
-        return {"error": TOO_LONG, "limit": True}
+        return {"error": "it wrote too much", "limit": True}
     except MemoryError:
-        return {"error": "too much memory", "limit": True}
+        return {"error": "it took too much memory", "limit": True}
     except Exception as error:
-        return {"error": str(error) or type(error).__name__, "kind": type(error).__name__}
-    return {"text": text, "dated": clock.read}
+        return {"error": str(error) or type(error).__name__}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return {"text": text, "dated": templates.clock.read}
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -121,14 +137,13 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    templates: dict[int, Template] = {}
-    clock = _Clock()
+    templates = _Templates()
     for line in requests:
-        # Processor time, not the clock's: a busy machine is no fault of the template.
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        answer = _answer(line, templates, clock)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write(json.dumps(answer).encode() + b"\n")
+        request = json.loads(line)
+        templates.clock.now = datetime.fromisoformat(request["now"])
+        templates.sources |= {int(number): text for number, text in request["sources"].items()}
+        found = [_answer(number, context, templates) for number, context in request["items"]]
+        answers.write(json.dumps(found).encode() + b"\n")
         answers.flush()
 
 

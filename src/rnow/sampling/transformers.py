@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch
 
-from rnow.models.loading import CausalLM, out_of_memory
+from rnow import progress
+from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.scoring import check_present
 from rnow.sampling.decode import Drawn, Request, decode
 from rnow.sampling.weights import MergedWeights, SamplingMode, sampling_mode
@@ -125,35 +125,37 @@ class TransformersSampler:
         if not self._waiting or len(self._waiting) < self._live:
             return
         batch, self._waiting = self._waiting, []
-        batch.sort(key=lambda waiting: (waiting.request.prompt_token_ids, waiting.request.seed))
-        parts = deque(self._split(batch))
-        self._work = asyncio.get_running_loop().create_task(self._run_parts(parts))
+        self._work = asyncio.get_running_loop().create_task(self._run(batch))
         self._work.add_done_callback(self._worked)
 
-    async def _run_parts(self, parts: deque[list[_Waiting]]) -> None:
-        """Decode the sub-batches in turn, and let the rollouts that one finished be recorded before the next starts."""
-        while parts:
-            part = parts.popleft()
-            if _abandoned(part):
-                continue
-            try:
-                if self._in_thread:
-                    drawn = await asyncio.to_thread(self._decode_for, part)
-                else:
-                    drawn = self._decode_for(part)
-            except _Abandoned:
-                continue
-            except Exception as error:  # every waiting rollout must hear of it, whatever it is
-                for waiting in [*part, *(waiting for rest in parts for waiting in rest)]:
-                    if not waiting.future.done():
-                        waiting.future.set_exception(error)
-                return
-            for waiting, result in zip(part, drawn, strict=True):
+    async def _run(self, batch: list[_Waiting]) -> None:
+        """Decode a batch. Whatever goes wrong on the way, every rollout that waits hears of it."""
+        try:
+            batch.sort(key=lambda waiting: (waiting.request.prompt_token_ids, waiting.request.seed))
+            for part in list(self._split(batch)):
+                await self._run_part(part)
+        except Exception as error:
+            for waiting in batch:
                 if not waiting.future.done():
-                    waiting.future.set_result(self._completion(result))
-            # Two turns of the event loop: one for the rollouts to finish, one for the journal to write them down.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+                    waiting.future.set_exception(error)
+
+    async def _run_part(self, part: list[_Waiting]) -> None:
+        """Decode a sub-batch, and let the rollouts that it finished be recorded before the next starts."""
+        if _abandoned(part):
+            return
+        try:
+            if self._in_thread:
+                drawn = await asyncio.to_thread(self._decode_for, part)
+            else:
+                drawn = self._decode_for(part)
+        except _Abandoned:
+            return
+        for waiting, result in zip(part, drawn, strict=True):
+            if not waiting.future.done():
+                waiting.future.set_result(self._completion(result))
+        # Two turns of the event loop: one for the rollouts to finish, one for the journal to write them down.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
 
     def _worked(self, work: asyncio.Task[None]) -> None:
         self._work = None
@@ -171,6 +173,7 @@ class TransformersSampler:
 
     def _decode_for(self, part: list[_Waiting]) -> list[Drawn]:
         def poll() -> None:
+            progress.moved()
             self._poll()
             if _abandoned(part):
                 raise _Abandoned
@@ -181,7 +184,9 @@ class TransformersSampler:
     def _decode(self, requests: list[Request], poll: Callable[[], None]) -> list[Drawn]:
         try:
             return decode(self._lm.body, self._lm.head, requests, device=self._lm.device, poll=poll)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
             if len(requests) == 1:
                 request = requests[0]
                 tokens = len(request.prompt_token_ids) + request.params.max_tokens

@@ -12,6 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
 from pathlib import Path
 
+from rnow import progress
 from rnow.errors import ModelError, RnowError
 from rnow.processes.process import ManagedProcess
 from rnow.sampling.adapter_files import StoredAdapter
@@ -58,6 +59,7 @@ class EngineBackend(Backend):
                 pass_fds=(theirs.fileno(),),
             )
             self._process.start()
+        progress.moved(ahead=START_TIMEOUT)
         self._link = WorkerLink(ours, silence=START_TIMEOUT)
         try:
             ready = self._link.call(

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from itertools import count
 from typing import Any
 
+from rnow import progress
 from rnow.serving.client import Refused, ServerDown
 
 _CHUNK = 1 << 20
@@ -108,7 +109,9 @@ class WorkerLink:
             if message["progress"] != self._progress:
                 self._progress = message["progress"]
                 self._heard = time.monotonic()
+                progress.moved()
             return
+        progress.moved()
         self._heard = time.monotonic()
         with self._lock:
             future = self._owed.pop(message["id"], None)

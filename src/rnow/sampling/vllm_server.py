@@ -13,13 +13,14 @@ from rnow.sampling.adapter_files import StoredAdapter
 from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.serving.client import Generated, Refused, ServerDown, VllmClient
+from rnow.serving.reach import CONNECT_SECONDS
 from rnow.tasks import run_anywhere
 from rnow.types import SamplingParams
 
 T = TypeVar("T")
 
-START_TIMEOUT = 60.0
-"""Seconds until the server must answer."""
+PROBE_SECONDS = 120.0
+"""Seconds for each answer of the check before training: one token, perhaps behind what others asked."""
 
 _CLOSE_TIMEOUT = 5.0
 _BIAS = -100.0
@@ -63,7 +64,7 @@ class ServerBackend(Backend):
         self.name = f"the vLLM server at {VllmClient(url, api_key).url}"
 
     def start(self) -> None:
-        models = run_anywhere(self._client(START_TIMEOUT).models())
+        models = run_anywhere(self._client(CONNECT_SECONDS).models())
         bases = [model.id for model in models if model.parent is None]
         wanted = self._base or (bases[0] if bases else None)
         if wanted is None or wanted not in bases:
@@ -74,7 +75,7 @@ class ServerBackend(Backend):
             )
         self._base = wanted
         client = self._client(self.settings.request_timeout)
-        if not run_anywhere(_processes_logprobs(client, wanted)):
+        if not run_anywhere(_processes_logprobs(client.hurried(PROBE_SECONDS), wanted)):
             raise ModelError(
                 f"{self.name} gives log-probabilities from before temperature and masks",
                 why="training needs those of the distribution that the tokens were drawn from",

@@ -9,13 +9,16 @@ import asyncio
 import copy
 import json
 import math
+import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from rnow import progress
 from rnow.errors import InputError, ModelError, TemporaryError
+from rnow.serving.reach import is_loopback
 from rnow.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ _UNREADABLE_TRIES = 4
 _HEALTH_TIMEOUT = 5.0
 _ROUNDING = 1e-5  # a log-softmax in float32 may end this far above 0
 _EXCERPT = 200
+_BRIEF = reprlib.Repr()  # what a server sends may nest deeply and hold numbers without end
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _EXCERPT
 
 
 class ServerDown(TemporaryError):
@@ -77,6 +82,12 @@ class ServedModel:
     root: str | None
     parent: str | None
     max_model_len: int | None
+
+
+class _Answer(NamedTuple):
+    status: int
+    text: str
+    retry_after: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +147,7 @@ class VllmClient:
         self._base = self.url.replace("://", f"://{user}@", 1) if with_user else self.url
         self._secrets = tuple(text for text in (api_key, parts.password, parts.query) if text)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._loopback = host in ("localhost", "::1") or host.startswith("127.")
+        self._loopback = is_loopback(host)
         self._timeout = timeout
         self._max_concurrency = max_concurrency
         self._alive = alive
@@ -148,6 +159,12 @@ class VllmClient:
         twin._max_concurrency, twin._state = max_concurrency, None
         return twin
 
+    def hurried(self, timeout: float) -> VllmClient:
+        """A client of the same server that gives a request up after ``timeout`` seconds at the latest."""
+        twin = copy.copy(self)
+        twin._timeout, twin._state = min(timeout, self._timeout), None
+        return twin
+
     # --- about the server -----------------------------------------------------------------------------------------
 
     async def health(self) -> bool:
@@ -156,22 +173,21 @@ class VllmClient:
 
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT):
-                answer = await self._loop_state().http.get(f"{self._base}/health")
-        except (httpx.HTTPError, TimeoutError, OSError):
+                http = self._loop_state().http
+                answer = await self._fetch(http, "GET", "/health", None, _answer_bytes(0))
+        except (httpx.HTTPError, TimeoutError, OSError, BadAnswer):
             return False
-        return answer.status_code == 200
+        return answer.status == 200
 
     async def models(self) -> list[ServedModel]:
         """What the server serves: its base model under each of its names, then the loaded adapters."""
         answer = await self._json("GET", "/v1/models")
         entries = answer.get("data")
-        if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and "id" in entry for entry in entries
-        ):
+        if not isinstance(entries, list) or not all(map(_is_model, entries)):
             raise self._bad("its list of models is not one", answer)
         return [
             ServedModel(
-                id=str(entry["id"]),
+                id=entry["id"],
                 root=entry.get("root"),
                 parent=entry.get("parent"),
                 max_model_len=entry.get("max_model_len"),
@@ -182,7 +198,7 @@ class VllmClient:
     async def tokenize(self, text: str, *, model: str) -> list[int]:
         """The server's own token ids of ``text``, without added special tokens: to compare, never to train on."""
         body = {"prompt": text, "add_special_tokens": False, "model": model}
-        answer = await self._json("POST", "/tokenize", body)
+        answer = await self._json("POST", "/tokenize", body, most=_answer_bytes(len(text.encode())))
         return self._ids(answer, "tokens")
 
     # --- generating -----------------------------------------------------------------------------------------------
@@ -219,7 +235,8 @@ class VllmClient:
         }
         if logit_bias:
             body["logit_bias"] = {str(token): bias for token, bias in logit_bias.items()}
-        return self._generated(await self._choice(body, prompt_token_ids), params)
+        choice = await self._choice(body, prompt_token_ids, drawn=params.max_tokens)
+        return self._generated(choice, params)
 
     def _generated(self, choice: Mapping[str, object], params: SamplingParams) -> Generated:
         """The completion that an answer holds, if it can be one."""
@@ -259,7 +276,7 @@ class VllmClient:
             "logprob_token_ids": list(wanted),
             "return_tokens_as_token_ids": True,
         }
-        choice = await self._choice(body, token_ids)
+        choice = await self._choice(body, token_ids, drawn=1)
         listed = choice.get("logprobs")
         try:
             entries = listed["top_logprobs"] if isinstance(listed, dict) else []
@@ -297,7 +314,7 @@ class VllmClient:
             "temperature": 1.0,
             "prompt_logprobs": top_k,
         }
-        choice = await self._choice(body, token_ids)
+        choice = await self._choice(body, token_ids, drawn=1, listed=top_k + 1)
         given = choice.get("prompt_logprobs")
         if not isinstance(given, list) or len(given) != len(token_ids):
             count = len(given) if isinstance(given, list) else 0
@@ -395,8 +412,17 @@ class VllmClient:
             "return_token_ids": True,
         }
 
-    async def _choice(self, body: Json, token_ids: Sequence[int]) -> Json:
-        answer = await self._json("POST", "/v1/completions", body)
+    async def _choice(
+        self, body: Json, token_ids: Sequence[int], *, drawn: int, listed: int = 0
+    ) -> Json:
+        """The one completion of an answer.
+
+        Args:
+            drawn: the most tokens it may have.
+            listed: log-probabilities that were asked for at each position of the prompt.
+        """
+        most = _answer_bytes(len(token_ids), listed=listed, drawn=drawn)
+        answer = await self._json("POST", "/v1/completions", body, most=most)
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise self._bad("it did not give one completion", answer)
@@ -409,9 +435,11 @@ class VllmClient:
             raise self._bad("it read other token ids than it was sent")
         return choices[0]
 
-    async def _json(self, method: str, path: str, body: Json | None = None) -> Json:
-        """The JSON object of a 2xx answer."""
-        return await self._request(method, path, body, _as_object)
+    async def _json(
+        self, method: str, path: str, body: Json | None = None, *, most: int = 0
+    ) -> Json:
+        """The JSON object of a 2xx answer, of at most ``most`` bytes."""
+        return await self._request(method, path, body, _as_object, most=most or _answer_bytes(0))
 
     async def _request(
         self,
@@ -420,6 +448,8 @@ class VllmClient:
         body: Mapping[str, object] | None,
         read: Callable[[str], T | None],
         retried: frozenset[int] = RETRIED,
+        *,
+        most: int = 1 << 20,
     ) -> T:
         """What ``read`` makes of the body of a 2xx answer. Where it makes nothing (None), a proxy may have answered with
         a page of its own: a few more tries."""
@@ -427,6 +457,7 @@ class VllmClient:
 
         state = self._loop_state()
         async with state.turns:
+            progress.moved(ahead=self._timeout)
             deadline = time.monotonic() + self._timeout
             pause, last, unreadable = _FIRST_PAUSE, "no answer", 0
             while True:
@@ -436,21 +467,19 @@ class VllmClient:
                 wait = pause
                 try:
                     async with asyncio.timeout(left):
-                        answer = await state.http.request(
-                            method, self._base + path, json=body, timeout=None
-                        )
-                    status = answer.status_code
-                    if 200 <= status < 300:
+                        answer = await self._fetch(state.http, method, path, body, most)
+                    progress.moved()
+                    if 200 <= answer.status < 300:
                         found = read(answer.text)
                         if found is not None:
                             return found
                         unreadable += 1
                         if unreadable == _UNREADABLE_TRIES:
                             raise self._bad("not with a JSON object", answer.text)
-                    elif status not in retried:
-                        raise self._refused(status, answer.text)
-                    last = f"HTTP {status}: {self._said(answer.text)}"
-                    wait = max(pause, _retry_after(answer.headers.get("retry-after")))
+                    elif answer.status not in retried:
+                        raise self._refused(answer.status, answer.text)
+                    last = f"HTTP {answer.status}: {self._said(answer.text)}"
+                    wait = max(pause, _retry_after(answer.retry_after))
                 except TimeoutError:
                     last = "it is too slow"
                 except (httpx.HTTPError, OSError) as error:
@@ -463,6 +492,35 @@ class VllmClient:
                 await asyncio.sleep(wait)
                 pause = min(pause * 2, _LONGEST_PAUSE)
 
+    async def _fetch(
+        self,
+        http: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None,
+        most: int,
+    ) -> _Answer:
+        """One answer, read as it comes.
+
+        Raises:
+            BadAnswer: it is longer than ``most`` bytes, or packed.
+        """
+        async with http.stream(method, self._base + path, json=body, timeout=None) as answer:
+            data = bytearray()
+            async for chunk in answer.aiter_raw():
+                data += chunk
+                if len(data) > most:
+                    raise self._bad(
+                        f"more than {most:,} bytes, which is more than was asked for",
+                        data[:_EXCERPT].decode("utf-8", "replace"),
+                    )
+        # Plain bodies are asked for. One that is packed all the same may unpack to anything.
+        if (packed := answer.headers.get("content-encoding", "identity")) != "identity":
+            raise self._bad(f"packed with {self._clean(packed)}, and plainly is asked for")
+        return _Answer(
+            answer.status_code, data.decode("utf-8", "replace"), answer.headers.get("retry-after")
+        )
+
     def _loop_state(self) -> _Loop:
         import httpx
 
@@ -471,7 +529,9 @@ class VllmClient:
             # No connection outlives its request, so none is left behind in the loop of an earlier asyncio.run.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             http = httpx.AsyncClient(
-                headers=self._headers, limits=limits, trust_env=not self._loopback
+                headers={"Accept-Encoding": "identity", **self._headers},
+                limits=limits,
+                trust_env=not self._loopback,
             )
             self._state = _Loop(loop, http, asyncio.Semaphore(self._max_concurrency))
         return self._state
@@ -485,11 +545,15 @@ class VllmClient:
         return ids
 
     def _logprob(self, value: object, position: int) -> float:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        try:
+            number = float(value) if isinstance(value, int | float) else math.nan
+        except OverflowError:  # an integer of hundreds of digits
+            number = math.inf
+        if not math.isfinite(number):
             raise self._bad(f"the log-probability at {position} is {self._shown(value)}")
-        if value > _ROUNDING:
-            raise self._bad(f"the log-probability at {position} is {value:g}, which is above 0")
-        return min(float(value), 0.0)
+        if number > _ROUNDING:
+            raise self._bad(f"the log-probability at {position} is {number:g}, which is above 0")
+        return min(number, 0.0)
 
     def _bad(self, what: str, answer: object = None) -> BadAnswer:
         details = (self._shown(answer),) if answer is not None else ()
@@ -513,12 +577,12 @@ class VllmClient:
         try:
             error = json.loads(text)["error"]
             text = error if isinstance(error, str) else str(error["message"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass
         return self._clean(text)
 
     def _shown(self, value: object) -> str:
-        return self._clean(value if isinstance(value, str) else repr(value))
+        return self._clean(value if isinstance(value, str) else _BRIEF.repr(value))
 
     def _clean(self, text: str) -> str:
         for secret in self._secrets:
@@ -530,9 +594,33 @@ class VllmClient:
 def _as_object(text: str) -> Json | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (
+        ValueError,
+        RecursionError,
+    ):  # not JSON, thousands of digits, or nested a thousand times
         return None
     return value if isinstance(value, dict) else None
+
+
+def _is_model(entry: object) -> bool:
+    """Whether this is an entry of a list of models: ``root`` and ``parent`` may be missing, and so may the window."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        return False
+    names = isinstance(entry.get("root"), str | None) and isinstance(
+        entry.get("parent"), str | None
+    )
+    return names and isinstance(entry.get("max_model_len"), int | None)
+
+
+def _answer_bytes(tokens: int, *, listed: int = 0, drawn: int = 0) -> int:
+    """The longest answer to believe: several times what a server may need for what it was asked.
+
+    Args:
+        tokens: it may repeat.
+        listed: log-probabilities at each of them, with rank and text.
+        drawn: tokens it may generate, with their log-probabilities and text.
+    """
+    return (1 << 20) + tokens * (64 + listed * 512) + drawn * 4096
 
 
 def _retry_after(header: str | None) -> float:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from rnow import progress
 from rnow.errors import ModelError, RnowError
 from rnow.processes.process import ManagedProcess, ProcessFailed, StartFailed, free_port
 from rnow.serving.client import VllmClient
@@ -162,6 +163,7 @@ class VllmServer:
             log=self.log,
             name=self.name,
         )
+        progress.moved(ahead=START_TIMEOUT)
         self._process.start()
         client = self.client(timeout=5.0)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,7 @@ from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.rollout.rendering import tell_of_alterations
+from rnow.setup.addresses import check_addresses
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
 from rnow.setup.facts import (
@@ -56,8 +58,12 @@ from rnow.training.recorder import Recorder
 from rnow.training.saver import Saver
 from rnow.training.selfcheck import run_selfcheck
 from rnow.training.signals import StopFlag
+from rnow.training.watchdog import Watchdog
 
 SELFCHECK_TOKENS = 64
+CLOSE_SECONDS, CLOSE_AT_STOP = 30.0, 5.0
+"""How long a sink may take to send what is left, at the end of a run and after a stop."""
+
 DISK_FAULTS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPERM, errno.EACCES}
 )
@@ -91,7 +97,7 @@ def run(
 
     Raises:
         InputError: bad input, before training; nothing was written.
-        StopRequested: Ctrl-C or SIGTERM; the state is saved.
+        StopRequested: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
         TemporaryError: a fault outside the run; the state is saved.
     """
     _refuse_other(config)
@@ -141,12 +147,13 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
         repeat(finished, display)
         return RunSummary(values=finished)
     run_folder.check_writable()
-    with ExitStack() as stack:
+    stop = StopFlag()
+    with stop.watch(), ExitStack() as stack:
         locked = run_folder.path.exists()
         if locked:
             stack.enter_context(run_folder.lock())
         try:
-            work = _Run(prepared, run_folder, display, stack, locked=locked)
+            work = _Run(prepared, run_folder, display, stack, stop, locked=locked)
             return run_anywhere(work.load_and_train())
         except OSError as error:
             if error.errno not in DISK_FAULTS:
@@ -175,6 +182,7 @@ class _Run:
         folder: RunFolder,
         display: Display,
         stack: ExitStack,
+        stop: StopFlag,
         *,
         locked: bool,
     ) -> None:
@@ -184,31 +192,50 @@ class _Run:
         self._display = display
         self._stack = stack
         self._locked = locked
-        self._stop = StopFlag()
+        self._stop = stop
         self._facts = build_facts(prepared)
         self._store = CheckpointStore(
             folder.checkpoints, keep=self._config.trainer.keep_checkpoints, warn=display.warn
         )
         # Of a run that continues: so long before now as its earlier attempts took.
         self._started = time.monotonic()
+        self._save: Callable[[], None] = lambda: None
 
     async def load_and_train(self) -> RunSummary:
-        checkpoint = self._find_checkpoint()
-        if uses_vllm(self._config):
-            self._make_folder()  # the engines log there
-        backends = await load_backends(
-            self._prepared,
-            self._folder,
-            self._stack,
-            poll=self._stop.poll,
-            stage=self._display.stage,
+        self._stop.hear_callbacks(asyncio.get_running_loop())
+        watchdog = Watchdog(
+            self._stop,
+            self._folder.path / "stacks.txt",
+            self._config.trainer.watchdog_minutes * 60,
+            save=lambda: self._save(),
         )
-        with self._stop.watch(lambda: self._display.note("stopping at the next safe point ...")):
+        with watchdog.watch():
+            checkpoint = self._find_checkpoint()
+            backends = await self._load()
+            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
             self._display.stage("checking the models against each other")
             await self._selfcheck(backends)
             self._make_folder()  # from here on the run writes
             async with open_user_code(self._prepared, self._folder.path) as code:
                 return await self._train(backends, checkpoint, code)
+
+    async def _load(self) -> Backends:
+        await check_addresses(self._prepared)
+        made = not self._folder.path.exists()
+        if uses_vllm(self._config):
+            self._make_folder()  # the engines log there
+        try:
+            return await load_backends(
+                self._prepared,
+                self._folder,
+                self._stack,
+                poll=self._stop.poll,
+                stage=self._display.stage,
+            )
+        except InputError:
+            if made:
+                self._folder.remove_if_bare()
+            raise
 
     def _make_folder(self) -> None:
         self._folder.make()
@@ -230,7 +257,9 @@ class _Run:
         self._forget_outdated(journals, checkpoint)
         replace_file(self._folder.facts, readable_json(self._facts))
         recorder = self._build_recorder()
-        self._stack.callback(recorder.close)
+        self._stack.callback(
+            lambda: recorder.close(CLOSE_SECONDS if self._stop.asked_at is None else CLOSE_AT_STOP)
+        )
         saver = Saver(
             self._store,
             journals,
@@ -242,6 +271,7 @@ class _Run:
         )
         async with backends.gpu.only("trainer"):
             done = saver.restore(checkpoint)
+        self._save = saver.rescue_finished
         recorder.forget_after(done)
         if checkpoint is not None:
             saved = checkpoint.state.get("counters", {})
@@ -271,6 +301,9 @@ class _Run:
             sampler=backends.sampler_facts,
         )
         replace_file(self._folder.summary, readable_json(values))
+        self._stop.result_is_there(
+            lambda: self._display.note("the run is done; Ctrl-C once more leaves at once")
+        )
         self._display.finish(closing_lines(self._folder.adapter.resolve()))
         return RunSummary(values=values)
 
@@ -343,7 +376,11 @@ class _Run:
             single_turns(self._prepared),
             # A truncated distribution is another than the trainer's, as it should be.
             replace(
-                settings, top_p=1.0, top_k=0, max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS)
+                settings,
+                top_p=1.0,
+                top_k=0,
+                max_tokens=min(settings.max_tokens, SELFCHECK_TOKENS),
+                poll=self._stop.poll,
             ),
             backends.student.vocabulary,
             backends.gpu,

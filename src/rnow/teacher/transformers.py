@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rnow import progress
 from rnow.algorithm.batching import pad, plan_micro_batches
 from rnow.algorithm.head import selected_logprobs
 from rnow.algorithm.records import (
@@ -16,7 +17,7 @@ from rnow.algorithm.records import (
     TopKEvidence,
 )
 from rnow.algorithm.topk import top_logprobs
-from rnow.models.loading import CausalLM, out_of_memory
+from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload, tensors_of
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.types import Sample
@@ -67,6 +68,7 @@ class TransformersTeacher:
         for indices in plan_micro_batches(
             [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
         ):
+            progress.moved()
             self._poll()
             evidence.update(self._score_or_halve([samples[index] for index in indices]))
         return evidence
@@ -74,7 +76,9 @@ class TransformersTeacher:
     def _score_or_halve(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
         try:
             return self._score_micro_batch(samples)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
             if len(samples) == 1:
                 raise out_of_memory("teacher scoring", len(samples[0].token_ids), error) from error
         torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from rnow.errors import ConfigError, ModelError, TemporaryError
 from rnow.processes.process import StartFailed
 from rnow.protocols import Tokenizer
 from rnow.serving.client import BadAnswer, Refused, ServerDown, VllmClient
+from rnow.serving.reach import CONNECT_SECONDS
 from rnow.serving.server import VllmServer
 from rnow.tasks import ask_again
 from rnow.teacher.vllm_check import ServedTeacherChecks, TeacherCheck, find_served_model
@@ -31,6 +32,9 @@ DEFAULT = Asking()
 RESTART_INTERVAL = 3600.0
 """Seconds after a restart in which a managed teacher may not fail again: a teacher that dies every few steps would make no
 progress worth its starts, and one death a day should not end a run of weeks."""
+
+CHECK_SECONDS = 120.0
+"""Seconds for each answer of the checks before training: a few dozen tokens, perhaps behind what others asked."""
 
 _POLL = 0.5
 
@@ -328,13 +332,18 @@ class VllmTeacher:
         self._vocabulary = vocabulary
         try:
             client = await self._ready()
-            served = await find_served_model(client, self._model, self._where)
+            # A question that needs no computing: who does not answer it now will not do so later.
+            first = client.hurried(CONNECT_SECONDS)
+            served = await find_served_model(first, self._model, self._where)
             self._model = served.id
-            if self._server is None and any(model.parent for model in await client.models()):
+            if self._server is None and any(model.parent for model in await first.models()):
                 # Concurrent prompt log-probabilities have killed engines with LoRA enabled (CPU build).
                 self._client = client.limited(1)
             checks = ServedTeacherChecks(
-                client=client, served=served, where=self._where, top_k=self._asking.top_k
+                client=client.hurried(CHECK_SECONDS),
+                served=served,
+                where=self._where,
+                top_k=self._asking.top_k,
             )
             return await checks.run(tokenizer, vocabulary, longest)
         except ServerDown as error:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Protocol, Self
 
+from rnow import progress
 from rnow.errors import InputError, RnowError
 from rnow.protocols import Tool
 from rnow.rollout.rendering import ToolDescription, describe_tools
@@ -177,6 +178,7 @@ class Toolbox:
         async def called() -> ToolResult:
             return await tool.call(arguments, context)
 
+        progress.moved(ahead=patience)
         task = asyncio.create_task(called())
         if not await ended_within(task, patience):
             return _failed(f"{tool.name} took much longer than {limit:g} s and was given up")

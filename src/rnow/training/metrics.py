@@ -13,21 +13,16 @@ TROUBLE = 8
 def reward_metrics(
     groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult]
 ) -> dict[str, float]:
-    """``reward/mean``, ``reward/<name>`` and ``reward/failure_fraction``; empty when no prompt names a reward. A reward that
-    failed is in the last alone: the means are of those that worked. Failed rollouts are counted in
-    ``rollouts/failed_fraction``, not here."""
+    """``reward/mean``, ``reward/<name>`` and ``reward/failure_fraction``; empty when no prompt names a reward.
+    Failed rollouts are counted in ``rollouts/failed_fraction``, not here."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     results = [rewards[r.id] for r in rollouts if r.id in rewards and r.status != "failed"]
     if not results:
         return {}
-    totals = [result.total for result in results if not result.errors]
-    metrics = {"reward/mean": _mean(totals)} if totals else {}
+    metrics = {"reward/mean": _mean([result.total for result in results])}
     for name in sorted({name for result in results for name in result.breakdown}):
-        values = [
-            r.breakdown[name] for r in results if name in r.breakdown and name not in r.errors
-        ]
-        if values:
-            metrics[f"reward/{name}"] = _mean(values)
+        values = [result.breakdown[name] for result in results if name in result.breakdown]
+        metrics[f"reward/{name}"] = _mean(values)
     metrics["reward/failure_fraction"] = _mean([float(bool(result.errors)) for result in results])
     return metrics
 

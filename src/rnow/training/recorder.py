@@ -202,7 +202,7 @@ class Recorder:
         """Warn the user of something."""
         self._display.warn(text)
 
-    def close(self) -> None:
-        """Close the sinks."""
+    def close(self, patience: float) -> None:
+        """Close the sinks, each within ``patience`` seconds."""
         for sink in self._sinks:
-            sink.close()
+            sink.close(patience)

@@ -47,6 +47,7 @@ class Saver:
         self._facts = facts
         self._counters = counters
         self._saved_step = 0
+        self._finished = 0
         self._updates_of_step = policy.updates
         self._updated_step = 0
         self._saved_at = time.monotonic()
@@ -72,7 +73,7 @@ class Saver:
             {"updates": checkpoint.state["updates"], "moments": checkpoint.moments}
         )
         restore_random_state(checkpoint.moments)
-        self._saved_step = checkpoint.step
+        self._saved_step = self._finished = checkpoint.step
         self._updates_of_step = self._policy.updates
         self._updated_step = checkpoint.state.get("updated_step", checkpoint.step)
         return checkpoint.step
@@ -81,7 +82,7 @@ class Saver:
         """Save if it is time to."""
         if self._policy.updates > self._updates_of_step:
             self._updated_step = step
-        self._updates_of_step = self._policy.updates
+        self._updates_of_step, self._finished = self._policy.updates, step
         due = self._every_steps > 0 and step % self._every_steps == 0
         if due or time.monotonic() - self._saved_at >= self._every_seconds:
             self.save(step)
@@ -95,6 +96,10 @@ class Saver:
                 TemporaryError, OSError
             ):  # a disk's fault cannot hide what happened first
                 self.save(step)
+
+    def rescue_finished(self) -> None:
+        """``rescue`` after the last step that is finished, for those who do not count steps."""
+        self.rescue(self._finished)
 
     def last_good(self) -> int | None:
         """The step of the newest checkpoint from whose weights an update was computed since, and was finite. Of the weights
