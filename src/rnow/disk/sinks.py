@@ -232,7 +232,7 @@ class WandbSink:
             # The command line, with every override on it, would be in W&B's metadata.
             x_disable_meta=True,
         )
-        return wandb.init(**arguments, mode=mode, settings=settings)
+        return wandb.init(**arguments, mode=mode, settings=settings)  # pyright: ignore[reportArgumentType]
 
     def _give_up(self, what: str, why: str) -> None:
         if not self._over:

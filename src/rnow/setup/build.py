@@ -103,13 +103,14 @@ def run(
     _refuse_other(config)
     redact = writing_redactor(load_secrets(Path(folder)), config)
     with redact.errors():
-        own = build_display(Console()) if display == "auto" else None
-        shown = RedactingDisplay(own or display or QuietDisplay(), redact)
-        try:
+        if display != "auto":
+            shown = RedactingDisplay(display or QuietDisplay(), redact)
             return _run(config, folder=Path(folder), fresh=fresh, display=shown)
+        own = RedactingDisplay(build_display(Console()), redact)
+        try:
+            return _run(config, folder=Path(folder), fresh=fresh, display=own)
         finally:
-            if own is not None:
-                own.close()
+            own.close()
 
 
 def _refuse_other(config: object) -> None:
