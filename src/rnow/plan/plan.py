@@ -144,6 +144,7 @@ class Plan:
     max_total_tokens: int
     vocabulary: int
     stop_ids: tuple[int, ...]
+    stop_texts: tuple[str, ...]
     trainable_parameters: int
     devices: tuple[DevicePlan, ...]
     checkpoint_bytes: int
@@ -196,20 +197,14 @@ def build_plan(
     data, trainer = config.data, config.trainer
     per_step = data.batch_size * data.group_size
     rollouts = prepared.num_steps * per_step
-    completion = _completion_tokens(prepared)
     shapes, adapter = measure(prepared)
     models = _model_plans(prepared, shapes)
     turns = may_take_turns(config)
     placed = {name: model.device for name, model in models.items()}
     layout = _Layout(
-        prepared=prepared,
-        shapes=shapes,
-        adapter=adapter,
-        placed=placed,
-        completion=completion,
-        known=devices or {},
+        prepared=prepared, shapes=shapes, adapter=adapter, placed=placed, known=devices or {}
     )
-    plans = _device_plans(layout, turns)
+    completion = layout.completion
     checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
@@ -231,8 +226,9 @@ def build_plan(
         max_total_tokens=rollouts * completion,
         vocabulary=rendered.vocabulary,
         stop_ids=rendered.stop_ids,
+        stop_texts=tuple(rendered.tokenizer.decode([token]) for token in rendered.stop_ids),
         trainable_parameters=adapter,
-        devices=plans,
+        devices=_device_plans(layout, turns),
         checkpoint_bytes=checkpoint,
         # One more than is kept: the next is complete before the oldest goes.
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
@@ -383,8 +379,12 @@ class _Layout:
     shapes: Mapping[str, ModelShape]
     adapter: int
     placed: Mapping[str, str]
-    completion: int
     known: Mapping[str, DeviceInfo]
+
+    @property
+    def completion(self) -> int:
+        """Tokens that a rollout may have at most."""
+        return _completion_tokens(self.prepared)
 
     def info(self, device: str) -> DeviceInfo:
         """A device's memory: as known, or as it is now."""
