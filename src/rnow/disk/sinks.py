@@ -99,9 +99,9 @@ class JsonlSink:
                 the next start measures it again.
         """
         settings = {"settings": self._settings} if self._settings else {}
-        row = self._redact.data({"name": name, "step": step, **settings, **metrics}, keys=True)
+        row = self._redact.data({"name": name, "step": step, **metrics}, keys=True)
         with self._evaluations.open("ab") as file:
-            file.write(json_line(row))
+            file.write(json_line(row | settings))
 
     def forget_from(self, step: int) -> None:
         """See ``Sink.forget_from``. A file is replaced in one piece; one with lines that cannot be read is kept aside."""
