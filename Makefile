@@ -88,7 +88,7 @@ $(BIN)/python:
 		echo "This Python cannot make virtual environments; on Debian and Ubuntu install python3-venv." >&2; exit 2; }
 
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
-	@echo "installing rnow (first time: about a gigabyte of wheels)"
+	@echo "installing rnow (first time: 2 GB on disk with a CPU build of torch, several times that with CUDA)"
 	@$(PIP_INSTALL) -e .
 	@touch $@
 

@@ -6,7 +6,8 @@ class here for anything a user can cause; let programming mistakes surface as or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -18,6 +19,9 @@ EXIT_TERMINATED = 143
 
 SAME_COMMAND = "run the same command again"
 """How a stopped run is continued. One that began with ``--fresh`` says it otherwise: the same command would begin another."""
+
+_EXCERPT = re.compile(r"\s*(\d+ \| .*|\^)?")
+"""Details that show a line of a file, and point into it."""
 
 
 MAX_SHOWN = 10
@@ -62,6 +66,28 @@ class RnowError(Exception):
         self.fix = fix
         self.details = tuple(details)
         self.more = tuple(more)
+
+    def __str__(self) -> str:
+        """Everything in one line, for tracebacks and logs."""
+        text = self.message
+        if listed := [line.strip() for line in self.details if not _EXCERPT.fullmatch(line)]:
+            text += f": {'; '.join(listed)}"
+        if self.where:
+            text += f" [{self.where}]"
+        if self.why:
+            text += f"; {self.why}"
+        if self.fix:
+            text += f" (fix: {self.fix})"
+        return " ".join(text.split())
+
+    def rewrite(self, change: Callable[[str], str]) -> None:
+        """Put every text of the error through ``change``, which takes secrets out of it."""
+        self.message, self.args = change(self.message), (change(self.message),)
+        self.where = change(self.where) if self.where else self.where
+        self.why = change(self.why) if self.why else self.why
+        self.fix = change(self.fix) if self.fix else self.fix
+        self.details = tuple(map(change, self.details))
+        self.more = tuple(map(change, self.more))
 
     def render(self, *, everything: bool = False) -> str:
         """The report as plain text, one labelled line per part; ``everything``: with what it would only count."""

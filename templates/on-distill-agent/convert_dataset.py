@@ -1,7 +1,9 @@
 """Write MedBrowseComp as train.jsonl.
 
-    python convert_dataset.py --yes-i-know                 # all 605 questions
-    python convert_dataset.py --split 50 --limit 10        # asks before it converts
+    python convert_dataset.py                              # all 605 questions
+    python convert_dataset.py --split 50 --limit 10        # the first ten of the small split
+
+The questions that `rnow init` wrote are replaced; a file with anything else only after a yes, or with --yes.
 
 MedBrowseComp is a test set. Its authors publish it encoded so that nobody trains on it by accident: a model trained on
 these questions cannot be measured with them any more. Convert it to try the pipeline or to evaluate; for a model whose
@@ -11,6 +13,7 @@ scores you mean to report, train on questions of your own (train.jsonl as it com
 import argparse
 import base64
 import binascii
+import hashlib
 import json
 import os
 import sys
@@ -19,6 +22,9 @@ from pathlib import Path
 
 DATASET = "AIM-Harvard/MedBrowseComp"
 SPLITS = {"605": "MedBrowseComp_605", "50": "MedBrowseComp_50", "CUA": "MedBrowseComp_CUA"}
+SPLITS |= {name: name for name in SPLITS.values()}
+TEMPLATE_ROWS = "c669721d4bc762c697debff21b91fc8ec38a488851163d277a9b4119e99fd67a"
+"""sha256 of train.jsonl as `rnow init` writes it."""
 
 SYSTEM = (
     "You answer medical questions from the web. Use the browse tool to open pages and follow their links; start with a "
@@ -110,15 +116,18 @@ def write(rows: list[dict[str, object]], path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def agreed(flag: bool) -> bool:
-    """Say what the data is, and whether the user wants it all the same."""
-    sys.stderr.write(WARNING)
-    if flag:
+def may_replace(path: Path, yes: bool) -> bool:
+    """Whether the file can go: there is none, it is the template's own, or the user says so."""
+    if yes or not path.exists():
+        return True
+    if hashlib.sha256(path.read_bytes()).hexdigest() == TEMPLATE_ROWS:
         return True
     if not sys.stdin.isatty():
-        sys.stderr.write("Give --yes-i-know to convert it all the same.\n")
+        sys.stderr.write(
+            f"{path} is not what `rnow init` wrote: give --yes to replace it, or another --output\n"
+        )
         return False
-    sys.stderr.write("Convert it all the same? [yes/no] ")
+    sys.stderr.write(f"{path} is not what `rnow init` wrote. Replace it? [yes/no] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -135,18 +144,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, default="605", help="default: 605")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument("--output", type=Path, default=Path("train.jsonl"), metavar="FILE")
-    parser.add_argument("--force", action="store_true", help="overwrite the file")
-    parser.add_argument("--yes-i-know", action="store_true", help="do not ask about the test set")
+    parser.add_argument("--yes", action="store_true", help="replace the file without asking")
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         parser.error("--limit must be at least 1")
-    if options.output.exists() and not options.force:
-        sys.stderr.write(
-            f"{options.output} exists; give --force to overwrite it, or another --output\n"
-        )
+    try:
+        if not may_replace(options.output, options.yes):
+            return 2
+    except OSError as error:
+        sys.stderr.write(f"{options.output} cannot be read: {error.strerror}\n")
         return 2
-    if not agreed(options.yes_i_know):
-        return 1
+    sys.stderr.write(WARNING)
     split = SPLITS[options.split]
     try:
         rows = convert(load(split), split, options.limit)
@@ -155,7 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{DATASET} is not as expected: {error}\n")
         return 1
     except ImportError:
-        sys.stderr.write("this needs the package datasets: uv pip install -r requirements.txt\n")
+        sys.stderr.write(
+            "this needs the package datasets: uv pip install -r requirements.txt, in the environment of rnow\n"
+        )
         return 1
     except OSError as error:
         sys.stderr.write(f"cannot convert {DATASET}: {error}\n")

@@ -377,7 +377,7 @@ def test_init_writes_here_and_says_what_next(empty: Path, rnow_: Run) -> None:
 
 
 def test_init_into_another_folder_names_it(empty: Path, rnow_: Run) -> None:
-    code, out, _ = rnow_("init", "-t", "distill", "-d", "a b/c")
+    code, out, _ = rnow_("init", "-t", "distill", "--dir", "a b/c")
     assert code == 0
     assert (empty / "a b" / "c" / "train.jsonl").is_file()
     assert "cd 'a b/c'" in out
@@ -458,3 +458,64 @@ def on_a_terminal(arguments: list[str], *, answers: str, cwd: Path) -> tuple[int
         return process.wait(timeout=30), shown.decode()
     finally:
         os.close(master)
+
+
+@pytest.mark.parametrize("verb", ["status", "stop", "eval", "download", "deploy"])
+def test_verbs_of_the_hosted_client_answer_in_one_line(rnow_: Run, verb: str) -> None:
+    code, out, err = rnow_(verb, "some-run", "--force")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert f"rnow {verb} is not in this version" in err
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("bogus", None), ("orgz", "orgs"), ("tset", "test"), ("chek", "check")]
+)
+def test_a_command_is_suggested_only_when_it_is_close(
+    rnow_: Run, word: str, meant: str | None
+) -> None:
+    code, _, err = rnow_(word)
+    assert code == 2
+    assert (f"did you mean rnow {meant}?" in err) if meant else ("did you mean" not in err)
+
+
+def test_entries_add_up(project: Path, build: Build, rnow_: Run) -> None:
+    assert rnow_("test", "-e", "0", "-e", "2,3")[0] == 0
+    assert build.calls[-1][2]["rows"] == (0, 2, 3)
+
+
+@pytest.mark.parametrize("command", [["check"], ["run"], ["test"]])
+def test_a_file_is_no_project_folder(
+    project: Path, build: Build, rnow_: Run, command: list[str]
+) -> None:
+    code, _, err = rnow_(*command, "-d", "config.yml")
+    assert code == 2
+    assert "config.yml is a file" in err
+    assert not build.calls
+
+
+def test_init_says_what_the_hosted_d_means(empty: Path, rnow_: Run) -> None:
+    code, _, err = rnow_("init", "-t", "distill", "-d", "train")
+    assert code == 0
+    assert "--dir train" in err
+    assert (empty / "config.yml").is_file()
+
+
+def test_the_config_that_differs_comes_first(project: Path, build: Build, rnow_: Run) -> None:
+    out = rnow_("check", "trainer.learning_rate=3e-5")[1]
+    changed, rest = out.split("and at the defaults:")
+    assert "learning_rate: 3.0e-05" in changed
+    assert "num_epochs" not in changed
+    assert "num_epochs: 1" in rest
+
+
+def test_nothing_secret_of_a_broken_config_is_printed(project: Path, rnow_: Run) -> None:
+    (project / ".env").write_text("TOKEN=hush-hush-1\n")
+    with (project / "config.yml").open("a") as file:
+        file.write(
+            "description: hush-hush-1 [\nsampler: {url: 'http://ann:pass-word@h', urll: 1}\n"
+        )
+    code, out, err = rnow_("check")
+    assert code == 2
+    assert "hush-hush-1" not in out + err
+    assert "pass-word" not in out + err

@@ -366,3 +366,36 @@ def test_a_whole_number_that_no_counter_holds_is_refused(load: Load, digits: int
 def test_a_learning_rate_of_400_digits_is_refused(load: Load, digits: int) -> None:
     with pytest.raises(ConfigError, match="number"):
         load("", f"trainer.learning_rate={'9' * digits}")
+
+
+def test_null_leaves_out_what_the_hosted_format_lets_be_null(load: Load) -> None:
+    config = load("data: {val_split: null}\nevals: [{step: 2, pass1: null, pass8: null}]\n").config
+    assert config.data.val_split == 0
+    assert (config.evals[0].pass1, config.evals[0].pass8) == (True, False)
+
+
+def test_a_command_of_an_mcp_server_is_taken_as_it_stands(load: Load) -> None:
+    config = load("", "rollout.mcp_url=stdio: prog --a {x: 1}").config
+    assert config.rollout.mcp_url == ("stdio: prog --a {x: 1}",)
+    assert load("", "rollout.mcp_url=[a:1, b:2]").config.rollout.mcp_url == ("a:1", "b:2")
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "says"),
+    [
+        ("a.b.c=1", "command line (a)", "unknown key"),
+        ("evals.0.step=5", "command line (evals.0.step)", "evals='[{step: ...}]'"),
+        ("data.train_file.0.path=x", "command line (data.train_file.0.path)", "the whole list"),
+        ("trainer.learning_rate=inf", "command line (trainer.learning_rate)", "a finite number"),
+        ("trainer.learning_rate=.inf", "command line (trainer.learning_rate)", "a finite number"),
+        ("sampler.mode=server", "command line (sampler.mode)", "set sampler.url"),
+        ("sampler.modle=x", "command line (sampler.modle)", "known here"),
+    ],
+)
+def test_an_error_names_the_command_line(load: Load, override: str, where: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("", override)
+    assert caught.value.where == where
+    assert says in str(caught.value)
+    assert "did you mean model" not in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -91,7 +91,7 @@ def test_alias_bomb_is_refused_at_once() -> None:
 
 
 def test_a_flood_of_values_is_refused_while_reading() -> None:
-    with pytest.raises(ConfigError, match=r"more than 20000 values$"):
+    with pytest.raises(ConfigError, match=r"more than 20000 values \[c:"):
         parse_document("a: [" + "x, " * 30_000 + "]\n", "c")
 
 

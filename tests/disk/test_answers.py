@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rnow.disk.answers import AnswerFiles
+from rnow.text.redact import Redactor
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 
 
@@ -35,7 +36,7 @@ def group(row: int, *answers: str, **changes: Any) -> RolloutGroup:
 
 @pytest.fixture
 def files(tmp_path: Path) -> AnswerFiles:
-    return AnswerFiles(tmp_path / "answers", lambda text: text.replace("hunter2", "[KEY]"))
+    return AnswerFiles(tmp_path / "answers", Redactor({"KEY": "hunter2"}))
 
 
 def test_every_rollout_is_kept_without_secrets(files: AnswerFiles, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from tests.rollouts import read_transcripts, turns_of
 from rnow.algorithm.batching import build_samples
 from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample
 from rnow.disk.transcripts import TranscriptWriter
+from rnow.text.redact import Redactor
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
-from rnow.usercode.text import redact
 
 PROMPT = Prompt(
     id="dataset_0/17",
@@ -60,7 +60,7 @@ def make_writer(folder: Path, **secrets: str) -> TranscriptWriter:
     return TranscriptWriter(
         folder,
         decode=lambda ids: "".join(f"<{token}>" for token in ids),
-        redact=lambda text: redact(text, secrets),
+        redact=Redactor(secrets),
     )
 
 

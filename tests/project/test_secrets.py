@@ -9,7 +9,7 @@ import pytest
 
 from rnow.errors import InputError
 from rnow.project.secrets import load_secrets
-from rnow.usercode.text import redact
+from rnow.text.redact import Redactor
 
 
 def test_values_are_read_and_the_environment_is_left_alone(tmp_path: Path) -> None:
@@ -46,4 +46,4 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 )
 def test_redaction(text: str, expected: str) -> None:
     secrets = {"KEY": "sk-1234", "LONGER": "sk-123456", "SHORT": "123", "EMPTY": ""}
-    assert redact(text, secrets) == expected
+    assert Redactor(secrets)(text) == expected

@@ -13,6 +13,7 @@ from rnow.errors import InputError
 from rnow.project.user_code import load_rewards
 from rnow.usercode.host import CodeHost
 
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = "from rnow.core import reward, RewardArgs\n"
 
 
@@ -232,7 +233,7 @@ def test_requirements_are_pointed_at(tmp_path: Path) -> None:
         ("import no_such_package_anywhere", "other==1\n# no-such-package-anywhere\n", "no_such_package_anywhere"),
         ("raise ModuleNotFoundError('gone', name='sklearn.svm')", "sklearns", "scikit-learn"),
         ("raise ModuleNotFoundError('gone', name='PIL')", None, "pillow"),
-        ("raise ModuleNotFoundError('gone', name='crawl4ai')", None, "'rnow-local[agents]'"),
+        ("raise ModuleNotFoundError('gone', name='crawl4ai')", None, f"'{ROOT}[agents]'"),
         ("raise ModuleNotFoundError('gone', name='yaml')", "requests\n PyYAML>=6 # config\n", None),
     ],
 )  # fmt: skip

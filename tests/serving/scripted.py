@@ -181,7 +181,8 @@ class Handler(BaseHTTPRequestHandler):
             fault = server.faults.pop(0) if server.faults else server.always
         try:
             locked = self.path.startswith("/v1") and server.key is not None
-            if locked and self.headers.get("authorization") != f"Bearer {server.key}":
+            given = self.headers.get("authorization", "").removeprefix("Bearer ")
+            if locked and given != server.key:
                 self.send(401, '{"error":"Unauthorized"}', {})
                 return
             if server.pause:
@@ -278,7 +279,7 @@ def _error(message: str) -> dict[str, Any]:
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """``faults``: for the next requests, in order; ``always``: for all others. ``pause``: seconds before each answer."""
+    """``key``: a bearer token, or a whole header. ``faults``: for the next requests, in order; ``always``: for all others. ``pause``: seconds before each answer."""
 
     daemon_threads = True
     request_queue_size = 128

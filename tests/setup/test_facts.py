@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rnow.disk.folder import RunFolder
-from rnow.setup.facts import build_values, versions
+from rnow.display.display import QuietDisplay
+from rnow.errors import ConfigError
+from rnow.setup.build import run
+from rnow.setup.facts import RunSummary, build_values, repeat, versions
 
 
 def values(folder: Path, kls: list[float | None], **changes: Any) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def test_all_fields_of_a_run_without_held_out_prompts(tmp_path: Path) -> None:
         "steps": 1,
         "wall_seconds": 12.35,
         "completion_tokens": 99,
-        "teacher_kl": {"first": 0.5, "last": 0.5},
+        "teacher_kl": {"first": 0.5, "last": 0.5, "averaged_steps": 1},
         "evaluation": {"before": None, "after": None, "teacher": None},
         "student": "a",
         "teacher": "b",
@@ -47,12 +51,24 @@ def test_all_fields_of_a_run_without_held_out_prompts(tmp_path: Path) -> None:
 
 def test_first_and_last_are_tenths_of_the_run(tmp_path: Path) -> None:
     kls = [float(20 - index) for index in range(20)]
-    assert values(tmp_path, list(kls))["teacher_kl"] == {"first": 19.5, "last": 1.5}
+    assert values(tmp_path, list(kls))["teacher_kl"] == {
+        "first": 19.5,
+        "last": 1.5,
+        "averaged_steps": 2,
+    }
 
 
 def test_steps_without_a_kl_do_not_count(tmp_path: Path) -> None:
-    assert values(tmp_path, [None, 0.5, None])["teacher_kl"] == {"first": 0.5, "last": 0.5}
-    assert values(tmp_path, [None])["teacher_kl"] == {"first": None, "last": None}
+    assert values(tmp_path, [None, 0.5, None])["teacher_kl"] == {
+        "first": 0.5,
+        "last": 0.5,
+        "averaged_steps": 1,
+    }
+    assert values(tmp_path, [None])["teacher_kl"] == {
+        "first": None,
+        "last": None,
+        "averaged_steps": 0,
+    }
 
 
 def test_the_last_evaluation_of_each_name_counts(tmp_path: Path) -> None:
@@ -74,3 +90,34 @@ def test_the_last_evaluation_of_each_name_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["python", "torch", "transformers", "peft", "safetensors"])
 def test_versions_name_what_shapes_the_numbers(name: str) -> None:
     assert versions()[name][0].isdigit()
+
+
+def test_the_summary_has_attributes_and_can_be_shown_again(tmp_path: Path) -> None:
+    evaluation = {
+        "before": {"step": 0, "pass@1": 0.5},
+        "after": {"step": 9, "pass@1": 1.0},
+        "teacher": None,
+    }
+    summary = RunSummary(values=values(tmp_path, [0.5, 0.1]) | {"evaluation": evaluation})
+    assert (summary.adapter, summary.run_dir, summary.steps) == (tmp_path / "adapter", tmp_path, 2)
+    assert summary.teacher_kl["averaged_steps"] == 1
+    shown: list[object] = []
+
+    class Display(QuietDisplay):
+        def evaluation(self, name: str, results: Mapping[str, float]) -> None:
+            shown.append((name, dict(results)))
+
+        def finish(self, lines: Sequence[str]) -> None:
+            shown.extend(lines)
+
+    repeat(summary.values, Display())
+    assert shown[:2] == [("before", {"pass@1": 0.5}), ("after", {"pass@1": 1.0})]
+    assert f"adapter: {tmp_path / 'adapter'}" in shown
+    repeat({"steps": 3}, QuietDisplay())  # a summary that somebody edited
+
+
+def test_a_path_is_no_config() -> None:
+    for given in ("config.yml", None, 3):
+        with pytest.raises(ConfigError) as caught:
+            run(given)  # pyright: ignore[reportArgumentType]
+        assert "Config.from_file('config.yml')" in str(caught.value)

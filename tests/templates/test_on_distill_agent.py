@@ -22,6 +22,7 @@ from rnow.config import load_config
 from rnow.core import RewardArgs
 from rnow.errors import InputError
 from rnow.project.templates import find_template, plan_init, write_template
+from rnow.text.install import install_command
 from rnow.web.chromium import find_chromium, require_packages
 
 FOLDER = Path(__file__).resolve().parents[2] / "templates" / "on-distill-agent"
@@ -125,6 +126,16 @@ def test_init_writes_every_file(tmp_path: Path) -> None:
         "tools.py",
         "train.jsonl",
     }
+
+
+def test_init_says_how_to_set_it_up() -> None:
+    commands = find_template("on-distill-agent").setup_commands()
+    assert commands == [
+        install_command("agents"),
+        "pip install -r requirements.txt",
+        "crawl4ai-setup",
+    ]
+    assert find_template("distill").setup_commands() == []
 
 
 # -- the reward
@@ -252,6 +263,7 @@ def _lines(path: str = "train.jsonl") -> list[dict[str, Any]]:
     [
         ([], "MedBrowseComp_605", 3),
         (["--split", "50"], "MedBrowseComp_50", 3),
+        (["--split", "MedBrowseComp_50"], "MedBrowseComp_50", 3),
         (["--split", "CUA", "--limit", "2"], "MedBrowseComp_CUA", 2),
         (["--limit", "100"], "MedBrowseComp_605", 3),
     ],
@@ -259,7 +271,7 @@ def _lines(path: str = "train.jsonl") -> list[dict[str, Any]]:
 def test_converting(
     hub: list[str], options: list[str], split: str, count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert convert_dataset.main([*options, "--yes-i-know"]) == 0
+    assert convert_dataset.main(options) == 0
     assert hub == [split]
     rows = _lines()
     assert len(rows) == count
@@ -270,29 +282,31 @@ def test_converting(
     assert [path.name for path in Path().iterdir()] == ["train.jsonl"]
 
 
-def test_nothing_is_converted_without_a_yes(
-    hub: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert convert_dataset.main([]) == 1
-    assert "--yes-i-know" in capsys.readouterr().err
-    for answer in ("", "no", "n", "yesterday"):
-        monkeypatch.setattr(sys, "stdin", Terminal(answer))
-        assert convert_dataset.main([]) == 1
-    assert hub == []
-    assert not Path("train.jsonl").exists()
-    monkeypatch.setattr(sys, "stdin", Terminal("Yes"))
+def test_the_templates_own_rows_are_replaced_unasked(hub: list[str]) -> None:
+    write_template(plan_init(find_template("on-distill-agent"), Path()))
     assert convert_dataset.main([]) == 0
     assert len(_lines()) == 3
 
 
-def test_a_file_is_overwritten_only_by_force(hub: list[str]) -> None:
+def test_any_other_file_is_replaced_only_after_a_yes(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("train.jsonl").write_text("mine\n")
-    assert convert_dataset.main(["--yes-i-know"]) == 2
-    assert Path("train.jsonl").read_text() == "mine\n"
+    assert convert_dataset.main([]) == 2
+    assert "--yes" in capsys.readouterr().err
+    for answer in ("", "no", "n", "yesterday"):
+        monkeypatch.setattr(sys, "stdin", Terminal(answer))
+        assert convert_dataset.main([]) == 2
     assert hub == []
-    assert convert_dataset.main(["--yes-i-know", "--output", "other.jsonl"]) == 0
+    assert Path("train.jsonl").read_text() == "mine\n"
+    assert convert_dataset.main(["--output", "other.jsonl"]) == 0
     assert len(_lines("other.jsonl")) == 3
-    assert convert_dataset.main(["--yes-i-know", "--force"]) == 0
+    monkeypatch.setattr(sys, "stdin", Terminal("Yes"))
+    assert convert_dataset.main([]) == 0
+    assert len(_lines()) == 3
+    Path("train.jsonl").write_text("mine\n")
+    monkeypatch.setattr(sys, "stdin", Terminal(None))
+    assert convert_dataset.main(["--yes"]) == 0
     assert len(_lines()) == 3
 
 
@@ -308,14 +322,14 @@ def test_a_fault_leaves_the_old_file(
 
     monkeypatch.setattr(convert_dataset, "load", load)
     Path("train.jsonl").write_text("mine\n")
-    assert convert_dataset.main(["--yes-i-know", "--force"]) == 1
+    assert convert_dataset.main(["--yes"]) == 1
     assert Path("train.jsonl").read_text() == "mine\n"
     assert len(list(Path().iterdir())) == 1
 
 
 def test_a_limit_is_positive(hub: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        convert_dataset.main(["--limit", "0", "--yes-i-know"])
+        convert_dataset.main(["--limit", "0"])
     assert caught.value.code == 2
 
 

@@ -25,6 +25,7 @@ from tests.tools.conformance import CONTEXT, check_tool
 from rnow.errors import ConfigError, InputError
 from rnow.processes.process import free_port
 from rnow.protocols import Tool
+from rnow.text.install import install_command
 from rnow.tools.mcp_address import parse_address
 from rnow.tools.mcp_content import read_result
 from rnow.tools.mcp_server import McpServer, mcp_servers
@@ -753,4 +754,4 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mcp", None)
     with pytest.raises(InputError) as caught:
         mcp_servers(["localhost:1"])
-    assert "pip install 'rnow-local[mcp]'" in caught.value.render()
+    assert caught.value.fix == install_command("mcp")

@@ -15,6 +15,7 @@ from tests.tools.conformance import PARAMETERS, check_tool
 from rnow.display.terminal import escape_control
 from rnow.errors import InputError, StopRequested
 from rnow.protocols import Tool
+from rnow.text.redact import Redactor
 from rnow.tools.limits import CutResult, TokenLimit
 from rnow.tools.toolbox import Toolbox
 from rnow.types import ToolCall, ToolContext, ToolResult
@@ -120,7 +121,9 @@ def test_a_row_may_have_no_tools() -> None:
 
 
 def test_a_tool_that_raises() -> None:
-    answer = run_one(FakeTool(replies=[ValueError("bad\nthing sk-12345")]), redact=hide)
+    answer = run_one(
+        FakeTool(replies=[ValueError("bad\nthing sk-12345")]), redact=Redactor({"KEY": "sk-12345"})
+    )
     assert answer.failed
     assert answer.content == "Error: ValueError: bad thing [KEY]"
     assert answer.detail is not None
@@ -218,14 +221,12 @@ def test_a_tool_may_say_that_it_has_to_come_up_first(monkeypatch: pytest.MonkeyP
     assert run_one(tool, call("slow"), timeout=0.02).content == "up"
 
 
-def hide(text: str) -> str:
-    return text.replace("sk-12345", "[KEY]")
-
-
 def test_a_secret_does_not_survive_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rnow.tools.toolbox.MAX_BYTES", 100)
     for before in range(92, 101):
-        answer = run_one(FakeTool(replies=["x" * before + "sk-12345"]), redact=hide)
+        answer = run_one(
+            FakeTool(replies=["x" * before + "sk-12345"]), redact=Redactor({"KEY": "sk-12345"})
+        )
         assert "sk-" not in answer.content
 
 

@@ -69,7 +69,7 @@ def test_the_summary(summary: RunSummary, project: Project) -> None:
     assert values["completion_tokens"] == sum(row["tokens/completion"] for row in project.metrics)
     assert values["wall_seconds"] > 0
     kls = [row["teacher_kl"] for row in project.metrics]
-    assert values["teacher_kl"] == {"first": kls[0], "last": kls[-1]}
+    assert values["teacher_kl"] == {"first": kls[0], "last": kls[-1], "averaged_steps": 1}
     assert set(values["evaluation"]) == {"before", "after", "teacher"}
     for evaluation in values["evaluation"].values():
         assert 0 <= evaluation["pass@1"] <= evaluation["pass@4"] <= 1

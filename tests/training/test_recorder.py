@@ -18,6 +18,7 @@ from rnow.disk.sinks import JsonlSink
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import QuietDisplay
 from rnow.errors import EXIT_FAILED, RnowError
+from rnow.text.redact import Redactor
 from rnow.training.recorder import Recorder
 from rnow.types import Completion, Prompt, RewardResult, Rollout, RolloutGroup, Sample, Turn
 
@@ -45,10 +46,8 @@ class Desk:
         self.recorder = Recorder(
             self.folder,
             display=self.display,
-            transcripts=TranscriptWriter(
-                self.folder.transcripts, decode=str, redact=lambda text: text
-            ),
-            answers=AnswerFiles(self.folder.answers, redact=lambda text: text),
+            transcripts=TranscriptWriter(self.folder.transcripts, decode=str, redact=Redactor()),
+            answers=AnswerFiles(self.folder.answers, redact=Redactor()),
             sinks=[
                 JsonlSink(self.folder.metrics, self.folder.evaluations, warn=pytest.fail),
                 self.sink,

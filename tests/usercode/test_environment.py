@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.usercode.projects import call, make_host, write
 
 from rnow.errors import InputError
+from rnow.text.redact import Redactor
 from rnow.usercode.environment import (
     base_environment,
     declared,
@@ -186,7 +187,7 @@ def test_no_way_of_cutting_lets_a_secret_into_the_log(parts: list[str], size: in
     secrets: Mapping[str, str] = {"X": "abcab", "Y": "ébbé\nc"}
     raw = "".join([*parts, "abcab", *parts, "ébbé\nc", *parts]).encode()
     with tempfile.TemporaryDirectory() as folder:
-        log = OutputLog(Path(folder) / "x.log", secrets)
+        log = OutputLog(Path(folder) / "x.log", Redactor(secrets))
         for start in range(0, len(raw), size):
             log.write(raw[start : start + size])
         log.close()
@@ -198,17 +199,17 @@ def test_no_way_of_cutting_lets_a_secret_into_the_log(parts: list[str], size: in
 def test_a_full_log_is_begun_anew_by_the_next_host(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
     for _ in range(2):
-        log = OutputLog(path, {})
+        log = OutputLog(path, Redactor())
         for _ in range(40):
             log.write(b"x" * 65536)
         log.close()
         assert LIMIT < path.stat().st_size < LIMIT + 100
         assert path.read_text().endswith("this log is full, the rest is left out ...\n")
-    log = OutputLog(path, {})
+    log = OutputLog(path, Redactor())
     log.write(b"new\n")
     log.close()
     assert path.read_text() == "new\n"
-    log = OutputLog(path, {})
+    log = OutputLog(path, Redactor())
     log.write(b"more\n")
     log.close()
     assert path.read_text() == "new\nmore\n"
@@ -216,6 +217,6 @@ def test_a_full_log_is_begun_anew_by_the_next_host(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written_harms_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    log = OutputLog(tmp_path / "file" / "x.log", {})
+    log = OutputLog(tmp_path / "file" / "x.log", Redactor())
     log.write(b"x")
     log.close()

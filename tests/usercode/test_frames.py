@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rnow.text.redact import Redactor
 from rnow.usercode import frames
 from rnow.usercode.environment import plainly_secret
 from rnow.usercode.host import CallOutcome, read_outcome
@@ -82,8 +83,8 @@ def outcome_of(body: bytes, hidden_in_value: Mapping[str, str] | None = None) ->
         body,
         timeout=1,
         file=Path("tools.py"),
-        hidden={},
-        hidden_in_value=hidden_in_value or {},
+        redact=Redactor(),
+        redact_value=Redactor(hidden_in_value),
     )
 
 

@@ -28,6 +28,16 @@ def test_secrets_and_earlier_runs_are_hidden(tmp_path: Path) -> None:
     assert hidden.folders == (tmp_path / ".git", tmp_path / "runs")
 
 
+def test_secrets_are_hidden_at_every_depth(tmp_path: Path) -> None:
+    deep = tmp_path / "sub" / "more"
+    deep.mkdir(parents=True)
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    for name in ("sub/.env.local", "sub/more/.netrc", "runs/old/.env", "sub/env.py"):
+        (tmp_path / name).touch()
+    hidden = hidden_in([tmp_path], [tmp_path])
+    assert hidden.files == (tmp_path / "sub" / ".env.local", deep / ".netrc")
+
+
 def test_hidden_under_every_path_that_leads_there(tmp_path: Path) -> None:
     project, link = tmp_path / "project", tmp_path / "link"
     project.mkdir()

@@ -1,12 +1,34 @@
-"""`login`, `logout` and `orgs`: known from the hosted client, and not needed here."""
+"""Commands of the hosted client that have no counterpart here, answered in one line."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import typer
 
-COMMANDS = ("login", "logout", "orgs")
+from rnow.errors import EXIT_BAD_INPUT
+
+NOT_NEEDED = ("login", "logout", "orgs")
+
+MISSING: Mapping[str, str] = {
+    "status": "what a run does is in its own terminal and in runs/<name>/metrics.jsonl",
+    "stop": "press Ctrl-C where the run works, or `kill -INT` its process; `rnow run` continues it",
+    "eval": "set data.val_split and `rnow run` evaluates before and after; `rnow test` tries the student",
+    "download": "nothing has to be fetched: the trained adapter is in runs/<name>/adapter",
+    "deploy": "serve runs/<name>/adapter yourself, e.g. `vllm serve MODEL --enable-lora --lora-modules NAME=FOLDER`",
+}
+"""Command -> what to do instead."""
+
+ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def not_needed() -> None:
     """Say so in one line, and succeed: scripts that call it go on."""
     typer.echo("Nothing to do: rnow runs on this machine and needs no account.")
+
+
+def missing(context: typer.Context) -> None:
+    """Say what to do instead, and fail: what was asked for was not done."""
+    name = str(context.info_name)
+    typer.echo(f"rnow {name} is not in this version: {MISSING[name]}.", err=True)
+    raise typer.Exit(EXIT_BAD_INPUT)

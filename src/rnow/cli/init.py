@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rnow.cli.options import Folder
 from rnow.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +24,12 @@ def init(
     name: Annotated[
         str | None, typer.Option("--name", "-n", help="Sets project_name in config.yml.")
     ] = None,
-    folder: Folder = Path(),
+    folder: Annotated[
+        Path, typer.Option("--dir", help="The folder to write into.", metavar="FOLDER")
+    ] = Path(),
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", hidden=True, metavar="NAME")
+    ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing; existing files are kept.")
     ] = False,
@@ -33,7 +37,7 @@ def init(
     list_: Annotated[bool, typer.Option("--list", help="List the templates and exit.")] = False,
 ) -> None:
     """Write a project into this folder. Existing files are never changed without asking."""
-    from rnow.cli.output import print_lines
+    from rnow.cli.output import print_lines, print_note
     from rnow.project.templates import find_template, load_templates, plan_init, write_template
 
     if list_:
@@ -41,6 +45,11 @@ def init(
         width = max(len(item.name) for item in templates)
         print_lines(f"{item.name:<{width}}  {item.description}" for item in templates)
         return
+    if dataset is not None:
+        print_note(
+            f"-d {dataset}: the hosted client names a dataset with it, which has no name here; for another folder give "
+            f"--dir {dataset}"
+        )
     plan = plan_init(find_template(template), folder)
     overwrite = _choose(plan, yes=yes, force=force)
     written = write_template(plan, overwrite=overwrite, project_name=name)
@@ -84,6 +93,7 @@ def _report(
         lines.append(f"    cd {shlex.quote(place)}")
     return [
         *lines,
+        *(f"    {command}" for command in plan.template.setup_commands()),
         "    rnow check    validate everything and show the plan",
         "    rnow run      train",
     ]

@@ -12,8 +12,13 @@ import typer
 from rnow import __version__
 from rnow.cli import account, check, init, rehearse, run
 from rnow.cli.hosted import hosted_client_note
-from rnow.cli.output import print_error, print_note
-from rnow.errors import ALL_ERRORS, EXIT_FAILED, EXIT_INTERRUPTED, RnowError
+from rnow.cli.output import clean, hide, print_error, print_note
+from rnow.errors import ALL_ERRORS, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RnowError
+from rnow.text.redact import Redactor
+from rnow.text.suggest import closest, did_you_mean
+
+_NEARLY = 0.75
+"""How like a command a word must be for the command to be meant."""
 
 app = typer.Typer(
     name="rnow",
@@ -27,10 +32,16 @@ app.command("init")(init.init)
 app.command("check")(check.check)
 app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
-for _name in account.COMMANDS:
-    app.command(_name, hidden=True, help="Not needed: everything runs on this machine.")(
-        account.not_needed
-    )
+for _name, _answer in (
+    *((name, account.not_needed) for name in account.NOT_NEEDED),
+    *((name, account.missing) for name in account.MISSING),
+):
+    app.command(
+        _name,
+        hidden=True,
+        help="Of the hosted client; not here.",
+        context_settings=account.ANY_ARGUMENTS,
+    )(_answer)
 
 
 def _show_version(asked: bool) -> None:
@@ -57,6 +68,19 @@ def _options(
     """Options that stand before a command."""
 
 
+def _refuse_unknown(given: Sequence[str]) -> None:
+    """Typer would suggest a command for any word."""
+    known = [str(command.name) for command in app.registered_commands]
+    word = given[0] if given else ""
+    if word and not word.startswith("-") and word not in known:
+        near = closest(word, known, cutoff=_NEARLY)
+        raise InputError(
+            f"No such command: {word[:40]}",
+            title="Unknown command",
+            fix=did_you_mean([f"rnow {name}" for name in near]) or "rnow -h lists the commands",
+        )
+
+
 def run_command_line(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give the exit code.
 
@@ -67,6 +91,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of this process when not given.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    hide(Redactor())
     everything = ALL_ERRORS in given
     given = [argument for argument in given if argument != ALL_ERRORS]
     try:
@@ -74,6 +99,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
             note = hosted_client_note()
             if note:
                 print_note(note)
+        _refuse_unknown(given)
         app(args=given, prog_name="rnow")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else EXIT_FAILED * bool(exit_.code)
@@ -83,7 +109,7 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(clean(traceback.format_exc()))
         print_note("This is a fault in rnow itself; please report it with the lines above.")
         return EXIT_FAILED
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rnow.errors import InputError, RnowError
+from rnow.text.redact import Redactor
 
 if TYPE_CHECKING:
     from rnow.config import LoadedConfig
@@ -48,8 +48,6 @@ Name = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
 
-_KEY = re.compile(r"([a-z_]+)\.[a-z_0-9]+([.\[][a-z_0-9.\[\]]*)?")
-
 
 def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> LoadedConfig:
     """The project's config with the command line laid over it; warnings and changes are printed to standard error.
@@ -62,14 +60,24 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     Raises:
         ConfigError: the config, or a setting, is not valid.
     """
-    from rnow.cli.output import print_note, print_warning
+    from rnow.cli.output import hide, print_note, print_warning
     from rnow.config import SHORTHANDS, load_config
+    from rnow.project.secrets import load_secrets, writing_redactor
 
     if (name := flags.get("name")) is not None:
         _check_name(name, overrides or ())
         flags["name"] = json.dumps(name, ensure_ascii=False)  # in quotes it is text: null, [a]
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is a file, and -d names the project folder",
+            where="-d, --dir",
+            fix=f"give the folder, which holds its config as config.yml: -d {folder.parent}",
+        )
+    secrets = load_secrets(folder)
+    hide(Redactor(secrets))
     settings = [f"{SHORTHANDS[name]}={value}" for name, value in flags.items() if value is not None]
     loaded = load_config(folder, [*settings, *(overrides or [])])
+    hide(writing_redactor(secrets, loaded.config))
     for line in loaded.warnings:
         print_warning(line)
     for line in loaded.changes:
@@ -92,10 +100,11 @@ def _check_name(name: str, overrides: Sequence[str]) -> None:
 @contextmanager
 def placed(loaded: LoadedConfig) -> Iterator[None]:
     """Errors that name only a config key (``teacher.path``) leave here with the file and line that set it."""
+    from rnow.config import is_key
+
     try:
         yield
     except RnowError as error:
-        match = _KEY.fullmatch(error.where or "")
-        if match and hasattr(loaded.config, match[1]):
-            error.where = loaded.places.where(match[0])
+        if is_key(error.where or ""):
+            error.where = loaded.places.where(error.where or "")
         raise

@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import IO, TYPE_CHECKING, TextIO, cast
+from typing import IO, TYPE_CHECKING, TextIO, TypeVar, cast
 
 from rnow.disk.files import to_json
 from rnow.display.terminal import escape_control
 from rnow.errors import RnowError
+from rnow.text.redact import Redactor, without_user_info
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +25,8 @@ MAX_WAITING = 1000
 """Pieces of output that may wait for a reader; a screen of the live table is one."""
 
 SETTLE_SECONDS = 2.0
+T = TypeVar("T")
+_redact = Redactor()
 _PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EAGAIN})
 
 
@@ -93,6 +96,22 @@ def send_nowhere(stream: TextIO) -> None:
         stream.flush()
 
 
+def hide(redact: Redactor) -> None:
+    """Take these secrets out of all that is printed from now on: there is one project to a command."""
+    global _redact
+    _redact = redact
+
+
+def redacted(data: T) -> T:
+    """Data that is about to become text, without the secrets: a text may be folded in the middle of one."""
+    return _redact.data(data)
+
+
+def clean(text: str) -> str:
+    """``text`` as the terminal may have it: no secrets, nothing that could control it."""
+    return escape_control(without_user_info(_redact(text)))
+
+
 def console(*, stderr: bool = False, aside: bool = False) -> Console:
     """A console on standard output, or on standard error, written to as ``Outlet`` does."""
     from rich.console import Console
@@ -112,7 +131,7 @@ def print_error(error: RnowError, *, everything: bool = False) -> None:
     """The report of an error on standard error: no traceback, nothing that could control the terminal."""
     from rich.text import Text
 
-    title, _, rest = escape_control(error.render(everything=everything)).partition(":")
+    title, _, rest = clean(error.render(everything=everything)).partition(":")
     text = Text.assemble((title, "bold red"), ":", rest)
     text.highlight_regex(r"(?m)^  (where|why|fix):", "bold")
     console(stderr=True).print(text, soft_wrap=True, highlight=False)
@@ -122,9 +141,7 @@ def print_note(line: str) -> None:
     """One line on standard error that the user should know."""
     from rich.text import Text
 
-    console(stderr=True).print(
-        Text(escape_control(line), style="yellow"), soft_wrap=True, highlight=False
-    )
+    console(stderr=True).print(Text(clean(line), style="yellow"), soft_wrap=True, highlight=False)
 
 
 def print_warning(line: str) -> None:
@@ -138,9 +155,9 @@ def print_lines(lines: Iterable[str]) -> None:
 
     out = console()
     for line in lines:
-        out.print(Text(escape_control(line)), soft_wrap=True, highlight=False)
+        out.print(Text(clean(line)), soft_wrap=True, highlight=False)
 
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
-    Outlet(sys.stdout).write(to_json(data, indent=2) + "\n")
+    Outlet(sys.stdout).write(to_json(redacted(data), indent=2) + "\n")

@@ -21,8 +21,12 @@ def rehearse_rollouts(
         typer.Option("-n", "--num", min=1, help="How many prompts.", show_default="4"),
     ] = None,
     rows: Annotated[
-        str | None,
-        typer.Option("-e", "--entries", help="Rows of the training file, from 0.", metavar="0,2,5"),
+        list[str] | None,
+        typer.Option(
+            *("-e", "--entries"),
+            help="Rows of the training file, from 0; may be repeated.",
+            metavar="0,2,5",
+        ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every row.")] = False,
     model: Annotated[
@@ -39,7 +43,7 @@ def rehearse_rollouts(
     ] = False,
 ) -> None:
     """Let the student answer some prompts and score the answers, without training. Writes rollouts/."""
-    chosen = parse_rows(rows) if rows is not None else None
+    chosen = parse_rows(",".join(rows)) if rows else None
     if sum((count is not None, chosen is not None, every)) > 1:
         raise InputError("-n, -e and --all exclude each other", fix="give one of them")
     loaded = load(folder, overrides, model=model)

@@ -2,7 +2,8 @@
 
 from rnow.config.load import Config, LoadedConfig, find_config_file, load_config
 from rnow.config.names import fill_name
-from rnow.config.output import config_hash, to_dict, to_yaml
+from rnow.config.normalise import full_address
+from rnow.config.output import config_hash, dump_yaml, split_by_default, to_dict, to_yaml
 from rnow.config.overrides import SHORTHANDS
 from rnow.config.reserved import refuse_reserved
 from rnow.config.schema import (
@@ -16,6 +17,7 @@ from rnow.config.schema import (
     SamplerSection,
     TeacherSection,
     TrainerSection,
+    is_key,
 )
 
 __all__ = [
@@ -33,10 +35,14 @@ __all__ = [
     "TeacherSection",
     "TrainerSection",
     "config_hash",
+    "dump_yaml",
     "fill_name",
     "find_config_file",
+    "full_address",
+    "is_key",
     "load_config",
     "refuse_reserved",
+    "split_by_default",
     "to_dict",
     "to_yaml",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rnow.config.problems import KeyPath, Problem
 from rnow.config.suggest import suggest
+from rnow.text.redact import without_user_info
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -96,7 +98,8 @@ def in_words(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        shown = value if len(value) <= 60 else value[:57] + "..."
+        shown = without_user_info(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
         return f'the text "{shown}"'
     if isinstance(value, int | float):
         shown = str(value)
@@ -123,6 +126,12 @@ def hint_for(path: KeyPath, kind: str, given: object) -> str | None:
             return "write false"
     if kind == "model_type" and path in (("model",), ("teacher",)) and isinstance(given, str):
         return f"the model belongs to the key {path[0]}.path"
+    if (
+        kind in ("int_type", "float_type")
+        and isinstance(given, str)
+        and given.strip().lower() in (*("inf", "+inf", "-inf", "infinity", "nan"),)
+    ):
+        return "write a finite number"
     if kind in ("int_type", "float_type") and isinstance(given, str) and is_number(given):
         if "_" in given:
             return f"write {given.strip().replace('_', '')}"
@@ -131,8 +140,8 @@ def hint_for(path: KeyPath, kind: str, given: object) -> str | None:
 
 
 def is_number(text: str) -> bool:
-    """Whether the text reads as a plain number."""
+    """Whether the text reads as a plain, finite number."""
     try:
-        return float(text) == float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
+from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from rnow.errors import NotYetSupported
+
+_USER_INFO = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]*://)?)([^\s/?#@]+)@(.*)", re.DOTALL)
+
+
+class Address(str):
+    """An address without its ``user:password@``, which goes into no file: ``full`` has it, for requests."""
+
+    full: str
+
+
+def hide_user_info(value: str) -> str:
+    """An address as an ``Address`` where it names a user; anything else, a command too, as it is."""
+    match = _USER_INFO.fullmatch(value)
+    if match is None:
+        return value
+    address = Address(match[1] + match[3])
+    address.full = value
+    return address
+
+
+def full_address(value: str) -> str:
+    """An address of the config as requests need it."""
+    return value.full if isinstance(value, Address) else value
 
 
 def plain_path(value: object) -> object:
@@ -23,6 +48,11 @@ def text_or_list(value: object) -> object:
     if isinstance(value, list | tuple):
         return tuple(value)
     return (value,)
+
+
+def none_is(default: object) -> BeforeValidator:
+    """Null as another way of leaving a key out, where projects of the hosted service have it."""
+    return BeforeValidator(lambda value: default if value is None else value)
 
 
 def name_sources(value: object) -> object:

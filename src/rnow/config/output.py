@@ -32,6 +32,9 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789")
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
+_REQUIRED = {("model", "path"), ("teacher", "path")}
+
+
 def to_dict(config: Config) -> dict[str, object]:
     """The resolved config as JSON-ready data; ``Config(**to_dict(c)) == c``. An absent teacher section is left out."""
     data = config.model_dump(mode="json")
@@ -48,6 +51,30 @@ def dump_yaml(data: object) -> str:
 def to_yaml(config: Config) -> str:
     """The resolved config as a config.yml."""
     return dump_yaml(to_dict(config))
+
+
+def split_by_default(config: Config) -> tuple[dict[str, object], dict[str, object]]:
+    """The resolved config in two: what differs from the defaults (and what has none), and what does not."""
+    least: dict[str, object] = {
+        "dataset_type": config.dataset_type,
+        "model": {"path": config.model.path},
+    }
+    if config.teacher is not None:
+        least["teacher"] = {"path": config.teacher.path}
+    defaults = to_dict(type(config)(**least))
+    changed: dict[str, object] = {}
+    rest: dict[str, object] = {}
+    for name, value in to_dict(config).items():
+        if not isinstance(value, dict):
+            same = value == defaults[name] and name != "dataset_type"
+            (rest if same else changed)[name] = value
+            continue
+        default = defaults[name]
+        assert isinstance(default, dict), "sections are sections"
+        for key, item in value.items():
+            same = item == default[key] and (name, key) not in _REQUIRED
+            (rest if same else changed).setdefault(name, {})[key] = item  # pyright: ignore
+    return changed, rest
 
 
 def config_hash(config: Config) -> str:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from rnow.config.places import COMMAND_LINE
 from rnow.config.problems import KeyPath, dotted
-from rnow.config.schema import SECTION_NAMES, field_at, key_of
+from rnow.config.schema import LISTS, SECTION_NAMES, field_at, key_of
 from rnow.config.strict_yaml import NULL, parse_value
 from rnow.errors import ConfigError
+from rnow.text.redact import without_user_info
 
 SHORTHANDS = {
     "model": "model.path",
@@ -22,6 +23,10 @@ SHORTHANDS = {
     "name": "model.name",
 }
 """Flags of ``rnow run`` and the keys they set. Put them before the dotted overrides, which win."""
+
+
+MCP_URL = ("rollout", "mcp_url")
+"""One text, or a list: one is taken as it stands, as a command has a colon (``stdio: program``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,9 @@ def parse_override(text: str) -> Override:
             fix="write key=value, for example trainer.learning_rate=2e-5",
         )
     path = tuple(key.split("."))
-    if wants_text(path) and not NULL.fullmatch(value) and not value.startswith(('"', "'", "[")):
+    _refuse_inside_list(path, key)
+    plain = not NULL.fullmatch(value) and not value.startswith(('"', "'", "["))
+    if plain and (wants_text(path) or path == MCP_URL):
         return Override(path=path, value=value)
     if len(path) > 1 and field_at(path[:1]) is not None and path[0] not in SECTION_NAMES:
         raise ConfigError(f"{path[0]} is not a section", where=f"{COMMAND_LINE} ({key})")
@@ -65,6 +72,19 @@ def parse_override(text: str) -> Override:
             where=f"{COMMAND_LINE} ({key})",
             fix=f"put quotes around it: '{key}=\"{value}\"'",
         ) from None
+
+
+def _refuse_inside_list(path: KeyPath, key: str) -> None:
+    """A list is set as a whole: its entries have no names."""
+    for name, item in LISTS.items():
+        outer = tuple(name.split("."))
+        if path[: len(outer)] == outer and len(path) > len(outer):
+            first = next(iter(item.model_fields))
+            raise ConfigError(
+                f"{name} is a list, of which no entry can be set alone",
+                where=f"{COMMAND_LINE} ({key})",
+                fix=f"give the whole list: {name}='[{{{first}: ...}}]'",
+            )
 
 
 def apply_overrides(data: dict[str, object], overrides: Sequence[Override]) -> dict[str, object]:
@@ -121,7 +141,7 @@ def show(value: object) -> str:
         return "[" + ", ".join(map(show, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
-    return str(value)
+    return without_user_info(str(value))
 
 
 def show_default(path: KeyPath) -> str:

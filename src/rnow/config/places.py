@@ -43,7 +43,11 @@ class Places:
     def from_command_line(self, path: KeyPath) -> bool:
         """Whether the key, or something around it, was set by an override."""
         path = self.moved.get(path, path)
-        return any(path[:n] in self.overridden for n in range(1, len(path) + 1))
+        if any(path[:n] in self.overridden for n in range(1, len(path) + 1)):
+            return True
+        # A section that stands there only because of an override inside it.
+        made = any(override[: len(path)] == path for override in self.overridden)
+        return bool(path) and made and path not in self.document.keys
 
     def position(self, path: KeyPath, *, exact: bool = False) -> Position | None:
         """The place in the file of the key itself, or (unless ``exact``) of the nearest section around it; None for what

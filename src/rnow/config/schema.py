@@ -11,17 +11,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from rnow.config.keys import Change, Key, Reserved, key, reserved
-from rnow.config.normalise import auto_or_bool, name_sources, one_path, text_or_list
+from rnow.config.normalise import (
+    auto_or_bool,
+    hide_user_info,
+    name_sources,
+    none_is,
+    one_path,
+    text_or_list,
+)
 from rnow.config.problems import KeyPath
 
 DatasetType = Literal["distill", "sft", "rl", "midtrain"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ReasoningMode = Literal["disabled", "none", "minimal", "low", "medium", "high", "xhigh"]
 Text = Annotated[str, Field(min_length=1)]
+Url = Annotated[Text, AfterValidator(hide_user_info)]
 Positive = Annotated[int, Field(ge=1)]
 AtLeast0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
@@ -83,7 +91,9 @@ class DataSection(Section):
     )
     batch_size: Positive = key(4, "Prompts per step.")
     group_size: Positive = key(4, "Rollouts per prompt.")
-    val_split: Fraction = key(0.0, "Share of the prompts held out of training and evaluated.")
+    val_split: Annotated[Fraction, none_is(0.0)] = key(
+        0.0, "Share of the prompts held out of training and evaluated."
+    )
     shuffle: bool = key(True, "Shuffle the prompts of every epoch, from the seed.")
 
     @property
@@ -169,7 +179,7 @@ class TeacherSection(Section):
     backend: Literal["auto", "transformers", "vllm"] = key(
         "auto", "The engine that runs the teacher; `auto` is transformers."
     )
-    url: Text | None = key(
+    url: Url | None = key(
         None,
         "Address of a vLLM server that serves the teacher; its key in RNOW_TEACHER_API_KEY. `path` still names the model.",
         "none",
@@ -268,7 +278,7 @@ class RolloutSection(Section):
         "the template's own",
         change="refuse",
     )
-    mcp_url: Annotated[tuple[Text, ...], BeforeValidator(text_or_list)] = key(
+    mcp_url: Annotated[tuple[Url, ...], BeforeValidator(text_or_list)] = key(
         (), "Address or addresses of MCP servers.", "none"
     )
     tool_timeout: Above0 = key(60.0, "Seconds for one tool call.", reader="tools")
@@ -296,7 +306,7 @@ class SamplerSection(Section):
         "auto",
         "The engine that samples; `auto` is vllm on a GPU where it is installed, else transformers.",
     )
-    url: Text | None = key(
+    url: Url | None = key(
         None,
         "vllm: address of a server that runs already and sees the run folder under the same path.",
         "an engine is started",
@@ -419,9 +429,9 @@ class EvalEntry(Section):
 
     step: Positive = key(..., "Run every so many steps.")
     name: Text | None = key(None, "Name in metrics.", "`eval_0`, `eval_1`, ...")
-    pass1: bool = key(True, "Report pass@1.")
-    pass4: bool = key(False, "Report pass@4.")
-    pass8: bool = key(False, "Report pass@8.")
+    pass1: Annotated[bool, none_is(True)] = key(True, "Report pass@1.")
+    pass4: Annotated[bool, none_is(False)] = key(False, "Report pass@4.")
+    pass8: Annotated[bool, none_is(False)] = key(False, "Report pass@8.")
     pass1_temp: AtLeast0 | None = key(None, "Temperature for pass@1.", "`evaluation.temperature`")
     pass4_temp: AtLeast0 | None = key(None, "Temperature for pass@4.", "`evaluation.temperature`")
     pass8_temp: AtLeast0 | None = key(None, "Temperature for pass@8.", "`evaluation.temperature`")
@@ -502,6 +512,12 @@ def _keys() -> dict[str, Key]:
 
 KEYS: Mapping[str, Key] = _keys()
 """Every dotted key, ``change`` filled in from its section. A list of sections is one key."""
+
+
+def is_key(text: str) -> bool:
+    """Whether a text is a dotted key of the config, or of an entry of one of its lists: ``evals[0].step``."""
+    path = text.partition("[")[0]
+    return path in KEYS
 
 
 def field_at(path: KeyPath) -> FieldInfo | None:

@@ -53,6 +53,11 @@ _MEANT = {
 }
 """Key -> what it is called elsewhere, or was called."""
 
+GONE = {
+    "sampler.mode": "this key is gone: leave it out; for a vLLM server that runs already, set sampler.url"
+}
+"""Keys of earlier versions that nothing took the place of."""
+
 ALIASES = {word: key for key, words in _MEANT.items() for word in words.split()}
 
 
@@ -72,6 +77,8 @@ def suggest(path: KeyPath) -> str | None:
     """A hint for the unknown key at ``path``: the key that was probably meant, else the keys that exist there."""
     words = [part for part in path if isinstance(part, str)]
     section, written = ".".join(words[:-1]), words[-1]
+    if gone := GONE.get(".".join(words)):
+        return gone
     if written == "<<":
         return "merge keys are not part of YAML 1.2; write the keys out"
     if not section and "." in written:
@@ -97,10 +104,13 @@ def keys_like(section: str, word: str) -> list[str]:
     if near:
         return [_join(section, near[0])]
     elsewhere = [s for s in KNOWN if s not in (*LISTS, section)]
-    same = [_join(s, word) for s in elsewhere if word in KNOWN[s]]
+    same = [_join(s, word) for s in elsewhere if word in KNOWN[s] and (s or word not in SECTIONS)]
     if same:
         return same[:3]
-    leaves = {leaf: _join(s, leaf) for s in elsewhere for leaf in KNOWN[s]}
+    # A section is no setting: to a word inside another section it says nothing.
+    leaves = {
+        leaf: _join(s, leaf) for s in elsewhere for leaf in KNOWN[s] if s or leaf not in SECTIONS
+    }
     near = closest(word, [*leaves, *ALIASES], cutoff=0.8)
     return [leaves.get(near[0]) or ALIASES[near[0]]] if near else []
 

@@ -9,36 +9,37 @@ One line per rollout, as in the transcripts but for the tokens::
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rnow.core.messages import get_response, message_text
-from rnow.disk.files import json_line, map_text, replace_file
+from rnow.disk.files import json_line, replace_file
+from rnow.text.redact import Redactor
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 
 
 def rollout_fields(
-    prompt: Prompt, rollout: Rollout, reward: RewardResult | None, redact: Callable[[str], str]
+    prompt: Prompt, rollout: Rollout, reward: RewardResult | None, redact: Redactor
 ) -> dict[str, object]:
     """What is kept of any rollout, JSON-ready."""
     return {
         "id": rollout.id,
         "prompt_id": prompt.id,
-        "messages": map_text(list(prompt.messages), redact),
-        "answer": map_text(list(rollout.messages), redact),
+        "messages": redact.data(list(prompt.messages)),
+        "answer": redact.data(list(rollout.messages)),
         "status": rollout.status,
         "end_reason": rollout.end_reason,
-        "error": map_text(rollout.error, redact),
+        "error": redact.data(rollout.error),
         "reward": None if reward is None else reward.total,
         "rewards": {} if reward is None else dict(reward.breakdown),
-        "reward_errors": {} if reward is None else map_text(reward.errors, redact),
+        "reward_errors": {} if reward is None else redact.data(reward.errors),
     }
 
 
 class AnswerFiles:
     """The answers of a run's evaluations, one file per name in ``folder``; a later evaluation of a name replaces it."""
 
-    def __init__(self, folder: Path, redact: Callable[[str], str]) -> None:
+    def __init__(self, folder: Path, redact: Redactor) -> None:
         self._folder = folder
         self._redact = redact
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +92,6 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of JSON-like data with every text but the keys changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: map_text(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [map_text(item, change) for item in value]
-    return value
 
 
 def finite(value: object) -> object:

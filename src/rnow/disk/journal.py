@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.disk.files import json_line
+from rnow.text.redact import Redactor
 from rnow.types import Completion, Rollout, Turn
 
 
@@ -25,11 +26,20 @@ class Journal:
         path: one file per step.
         version: rollouts of another policy version are not reused.
         whole: rollouts of a step, if fewer than all of them are not to be reused.
+        redact: takes the secrets out of the messages. Token ids stay what they are.
     """
 
-    def __init__(self, path: Path, *, version: int, whole: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        version: int,
+        whole: int | None = None,
+        redact: Redactor | None = None,
+    ) -> None:
         self._path = path
         self._version = version
+        self._redact = redact or Redactor()
         committed, self._end = _read(path)
         self._known = {(r.prompt_id, r.index): r for r in committed if r.policy_version == version}
         if whole is not None and len(self._known) < whole:
@@ -51,7 +61,9 @@ class Journal:
         the run: a resumed step samples these rollouts again."""
         if not self._pending:
             return
-        lines = [json_line(_to_json(rollout), compact=True) for rollout in self._pending]
+        lines = [
+            json_line(_to_json(rollout, self._redact), compact=True) for rollout in self._pending
+        ]
         self._pending = []
         data = b"".join([*lines, b'{"commit":true}\n'])
         with suppress(OSError):
@@ -64,17 +76,25 @@ class Journal:
 
 
 class JournalFolder:
-    """Journals of the steps that a resume might start from. ``whole``: see Journal. The later turns of a rollout are decoded
+    """Journals of the steps that a resume might start from. ``whole`` and ``redact``: see Journal. The later turns of a rollout are decoded
     in the company of the others; in less company its numbers would not be the same to the last bit."""
 
-    def __init__(self, folder: Path, *, whole: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, whole: int | None = None, redact: Redactor | None = None
+    ) -> None:
         self._folder = folder
         self._whole = whole
+        self._redact = redact
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def open(self, step: int) -> Journal:
         """The journal of a step (from 1), whose rollouts come from the policy after ``step - 1`` updates."""
-        return Journal(self._folder / f"step-{step:06d}.jsonl", version=step - 1, whole=self._whole)
+        return Journal(
+            self._folder / f"step-{step:06d}.jsonl",
+            version=step - 1,
+            whole=self._whole,
+            redact=self._redact,
+        )
 
     def forget(self, *, keep: set[int]) -> None:
         """Delete the journals of all steps but these: only a step that follows a checkpoint can be resumed."""
@@ -84,15 +104,15 @@ class JournalFolder:
                 path.unlink(missing_ok=True)
 
 
-def _to_json(rollout: Rollout) -> dict[str, Any]:
+def _to_json(rollout: Rollout, redact: Redactor) -> dict[str, Any]:
     return {
         "prompt_id": rollout.prompt_id,
         "index": rollout.index,
         "status": rollout.status,
         "end_reason": rollout.end_reason,
-        "error": rollout.error,
+        "error": redact.data(rollout.error),
         "unanswered_token_ids": rollout.unanswered_token_ids,
-        "messages": rollout.messages,
+        "messages": redact.data(rollout.messages),
         "turns": [
             {
                 "observation_token_ids": turn.observation_token_ids,

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from rnow.disk.files import json_line, replace_file, unused
+from rnow.text.install import install_command
+from rnow.text.redact import Redactor
 
 Warn = Callable[[str], None]
 Row = dict[str, Any]
@@ -56,18 +58,28 @@ class JsonlSink:
         metrics, evaluations: the files; their folder must exist.
         settings: kept with each evaluation: those with the same one can be compared (``plan.changes.measurement``).
         warn: called once when the metrics cannot be written, and once more when they can again.
+        redact: takes the secrets out of the names of metrics and evaluations.
     """
 
-    def __init__(self, metrics: Path, evaluations: Path, *, warn: Warn, settings: str = "") -> None:
+    def __init__(
+        self,
+        metrics: Path,
+        evaluations: Path,
+        *,
+        warn: Warn,
+        settings: str = "",
+        redact: Redactor | None = None,
+    ) -> None:
         self._metrics = metrics
         self._evaluations = evaluations
         self._warn = warn
         self._settings = settings
+        self._redact = redact or Redactor()
         self._failing = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.log``. A full disk loses the line, not the run."""
-        line = json_line({"step": step, **metrics})
+        line = json_line(self._redact.data({"step": step, **metrics}, keys=True))
         try:
             _append_whole(self._metrics, line)
         except OSError as error:
@@ -87,8 +99,9 @@ class JsonlSink:
                 the next start measures it again.
         """
         settings = {"settings": self._settings} if self._settings else {}
+        row = self._redact.data({"name": name, "step": step, **metrics}, keys=True)
         with self._evaluations.open("ab") as file:
-            file.write(json_line({"name": name, "step": step, **settings, **metrics}))
+            file.write(json_line(row | settings))
 
     def forget_from(self, step: int) -> None:
         """See ``Sink.forget_from``. A file is replaced in one piece; one with lines that cannot be read is kept aside."""
@@ -155,6 +168,7 @@ class WandbSink:
         config: the resolved config, secrets already redacted by the caller.
         dir: where W&B keeps its files (it makes a ``wandb`` folder there).
         run_id: makes a resumed run continue the same W&B run.
+        redact: takes the secrets out of the names of metrics and evaluations.
         warn: called with one line when something fails; from then on this sink does nothing.
     """
 
@@ -167,8 +181,10 @@ class WandbSink:
         *,
         run_id: str | None = None,
         warn: Warn,
+        redact: Redactor | None = None,
     ) -> None:
         self._warn = warn
+        self._redact = redact or Redactor()
         self._over = False
         self._unsent: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MAX_UNSENT)
         self._started = threading.Event()
@@ -192,7 +208,7 @@ class WandbSink:
         if self._over:
             return
         try:
-            self._unsent.put_nowait((step, dict(metrics)))
+            self._unsent.put_nowait((step, self._redact.data(dict(metrics), keys=True)))
         except queue.Full:
             self._give_up("stopped accepting metrics", f"{MAX_UNSENT} steps are not sent")
 
@@ -229,7 +245,7 @@ class WandbSink:
         except ImportError:
             self._over = True
             self._warn(
-                "wandb_project is set but wandb is not installed: pip install 'rnow-local[wandb]'"
+                f"wandb_project is set but wandb is not installed: {install_command('wandb')}"
             )
         except Exception as error:
             self._give_up(doing, str(error))
@@ -247,7 +263,13 @@ class WandbSink:
                 "send it later with `wandb sync`"
             )
         settings = wandb.Settings(
-            console="off", silent=True, disable_git=True, save_code=False, init_timeout=30
+            console="off",
+            silent=True,
+            disable_git=True,
+            save_code=False,
+            init_timeout=30,
+            # The command line, with every override on it, would be in W&B's metadata.
+            x_disable_meta=True,
         )
         return wandb.init(**arguments, mode=mode, settings=settings)  # pyright: ignore[reportArgumentType]
 

@@ -21,6 +21,7 @@ from rnow.algorithm.batching import at_loss_tokens
 from rnow.algorithm.records import StepData
 from rnow.disk.answers import rollout_fields
 from rnow.disk.files import json_line
+from rnow.text.redact import Redactor
 from rnow.types import Prompt, RewardResult, Rollout
 
 
@@ -30,11 +31,11 @@ class TranscriptWriter:
     Args:
         folder: made when the first step is written.
         decode: token ids to text.
-        redact: replaces secrets in a text.
+        redact: takes the secrets out.
     """
 
     def __init__(
-        self, folder: Path, *, decode: Callable[[Sequence[int]], str], redact: Callable[[str], str]
+        self, folder: Path, *, decode: Callable[[Sequence[int]], str], redact: Redactor
     ) -> None:
         self._folder = folder
         self._decode = decode

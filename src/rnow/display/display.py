@@ -73,6 +73,38 @@ class QuietDisplay:
     def close(self) -> None: ...
 
 
+class RedactingDisplay:
+    """Another display, with the secrets taken out of all that it is told."""
+
+    def __init__(self, display: Display, redact: Callable[[str], str]) -> None:
+        self._display = display
+        self._redact = redact
+
+    def start(self, plan_lines: Sequence[str]) -> None:
+        self._display.start([self._redact(line) for line in plan_lines])
+
+    def stage(self, name: str) -> None:
+        self._display.stage(self._redact(name))
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self._display.step(step, total, metrics)
+
+    def note(self, text: str) -> None:
+        self._display.note(self._redact(text))
+
+    def warn(self, text: str) -> None:
+        self._display.warn(self._redact(text))
+
+    def evaluation(self, name: str, results: Mapping[str, float]) -> None:
+        self._display.evaluation(name, results)
+
+    def finish(self, lines: Sequence[str]) -> None:
+        self._display.finish([self._redact(line) for line in lines])
+
+    def close(self) -> None:
+        self._display.close()
+
+
 class Harmless:
     """A display of which no fault reaches the loop: what it cannot show is left out, and the log says so once."""
 

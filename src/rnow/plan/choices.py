@@ -11,6 +11,7 @@ from rnow.config import Config, TeacherSection
 from rnow.models.loading import choose_device
 from rnow.models.shape import ModelShape
 from rnow.serving.server import VISIBLE
+from rnow.text.install import install_command
 
 SMALL_TEACHER = 10**9
 """Parameters up to which a teacher that transformers runs answers the held-out prompts too."""
@@ -62,7 +63,7 @@ def slow_paths(config: Config) -> list[str]:
     if device.type == "cuda" and embedded:
         found.append(
             "the student samples with transformers, several times slower than vLLM, since vLLM is not installed: "
-            "pip install 'rnow-local[vllm]' -c constraints-cuda.txt, or set sampler.backend: transformers if that is meant"
+            f"{install_command('vllm')}, or set sampler.backend: transformers if that is meant"
         )
     return found
 

@@ -144,6 +144,7 @@ class Plan:
     max_total_tokens: int
     vocabulary: int
     stop_ids: tuple[int, ...]
+    stop_texts: tuple[str, ...]
     trainable_parameters: int
     devices: tuple[DevicePlan, ...]
     checkpoint_bytes: int
@@ -196,12 +197,13 @@ def build_plan(
     data, trainer = config.data, config.trainer
     per_step = data.batch_size * data.group_size
     rollouts = prepared.num_steps * per_step
-    completion = _completion_tokens(prepared)
     shapes, adapter = measure(prepared)
     models = _model_plans(prepared, shapes)
     placed = {name: model.device for name, model in models.items()}
-    known = devices or {}
-    layout = _Layout(prepared, shapes, adapter, placed, completion, known)
+    layout = _Layout(
+        prepared=prepared, shapes=shapes, adapter=adapter, placed=placed, known=devices or {}
+    )
+    completion = layout.completion
     checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
@@ -223,6 +225,7 @@ def build_plan(
         max_total_tokens=rollouts * completion,
         vocabulary=rendered.vocabulary,
         stop_ids=rendered.stop_ids,
+        stop_texts=tuple(rendered.tokenizer.decode([token]) for token in rendered.stop_ids),
         trainable_parameters=adapter,
         devices=_device_plans(layout, may_take_turns(config)),
         checkpoint_bytes=checkpoint,
@@ -366,17 +369,21 @@ def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[s
     return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """What the plans of all devices are made from. ``adapter`` is what the student trains, ``placed`` is the device of each role's model, ``known`` the memory of some
-    devices."""
+    """What the plans of all devices are made from. ``adapter`` is what the student trains, ``placed`` the device of each
+    role's model, ``known`` the memory of some devices."""
 
     prepared: Prepared
     shapes: Mapping[str, ModelShape]
     adapter: int
     placed: Mapping[str, str]
-    completion: int
     known: Mapping[str, DeviceInfo]
+
+    @property
+    def completion(self) -> int:
+        """Tokens that a rollout may have at most."""
+        return _completion_tokens(self.prepared)
 
     def info(self, device: str) -> DeviceInfo:
         """A device's memory: as known, or as it is now."""

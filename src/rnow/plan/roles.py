@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rnow.config import Config, ModelSection, SamplerSection, TeacherSection
+from rnow.errors import ModelError
 from rnow.models.loading import Quantization, choose_device, choose_dtype, stored_quantization
 from rnow.models.resolved import ResolvedModel
 from rnow.plan.choices import sampler_backend, teacher_backend
@@ -65,7 +66,11 @@ class Role:
     @property
     def device(self) -> torch.device:
         """Where it is loaded. Raises ModelError for a device that does not exist."""
-        return choose_device(self.section.device)
+        try:
+            return choose_device(self.section.device)
+        except ModelError as error:
+            error.where = f"{self.key}.device"
+            raise
 
     @property
     def dtype(self) -> torch.dtype:

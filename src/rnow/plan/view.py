@@ -70,7 +70,11 @@ def _facts(plan: Plan) -> Table:
         f"{plan.rollouts:,} of at most {plan.completion_tokens:,} tokens "
         f"({_count(plan.max_total_tokens)} together); window {plan.window:,}",
     )
-    row("stops at", ", ".join(map(str, plan.stop_ids)) or "the length limit only")
+    stops = zip(plan.stop_ids, plan.stop_texts, strict=True)
+    row(
+        "stops at",
+        ", ".join(f"{text} ({token})" for token, text in stops) or "the length limit only",
+    )
     row("run folder", plan.run_dir)
     return table
 

@@ -70,7 +70,7 @@ class Dataset:
             f"data.batch_size is {batch_size}, but there {'is' if count == 1 else 'are'} only {count} {noun} "
             f"to train on{held}",
             title="Batch larger than the dataset",
-            where="config.yml (data.batch_size)",
+            where="data.batch_size",
             why="a step takes batch_size different prompts",
             fix=f"set data.batch_size to {count} or less, or add rows" if count else "add rows",
         )
@@ -83,7 +83,7 @@ class Dataset:
             f"data.val_split holds out {held} of {count + held} prompts, and {count} left to train on are fewer than "
             f"data.batch_size ({batch_size})",
             title="Batch larger than the dataset",
-            where="config.yml (data.val_split)",
+            where="data.val_split",
             why="a step takes batch_size different prompts",
             fix=f"{less}, set data.batch_size to {count} or less, or add rows",
         )

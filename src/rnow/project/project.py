@@ -10,8 +10,9 @@ from rnow.config import Config
 from rnow.errors import InputError
 from rnow.project.dataset import Dataset, load_dataset
 from rnow.project.rows import RowRules
-from rnow.project.secrets import load_secrets
+from rnow.project.secrets import load_secrets, reading_redactor, writing_redactor
 from rnow.project.user_code import load_rewards
+from rnow.text.redact import Redactor
 from rnow.text.user_files import is_present
 from rnow.usercode.functions import FunctionInfo
 
@@ -21,13 +22,16 @@ TOOLS_FILE = "tools.py"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
     """What a folder holds beside its config: prompts, reward functions by name, and secrets by name. ``agentic``: the
-    student has tools."""
+    student has tools. ``redact`` takes every secret out of what is written and shown, ``redact_read`` those out of what the
+    student reads that are plainly one."""
 
     folder: Path
     dataset: Dataset
     rewards: Mapping[str, FunctionInfo] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     agentic: bool = False
+    redact: Redactor = field(default_factory=Redactor, repr=False)
+    redact_read: Redactor = field(default_factory=Redactor, repr=False)
 
 
 def is_agentic(folder: Path, config: Config) -> bool:
@@ -82,5 +86,11 @@ def load_project(folder: Path, config: Config, *, tools: Collection[str] = ()) -
         shuffle=data.shuffle,
     )
     return Project(
-        folder=folder, dataset=dataset, rewards=rewards, secrets=secrets, agentic=agentic
+        folder=folder,
+        dataset=dataset,
+        rewards=rewards,
+        secrets=secrets,
+        agentic=agentic,
+        redact=writing_redactor(secrets, config),
+        redact_read=reading_redactor(secrets, config),
     )

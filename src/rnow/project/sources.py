@@ -18,7 +18,7 @@ from rnow.text.user_files import is_present, open_regular, read_regular
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
-_KEY = "config.yml (data.train_file)"
+_KEY = "data.train_file"
 
 
 def read_source(source: DatasetSource, rules: RowRules, base_dir: Path) -> RowFile:

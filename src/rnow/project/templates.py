@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rnow.errors import InputError
+from rnow.text.install import install_command
 from rnow.text.suggest import closest
 
 _CONFIG = "config.yml"
@@ -27,6 +28,16 @@ class Template:
     name: str
     folder: Path
     description: str
+
+    def setup_commands(self) -> list[str]:
+        """What to type before the project can run, from the first comments of its requirements.txt."""
+        path = self.folder / "requirements.txt"
+        if not path.is_file():
+            return []
+        text = path.read_text(encoding="utf-8")
+        extras = [install_command(name) for name in re.findall(r"rnow's extra (\w+)", text)]
+        after = re.findall(r"^# then: (.+)$", text, re.MULTILINE)
+        return [*extras, "pip install -r requirements.txt", *after]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +67,7 @@ def templates_folder() -> Path:
     raise InputError(
         "the templates are missing from this installation of rnow",
         where=str(package / "_templates"),
-        fix="install rnow-local again",
+        fix="install rnow again, from a clone: pip install .",
     )
 
 

@@ -76,7 +76,7 @@ class EngineBackend(Backend):
         except Refused as error:
             self.stop()
             raise ModelError(
-                "vLLM cannot serve this model", why=str(error), details=[f"log: {log}"]
+                "vLLM cannot serve this model", why=error.message, details=[f"log: {log}"]
             ) from error
         except BaseException:
             self.stop()

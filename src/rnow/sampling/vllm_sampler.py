@@ -160,7 +160,9 @@ class VllmSampler:
                 restart=lambda starts, down: self._on_control(lambda: self._recover(starts, down)),
             )
         except Refused as error:
-            raise InputError(f"{self._backend.name} refused a request", why=str(error)) from error
+            raise InputError(
+                f"{self._backend.name} refused a request", why=error.message
+            ) from error
         finally:
             self._drawing -= 1
 
@@ -230,11 +232,11 @@ class VllmSampler:
                 self._check_base()
             except ServerDown as down:
                 raise self._fail(
-                    ModelError(str(down), title="vLLM is not there", details=_causes(down))
+                    ModelError(down.message, title="vLLM is not there", details=_causes(down))
                 ) from down
             except Refused as error:
                 raise self._fail(
-                    ModelError(f"{self._backend.name} refuses us", why=str(error))
+                    ModelError(f"{self._backend.name} refuses us", why=error.message)
                 ) from error
             except RnowError as error:
                 self._failure = error
@@ -274,7 +276,7 @@ class VllmSampler:
             self._backend.stop()
         except Refused as error:
             raise self._fail(
-                TemporaryError(f"{self._backend.name} does not go to sleep", why=str(error))
+                TemporaryError(f"{self._backend.name} does not go to sleep", why=error.message)
             ) from error
         self._asleep = True
 
@@ -345,10 +347,10 @@ class VllmSampler:
         if self._asleep and self._held:
             return TemporaryError(
                 f"{self._backend.name} does not come back from its sleep",
-                why=str(error),
+                why=error.message,
                 fix=f"{SAME_COMMAND}: it continues from the last checkpoint",
             )
-        return ModelError(f"{self._backend.name} cannot load the adapter", why=str(error))
+        return ModelError(f"{self._backend.name} cannot load the adapter", why=error.message)
 
     def _wrong_adapter(self, gap: Gap) -> RnowError:
         what = (

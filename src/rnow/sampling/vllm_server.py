@@ -101,7 +101,7 @@ class ServerBackend(Backend):
             run_anywhere(swap())
         except Refused as error:
             raise Refused(
-                f"{error}. The server must see the folder {adapter.folder} under this very path, and must have been "
+                f"{error.message}. The server must see the folder {adapter.folder} under this very path, and must have been "
                 "started with --enable-lora, a --max-lora-rank no smaller than the adapter's, and the environment "
                 "variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
             ) from error

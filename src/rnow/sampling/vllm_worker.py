@@ -79,9 +79,9 @@ class Worker:
             async with self._gate.shared() if op == "draw" else self._gate.alone():
                 answer = {"ok": await getattr(self._engine, op)(request)}
         except Refused as error:
-            answer = {"refused": str(error)}
+            answer = {"refused": error.message}
         except ServerDown as error:
-            answer = {"gone": str(error)}
+            answer = {"gone": error.message}
             self._dead.set()
         except Exception as error:  # whatever it is, the trainer waits for an answer
             traceback.print_exc()
@@ -298,7 +298,7 @@ async def main(descriptor: int) -> None:
         engine = VllmEngine(first["arguments"])
         await engine.mask_padding(first["vocabulary"])
     except Refused as error:
-        send(writer, {"id": first["id"], "refused": str(error)})
+        send(writer, {"id": first["id"], "refused": error.message})
         await writer.drain()
         return
     except Exception as error:

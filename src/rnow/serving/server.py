@@ -16,6 +16,7 @@ from rnow import progress
 from rnow.errors import ModelError, RnowError
 from rnow.processes.process import ManagedProcess, ProcessFailed, StartFailed, free_port
 from rnow.serving.client import VllmClient
+from rnow.text.install import install_command
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 900.0
@@ -42,7 +43,7 @@ def require_vllm(where: str) -> None:
         raise ModelError(
             "vLLM is not installed in this environment",
             where=where,
-            fix="pip install 'rnow-local[vllm]', or set the backend to transformers",
+            fix=f"{install_command('vllm')}, or set the backend to transformers",
         )
     version = vllm_version()
     known = re.match(r"(\d+)\.(\d+)", version or "")
@@ -51,7 +52,7 @@ def require_vllm(where: str) -> None:
             f"vLLM {version} is too old: rnow needs {'.'.join(map(str, OLDEST))} or newer",
             where=where,
             why="before that its block tables lie in the memory that sleeping discards, and it draws from wrong weights after",
-            fix="pip install 'rnow-local[vllm]' -c constraints-cuda.txt, or set the backend to transformers",
+            fix=f"{install_command('vllm')}, or set the backend to transformers",
         )
 
 

@@ -14,9 +14,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rnow.config import Config, to_yaml
+from rich.console import Console
+
+from rnow.config import Config, dump_yaml
 from rnow.config.keys import Reader
 from rnow.config.schema import KEYS
 from rnow.disk.answers import AnswerFiles
@@ -31,7 +33,7 @@ from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
 from rnow.disk.sinks import JsonlSink, Sink, WandbSink, read_rows
 from rnow.disk.transcripts import TranscriptWriter
-from rnow.display.display import Display, QuietDisplay
+from rnow.display.display import Display, QuietDisplay, RedactingDisplay, build_display
 from rnow.errors import SAME_COMMAND, ConfigError, InputError, StopRequested, TemporaryError
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
@@ -39,6 +41,7 @@ from rnow.plan.choices import sampler_backend, slow_paths, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
+from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Tokenizer
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
@@ -53,12 +56,12 @@ from rnow.setup.facts import (
     closing_lines,
     header_lines,
     redacted_config,
+    repeat,
 )
 from rnow.setup.usercode import (
     UserCode,
     build_episodes,
     open_user_code,
-    redactor,
     rollout_settings,
     single_turns,
 )
@@ -89,10 +92,13 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
     Raises:
         InputError: what is wrong.
     """
-    prepared = prepare(config, Path(folder), weights=False)
-    run_folder = prepared.run_folder()
-    run_folder.check_writable()
-    return build_plan(prepared, run_dir=run_folder.path)
+    _refuse_other(config)
+    with writing_redactor(load_secrets(Path(folder)), config).errors():
+        prepared = prepare(config, Path(folder), weights=False)
+        run_folder = prepared.run_folder()
+        run_folder.check_writable()
+        plan = build_plan(prepared, run_dir=run_folder.path)
+    return prepared.project.redact.data(plan)
 
 
 def run(
@@ -100,24 +106,48 @@ def run(
     *,
     folder: str | Path = ".",
     fresh: bool = False,
-    display: Display | None = None,
+    display: Display | Literal["auto"] | None = None,
 ) -> RunSummary:
     """Train, or continue training, the project in ``folder``.
 
     Args:
         fresh: start over in a new run folder instead of continuing.
-        display: told what happens; nothing is shown by default.
+        display: told what happens; ``"auto"`` shows what `rnow run` shows. Nothing is shown by default.
 
     Raises:
         InputError: bad input, before training; nothing was written.
         StopRequested: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
         TemporaryError: a fault outside the run; the state is saved.
     """
-    display = display or QuietDisplay()
+    _refuse_other(config)
+    redact = writing_redactor(load_secrets(Path(folder)), config)
+    with redact.errors():
+        if display != "auto":
+            shown = RedactingDisplay(display or QuietDisplay(), redact)
+            return _run(config, folder=Path(folder), fresh=fresh, display=shown)
+        own = RedactingDisplay(build_display(Console()), redact)
+        try:
+            return _run(config, folder=Path(folder), fresh=fresh, display=own)
+        finally:
+            own.close()
+
+
+def _refuse_other(config: object) -> None:
+    if not isinstance(config, Config):
+        given = f"the text {config!r}" if isinstance(config, str) else type(config).__name__
+        path = repr(config) if isinstance(config, str) else "'config.yml'"
+        raise ConfigError(
+            f"a run takes a Config, not {given}",
+            title="Not a config",
+            fix=f"from rnow import Config, run; run(Config.from_file({path}))",
+        )
+
+
+def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunSummary:
     quiet_libraries()
     display.stage("checking")
     prepared = replace(
-        prepare(config, Path(folder), weights=True, fresh=fresh),
+        prepare(config, folder, weights=True, fresh=fresh),
         warn=display.warn,
     )
     _tell(prepared, display)
@@ -134,6 +164,7 @@ def run(
         display.note(
             f"this run is finished already{steps} ({run_folder.path}); --fresh starts over"
         )
+        repeat(finished, display)
         return RunSummary(values=finished)
     run_folder.check_writable()
     try:
@@ -359,8 +390,7 @@ class _Run:
             saved = checkpoint.state.get("counters", {})
             recorder.completion_tokens = int(saved.get("completion_tokens", 0))
             self._started -= float(saved.get("seconds", 0.0))
-        text = redactor(self._prepared)(to_yaml(self._config))
-        replace_file(self._folder.config, text.encode())
+        replace_file(self._folder.config, dump_yaml(redacted_config(self._prepared)).encode())
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
         try:
             await train(self._build_parts(backends, recorder, saver, journals, code), done)
@@ -388,11 +418,12 @@ class _Run:
             lambda: self._display.note("the run is done; Ctrl-C once more leaves at once")
         )
         answers = answer_lines(self._folder, self._answers(), recorder.evaluations())
-        self._display.finish([*answers, *closing_lines(self._folder.adapter)])
+        closing = closing_lines(self._folder.adapter.resolve())
+        self._display.finish([*answers, *closing])
         return RunSummary(values=values)
 
     def _answers(self) -> AnswerFiles:
-        return AnswerFiles(self._folder.answers, redactor(self._prepared))
+        return AnswerFiles(self._folder.answers, self._prepared.project.redact)
 
     def _counters(self, recorder: Recorder) -> dict[str, float]:
         """Totals of the whole run, earlier attempts included."""
@@ -487,20 +518,27 @@ class _Run:
 
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note
-        redact = redactor(self._prepared)
+        redact, redact_names = self._prepared.project.redact, self._prepared.project.redact_read
         settings = changes.measurement(json.loads(to_json(self._facts)), _readers(self._prepared))
         sinks: list[Sink] = [
-            JsonlSink(folder.metrics, folder.evaluations, warn=note, settings=settings)
+            JsonlSink(
+                folder.metrics,
+                folder.evaluations,
+                warn=note,
+                settings=settings,
+                redact=redact_names,
+            )
         ]
         if self._config.wandb_project is not None:
             sinks.append(
                 WandbSink(
-                    self._config.wandb_project,
-                    self._config.wandb_name or folder.path.name,
+                    redact_names(self._config.wandb_project),
+                    redact_names(self._config.wandb_name or folder.path.name),
                     redacted_config(self._prepared),
                     folder.path,
                     run_id=folder.wandb_id(),
                     warn=note,
+                    redact=redact_names,
                 )
             )
         decode = self._prepared.rendered.tokenizer.decode
@@ -520,7 +558,8 @@ class _Run:
         embedded = sampler_backend(self._config) == "transformers"
         in_company = self._prepared.project.agentic and embedded
         whole = data.batch_size * data.group_size if in_company else None
-        return JournalFolder(self._folder.journal, whole=whole)
+        redact = self._prepared.project.redact_read
+        return JournalFolder(self._folder.journal, whole=whole, redact=redact)
 
     def _build_parts(
         self,

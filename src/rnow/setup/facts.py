@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rnow.config import config_hash, to_dict
 from rnow.disk.answers import AnswerFiles
-from rnow.disk.files import map_text, sha256_of
+from rnow.disk.files import sha256_of
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import read_rows
+from rnow.display.display import Display
 from rnow.display.terminal import one_line
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import config_fingerprint, weights_fingerprint
@@ -24,7 +26,6 @@ from rnow.project.modules import imported_modules
 from rnow.project.project import TOOLS_FILE
 from rnow.setup.backends import Backends
 from rnow.setup.objective import build_objective
-from rnow.setup.usercode import redactor
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
@@ -41,9 +42,10 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
     import torch
 
     folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
+    redact = prepared.project.redact
     models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
     for role, model in prepared.models.items():
-        models |= {role: model.resolved.path, f"{role}_revision": model.resolved.revision}
+        models |= {role: redact(model.resolved.path), f"{role}_revision": model.resolved.revision}
         models |= {f"{role}_config": config_fingerprint(model.resolved.local_dir)}
         # Of a model at a server the weights here, if any, are not those that run.
         here = model.role.trained or model.role.serving.url is None
@@ -60,7 +62,7 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
         "rewards_modules": _hash_modules(folder / "rewards.py"),
         "tools_hash": _hash_of(folder / TOOLS_FILE) if prepared.project.agentic else None,
         "tools_modules": _hash_modules(folder / TOOLS_FILE) if prepared.project.agentic else {},
-        "tools": prepared.tools,
+        "tools": redact.data(prepared.tools),
         "threads": torch.get_num_threads(),
         "template_date": _isoformat(prepared.rendered.template_date),
         "versions": versions(),
@@ -82,7 +84,7 @@ def _hash_of(file: Path) -> str | None:
 
 def redacted_config(prepared: Prepared) -> dict[str, object]:
     """The resolved config without the project's secrets."""
-    return map_text(to_dict(prepared.config), redactor(prepared))
+    return prepared.project.redact.data(to_dict(prepared.config))
 
 
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:
@@ -152,9 +154,44 @@ def closing_lines(adapter: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """The outcome of ``rnow run``. ``values`` is the content of summary.json."""
+    """The outcome of ``rnow run``. ``values`` is the content of summary.json, of which the properties are a part."""
 
-    values: Mapping[str, object]
+    values: Mapping[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.values["run_dir"])
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter, as PEFT loads it."""
+        return Path(self.values["adapter"])
+
+    @property
+    def steps(self) -> int:
+        """Steps trained, those of earlier attempts included."""
+        return self.values["steps"]
+
+    @property
+    def teacher_kl(self) -> Mapping[str, Any]:
+        """``first`` and ``last``: means over so many steps as ``averaged_steps`` says, None without a teacher."""
+        return self.values["teacher_kl"]
+
+    @property
+    def evaluation(self) -> Mapping[str, Any]:
+        """``before``, ``after`` and ``teacher``, each None where it was not evaluated."""
+        return self.values["evaluation"]
+
+
+def repeat(values: Mapping[str, Any], display: Display) -> None:
+    """Show the result of a finished run once more."""
+    evaluation = values.get("evaluation")
+    for name, row in evaluation.items() if isinstance(evaluation, Mapping) else ():
+        if isinstance(row, Mapping):
+            numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+            display.evaluation(name, numbers)
+    display.finish(closing_lines(Path(str(values.get("adapter")))))
 
 
 def build_values(
@@ -170,7 +207,7 @@ def build_values(
     """Collect summary.json.
 
     ``teacher_kl`` first and last are means over the first and last tenth of the steps (at least one): a single step is
-    a handful of rollouts.
+    a handful of rollouts; ``averaged_steps`` says how many. Paths are absolute.
     """
     kls = (row.get("teacher_kl") for row in read_rows(folder.metrics))
     series = [kl for kl in kls if kl is not None]
@@ -178,12 +215,16 @@ def build_values(
     last = {row["name"]: {key: row[key] for key in row if key != "name"} for row in evaluations}
     return {
         "status": "finished",
-        "run_dir": str(folder.path),
-        "adapter": str(folder.adapter),
+        "run_dir": str(folder.path.resolve()),
+        "adapter": str(folder.adapter.resolve()),
         "steps": steps,
         "wall_seconds": round(counters["seconds"], 2),
         "completion_tokens": int(counters["completion_tokens"]),
-        "teacher_kl": {"first": _mean(series[:tenth]), "last": _mean(series[-tenth:])},
+        "teacher_kl": {
+            "first": _mean(series[:tenth]),
+            "last": _mean(series[-tenth:]),
+            "averaged_steps": min(tenth, len(series)),
+        },
         "evaluation": {
             "before": last.get(BEFORE),
             "after": last.get(AFTER),

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,13 +15,14 @@ from rich.table import Table
 
 from rnow.config import Config
 from rnow.core.messages import message_text
-from rnow.disk.files import map_text, to_json
+from rnow.disk.files import to_json
 from rnow.disk.folder import check_place
 from rnow.display.terminal import escape_control, shorten
 from rnow.errors import InputError, RnowError, StopRequested
 from rnow.models.adapter import TrainedAdapter, find_adapter
 from rnow.models.loading import quiet_libraries
 from rnow.plan.prepare import Prepared, prepare
+from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import failures
@@ -32,10 +32,10 @@ from rnow.setup.models import answer_as_trained, answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
     open_user_code,
-    redactor,
     rollout_settings,
 )
 from rnow.tasks import run_anywhere
+from rnow.text.redact import Redactor
 from rnow.training.metrics import reward_metrics, rollout_metrics
 from rnow.training.signals import StopFlag
 from rnow.types import EndReason, Message, Prompt, RewardResult, Rollout, RolloutGroup
@@ -46,7 +46,6 @@ SHOWN = 4000
 _ROLLOUT = re.compile(r"rollout_[0-9]+")
 _SAMPLE = re.compile(r"sample_[0-9]+\.json")
 
-Redact = Callable[[str], str]
 Rewards = Mapping[str, RewardResult]
 Scored = tuple[Sequence[RolloutGroup], Rewards]
 
@@ -87,9 +86,19 @@ def rehearse(
         InputError: the project is not usable, a row does not exist, or something else stands where rollouts go.
         StopRequested: Ctrl-C or SIGTERM; what an earlier call wrote is still there.
     """
-    console = console or Console()
+    with writing_redactor(load_secrets(Path(folder)), config).errors():
+        return _rehearse(config, Path(folder), limit, rows, verbose, console or Console())
+
+
+def _rehearse(
+    config: Config,
+    folder: Path,
+    limit: int | None,
+    rows: Sequence[int] | None,
+    verbose: bool,
+    console: Console,
+) -> Rehearsal:
     quiet_libraries()
-    folder = Path(folder)
     places = (folder, folder / config.output_dir, Path())
     trained = find_adapter(config.model.path, key="model.path", places=places)
     if trained is not None:
@@ -103,7 +112,7 @@ def rehearse(
         console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
     stop = StopFlag()
     sampler = _load(prepared, trained, console, stop.poll)
-    redact = redactor(prepared)
+    redact = prepared.project.redact
     try:
         with (
             stop.watch(lambda: console.print("stopping ...")),
@@ -133,12 +142,15 @@ def _with_base(config: Config, trained: TrainedAdapter) -> Config:
 def _prepare(config: Config, folder: Path, console: Console) -> Prepared:
     with console.status("checking ..."):
         prepared = prepare(config, folder, weights=True, training=False)
-    prepared = replace(prepared, warn=partial(_tell, console, mark="[yellow]warning:[/] "))
+    redact = prepared.project.redact
+    prepared = replace(
+        prepared, warn=lambda text: _tell(console, redact(text), mark="[yellow]warning:[/] ")
+    )
     for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
         prepared.warn(warning)
     tell_of_alterations(prepared.rendered.tokenizer, prepared.warn)
     for notice in prepared.notices:
-        _tell(console, notice)
+        _tell(console, redact(notice))
     return prepared
 
 
@@ -153,7 +165,8 @@ def _load(
         if trained is None:
             return answer_with(prepared, student, poll)
         sampler = answer_as_trained(prepared, student, trained, poll)
-    _tell(console, f"the student is {prepared.student.resolved.name} with {trained.folder}")
+    told = f"the student is {prepared.student.resolved.name} with {trained.folder}"
+    _tell(console, prepared.project.redact(told))
     return sampler
 
 
@@ -161,7 +174,7 @@ def _tell(console: Console, text: str, *, mark: str = "") -> None:
     console.print(f"{mark}{escape(escape_control(text))}", soft_wrap=True, highlight=False)
 
 
-def _failing(rewards: Rewards, redact: Redact) -> RnowError | None:
+def _failing(rewards: Rewards, redact: Redactor) -> RnowError | None:
     found = failures(rewards.values())
     if not found:
         return None
@@ -261,7 +274,7 @@ def _write(
     groups: Sequence[RolloutGroup],
     rewards: Rewards,
     success_reward: float,
-    redact: Redact,
+    redact: Redactor,
 ) -> None:
     for old in _earlier(target):
         shutil.rmtree(old)
@@ -272,21 +285,21 @@ def _write(
             # Redacted before it becomes JSON, which writes a quote or a newline in a secret differently.
             reward = rewards.get(rollout.id)
             record = rollout_record(group.prompt, rollout, reward, success_reward)
-            record = map_text(record, redact)
+            record = redact.data(record)
             # A lone surrogate, which UTF-8 cannot hold, becomes its own escape in JSON.
             (folder / f"sample_{count}.json").write_text(
                 to_json(record, indent=2) + "\n", encoding="utf-8", errors="backslashreplace"
             )
 
 
-def _shown(value: object, redact: Redact) -> str:
+def _shown(value: object, redact: Redactor) -> str:
     """Anything as text that is safe on a terminal, in rich's markup; of a long one the beginning."""
     # Redacted first: a cut could leave half of a secret.
-    return escape(escape_control(shorten(str(map_text(value, redact)), SHOWN)))
+    return escape(escape_control(shorten(str(redact.data(value)), SHOWN)))
 
 
 def _conversations(
-    groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redact
+    groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redactor
 ) -> Iterator[str]:
     for group in groups:
         yield f"[bold]{_shown(group.prompt.id, redact)}[/]"
@@ -319,7 +332,7 @@ _ENDINGS: Mapping[EndReason, str] = {
 }
 
 
-def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str]:
+def _message_lines(message: Message, index: int, redact: Redactor) -> Iterator[str]:
     text = _shown(message.get("content") or "", redact)
     if message["role"] == "tool":
         color = "red" if message.get("failed") else "yellow"
@@ -339,7 +352,7 @@ def _message_lines(message: Message, index: int, redact: Redact) -> Iterator[str
         yield f"  [green]{message['role']} #{index}[/] calls {name}({_shown(arguments, redact)})"
 
 
-def _table(groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redact) -> Table:
+def _table(groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redactor) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True, ratio=2)
     table.add_column("first answer", overflow="ellipsis", no_wrap=True, ratio=2)

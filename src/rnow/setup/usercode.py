@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,6 @@ from rnow.tools.toolbox import Toolbox
 from rnow.types import Prompt, Purpose
 from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import MAX_CONTAINERS, Sandboxes
-from rnow.usercode.text import redact
 
 
 def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -> RolloutSettings:
@@ -159,9 +158,3 @@ def build_episodes(prepared: Prepared, code: UserCode) -> Episodes:
         termination_policy=rollout.termination_policy,
         release=None if code.sandboxes is None else code.sandboxes.release,
     )
-
-
-def redactor(prepared: Prepared) -> Callable[[str], str]:
-    """Takes the project's secrets out of a text."""
-    secrets = prepared.project.secrets
-    return partial(redact, secrets=secrets) if secrets else str

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from rnow.config import TeacherSection
+from rnow.config import TeacherSection, full_address
 from rnow.disk.folder import RunFolder
 from rnow.errors import ModelError
 from rnow.models.loading import CausalLM, take_apart
@@ -40,7 +40,7 @@ def start_vllm_sampler(
     if section.url is not None:
         backend = ServerBackend(
             settings,
-            url=section.url,
+            url=full_address(section.url),
             api_key=prepared.secret("RNOW_SAMPLER_API_KEY"),
             served_model=section.served_model,
         )
@@ -109,7 +109,7 @@ async def start_vllm_teacher(
     top_k = build_objective(prepared.config).needs.top_k
     if section.url is not None:
         teacher = VllmTeacher.served(
-            section.url,
+            full_address(section.url),
             section.served_model,
             temperature=temperature,
             api_key=prepared.secret(API_KEY_VARIABLE),

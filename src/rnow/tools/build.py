@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rnow.config import Config
+from rnow.config import Config, full_address
 from rnow.project.project import TOOLS_FILE
+from rnow.project.secrets import reading_redactor
 from rnow.protocols import Tokenizer
 from rnow.rollout.rendering import ToolDescription
 from rnow.tasks import run_anywhere
@@ -19,12 +20,10 @@ from rnow.tools.limits import TokenLimit
 from rnow.tools.mcp_server import mcp_servers
 from rnow.tools.toolbox import Toolbox, ToolSource
 from rnow.types import Prompt, ToolContext, rollout_id
-from rnow.usercode.environment import plainly_secret
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.host import CodeHost
 from rnow.usercode.sandbox import Sandboxes
 from rnow.usercode.state import kept_state
-from rnow.usercode.text import redact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +65,11 @@ def build_toolbox(
             for state in kept_state(folder / TOOLS_FILE):
                 warn(state.line())
     sources += mcp_servers(
-        rollout.mcp_url, timeout=rollout.tool_timeout, secrets=secrets, log_dir=log_dir, warn=warn
+        list(map(full_address, rollout.mcp_url)),
+        timeout=rollout.tool_timeout,
+        secrets=secrets,
+        log_dir=log_dir,
+        warn=warn,
     )
     tokens = None
     if rollout.max_tool_response is not None and tokenizer is not None:
@@ -78,8 +81,7 @@ def build_toolbox(
     return Toolbox(
         sources,
         tokens=tokens,
-        # Of what the student reads, only what is plainly a secret: LOG_LEVEL=info must not take "info" out of a page.
-        redact=lambda text: redact(text, plainly_secret(secrets)),
+        redact=reading_redactor(secrets, config),
         timeout=rollout.tool_timeout,
     )
 

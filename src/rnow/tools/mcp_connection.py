@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rnow import __version__
 from rnow.errors import InputError
+from rnow.text.install import install_command
 from rnow.tools.patience import ended_within
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def require_client() -> None:
             "rollout.mcp_url needs the MCP client",
             title="Missing package",
             why=f"importing mcp 2 or later failed: {error}",
-            fix="pip install 'rnow-local[mcp]'",
+            fix=install_command("mcp"),
         ) from None
     for name in _LOGGERS:
         # It logs what servers send, and Python prints that to the terminal unless a handler takes it.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
+from rnow.text.redact import Redactor
 from rnow.usercode.log import OutputLog
-from rnow.usercode.text import redact
 
 _CHUNK = 64 * 1024
 _TAIL_BYTES = 64 * 1024
@@ -20,12 +19,12 @@ class Stderr:
 
     Args:
         log: the file that keeps it; None keeps only its end, in memory.
-        hidden: values that are taken out, by name.
+        redact: takes the secrets out.
     """
 
-    def __init__(self, log: Path | None, hidden: Mapping[str, str]) -> None:
-        self._hidden = hidden
-        self._log = None if log is None else OutputLog(log, hidden)
+    def __init__(self, log: Path | None, redact: Redactor) -> None:
+        self._redact = redact
+        self._log = None if log is None else OutputLog(log, redact)
         self._tail = bytearray()
         read, self._write = os.pipe()
         self._thread = threading.Thread(
@@ -51,7 +50,7 @@ class Stderr:
     def last_lines(self, lines: int = 20) -> list[str]:
         """The end of it."""
         text = bytes(self._tail).decode("utf-8", "replace")
-        return redact(text, self._hidden).splitlines()[-lines:]
+        return self._redact(text).splitlines()[-lines:]
 
     def _empty(self, read: int) -> None:
         with contextlib.suppress(OSError):

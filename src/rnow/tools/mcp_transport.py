@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rnow.processes.process import ManagedProcess
+from rnow.text.redact import Redactor
 from rnow.tools.mcp_address import McpAddress, is_here
 from rnow.tools.mcp_stderr import Stderr
 
@@ -63,7 +64,7 @@ async def open_command(
 
     with contextlib.ExitStack() as stack:
         log = None if log_dir is None else log_dir / f"mcp-{number}.log"
-        stderr = Stderr(log, address.hidden)
+        stderr = Stderr(log, Redactor(address.hidden))
         stack.callback(stderr.wait, _CLOSE_GRACE)
         stack.callback(stderr.started)
         ours, theirs = socket.socketpair()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, Self
 
 from rnow import progress
 from rnow.errors import InputError, RnowError
 from rnow.protocols import Tool
 from rnow.rollout.rendering import ToolDescription, describe_tools
+from rnow.text.redact import Redactor
 from rnow.text.suggest import closest, did_you_mean
 from rnow.tools.arguments import ArgumentChecker, SchemaProblem
 from rnow.tools.limits import MAX_BYTES, CutResult, TokenLimit, keep_end, shorten, storable
@@ -47,7 +48,7 @@ class Toolbox:
     Args:
         sources: opened by ``open``; their tools keep this order.
         tokens: the longest result in tokens (``rollout.max_tool_response``); None: only ``MAX_BYTES`` counts.
-        redact: takes the secrets out of everything that leaves ``run``.
+        redact: takes the secrets out of everything that the student reads: descriptions and results.
         timeout: seconds for a tool that names no ``timeout`` of its own. Tools hold to their limits themselves, and may wait
             for a free process besides; the toolbox steps in after three times the limit, ten seconds, and what the tool says
             that it may need to come up (``starting``). Time in which the event loop was blocked does not count.
@@ -63,12 +64,12 @@ class Toolbox:
         sources: Sequence[ToolSource],
         *,
         tokens: TokenLimit | None = None,
-        redact: Callable[[str], str] = lambda text: text,
+        redact: Redactor | None = None,
         timeout: float = 60.0,
     ) -> None:
         self._sources = tuple(sources)
         self._tokens = tokens
-        self._redact = redact
+        self._redact = redact or Redactor()
         self._timeout = timeout
         self._tools: dict[str, Tool] = {}
         self._checkers: dict[str, ArgumentChecker] = {}
@@ -134,7 +135,7 @@ class Toolbox:
                     fix=_hint(name, self.names) or "remove it from the row's tools",
                 )
         shown = [tool for tool in self.tools if allowed is None or tool.name in allowed]
-        return list(describe_tools(shown))
+        return self._redact.data(list(describe_tools(shown)))
 
     async def run(
         self, call: ToolCall, context: ToolContext, allowed: Sequence[str] | None = None

@@ -12,6 +12,7 @@ from typing import Literal
 
 from rnow.core.tool_schema import Schema
 from rnow.errors import InputError
+from rnow.text.install import install_command
 from rnow.text.suggest import hint
 from rnow.usercode.records import Fault, MistakeReport, Report
 from rnow.usercode.text import escape
@@ -19,12 +20,15 @@ from rnow.usercode.text import escape
 Kind = Literal["tools", "rewards"]
 
 PACKAGES: Mapping[str, str] = {
-    "PIL": "pillow", "attr": "attrs", "bs4": "beautifulsoup4", "crawl4ai": "'rnow-local[agents]'", "Crypto": "pycryptodome",
+    "PIL": "pillow", "attr": "attrs", "bs4": "beautifulsoup4", "Crypto": "pycryptodome",
     "cv2": "opencv-python-headless", "dateutil": "python-dateutil", "docx": "python-docx", "dotenv": "python-dotenv",
-    "fitz": "pymupdf", "git": "gitpython", "jwt": "pyjwt", "mcp": "'rnow-local[mcp]'", "OpenSSL": "pyopenssl",
+    "fitz": "pymupdf", "git": "gitpython", "jwt": "pyjwt", "OpenSSL": "pyopenssl",
     "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml",
 }  # fmt: skip
 """Module -> what pip calls its package, where that has another name."""
+
+EXTRAS: Mapping[str, str] = {"crawl4ai": "agents", "mcp": "mcp"}
+"""Module -> the extra of rnow that brings it along, with what else rnow needs for it."""
 
 IMPORT_TIMEOUT = 60.0
 """Seconds that importing a user's file may take."""
@@ -149,6 +153,8 @@ def fix_missing(module: str, file: Path, *, elsewhere: bool = False) -> str:
     requirements = file.parent / "requirements.txt"
     if {_normal(top), _normal(package)} & _required(requirements):
         return f"{pip} -r {shlex.quote(str(requirements))}"
+    if extra := EXTRAS.get(top):
+        return install_command(extra, pip=pip)
     helpers = [entry.stem for entry in file.parent.glob("*.py")]
     return f"{pip} {package}{hint(top, helpers)}"
 

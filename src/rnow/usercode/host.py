@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from rnow.errors import InputError
 from rnow.processes.process import ManagedProcess, StartFailed
+from rnow.text.redact import Redactor
 from rnow.types import ToolContext
 from rnow.usercode import frames, supervisor
 from rnow.usercode.environment import (
@@ -39,7 +39,7 @@ from rnow.usercode.functions import (
 )
 from rnow.usercode.log import OutputLog
 from rnow.usercode.records import Fault, Settings
-from rnow.usercode.text import escape, redact
+from rnow.usercode.text import escape
 
 if TYPE_CHECKING:
     from rnow.usercode.sandbox import Sandboxes
@@ -144,9 +144,9 @@ class CodeHost:
         exported = declared(shell, words)
         self._env = exported | self._secrets | dict(env or {})
         exposed = hidden_values(base_environment() | self._env)
-        self._hidden = exposed | self._given_secrets
-        self._hidden_in_value = exposed | plainly_secret(self._given_secrets)
-        self._log = OutputLog(log, self._hidden) if log is not None else None
+        self._redact = Redactor(exposed | self._given_secrets)
+        self._redact_value = Redactor(exposed | plainly_secret(self._given_secrets))
+        self._log = OutputLog(log, self._redact) if log is not None else None
         self._functions: list[FunctionInfo] = []
         self._numbers: dict[str, int] = {}
         self._known: set[str] = set()
@@ -231,9 +231,9 @@ class CodeHost:
             raise self._start_failed(process, error) from None
         if kind == frames.FAULT:
             report = json.loads(body)
-            raise _redacted(
-                import_error(report, self.file, timeout=self._import_timeout), self._hidden
-            )
+            refusal = import_error(report, self.file, timeout=self._import_timeout)
+            refusal.rewrite(self._redact)
+            raise refusal
         self._functions = read_functions(json.loads(body), self.file, self.kind)
         self._numbers = {info.name: number for number, info in enumerate(self._functions)}
         self._known.update(self._numbers)
@@ -275,7 +275,7 @@ class CodeHost:
                     return kind, body
 
     def _start_failed(self, process: ManagedProcess, error: Exception) -> StartFailed:
-        details = [escape(redact(line, self._hidden)) for line in process.log_tail()]
+        details = [escape(self._redact(line)) for line in process.log_tail()]
         return StartFailed(
             f"the process of {self.file.name} did not start",
             title="User code cannot be run",
@@ -379,8 +379,8 @@ class CodeHost:
             timeout=timeout,
             file=self.file,
             elsewhere=self._elsewhere,
-            hidden=self._hidden,
-            hidden_in_value=self._hidden_in_value,
+            redact=self._redact,
+            redact_value=self._redact_value,
         )
 
     async def _start_beside(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -528,14 +528,6 @@ def load_functions(
         return host.functions
 
 
-def _redacted(error: InputError, hidden: Mapping[str, str]) -> InputError:
-    error.message = redact(error.message, hidden)
-    error.args = (error.message,)
-    error.why = redact(error.why, hidden) if error.why else None
-    error.fix = redact(error.fix, hidden) if error.fix else None
-    return error
-
-
 def _end_process(process: ManagedProcess, ours: socket.socket, errors: int) -> None:
     with contextlib.suppress(OSError):
         ours.shutdown(socket.SHUT_WR)
@@ -550,16 +542,16 @@ def read_outcome(
     timeout: float,
     file: Path,
     elsewhere: bool = False,
-    hidden: Mapping[str, str],
-    hidden_in_value: Mapping[str, str],
+    redact: Redactor,
+    redact_value: Redactor,
 ) -> CallOutcome:
     """The body of a RESULT.
 
     Args:
         file: the user's file.
         elsewhere: it runs in a sandbox.
-        hidden: secrets by name, which are taken out of errors.
-        hidden_in_value: those that are taken out of what the model reads.
+        redact: takes the secrets out of errors.
+        redact_value: takes those out of what the model reads that must not be there.
     """
     answer = json.loads(body)
     if "value" in answer:
@@ -568,31 +560,31 @@ def read_outcome(
             raw, limit = value.encode("utf-8", "replace"), frames.RESULT_BYTES
             if len(raw) > limit:  # the worker has cut it; a worker is not trusted
                 value, omitted = raw[:limit].decode("utf-8", "ignore"), omitted + len(raw) - limit
-            value = redact(value, hidden_in_value)
+            value = redact_value(value)
         return CallOutcome(status="ok", value=value, omitted=omitted)
     if "bad" in answer:
-        return CallOutcome(status="invalid", error=redact(answer["bad"], hidden))
+        return CallOutcome(status="invalid", error=redact(answer["bad"]))
     if "error" in answer:
-        return _raised(answer["error"], hidden, file, elsewhere=elsewhere)
+        return _raised(answer["error"], redact, file, elsewhere=elsewhere)
     if answer.get("fault") == "timeout":
         return CallOutcome(status="timeout", error=f"took longer than {timeout:g} s")
-    return CallOutcome(status="died", error=redact(_ending(answer, file.name), hidden))
+    return CallOutcome(status="died", error=redact(_ending(answer, file.name)))
 
 
 def _raised(
-    error: Mapping[str, str], hidden: Mapping[str, str], file: Path, *, elsewhere: bool
+    error: Mapping[str, str], redact: Redactor, file: Path, *, elsewhere: bool
 ) -> CallOutcome:
     """One line: kind and message."""
     fix = error.get("fix")
     if module := error.get("module"):
         fix = fix_missing(module, file, elsewhere=elsewhere)
-    text = redact(escape(" ".join(error["message"].split())), hidden)[:_MAX_ERROR]
+    text = escape(" ".join(redact(error["message"]).split()))[:_MAX_ERROR]
     return CallOutcome(
         status="raised",
         error=f"{error['type']}: {text}" if text else error["type"],
         place=error.get("place"),
-        fix=redact(escape(" ".join(fix.split())), hidden) if fix else None,
-        detail=redact(error.get("traceback") or "", hidden) or None,
+        fix=escape(" ".join(redact(fix).split())) if fix else None,
+        detail=redact(error.get("traceback") or "") or None,
     )
 
 

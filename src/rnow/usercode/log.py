@@ -5,10 +5,9 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
-from rnow.usercode.text import redact
+from rnow.text.redact import Redactor
 
 LIMIT = 1 << 20
 """Bytes of a log file. The rest is dropped; a full one is begun anew by the next host."""
@@ -22,11 +21,11 @@ class OutputLog:
     ``waiting`` is what is kept back until more comes, or ``flush``.
     """
 
-    def __init__(self, path: Path, secrets: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, redact: Redactor) -> None:
         self._path = path
-        self._secrets = dict(secrets)
+        self._redact = redact
         # A secret may arrive in two pieces: so much of the end waits for what follows.
-        self._overlap = max((len(value) for value in self._secrets.values()), default=1) - 1
+        self._overlap = max(redact.longest - 1, 0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.waiting = ""
         self._file: int | None = None
@@ -37,7 +36,7 @@ class OutputLog:
         """Take what was printed; the last few characters are kept back until more comes, or ``flush``."""
         if self._done:
             return
-        self.waiting = redact(self.waiting + self._decoder.decode(data), self._secrets)
+        self.waiting = self._redact(self.waiting + self._decoder.decode(data))
         cut = len(self.waiting) - self._overlap
         if cut > 0:
             self._append(self.waiting[:cut])

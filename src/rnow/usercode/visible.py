@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import sysconfig
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rnow.errors import InputError
@@ -15,7 +17,10 @@ PACKAGE = Path(__file__).absolute().parents[1]
 
 HIDDEN_FILES = (".env", ".env.*", ".netrc", ".git-credentials")
 HIDDEN_FOLDERS = (".git", "runs", "rollouts")
-"""In a project: secrets, and the answers of earlier runs."""
+"""In a project: secrets, at every depth, and the answers of earlier runs."""
+
+_PACKAGES = frozenset({"site-packages", "dist-packages", "node_modules"})
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,23 @@ def hidden_in(folders: Iterable[Path], shown: Sequence[Path]) -> Hidden:
     files: set[Path] = set()
     hidden: set[Path] = set()
     for root in folders:
-        for pattern in HIDDEN_FILES:
-            files.update(path.resolve() for path in root.glob(pattern) if path.is_file())
         hidden.update((root / name).resolve() for name in HIDDEN_FOLDERS if (root / name).is_dir())
+        for place, inner, names in os.walk(root):
+            inner[:] = [name for name in inner if _worth_searching(Path(place, name), hidden)]
+            files.update(Path(place, name).resolve() for name in names if _holds_secrets(name))
+    files = {path for path in files if path.is_file()}
     return Hidden(_seen(files, shown), _seen(hidden, shown))
+
+
+def _worth_searching(folder: Path, hidden: Collection[Path]) -> bool:
+    """Whether secrets of a project may lie below: not in installed packages, nor in what is hidden as a whole. Both may be
+    large."""
+    installed = not _PACKAGES.isdisjoint(folder.parts) or str(folder).startswith(_STANDARD_LIBRARY)
+    return not (installed or folder.resolve() in hidden or (folder / "pyvenv.cfg").exists())
+
+
+def _holds_secrets(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in HIDDEN_FILES)
 
 
 def _seen(real: Iterable[Path], shown: Sequence[Path]) -> tuple[Path, ...]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from rnow.errors import InputError
+from rnow.text.install import install_command
 
 _NAMES = (
     "chromium",
@@ -28,7 +29,7 @@ def require_packages() -> None:
         raise InputError(
             f"browsing needs the package {missing[0]}",
             title="Missing package",
-            fix="pip install 'crawl4ai>=0.9', or pip install 'rnow-local[agents]'",
+            fix=f"{install_command('agents')}; then crawl4ai-setup fetches a browser",
         )
 
 
