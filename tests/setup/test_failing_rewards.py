@@ -45,7 +45,7 @@ def test_where_rewards_teach_the_run_ends_before_it_trains_on_nothing(project: P
     values = project.values(dataset_type="rl", trainer={"max_steps": 2})
     del values["teacher"]
     config: Any = type(project.config())(**values)
-    with pytest.raises(RnowError, match="in step 1 every rollout") as caught:
+    with pytest.raises(RnowError, match="in step 1 every reward") as caught:
         run(config, folder=project.folder, display=watcher)
     assert caught.value.exit_code == EXIT_FAILED
     assert caught.value.details == (f"{LINE}8 of 8 rollouts",)

@@ -357,7 +357,7 @@ def test_a_server_with_adapters_is_asked_one_at_a_time(
         (hang_up, ModelError),
         (html, BadAnswer),
         (prompt_value(math.nan), BadAnswer),
-        (slow(2), ModelError),
+        (slow(4), ModelError),
         (cut, ModelError),
         (bomb, BadAnswer),
         (flood, BadAnswer),
@@ -389,7 +389,7 @@ def test_a_bad_server_before_training_is_bad_input(
 
     server.always = only_scores
     with pytest.raises(error) as caught:
-        run(served(server, timeout=0.4).check(tokenizer, VOCABULARY))
+        run(served(server, timeout=1.5).check(tokenizer, VOCABULARY))
     assert caught.value.exit_code == 2  # type: ignore[attr-defined]
     assert caught.value.where == "teacher.url"  # type: ignore[attr-defined]
 

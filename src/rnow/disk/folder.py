@@ -177,9 +177,14 @@ def choose_run_folder(output_dir: Path, name: str, *, fresh: bool) -> RunFolder:
         InputError: there can be no such folder.
     """
     check_place(output_dir)
-    path = output_dir / folder_name(name)
     if fresh:
-        return RunFolder(unused(path))
+        return RunFolder(unused(output_dir / folder_name(name)))
+    return find_run_folder(output_dir, name)
+
+
+def find_run_folder(output_dir: Path, name: str) -> RunFolder:
+    """The folder of the run of this name, which need not exist, nor be one that can be written."""
+    path = output_dir / folder_name(name)
     return RunFolder(path if path.exists() else _begun_earlier(output_dir, name) or path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rnow.config import Config, fill_name, refuse_reserved
 from rnow.disk.files import read_json_object
-from rnow.disk.folder import RunFolder, choose_run_folder
+from rnow.disk.folder import RunFolder, choose_run_folder, find_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import resolve_model
@@ -86,8 +86,9 @@ def _run_name(config: Config, folder: Path) -> str:
     return config.project_name or folder.resolve().name or "run"
 
 
-def _run_folder(config: Config, folder: Path, *, fresh: bool) -> RunFolder:
-    return choose_run_folder(folder / config.output_dir, _run_name(config, folder), fresh=fresh)
+def _run_folder(config: Config, folder: Path, *, fresh: bool, writable: bool = True) -> RunFolder:
+    place, name = folder / config.output_dir, _run_name(config, folder)
+    return choose_run_folder(place, name, fresh=fresh) if writable else find_run_folder(place, name)
 
 
 def prepare(
@@ -136,12 +137,12 @@ def prepare(
         if training or role.trained
     }
     prompts = [*dataset.prompts, *dataset.held_out]
-    now = _date_of(_run_folder(config, folder, fresh=fresh))
+    run = _run_folder(config, folder, fresh=fresh, writable=training)
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(config, prompts, models, tools, now=now),
+        rendered=render_prompts(config, prompts, models, tools, now=_date_of(run)),
         source=source,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
