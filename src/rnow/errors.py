@@ -82,7 +82,8 @@ class RnowError(Exception):
 
     def rewrite(self, change: Callable[[str], str]) -> None:
         """Put every text of the error through ``change``, which takes secrets out of it."""
-        self.message, self.args = change(self.message), (change(self.message),)
+        self.message = change(self.message)
+        self.args = (self.message,)
         self.where = change(self.where) if self.where else self.where
         self.why = change(self.why) if self.why else self.why
         self.fix = change(self.fix) if self.fix else self.fix

@@ -18,7 +18,7 @@ from rnow.project.json_text import JsonFault, parse
 from rnow.project.jsonl import read_rows as read_source_rows
 from rnow.project.row_file import RowFile
 from rnow.project.rows import RowRules
-from rnow.text.json_values import without_nulls
+from rnow.text.json_values import to_json_value
 from rnow.text.strict_json import position_of
 
 RULES = RowRules(dataset_type="distill", known_rewards={"accuracy"})
@@ -158,7 +158,7 @@ def test_valid_rows_come_back_as_they_were(
         file = read_rows(path, RULES)
     assert [list(row.messages) for row in file.rows] == [row["messages"] for row in rows]
     assert [row.metadata for row in file.rows] == [
-        without_nulls(row.get("metadata", {})) for row in rows
+        to_json_value(row.get("metadata", {})) for row in rows
     ]
     assert [list(row.rewards) for row in file.rows] == [row.get("rewards", []) for row in rows]
     assert [row.line for row in file.rows] == list(range(1, len(rows) + 1))

@@ -58,6 +58,14 @@ def test_where_rewards_teach_the_run_ends_before_it_trains_on_nothing(project: P
     assert [row["reward_failures/short"] for row in project.metrics] == [0.0, 0.0]
 
 
+def test_a_fresh_run_that_ends_so_is_continued_by_its_name(project: Project) -> None:
+    values = project.values(dataset_type="rl", trainer={"max_steps": 2})
+    del values["teacher"]
+    with pytest.raises(RnowError, match="every reward") as caught:
+        run(type(project.config())(**values), folder=project.folder, fresh=True)
+    assert "-n tiny instead of --fresh" in (caught.value.fix or "")
+
+
 def test_where_they_only_track_it_goes_on_and_is_told_once(project: Project) -> None:
     watcher = Watcher()
     config = project.config(trainer={"max_steps": 2}, data={"val_split": 0.25})

@@ -13,12 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnow.text.json_values import NoJsonValue, read_arguments, to_json_value, without_nulls
+from rnow.text.json_values import NoJsonValue, read_arguments, to_json_value
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 )  # fmt: skip
+
+
+def without_nulls(value: object) -> object:
+    """``value`` without the keys that hold null: an absent key and null are one. Nulls in lists stay."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 @given(values)

@@ -129,7 +129,7 @@ def hint_for(path: KeyPath, kind: str, given: object) -> str | None:
     if (
         kind in ("int_type", "float_type")
         and isinstance(given, str)
-        and given.strip().lower() in (*("inf", "+inf", "-inf", "infinity", "nan"),)
+        and given.strip().lower() in ("inf", "+inf", "-inf", "infinity", "nan")
     ):
         return "write a finite number"
     if kind in ("int_type", "float_type") and isinstance(given, str) and is_number(given):

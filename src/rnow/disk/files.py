@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,20 @@ def unused(path: Path) -> Path:
 
 def to_json(value: object, *, indent: int | None = None, compact: bool = False) -> str:
     """Strict JSON: NaN and infinities become null, keys keep their order. ``compact``: in ASCII and without blanks."""
-    return json.dumps(
-        finite(value),
+    write = partial(
+        json.dumps,
         ensure_ascii=compact,
         allow_nan=False,
         indent=indent,
         separators=(",", ":") if compact else None,
     )
+    try:
+        return write(value)
+    except (
+        ValueError,
+        TypeError,
+    ):  # NaN, or a mapping that is no dict. A copy of everything else, token by token, is for this case alone.
+        return write(finite(value))
 
 
 def readable_json(value: Mapping[str, object]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rnow.errors import TemporaryError
+from rnow.errors import SAME_COMMAND, TemporaryError
 
 LIMIT_BYTES = 10**9
 """What may be missing: kernels that were loaded meanwhile, an allocator's remainders."""
@@ -50,7 +50,7 @@ class CardWatch:
                 f"{missing / 1e9:.1f} GB of {self._device} are not free though every part of the run sleeps",
                 title="The card was not given back",
                 why=f"{ours / 1e9:.1f} GB are still this process's; the rest is a vLLM's that sleeps, or another program's",
-                fix="end what else uses the card and run the same command again; if nothing does, set residency: resident",
+                fix=f"end what else uses the card and {SAME_COMMAND}; if nothing does, set residency: resident",
             )
         return {"memory/asleep_gb": max(0.0, missing / 1e9)}
 

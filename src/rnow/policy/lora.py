@@ -116,7 +116,11 @@ def _wrap(model: Any, config: LoraConfig) -> Any:
 
     try:
         return get_peft_model(model, config)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # all that PEFT raises for a layer it does not know
         raise ModelError(
             f"PEFT cannot adapt these layers of {type(model).__name__}",
             where="model.lora_targets",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from rnow.errors import RnowError
+from rnow.errors import SAME_COMMAND, RnowError
 from rnow.types import RewardResult
 
 MAX_UNREWARDED = 3
@@ -88,5 +88,5 @@ class RewardWatch:
                 title="Rewards fail",
                 details=[failure.line() for failure in found],
                 where="rewards.py",
-                fix="mend it and try it with `rnow test`; the same command then continues the run",
+                fix=f"mend it and try it with `rnow test`, then {SAME_COMMAND}: it continues from there",
             )

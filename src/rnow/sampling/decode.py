@@ -6,6 +6,7 @@ counter-based random stream, and the log-probability of the drawn token comes fr
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -192,12 +193,18 @@ def _prefill(
 def _read(body: Any, token_ids: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """The hidden states ``[B, H]`` after the last of ``token_ids`` ``[B, T]``, which are added to the cache."""
     given: dict[str, Any] = {"attention_mask": attention, "past_key_values": cache}
-    if "cache_params" in inspect.signature(body.forward).parameters:
+    if _is_mamba(type(body)):
         # Mamba's name for it. One token alone has no mask there: padding left no trace in the state.
         mask = attention if token_ids.shape[1] > 1 else None
         given = {"attention_mask": mask, "cache_params": cache}
     output = body(input_ids=token_ids, position_ids=positions, use_cache=True, **given)
     return output.last_hidden_state[:, -1]
+
+
+@functools.cache
+def _is_mamba(kind: type) -> bool:
+    """Whether a body names its cache as Mamba does. Asked for every token; looked up once."""
+    return "cache_params" in inspect.signature(kind.forward).parameters
 
 
 def _collect(token_ids: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Drawn]:

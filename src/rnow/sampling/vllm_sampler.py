@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import TypeVar
 
+from rnow.disk.files import json_line
 from rnow.errors import (
     SAME_COMMAND,
     InputError,
@@ -391,13 +391,10 @@ class VllmSampler:
         """Whether a gap is none, or one that is only told; each is written down."""
         passed = gap.within(limit)
         if self._settings.gaps is not None:
-            finite = {
-                key: value if math.isfinite(value) else None for key, value in asdict(gap).items()
-            }
-            row = {"what": what, "version": self._version, "limit": limit, **finite}
+            row = {"what": what, "version": self._version, "limit": limit, **asdict(gap)}
             self._settings.gaps.parent.mkdir(parents=True, exist_ok=True)
-            with self._settings.gaps.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            with self._settings.gaps.open("ab") as file:
+                file.write(json_line(row))
         if passed or self._settings.measured or not gap.within(WRONG):
             return passed
         self._warn(

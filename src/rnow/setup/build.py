@@ -34,7 +34,14 @@ from rnow.disk.journal import JournalFolder
 from rnow.disk.sinks import JsonlSink, Sink, WandbSink, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display, QuietDisplay, RedactingDisplay, build_display
-from rnow.errors import SAME_COMMAND, ConfigError, InputError, StopRequested, TemporaryError
+from rnow.errors import (
+    SAME_COMMAND,
+    ConfigError,
+    InputError,
+    RnowError,
+    StopRequested,
+    TemporaryError,
+)
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
 from rnow.plan.choices import sampler_backend, slow_paths, uses_vllm
@@ -169,10 +176,10 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
     run_folder.check_writable()
     try:
         return _train_in(run_folder, prepared, facts, display)
-    except (StopRequested, TemporaryError) as stop:
-        if fresh:
+    except RnowError as error:
+        if fresh and error.fix:
             by_name = f"repeat the command with -n {run_folder.path.name} instead of --fresh"
-            stop.fix = stop.fix and stop.fix.replace(SAME_COMMAND, by_name)
+            error.fix = error.fix.replace(SAME_COMMAND, by_name)
         raise
 
 

@@ -21,15 +21,6 @@ class NoJsonValue(ValueError):
         self.fix = fix
 
 
-def without_nulls(value: object) -> object:
-    """``value`` without the keys that hold null: an absent key and null are one. Nulls in lists stay."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
-
-
 def to_json_value(value: object, path: JsonPath = ()) -> object:
     """``value`` as a JSON file would hold it, keys with null left out: dates, times and UUIDs as text (ISO 8601),
     decimals as numbers.
@@ -70,7 +61,7 @@ def read_arguments(arguments: object) -> dict[str, object] | None:
     """The arguments of a call, given as an object or (as OpenAI has it) as JSON text; None for anything else."""
     if isinstance(arguments, str):
         try:
-            arguments = without_nulls(read_json(arguments)) if arguments.strip() else {}
+            arguments = to_json_value(read_json(arguments)) if arguments.strip() else {}
         except JsonError:
             return None
     return arguments if isinstance(arguments, dict) else None

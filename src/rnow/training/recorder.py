@@ -11,7 +11,7 @@ from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Sink, read_evaluations, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display
-from rnow.errors import RnowError
+from rnow.errors import SAME_COMMAND, RnowError
 from rnow.training.causes import broken_evidence, why_idle
 from rnow.training.metrics import (
     memory_metrics,
@@ -183,8 +183,7 @@ class Recorder:
                 title="Unusable teacher",
                 where=where,
                 why=f"the teacher's log-probabilities of {broken} of {len(data.training)} rollouts are not finite",
-                fix="set teacher.dtype: float32 (float16 overflows), or check the teacher's weights, and run the same "
-                "command again",
+                fix=f"set teacher.dtype: float32 (float16 overflows), or check the teacher's weights, and {SAME_COMMAND}",
             )
         good = last_good()
         known = self._newest() if good is None else f"the last good checkpoint is step-{good:06d}"

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 from rnow import progress
-from rnow.errors import EXIT_TEMPORARY, TemporaryError
+from rnow.errors import EXIT_TEMPORARY, SAME_COMMAND, TemporaryError
 from rnow.training.signals import StopFlag
 
 STOP_SECONDS = 10.0
@@ -113,7 +113,7 @@ class Watchdog:
             title="The run stood still",
             where=str(self._stacks) if written else None,
             why="what it was waiting for is in that file, for each thread and task",
-            fix="run the same command again: it continues from the last checkpoint. If that was slow work and no "
+            fix=f"{SAME_COMMAND}: it continues from the last checkpoint. If that was slow work and no "
             "standstill, raise trainer.watchdog_minutes",
         )
 
