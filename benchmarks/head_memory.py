@@ -103,7 +103,7 @@ def measure(what: str, vocabulary: int, tokens: int) -> dict[str, float]:
         batch = build_batch(
             build_training_samples(samples, {sample.id: 0.0 for sample in samples}, evidence)
         )
-        targets = torch.stack([evidence[s.id].teacher_logprobs[1:] for s in samples])
+        targets = torch.stack([evidence[s.id].teacher_logprobs for s in samples])
 
         def work() -> None:
             if what == "update":

@@ -29,7 +29,7 @@ from rnow.types import (
 )
 
 if TYPE_CHECKING:
-    from rnow.algorithm.records import Batch, Evidence, PolicyState, UpdateResult
+    from rnow.algorithm.records import Batch, Evidence, PolicyState, TeacherNeeds, UpdateResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,9 @@ class FakeTeacher:
         self._error = error
         self.calls: list[tuple[Sample, ...]] = []
 
-    async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
+    async def score(
+        self, samples: Sequence[Sample], needs: TeacherNeeds | None = None
+    ) -> Mapping[str, Evidence]:
         import torch
 
         from rnow.algorithm.records import SampledEvidence
@@ -134,8 +136,9 @@ class FakeTeacher:
             sample.id: SampledEvidence(
                 teacher_logprobs=torch.tensor(
                     [
-                        self._at(sample, position) if on else 0.0
+                        self._at(sample, position)
                         for position, on in enumerate(sample.loss_mask)
+                        if on
                     ],
                     dtype=torch.float32,
                 )

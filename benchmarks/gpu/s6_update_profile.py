@@ -47,7 +47,7 @@ def work(dry: bool) -> list[dict[str, Any]]:
             id=f"d/{row}", dataset="d", token_ids=tuple(tokens), loss_mask=mask,
             sampler_logprobs=tuple(-12.0 * on for on in mask),
         )  # fmt: skip
-        evidence = SampledEvidence(teacher_logprobs=torch.tensor(sample.sampler_logprobs))
+        evidence = SampledEvidence(teacher_logprobs=torch.full((sum(mask),), -12.0))
         samples.append(TrainingSample(sample=sample, reward_advantage=0.0, evidence=evidence))
     batch = build_batch(samples)
     policy.update(batch)

@@ -25,7 +25,7 @@ from rnow.types import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rnow.algorithm.records import Batch, Evidence, PolicyState, UpdateResult
+    from rnow.algorithm.records import Batch, Evidence, PolicyState, TeacherNeeds, UpdateResult
 
 
 class Tokenizer(Protocol):
@@ -106,8 +106,8 @@ class Sampler(Protocol):
 class Teacher(Protocol):
     """Judges the tokens the student wrote."""
 
-    async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
-        """Evidence for each sample, keyed by sample id."""
+    async def score(self, samples: Sequence[Sample], needs: TeacherNeeds) -> Mapping[str, Evidence]:
+        """Evidence for each sample, keyed by sample id, of the kind that ``needs`` asks for."""
         ...
 
 

@@ -39,7 +39,9 @@ def _training(masks: list[list[bool]], *, teacher: bool = True) -> list[Training
             ),
             reward_advantage=float(b) + 0.5,
             evidence=SampledEvidence(
-                teacher_logprobs=torch.tensor([-1000.0 - 100.0 * b - t for t in range(len(mask))])
+                teacher_logprobs=torch.tensor(
+                    [-1000.0 - 100.0 * b - t for t, on in enumerate(mask) if on]
+                )
             )
             if teacher
             else None,

@@ -23,7 +23,7 @@ MASKS = ((False, True, True), (False, False, True, False, True))
 def micro_batch(*, teacher: bool = True) -> MicroBatch:
     training = []
     for row, mask in enumerate(MASKS):
-        scores = torch.tensor([-1.0 - 0.25 * t if on else 0.0 for t, on in enumerate(mask)])
+        scores = torch.tensor([-1.0 - 0.25 * t for t, on in enumerate(mask) if on])
         sample = Sample(
             id=f"words/{row}#0",
             dataset=f"words_{row}",
@@ -53,7 +53,9 @@ def test_what_every_objective_keeps_to(objective: Objective, teacher: bool) -> N
         assert values.shape == (4,), name
         assert not values.requires_grad, name
     streams = {summary.stream for summary in objective.summaries.values()}
-    assert terms.streams.keys() - streams <= {"logprobs"}, "a stream that nobody sums up"
+    assert terms.streams.keys() - streams <= {"logprobs", "teacher_logprobs"}, (
+        "a stream that nobody sums up"
+    )
     gathered = PassStreams()
     gathered.add(micro.tokens, terms.streams)
     metrics = gathered.metrics(

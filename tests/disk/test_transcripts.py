@@ -10,7 +10,7 @@ import torch
 from tests.rollouts import read_transcripts, turns_of
 
 from rnow.algorithm.batching import build_samples
-from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample
+from rnow.algorithm.records import StepData, TrainingSample
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.text.redact import Redactor
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
@@ -23,8 +23,10 @@ PROMPT = Prompt(
 )
 
 
-EVIDENCE = SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, -0.25, -0.5]))
-LIVE = {"logprobs": {"dataset_0/17#2": torch.tensor([-0.125, -0.25])}}
+LIVE = {
+    "logprobs": {"dataset_0/17#2": torch.tensor([-0.125, -0.25])},
+    "teacher_logprobs": {"dataset_0/17#2": torch.tensor([-0.25, -0.5])},
+}
 
 
 def step(
@@ -33,7 +35,6 @@ def step(
     token_ids: tuple[int, ...] = (1, 7, 84, 3),
     loss_mask: tuple[bool, ...] = (False, False, True, True),
     sampler_logprobs: tuple[float, ...] = (0.0, 0.0, -0.1, -0.2),
-    evidence: SampledEvidence | None = EVIDENCE,
     **changes: Any,
 ) -> StepData:
     turns, unanswered = turns_of(token_ids, loss_mask, sampler_logprobs)
@@ -49,7 +50,7 @@ def step(
     rollout = Rollout(**fields | changes)
     group = RolloutGroup(prompt=PROMPT, rollouts=(rollout,))
     training = [
-        TrainingSample(sample=sample, reward_advantage=0.0, evidence=evidence)
+        TrainingSample(sample=sample, reward_advantage=0.0, evidence=None)
         for sample in build_samples([group])
     ]
     rewards = {} if reward is None else {rollout.id: reward}
@@ -100,7 +101,7 @@ def test_tokens_name_their_turn(tmp_path: Path) -> None:
     }
     (row,) = rows_of(tmp_path / "a", step(evidence=None, **tokens), live={})
     assert [(token["turn"], token["id"]) for token in row["tokens"]] == [(0, 84), (0, 3), (1, 85)]
-    cut = step(status="failed", end_reason="failed", evidence=None, **tokens)
+    cut = step(status="failed", end_reason="failed", **tokens)
     (row,) = rows_of(tmp_path / "b", cut, live={})
     assert [token["turn"] for token in row["tokens"]] == [0, 0, 1]
 
@@ -110,16 +111,18 @@ def test_the_teacher_is_read_at_the_students_tokens(tmp_path: Path) -> None:
         token_ids=(1, 84, 3, 1, 85, 9),
         loss_mask=(False, True, True, False, True, False),
         sampler_logprobs=(0.0, -0.1, -0.1, 0.0, -0.1, 0.0),
-        evidence=SampledEvidence(teacher_logprobs=torch.tensor([0.0, -1.0, -2.0, 0.0, -4.0])),
     )
-    live = {"logprobs": {"dataset_0/17#2": torch.tensor([-1.5, -2.5, -4.5])}}
+    live = {
+        "logprobs": {"dataset_0/17#2": torch.tensor([-1.5, -2.5, -4.5])},
+        "teacher_logprobs": {"dataset_0/17#2": torch.tensor([-1.0, -2.0, -4.0])},
+    }
     (row,) = rows_of(tmp_path, data, live=live)
     assert [token["teacher_logprob"] for token in row["tokens"]] == [-1.0, -2.0, -4.0]
     assert [token["kl"] for token in row["tokens"]] == [-0.5, -0.5, -0.5]
 
 
 def test_without_teacher_or_reward(tmp_path: Path) -> None:
-    (row,) = rows_of(tmp_path, step(evidence=None))
+    (row,) = rows_of(tmp_path, step(), live={"logprobs": LIVE["logprobs"]})
     assert row["reward"] is None
     assert row["teacher_kl"] is None
     assert [token["teacher_logprob"] for token in row["tokens"]] == [None, None]

@@ -129,9 +129,7 @@ def _to_training_sample(row: dict[str, Any]) -> TrainingSample:
             sampler_logprobs=(*padding, *row["sampler_logprobs"]),
         ),
         reward_advantage=row["reward_advantage"],
-        evidence=SampledEvidence(
-            teacher_logprobs=torch.tensor([*padding, *row["teacher_logprobs"]])
-        ),
+        evidence=SampledEvidence(teacher_logprobs=torch.tensor(row["teacher_logprobs"])),
     )
 
 

@@ -31,10 +31,7 @@ def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
             lm, temperature=temperature, micro_batch_tokens=micro_batch_tokens
         )
 
-    def make_top(top_k: int) -> TransformersTeacher:
-        return TransformersTeacher(lm, top_k=top_k)
-
-    return Candidate(make=make, make_top=make_top, logits=logits, tolerance=1e-4)
+    return Candidate(make=make, logits=logits, tolerance=1e-4)
 
 
 @pytest.fixture(

@@ -106,7 +106,7 @@ def batch_of(samples: Sequence[Sample]) -> Batch:
             TrainingSample(
                 sample=item,
                 reward_advantage=0.0,
-                evidence=SampledEvidence(teacher_logprobs=torch.full((len(item.token_ids),), -5.0)),
+                evidence=SampledEvidence(teacher_logprobs=torch.full((sum(item.loss_mask),), -5.0)),
             )
             for item in samples
         ]
@@ -159,7 +159,7 @@ def test_sampler_teacher_and_trainer_are_the_plain_forward(family: str, tmp_path
     scored = TransformersTeacher(lm).score_now(samples)
     live = policy._accumulate(batch_of(samples)).by_sample()["logprobs"]
     for item, values in zip(samples, expected, strict=True):
-        close(scored[item.id].teacher_logprobs[torch.tensor(item.loss_mask)], values, "teacher")
+        close(scored[item.id].teacher_logprobs, values, "teacher")
         close(live[item.id], values, "trainer")
     checkpointed = gradient(policy)
     policy._checkpointing = False

@@ -38,9 +38,7 @@ def make_sample(
     token_ids = torch.randint(4, VOCABULARY, (length,), generator=generator)
     sampler = -4.6 + spread * torch.randn(length, generator=generator)
     scores = -4.6 + spread * torch.randn(length, generator=generator)
-    off = ~torch.tensor(on)
-    sampler[off] = 0.0
-    scores[off] = 0.0
+    sampler[~torch.tensor(on)] = 0.0
     return TrainingSample(
         sample=Sample(
             id=f"dataset_{index % 2}/{index}#0",
@@ -50,7 +48,7 @@ def make_sample(
             sampler_logprobs=tuple(sampler.tolist()),
         ),
         reward_advantage=float(torch.randn(1, generator=generator)),
-        evidence=SampledEvidence(teacher_logprobs=scores) if teacher else None,
+        evidence=SampledEvidence(teacher_logprobs=scores[torch.tensor(on)]) if teacher else None,
     )
 
 

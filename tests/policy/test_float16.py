@@ -64,7 +64,7 @@ def _on_policy(policy: LoraPolicy, spread: float = 0.1) -> Batch:
         own = torch.zeros(len(on)).masked_scatter(on, live[item.sample.id])
         noise = torch.randn(len(on), generator=torch.Generator().manual_seed(index)) * spread
         sample = replace(item.sample, sampler_logprobs=tuple(own.tolist()))
-        evidence = SampledEvidence(teacher_logprobs=(own - noise) * on)
+        evidence = SampledEvidence(teacher_logprobs=(own - noise)[on])
         samples.append(replace(item, sample=sample, evidence=evidence))
     return Batch(samples=tuple(samples), num_loss_tokens=N)
 

@@ -28,11 +28,12 @@ def _naive_gradients(policy: LoraPolicy, batch: Batch) -> dict[str, Tensor]:
         ids = torch.tensor(item.sample.token_ids)
         logits = policy.model(input_ids=ids[None]).logits[0].double()
         logprobs = reference.log_softmax(logits[:, :100] / objective.temperature)
+        judged = None if item.evidence is None else iter(item.evidence.teacher_logprobs)
         for position, on in enumerate(item.sample.loss_mask):
             if not on:
                 continue
             live = logprobs[position - 1, ids[position]]
-            teacher = None if item.evidence is None else item.evidence.teacher_logprobs[position]
+            teacher = None if judged is None else next(judged)
             advantage = reference.shaped_advantage(
                 item.reward_advantage,
                 live.item(),
@@ -89,7 +90,6 @@ def test_how_the_batch_is_cut_and_ordered_does_not_matter(make_policy: MakePolic
 
 def _followed_by_tool_output(item: TrainingSample, count: int) -> TrainingSample:
     sample = item.sample
-    assert item.evidence is not None
     return replace(
         item,
         sample=replace(
@@ -97,9 +97,6 @@ def _followed_by_tool_output(item: TrainingSample, count: int) -> TrainingSample
             token_ids=(*sample.token_ids, *range(5, 5 + count)),
             loss_mask=(*sample.loss_mask, *[False] * count),
             sampler_logprobs=(*sample.sampler_logprobs, *[0.0] * count),
-        ),
-        evidence=SampledEvidence(
-            teacher_logprobs=torch.cat([item.evidence.teacher_logprobs, torch.zeros(count)])
         ),
     )
 
@@ -117,19 +114,11 @@ def test_numbers_at_masked_tokens_are_never_read(make_policy: MakePolicy) -> Non
 
     def spoilt(item: TrainingSample) -> TrainingSample:
         sample = item.sample
-        off = ~torch.tensor(sample.loss_mask)
-        assert item.evidence is not None
-        teacher = item.evidence.teacher_logprobs.clone()
-        teacher[off] = float("nan")
         sampler = tuple(
             value if on else float("nan")
             for value, on in zip(sample.sampler_logprobs, sample.loss_mask, strict=True)
         )
-        return replace(
-            item,
-            sample=replace(sample, sampler_logprobs=sampler),
-            evidence=SampledEvidence(teacher_logprobs=teacher),
-        )
+        return replace(item, sample=replace(sample, sampler_logprobs=sampler))
 
     spoilt_batch = build_batch([spoilt(item) for item in batch.samples])
     assert_equal(gradients(policy, spoilt_batch), gradients(policy, batch))
@@ -185,9 +174,7 @@ def _judged_by_itself(policy: LoraPolicy, batch: Batch) -> Batch:
     live = policy._accumulate(batch).by_sample()["logprobs"]
 
     def evidence(item: TrainingSample) -> SampledEvidence:
-        scores = torch.zeros(len(item.sample.token_ids))
-        scores[torch.tensor(item.sample.loss_mask)] = live[item.sample.id]
-        return SampledEvidence(teacher_logprobs=scores)
+        return SampledEvidence(teacher_logprobs=live[item.sample.id])
 
     return build_batch([replace(item, evidence=evidence(item)) for item in batch.samples])
 

@@ -33,7 +33,7 @@ def _sampled(policy: LoraPolicy, *, step: int, temperature: float) -> Batch:
             loss_mask=(False,) * before + (True,) * length,
             sampler_logprobs=(*[0.0] * before, *answer.logprobs),
         )
-        scores = torch.tensor([0.0] * before + [-2.0] * length)
+        scores = torch.tensor([-2.0] * length)
         training.append(
             TrainingSample(
                 sample=sample,

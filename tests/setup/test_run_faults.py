@@ -344,9 +344,9 @@ class BrokenTeacher:
         self.asked = 0
         score = TransformersTeacher.score
 
-        async def broken(teacher: TransformersTeacher, samples: Any) -> Any:
+        async def broken(teacher: TransformersTeacher, samples: Any, needs: Any) -> Any:
             self.asked += 1
-            evidence = await score(teacher, samples)
+            evidence = await score(teacher, samples, needs)
             if first + 3 <= self.asked < first + 3 + times:
                 return {
                     name: SampledEvidence(teacher_logprobs=found.teacher_logprobs * float("nan"))

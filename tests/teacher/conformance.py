@@ -30,7 +30,6 @@ class Candidate:
 
     Attributes:
         make: a teacher at this temperature and micro-batch size (padded tokens, None = its own choice).
-        make_top: a teacher at temperature 1 that lists so many of the likeliest tokens.
         logits: ids ``[T]`` -> float32 ``[T, HEAD_ROWS]`` of the plain model.
         tolerance: on log-probabilities, nats.
         served: it stands behind a server, which judges at temperature 1 only (``make`` refuses others) and cannot leave
@@ -39,7 +38,6 @@ class Candidate:
     """
 
     make: Callable[[float, int | None], Teacher]
-    make_top: Callable[[int], Teacher]
     logits: Callable[[Sequence[int]], Tensor]
     tolerance: float
     served: bool = False
@@ -58,7 +56,7 @@ class Candidate:
         for position, on in enumerate(sample.loss_mask):
             if on:
                 values[position] = table[position - 1, sample.token_ids[position]]
-        return values.float()
+        return values[torch.tensor(sample.loss_mask)].float()
 
 
 def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
@@ -80,10 +78,7 @@ def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
             lm, temperature=temperature, micro_batch_tokens=micro_batch_tokens
         )
 
-    def make_top(top_k: int) -> TransformersTeacher:
-        return TransformersTeacher(lm, micro_batch_tokens=61, top_k=top_k)
-
-    return Candidate(make=make, make_top=make_top, logits=logits, tolerance=1e-5)
+    return Candidate(make=make, logits=logits, tolerance=1e-5)
 
 
 def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], Candidate]:
@@ -92,7 +87,7 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
     def build(tiny_model_dir: Callable[..., Path]) -> Candidate:
         from rnow.serving.server import VllmServer
         from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
-        from rnow.teacher.vllm_server import SERVED_NAME, Asking, TeacherServerSettings
+        from rnow.teacher.vllm_server import Asking, TeacherServerSettings
 
         folder = tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=1)
         log = folder.parent / f"teacher-{how}.log"
@@ -117,23 +112,12 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
                     return one
                 return VllmTeacher.managed(settings, temperature=temperature)
 
-            def managed_top(top_k: int) -> VllmTeacher:
-                asyncio.run(one.start())  # one engine is enough: k is said with each request
-                client = one._client
-                return VllmTeacher(
-                    client=client,
-                    model=SERVED_NAME,
-                    where="here",
-                    asking=Asking(max_concurrency=1, top_k=top_k),
-                )
-
             def close() -> None:
                 one.close()
                 patch.undo()
 
             return Candidate(
                 make=managed,
-                make_top=managed_top,
                 logits=logits,
                 tolerance=1e-3,
                 served=True,
@@ -153,16 +137,12 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
             asking = Asking(max_concurrency=min(micro_batch_tokens or 1, 4))
             return VllmTeacher.served(server.url, temperature=temperature, asking=asking)
 
-        def served_top(top_k: int) -> VllmTeacher:
-            return VllmTeacher.served(server.url, asking=Asking(max_concurrency=1, top_k=top_k))
-
         def stop() -> None:
             server.stop()
             patch.undo()
 
         return Candidate(
             make=served,
-            make_top=served_top,
             logits=logits,
             tolerance=1e-3,
             served=True,

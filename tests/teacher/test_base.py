@@ -55,7 +55,7 @@ def test_a_fault_while_scoring_leaves_the_adapter_on(
     trainer, policy, _ = student
     now = trainer.score_now([SAMPLE])["a"].teacher_logprobs
 
-    def broken(samples: object) -> None:
+    def broken(samples: object, needs: object) -> None:
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:

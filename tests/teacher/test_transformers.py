@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnow.algorithm import head
 from rnow.algorithm.batching import build_batch, build_training_samples
+from rnow.algorithm.records import TeacherNeeds
 from rnow.errors import ModelError, StopRequested
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.sampling.transformers import TransformersSampler
@@ -130,7 +131,7 @@ def test_a_teacher_that_is_the_student_agrees_with_its_sampler(
     teacher = TransformersTeacher(lm, temperature=temperature)
     for (ids, *_), completion in zip(requests, done, strict=True):
         sample = sample_of(tuple(ids), completion)
-        judged = teacher.score_now([sample])[sample.id].teacher_logprobs[len(ids) :]
+        judged = teacher.score_now([sample])[sample.id].teacher_logprobs
         gap = judged - torch.tensor(completion.logprobs)
         assert (gap.exp() - 1).abs().max() < 1e-4
         assert gap.mean().abs() < 1e-5
@@ -181,7 +182,7 @@ def test_the_watch_sees_a_full_softmax(odd: CausalLM) -> None:
 def test_scoring_holds_no_tokens_by_vocabulary_tensor(odd: CausalLM, top_k: int) -> None:
     samples = [make_sample(str(index), 80) for index in range(4)]
     with watch(ODD_VOCABULARY) as tall:
-        evidence = TransformersTeacher(odd, top_k=top_k).score_now(samples)
+        evidence = TransformersTeacher(odd).score_now(samples, TeacherNeeds(top_k=top_k))
     assert len(evidence) == 4
     assert 0 < tall.rows <= 16
 

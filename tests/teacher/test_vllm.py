@@ -37,7 +37,7 @@ from tests.serving.scripted import (
 )
 from tests.teacher.conformance import make_sample, pids
 
-from rnow.algorithm.records import TopKEvidence
+from rnow.algorithm.records import TeacherNeeds, TopKEvidence
 from rnow.errors import (
     EXIT_TEMPORARY,
     ConfigError,
@@ -98,8 +98,9 @@ def assert_right(found: Any, samples: list[Sample]) -> None:
     assert list(found) == [sample.id for sample in samples]
     for sample in samples:
         expected = [
-            logprob(token, i) if on else 0.0
+            logprob(token, i)
             for i, (token, on) in enumerate(zip(sample.token_ids, sample.loss_mask, strict=True))
+            if on
         ]
         torch.testing.assert_close(found[sample.id].teacher_logprobs, torch.tensor(expected))
 
@@ -686,20 +687,18 @@ def test_a_server_told_to_change_when_cancelled_is_told_again() -> None:
 
 def test_top_k_evidence(server: ScriptedServer) -> None:
     sample = make_sample("a", 8, loss=[3, 6, 7])
-    evidence = run(served(server, top_k=3).score([sample]))["a"]
+    evidence = run(served(server).score([sample], TeacherNeeds(top_k=3)))["a"]
     assert isinstance(evidence, TopKEvidence)
     (body,) = server.asked("/v1/completions")
     assert body["prompt_logprobs"] == 3
-    for position, token in enumerate(sample.token_ids):
-        if not sample.loss_mask[position]:
-            assert not evidence.ids[position].any()
-            continue
+    for row, position in enumerate((3, 6, 7)):
+        token = sample.token_ids[position]
         # The scripted server lists ids 0 to 2 and the given one.
         listed = {t: logprob(t, position) for t in {0, 1, 2, token}}
         best = sorted(listed, key=lambda t: -listed[t])[:3]
-        assert evidence.ids[position].tolist() == best
-        assert evidence.logprobs[position].tolist() == pytest.approx([listed[t] for t in best])
-        assert evidence.teacher_logprobs[position] == pytest.approx(logprob(token, position))
+        assert evidence.ids[row].tolist() == best
+        assert evidence.logprobs[row].tolist() == pytest.approx([listed[t] for t in best])
+        assert evidence.teacher_logprobs[row] == pytest.approx(logprob(token, position))
 
 
 def test_a_server_that_lists_too_few_is_told_from_its_check(
@@ -725,7 +724,7 @@ def test_a_padding_id_among_the_likeliest_is_an_error(
         lambda choice: choice["prompt_logprobs"][-1].update({str(VOCABULARY): {"logprob": -0.01}})
     )
     with pytest.raises(TemporaryError, match=f"id {VOCABULARY} among its 2 likeliest"):
-        run(teacher.score(SAMPLES))
+        run(teacher.score(SAMPLES, TeacherNeeds(top_k=2)))
 
 
 # ---- the teacher answers itself -------------------------------------------------------------------------------------

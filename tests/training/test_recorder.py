@@ -154,7 +154,7 @@ def judged_data(*logprobs: float) -> StepData:
         TrainingSample(
             sample=sample,
             reward_advantage=0.0,
-            evidence=SampledEvidence(teacher_logprobs=torch.tensor([0.0, 0.0, 0.0, *values])),
+            evidence=SampledEvidence(teacher_logprobs=torch.tensor(values)),
         )
         for values in ((-0.5, -0.7), logprobs)
     ]

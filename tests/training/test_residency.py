@@ -12,6 +12,7 @@ import pytest
 from tests.fakes import FakeEnvironment, FakePolicy, FakeRewarder, FakeSampler, FakeTeacher
 from tests.setup.projects import Project
 
+from rnow.algorithm.records import SAMPLED
 from rnow.errors import EXIT_TEMPORARY, ConfigError, TemporaryError
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
@@ -273,6 +274,7 @@ class Watched:
                 prompts_of=lambda step: PROMPTS,
                 advantages=lambda groups, rewards: dict.fromkeys(rewards, 0.0),
                 workers=Workers(
+                    needs=SAMPLED,
                     environments=lambda *_: FakeEnvironment((1, 2)),
                     settings=SETTINGS,
                     journal=lambda step: None,

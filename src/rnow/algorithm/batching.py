@@ -157,13 +157,7 @@ def _collate_evidence(
     first = training[0].evidence
     if first is None:
         return {}
-    masks = [torch.tensor(item.sample.loss_mask) for item in training]
     return {
-        name: torch.cat(
-            [
-                getattr(item.evidence, name).cpu()[mask]
-                for item, mask in zip(training, masks, strict=True)
-            ]
-        ).to(device)
-        for name in (field.name for field in fields(first))
+        field.name: torch.cat([getattr(item.evidence, field.name) for item in training]).to(device)
+        for field in fields(first)
     }

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from rnow.algorithm.head import Head
-from rnow.algorithm.records import MicroBatch
+from rnow.algorithm.records import MicroBatch, TeacherNeeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,8 @@ class Terms:
 
     Attributes:
         losses: ``[R]`` with gradient, summed by the caller.
-        streams: name -> ``[R]``, detached. ``logprobs``, the student's own of each token, is always there.
+        streams: name -> ``[R]``, detached. ``logprobs``, the student's own of each token, is always there; with a teacher
+            ``teacher_logprobs`` too.
     """
 
     losses: Tensor
@@ -47,16 +48,6 @@ class Summary:
     reduction: Literal["mean", "max", "std"] = "mean"
     over_updates: Literal["first", "largest"] = "first"
     by_dataset: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherNeeds:
-    """What an objective asks of the teacher besides its log-probability of each sampled token.
-
-    ``top_k``: so many of its likeliest tokens at each position (``TopKEvidence``); 0 asks for none.
-    """
-
-    top_k: int = 0
 
 
 class Objective(Protocol):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rnow.algorithm.head import Head, selected_logprobs
-from rnow.algorithm.objective import Summary, TeacherNeeds, Terms
-from rnow.algorithm.records import MicroBatch
+from rnow.algorithm.objective import Summary, Terms
+from rnow.algorithm.records import MicroBatch, TeacherNeeds
 
 LOG_RATIO_LIMIT = 20.0
 K3_EXPONENT_LIMIT = 20.0
@@ -101,6 +101,7 @@ class PolicyGradient:
             "sampler_trainer_kl": micro.sampler_logprobs - live,
         }
         if teacher is not None and shaped.teacher_kl is not None:
+            streams["teacher_logprobs"] = teacher
             streams["teacher_kl"] = shaped.teacher_kl
             streams["teacher_kl/k3"] = k3(live, teacher)
             streams["kl_clamped"] = shaped.clamped

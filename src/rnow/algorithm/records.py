@@ -1,7 +1,7 @@
 """Records that hold tensors: the later half of the chain in ``rnow.types``.
 
-Per-token tensors of a sample are aligned with its ``token_ids``: index i describes token i. Only ``PaddedTokens`` and
-``MicroBatch`` are flattened and shifted, in ``batching``.
+What a teacher says of a sample has one row for each of its L loss tokens, in order: a teacher that saw another prompt before
+the same answer says it in the same shape. Only ``PaddedTokens`` and ``MicroBatch`` are flattened and shifted, in ``batching``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rnow.types import RewardResult, RolloutGroup, Sample
 class SampledEvidence:
     """The least a teacher can say: its log-probability of each token the student sampled.
 
-    ``teacher_logprobs``: float32 ``[T]``, natural log, 0 where the sample's ``loss_mask`` is False.
+    ``teacher_logprobs``: float32 ``[L]``, natural log.
     """
 
     teacher_logprobs: Tensor
@@ -31,8 +31,8 @@ class TopKEvidence:
 
     Attributes:
         teacher_logprobs: as in ``SampledEvidence``, whether the sampled token is among the k or not.
-        ids: int64 ``[T, k]``, likeliest first and no id twice in a row of the table; 0 where ``loss_mask`` is False.
-        logprobs: float32 ``[T, k]``, natural log, not increasing along k; 0 where ``loss_mask`` is False.
+        ids: int64 ``[L, k]``, likeliest first and no id twice in a row of the table.
+        logprobs: float32 ``[L, k]``, natural log, not increasing along k.
     """
 
     teacher_logprobs: Tensor
@@ -40,12 +40,45 @@ class TopKEvidence:
     logprobs: Tensor
 
     def tail(self) -> Tensor:
-        """float32 ``[T]``: the probability of everything but the k, at least 0; meaningless where ``loss_mask`` is False."""
+        """float32 ``[L]``: the probability of everything but the k, at least 0."""
         return (1.0 - self.logprobs.double().exp().sum(-1)).clamp_min(0.0).float()
 
 
-Evidence = SampledEvidence | TopKEvidence
-"""What a teacher returns per sample. Hidden states join this union when an estimator needs them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenEvidence:
+    """The teacher's final hidden states, from which its own head makes the whole distribution where it is needed.
+
+    ``teacher_hidden``: ``[L, H of the teacher]`` after the last norm, the state that predicts each loss token, in the
+    teacher's number format, in main memory.
+    """
+
+    teacher_hidden: Tensor
+
+
+Evidence = SampledEvidence | TopKEvidence | HiddenEvidence
+"""What a teacher returns per sample, as its caller needs it."""
+
+
+def sampled_logprobs(evidence: Evidence) -> Tensor:
+    """float32 ``[L]``: the teacher's log-probability of each loss token, of evidence that says it."""
+    assert not isinstance(evidence, HiddenEvidence), "hidden states were asked for"
+    return evidence.teacher_logprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherNeeds:
+    """What is asked of a teacher about each loss token: by default its log-probability (``SampledEvidence``).
+
+    Attributes:
+        top_k: so many of its likeliest tokens besides (``TopKEvidence``); 0 asks for none.
+        hidden: its hidden states instead (``HiddenEvidence``): of a model that this process holds.
+    """
+
+    top_k: int = 0
+    hidden: bool = False
+
+
+SAMPLED = TeacherNeeds()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

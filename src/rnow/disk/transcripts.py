@@ -17,7 +17,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rnow.algorithm.batching import at_loss_tokens
 from rnow.algorithm.records import StepData
 from rnow.disk.answers import rollout_fields
 from rnow.disk.files import json_line
@@ -45,14 +44,7 @@ class TranscriptWriter:
     def write(self, step: int, data: StepData, streams: Mapping[str, Mapping[str, Tensor]]) -> None:
         """All rollouts of one step, replacing what an interrupted run left for it."""
         self._folder.mkdir(exist_ok=True)  # but never the run folder: it may have been removed
-        judged = {
-            item.sample.id: list(
-                at_loss_tokens(item.sample, item.evidence.teacher_logprobs.tolist())
-            )
-            for item in data.training
-            if item.evidence is not None
-        }
-        live = streams.get("logprobs", {})
+        live, judged = streams.get("logprobs", {}), streams.get("teacher_logprobs", {})
         lines = [
             self._line(
                 step,
@@ -95,7 +87,7 @@ class TranscriptWriter:
         )
 
     def _tokens(
-        self, rollout: Rollout, judged: list[float] | None, logprobs: Tensor | None
+        self, rollout: Rollout, judged: Tensor | None, logprobs: Tensor | None
     ) -> list[dict[str, object]]:
         written = [
             (number, token, logprob)
@@ -116,7 +108,7 @@ class TranscriptWriter:
                 "kl": None if theirs is None or ours is None else ours - theirs,
             }
             for (number, token, logprob), ours, theirs in zip(
-                written, live, unknown if judged is None else judged, strict=True
+                written, live, unknown if judged is None else judged.tolist(), strict=True
             )
         ]
 

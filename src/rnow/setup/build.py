@@ -65,6 +65,7 @@ from rnow.setup.facts import (
     redacted_config,
     repeat,
 )
+from rnow.setup.objective import build_objective
 from rnow.setup.usercode import (
     UserCode,
     build_episodes,
@@ -590,6 +591,7 @@ class _Run:
             rewarder=code.rewarder,
             reward_watch=watch,
             teacher=backends.teacher,
+            needs=build_objective(self._config).needs,
             gpu=backends.gpu,
         )
         return Parts(

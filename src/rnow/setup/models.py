@@ -112,11 +112,10 @@ def build_student(
 
 
 def score_with(prepared: Prepared, lm: CausalLM, poll: Callable[[], None]) -> TransformersTeacher:
-    """A model in this process behind the Teacher protocol, saying what the objective needs."""
+    """A model in this process behind the Teacher protocol."""
     return TransformersTeacher(
         lm,
         temperature=prepared.config.rollout.temperature,
-        top_k=build_objective(prepared.config).needs.top_k,
         micro_batch_tokens=prepared.config.trainer.micro_batch_tokens,
         poll=poll,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from rnow.algorithm.records import Evidence
+from rnow.algorithm.records import SAMPLED, Evidence, TeacherNeeds
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.types import Sample
 
@@ -26,7 +26,9 @@ class ReferenceTeacher:
         self._trainer = trainer
         self._without_adapter = without_adapter
 
-    async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
+    async def score(
+        self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
+    ) -> Mapping[str, Evidence]:
         """See ``Teacher.score``."""
         with self._without_adapter():
-            return self._trainer.score_now(samples)
+            return self._trainer.score_now(samples, needs)

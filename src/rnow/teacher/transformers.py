@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,14 @@ from rnow import progress
 from rnow.algorithm.batching import pad, plan_micro_batches
 from rnow.algorithm.head import selected_logprobs
 from rnow.algorithm.records import (
+    SAMPLED,
     Evidence,
+    HiddenEvidence,
     PaddedTokens,
     SampledEvidence,
+    TeacherNeeds,
     TopKEvidence,
+    sampled_logprobs,
 )
 from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
@@ -34,7 +38,6 @@ class TransformersTeacher:
             teacher equal to the student gives a KL of 0.
         micro_batch_tokens: padded tokens per forward pass; chosen from the device when None. An int8 model scores one
             sample at a time.
-        top_k: also list so many of the likeliest tokens at each position (``TopKEvidence``); 0: the sampled token alone.
         poll: called before each forward pass; may raise to stop.
     """
 
@@ -44,7 +47,6 @@ class TransformersTeacher:
         *,
         temperature: float = 1.0,
         micro_batch_tokens: int | None = None,
-        top_k: int = 0,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.lm = lm
@@ -53,16 +55,19 @@ class TransformersTeacher:
         if getattr(lm.model, "is_loaded_in_8bit", False):
             # LLM.int8 picks its outlier columns over all rows of a batch: a score would depend on who else is in it.
             self._micro_batch_tokens = 1
-        self._top_k = top_k
         self._poll = poll
         self._offload = Offload(frozen=lambda: tensors_of(lm.model), what="the teacher")
 
-    async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
-        """Log-probabilities of the loss tokens of each sample, keyed by sample id."""
-        return self.score_now(samples)
+    async def score(
+        self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
+    ) -> Mapping[str, Evidence]:
+        """What is asked about the loss tokens of each sample, keyed by sample id."""
+        return self.score_now(samples, needs)
 
     @torch.inference_mode()
-    def score_now(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
+    def score_now(
+        self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
+    ) -> dict[str, Evidence]:
         """``score`` for callers without an event loop."""
         evidence: dict[str, Evidence] = {}
         for indices in plan_micro_batches(
@@ -70,12 +75,14 @@ class TransformersTeacher:
         ):
             progress.moved()
             self._poll()
-            evidence.update(self._score_or_halve([samples[index] for index in indices]))
+            evidence.update(self._score_or_halve([samples[index] for index in indices], needs))
         return evidence
 
-    def _score_or_halve(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
+    def _score_or_halve(
+        self, samples: Sequence[Sample], needs: TeacherNeeds
+    ) -> dict[str, Evidence]:
         try:
-            return self._score_micro_batch(samples)
+            return self._score_micro_batch(samples, needs)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
@@ -83,7 +90,9 @@ class TransformersTeacher:
                 raise out_of_memory("teacher scoring", len(samples[0].token_ids), error) from error
         torch.cuda.empty_cache()
         half = len(samples) // 2
-        return self._score_or_halve(samples[:half]) | self._score_or_halve(samples[half:])
+        return self._score_or_halve(samples[:half], needs) | self._score_or_halve(
+            samples[half:], needs
+        )
 
     async def sleep(self) -> None:
         """Move the weights to main memory, quantised ones as they are."""
@@ -120,53 +129,35 @@ class TransformersTeacher:
             loss_mask=(False, *[True] * (count - 1)),
             sampler_logprobs=(0.0,) * count,
         )
-        scored = self.score_now([sample])["given"].teacher_logprobs
-        return [None, *scored[1:].tolist()]
+        return [None, *sampled_logprobs(self.score_now([sample])["given"]).tolist()]
 
-    def _score_micro_batch(self, samples: Sequence[Sample]) -> dict[str, Evidence]:
-        tokens = pad(samples, self.lm.device)
-        targets = tokens.targets.to(self.lm.head.weight.device)
-        if self._top_k:
-            return self._top_evidence(samples, tokens, targets)
-        scored = selected_logprobs(
-            hidden_rows(self.lm, tokens), self.lm.head, targets, temperature=self._temperature
-        )
-        values = scored.logprobs.float().cpu().split(list(tokens.counts))
-        return {
-            sample.id: SampledEvidence(teacher_logprobs=_aligned(sample, part))
-            for sample, part in zip(samples, values, strict=True)
-        }
-
-    def _top_evidence(
-        self, samples: Sequence[Sample], tokens: PaddedTokens, targets: Tensor
+    def _score_micro_batch(
+        self, samples: Sequence[Sample], needs: TeacherNeeds
     ) -> dict[str, Evidence]:
-        found = top_logprobs(
-            hidden_rows(self.lm, tokens),
-            self.lm.head,
-            targets,
-            self._top_k,
-            temperature=self._temperature,
-        )
-        counts = list(tokens.counts)
-        parts = zip(
-            samples,
-            found.selected.float().cpu().split(counts),
-            found.ids.cpu().split(counts),
-            found.logprobs.float().cpu().split(counts),
-            strict=True,
-        )
-        return {
-            sample.id: TopKEvidence(
-                teacher_logprobs=_aligned(sample, selected),
-                ids=_aligned(sample, ids),
-                logprobs=_aligned(sample, logprobs),
-            )
-            for sample, selected, ids, logprobs in parts
-        }
+        tokens = pad(samples, self.lm.device)
+        hidden = hidden_rows(self.lm, tokens)
+        found = self._evidence(hidden, tokens, needs)
+        return dict(zip(tokens.sample_ids, found, strict=True))
 
+    def _evidence(
+        self, hidden: Tensor, tokens: PaddedTokens, needs: TeacherNeeds
+    ) -> Iterator[Evidence]:
+        """One per sample of ``tokens``. ``hidden``: ``[R, H]``, the states that predict their loss tokens."""
 
-def _aligned(sample: Sample, rows: Tensor) -> Tensor:
-    """Values of the loss tokens ``[loss tokens, ...]`` put at their positions ``[T, ...]``, 0 elsewhere."""
-    aligned = rows.new_zeros(len(sample.token_ids), *rows.shape[1:])
-    aligned[torch.tensor(sample.loss_mask)] = rows
-    return aligned
+        def split(rows: Tensor) -> Sequence[Tensor]:
+            return rows.cpu().split(list(tokens.counts))
+
+        if needs.hidden:
+            for rows in split(hidden):
+                yield HiddenEvidence(teacher_hidden=rows)
+            return
+        head, targets = self.lm.head, tokens.targets.to(self.lm.head.weight.device)
+        if not needs.top_k:
+            scored = selected_logprobs(hidden, head, targets, temperature=self._temperature)
+            for values in split(scored.logprobs.float()):
+                yield SampledEvidence(teacher_logprobs=values)
+            return
+        best = top_logprobs(hidden, head, targets, needs.top_k, temperature=self._temperature)
+        parts = (split(best.selected.float()), split(best.ids), split(best.logprobs.float()))
+        for selected, ids, logprobs in zip(*parts, strict=True):
+            yield TopKEvidence(teacher_logprobs=selected, ids=ids, logprobs=logprobs)

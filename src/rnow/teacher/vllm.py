@@ -11,7 +11,14 @@ from typing import TypeVar
 
 import torch
 
-from rnow.algorithm.records import Evidence, SampledEvidence, TopKEvidence
+from rnow.algorithm.batching import at_loss_tokens
+from rnow.algorithm.records import (
+    SAMPLED,
+    Evidence,
+    SampledEvidence,
+    TeacherNeeds,
+    TopKEvidence,
+)
 from rnow.errors import SAME_COMMAND, ConfigError, ModelError, TemporaryError
 from rnow.processes.process import StartFailed
 from rnow.protocols import Tokenizer
@@ -183,19 +190,21 @@ class VllmTeacher:
 
     # --- scoring --------------------------------------------------------------------------------------------------
 
-    async def score(self, samples: Sequence[Sample]) -> Mapping[str, Evidence]:
+    async def score(
+        self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
+    ) -> Mapping[str, Evidence]:
         """Log-probabilities of the loss tokens of each sample, keyed by sample id.
 
         Raises:
             TemporaryError: no answer, or a wrong one, after retries and the restart that a managed teacher has.
         """
         evidence = {
-            sample.id: _aligned(sample, {}, self._asking.top_k)
+            sample.id: _evidence([], [], needs.top_k)
             for sample in samples
             if not any(sample.loss_mask)
         }
         try:
-            await self.surviving(lambda: self._score_into(evidence, samples))
+            await self.surviving(lambda: self._score_into(evidence, samples, needs.top_k))
         except (BadAnswer, Refused) as error:
             raise TemporaryError(
                 error.message,
@@ -255,13 +264,15 @@ class VllmTeacher:
 
         self._starting = asyncio.create_task(bring_up())
 
-    async def _score_into(self, evidence: dict[str, Evidence], samples: Sequence[Sample]) -> None:
+    async def _score_into(
+        self, evidence: dict[str, Evidence], samples: Sequence[Sample], top_k: int
+    ) -> None:
         """Add what ``evidence`` lacks, each answer as it comes: what was answered before a failure is not asked again."""
         client = await self._ready()
         model = await self._name(client)
 
         async def one(sample: Sample) -> None:
-            evidence[sample.id] = await self._judge(client, model, sample)
+            evidence[sample.id] = await self._judge(client, model, sample, top_k)
 
         missing = [sample for sample in samples if sample.id not in evidence]
         waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in missing}
@@ -278,17 +289,13 @@ class VllmTeacher:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def _judge(self, client: VllmClient, model: str, sample: Sample) -> Evidence:
+    async def _judge(self, client: VllmClient, model: str, sample: Sample, top_k: int) -> Evidence:
         # What follows the last loss token changes nothing.
         last = max(position for position, on in enumerate(sample.loss_mask) if on)
-        ids, top_k = sample.token_ids[: last + 1], self._asking.top_k
+        ids = sample.token_ids[: last + 1]
         entries = await client.prompt_top_logprobs(ids, model=model, top_k=top_k)
-        judged = {
-            position: entry
-            for position, entry in enumerate(entries)
-            if sample.loss_mask[position] and entry
-        }
-        evidence = _aligned(sample, judged, top_k)
+        judged = [*at_loss_tokens(sample, entries)]
+        evidence = _evidence([*at_loss_tokens(sample, sample.token_ids)], judged, top_k)
         if isinstance(evidence, TopKEvidence) and self._vocabulary is not None:
             highest = int(evidence.ids.max())
             if highest >= self._vocabulary:
@@ -359,20 +366,26 @@ class VllmTeacher:
             raise
 
 
-def _aligned(sample: Sample, judged: Mapping[int, Mapping[int, float]], top_k: int) -> Evidence:
-    """``judged``: for each loss position the log-probabilities of the sampled id and, with ``top_k``, of the likeliest."""
-    values = torch.zeros(len(sample.token_ids))
-    for position, entry in judged.items():
-        values[position] = entry[sample.token_ids[position]]
+def _evidence(
+    sampled: Sequence[int], judged: Sequence[Mapping[int, float] | None], top_k: int
+) -> Evidence:
+    """``judged``: for each loss token the log-probabilities of the sampled id and, with ``top_k``, of the likeliest."""
+    entries = [entry or {} for entry in judged]
+    values = torch.tensor(
+        [entry[token] for token, entry in zip(sampled, entries, strict=True)], dtype=torch.float32
+    )
     if not top_k:
         return SampledEvidence(teacher_logprobs=values)
-    ids = torch.zeros(len(sample.token_ids), top_k, dtype=torch.long)
-    logprobs = torch.zeros(len(sample.token_ids), top_k)
-    for position, entry in judged.items():
-        best = sorted(entry.items(), key=lambda pair: (-pair[1], pair[0]))[:top_k]
-        ids[position] = torch.tensor([token for token, _ in best])
-        logprobs[position] = torch.tensor([value for _, value in best])
-    return TopKEvidence(teacher_logprobs=values, ids=ids, logprobs=logprobs)
+    best = [
+        sorted(entry.items(), key=lambda pair: (-pair[1], pair[0]))[:top_k] for entry in entries
+    ]
+    ids = torch.tensor([[token for token, _ in row] for row in best], dtype=torch.long)
+    logprobs = torch.tensor([[value for _, value in row] for row in best], dtype=torch.float32)
+    return TopKEvidence(
+        teacher_logprobs=values,
+        ids=ids.reshape(len(best), top_k),
+        logprobs=logprobs.reshape(len(best), top_k),
+    )
 
 
 def _refuse_temperature(temperature: float) -> None:

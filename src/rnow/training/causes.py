@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
 
 from rnow.algorithm.records import StepData
 
@@ -47,6 +49,9 @@ def broken_evidence(data: StepData) -> int:
     """How many samples the teacher judged with numbers that are not finite."""
     return sum(
         item.evidence is not None
-        and not all(map(math.isfinite, item.evidence.teacher_logprobs.tolist()))
+        and not all(
+            bool(torch.isfinite(getattr(item.evidence, field.name)).all())
+            for field in fields(item.evidence)
+        )
         for item in data.training
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from rnow.algorithm.batching import at_loss_tokens, build_samples
+from rnow.algorithm.records import SAMPLED, sampled_logprobs
 from rnow.protocols import Environment, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import RewardWatch
@@ -98,13 +99,13 @@ class Evaluator:
 
     async def _teacher_kl(self, groups: Sequence[RolloutGroup], teacher: Teacher) -> float:
         samples = build_samples(groups)
-        evidence = await teacher.score(samples)
+        evidence = await teacher.score(samples, SAMPLED)
         gaps = [
             ours - theirs
             for sample in samples
             for ours, theirs in zip(
                 at_loss_tokens(sample, sample.sampler_logprobs),
-                at_loss_tokens(sample, evidence[sample.id].teacher_logprobs.tolist()),
+                sampled_logprobs(evidence[sample.id]).tolist(),
                 strict=True,
             )
         ]

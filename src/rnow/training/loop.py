@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rnow.algorithm.batching import build_batch, build_samples, build_training_samples
-from rnow.algorithm.records import StepData
+from rnow.algorithm.records import StepData, TeacherNeeds
 from rnow.protocols import Environment, Policy, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import RewardWatch
@@ -75,7 +75,8 @@ async def train_step(parts: Parts, step: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """What a source may ask for the samples of a step, once everything is loaded."""
+    """What a source may ask for the samples of a step, once everything is loaded. ``needs``: what the objective asks of the
+    teacher."""
 
     environments: Callable[[Prompt, int], Environment]
     settings: RolloutSettings
@@ -84,6 +85,7 @@ class Workers:
     rewarder: Rewarder
     reward_watch: RewardWatch
     teacher: Teacher | None
+    needs: TeacherNeeds
     gpu: Residency
 
 
@@ -110,7 +112,7 @@ class OnPolicy:
             samples = build_samples(groups)
         async with gpu.only("teacher", clock):
             with clock.stage("teacher"):
-                evidence = await at.teacher.score(samples) if at.teacher else None
+                evidence = await at.teacher.score(samples, at.needs) if at.teacher else None
                 advantages = self.advantages(groups, rewards)
                 training = build_training_samples(samples, advantages, evidence)
         return StepData(training=training, groups=groups, rewards=rewards)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rnow.algorithm.batching import at_loss_tokens, build_samples
-from rnow.algorithm.records import Evidence
+from rnow.algorithm.records import SAMPLED, Evidence, sampled_logprobs
 from rnow.errors import ModelError
 from rnow.protocols import Environment, Sampler, Teacher
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
@@ -63,7 +63,7 @@ async def run_selfcheck(
         groups = await collect_rollouts(prompts[:PROMPTS], sampler, environments, settings, step=0)
     samples = build_samples(groups)
     async with gpu.only("trainer"):
-        own = _loss_values(samples, await trainer_as_teacher.score(samples))
+        own = _loss_values(samples, await trainer_as_teacher.score(samples, SAMPLED))
     drawn = [v for sample in samples for v in at_loss_tokens(sample, sample.sampler_logprobs)]
     _check_finite("student", own)
     _check_finite("sampler", drawn)
@@ -78,8 +78,8 @@ async def run_selfcheck(
     teacher_kl = None
     if teacher is not None:
         async with gpu.only("teacher"):
-            judged = _loss_values(samples, await teacher.score(samples))
-            again = _loss_values(samples, await teacher.score(samples))
+            judged = _loss_values(samples, await teacher.score(samples, SAMPLED))
+            again = _loss_values(samples, await teacher.score(samples, SAMPLED))
         _check_teacher(judged, again, vocabulary)
         teacher_kl = sum(a - b for a, b in zip(own, judged, strict=True)) / max(1, len(own))
     return SelfCheck(
@@ -90,11 +90,7 @@ async def run_selfcheck(
 
 
 def _loss_values(samples: Sequence[Sample], evidence: Mapping[str, Evidence]) -> list[float]:
-    return [
-        value
-        for sample in samples
-        for value in at_loss_tokens(sample, evidence[sample.id].teacher_logprobs.tolist())
-    ]
+    return [value for sample in samples for value in sampled_logprobs(evidence[sample.id]).tolist()]
 
 
 def _check_finite(who: str, values: Sequence[float]) -> None:
