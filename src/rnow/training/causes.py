@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
-import torch
-
 from rnow.algorithm.records import StepData
 
 
@@ -50,7 +48,7 @@ def broken_evidence(data: StepData) -> int:
     return sum(
         item.evidence is not None
         and not all(
-            bool(torch.isfinite(getattr(item.evidence, field.name)).all())
+            bool(getattr(item.evidence, field.name).isfinite().all())
             for field in fields(item.evidence)
         )
         for item in data.training
