@@ -94,6 +94,8 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
     """What only another way of estimating the KL can do."""
     algorithm, teacher = config.algorithm, config.teacher
     estimator, divergence = algorithm.kl_estimator, algorithm.divergence
+    if estimator == "auto" and (algorithm.kl_baseline != "none" or algorithm.kl_discount > 0):
+        estimator = "sampled"  # the only one that knows them
     served = teacher is not None and (teacher.url is not None or teacher.backend == "vllm")
     if estimator == "exact" and served:
         yield Problem(

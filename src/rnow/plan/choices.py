@@ -66,6 +66,13 @@ def kl_estimator(config: Config) -> Estimator:
     return "exact" if teacher_backend(teacher) == "transformers" else "topk"
 
 
+def reads_hidden_states(config: Config) -> bool:
+    """Whether the objective asks the teacher for hidden states, and its head stays where the update is."""
+    if config.algorithm.kl_baseline == "optimal":
+        return config.teacher is None or teacher_backend(config.teacher) == "transformers"
+    return kl_estimator(config) == "exact"
+
+
 def slow_paths(config: Config) -> list[str]:
     """What this machine could do faster and does not, with the reason; one sentence each."""
     device, found = choose_device(config.model.device), []

@@ -12,7 +12,7 @@ from rnow.algorithm.objective import Objective
 from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.rewarded import RewardTerm
 from rnow.config import Config
-from rnow.plan.choices import kl_estimator, teacher_backend
+from rnow.plan.choices import kl_estimator, reads_hidden_states
 from rnow.plan.prepare import Prepared
 
 NO_HEADS: Mapping[str, Head] = {}
@@ -71,5 +71,4 @@ def build_objective(prepared: Prepared, heads: Mapping[str, Head] = NO_HEADS) ->
 def _baseline(config: Config, heads: Mapping[str, Head], top_k: int) -> KlBaseline | None:
     if config.algorithm.kl_baseline == "none":
         return None
-    served = config.teacher is not None and teacher_backend(config.teacher) != "transformers"
-    return KlBaseline(heads=heads, top_k=top_k if served else 0)
+    return KlBaseline(heads=heads, top_k=0 if reads_hidden_states(config) else top_k)
