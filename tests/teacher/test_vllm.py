@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import os
@@ -224,6 +225,21 @@ def test_a_server_that_stays_unwell_stops_the_run_for_now(
     assert caught.value.exit_code == 75
     assert server.url in caught.value.message
     assert time.monotonic() - before < 5
+
+
+def test_samples_that_fail_together_are_one_error(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio shows a traceback of every failure that nobody looked at."""
+
+    async def fail(*given: object) -> None:
+        raise BadAnswer("no")
+
+    monkeypatch.setattr(VllmTeacher, "_judge", fail)
+    with pytest.raises(TemporaryError):
+        run(served(server).score(SAMPLES))
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_nobody_there() -> None:

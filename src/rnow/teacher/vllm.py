@@ -264,7 +264,8 @@ class VllmTeacher:
             evidence[sample.id] = await self._judge(client, model, sample)
 
         missing = [sample for sample in samples if sample.id not in evidence]
-        waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in missing}
+        tasks = [asyncio.create_task(one(sample)) for sample in missing]
+        waiting = set(tasks)
         try:
             while waiting:
                 self._asking.poll()
@@ -276,7 +277,8 @@ class VllmTeacher:
         finally:
             for task in waiting:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            # Of all tasks, those that failed beside the first too: asyncio shows a traceback of what nobody looked at.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _judge(self, client: VllmClient, model: str, sample: Sample) -> Evidence:
         # What follows the last loss token changes nothing.
