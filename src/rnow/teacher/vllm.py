@@ -358,6 +358,9 @@ class VllmTeacher:
             ) from error
         except (BadAnswer, Refused) as error:
             error.where = error.where or self._where
+            if self._server is None and self._client is not None and error.fix is None:
+                asking = f"curl {self._client.url}/v1/models"
+                error.fix = f"see what `{asking}` says: vLLM itself must answer there, unpacked and unchanged"
             raise
 
 
