@@ -584,7 +584,7 @@ def shown(plan: Plan, width: int = 80) -> str:
     return capture.get()
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("device", [ROOMY, CRAMPED])
 def test_the_view_fits_its_width(
     models: tuple[ResolvedModel, ResolvedModel], width: int, device: DeviceInfo
@@ -592,6 +592,7 @@ def test_the_view_fits_its_width(
     text = shown(plan_of(models, device=device, run_dir=Path("runs/first")), width)
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     assert "…" not in text
+    assert " MB" in text
     for part in (
         "student",
         "10; the longest has",
