@@ -32,7 +32,7 @@ from rnow.disk.files import (
     unused,
     write_synced,
 )
-from rnow.errors import SAME_COMMAND, InputError, TemporaryError
+from rnow.errors import SAME_COMMAND, InputError, RnowError, TemporaryError
 from rnow.types import Adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -94,7 +94,9 @@ class CheckpointStore:
 
         Raises:
             TemporaryError: the disk is full; earlier checkpoints are untouched.
+            RnowError: the last update left numbers that are not finite, which nothing could be continued from.
         """
+        self._check_finite(step, {**adapter.tensors, **moments}, good_before)
         target = self._folder / f"step-{step:06d}"
         files = {
             **peft_files(adapter),
@@ -150,6 +152,17 @@ class CheckpointStore:
         """The step of the newest committed checkpoint (of those of a step below ``before``), unverified."""
         steps = map(_step_of, self._committed())
         return max((step for step in steps if before is None or step < before), default=None)
+
+    def _check_finite(self, step: int, tensors: Mapping[str, Tensor], good_before: int) -> None:
+        broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+        if broken:
+            raise diverged(
+                f"after step {step} the adapter holds numbers that are not finite",
+                where=str(self._folder),
+                why=f"an update was too large: of {len(broken)} tensors, the first is {broken[0]}",
+                good=self.newest_step(before=good_before),
+                otherwise="nothing was saved before",
+            )
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._folder).free
@@ -234,6 +247,29 @@ class CheckpointStore:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def diverged(
+    happened: str, *, where: str, good: int | None, otherwise: str, why: str | None = None
+) -> RnowError:
+    """The error for weights from which no finite update comes.
+
+    Args:
+        good: the step of the last good checkpoint.
+        otherwise: what there is without one.
+    """
+    known, fix = (
+        otherwise,
+        "lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh",
+    )
+    if good is not None:
+        known = f"the last good checkpoint is step-{good:06d}"
+        fix += (
+            ", or move the checkpoints after the good one out of checkpoints/ to go on from there"
+        )
+    return RnowError(
+        f"{happened}; {known}", title="Training diverged", where=where, why=why, fix=fix
+    )
+
+
 def export_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter as PEFT does, each file in one step, so that ``folder`` is loadable at any time."""
     folder.mkdir(exist_ok=True)
@@ -275,10 +311,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise _Damaged(f"{path.name} cannot be read: {error}") from None
     for name, tensor in tensors.items():
-        # A sum is one pass without a mask as large as the tensor; NaN and infinity survive it.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        if not _is_finite(tensor):
             raise _Damaged(f"{path.name} holds numbers that are not finite, in {name}")
     return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is one pass without a mask as large as the tensor; NaN and infinity survive it.
+    return not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float64).isfinite())
 
 
 def _read_state(path: Path) -> dict[str, Any]:

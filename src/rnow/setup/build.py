@@ -218,7 +218,10 @@ def _train_in(
 def _disk_fault(error: OSError, folder: RunFolder) -> TemporaryError | None:
     """What a disk refused, for the user; None for an error that is none of a disk's."""
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
-    inside = path is not None and path.absolute().is_relative_to(folder.path.absolute())
+    try:
+        inside = path is not None and path.absolute().is_relative_to(folder.path.absolute())
+    except FileNotFoundError:  # the working directory is gone, and with it what is named from there
+        inside = True
     if not inside and error.errno not in DISK_FAULTS:
         return None
     where = str(path or folder.path)
