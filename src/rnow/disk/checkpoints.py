@@ -97,7 +97,7 @@ class CheckpointStore:
             RnowError: the last update left numbers that are not finite, which nothing could be continued from.
         """
         self._check_finite(step, {**adapter.tensors, **moments}, good_before)
-        target = self._folder / f"step-{step:06d}"
+        target = self._folder / folder_name(step)
         files = {
             **peft_files(adapter),
             MOMENTS: _safetensors(moments),
@@ -261,7 +261,7 @@ def diverged(
         "lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh",
     )
     if good is not None:
-        known = f"the last good checkpoint is step-{good:06d}"
+        known = f"the last good checkpoint is {folder_name(good)}"
         fix += (
             ", or move the checkpoints after the good one out of checkpoints/ to go on from there"
         )
@@ -275,6 +275,19 @@ def export_adapter(adapter: Adapter, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, data in peft_files(adapter).items():
         replace_file(folder / name, data)
+
+
+def is_exported(folder: Path, *, checkpoint: Path) -> bool:
+    """Whether ``folder`` holds the adapter of ``checkpoint``; any adapter, where there is no such checkpoint to tell."""
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            _check_file(folder / name, size=entries[name]["size"], digest=entries[name]["sha256"])
+    except _Damaged:
+        return False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return (folder / ADAPTER_WEIGHTS).is_file()
+    return True
 
 
 def peft_files(adapter: Adapter) -> dict[str, bytes]:
@@ -340,6 +353,11 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def folder_name(step: int) -> str:
+    """Of the checkpoint after ``step`` steps."""
+    return f"step-{step:06d}"
 
 
 def _step_of(folder: Path) -> int:

@@ -14,7 +14,7 @@ from rnow.project.jsonl import read_rows
 from rnow.project.row_file import RowCollector, RowFile
 from rnow.project.rows import RowRules
 from rnow.text.suggest import closest, did_you_mean
-from rnow.text.user_files import is_present, open_regular, read_regular
+from rnow.text.user_files import is_present, open_regular, place_of, read_regular
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
@@ -32,7 +32,7 @@ def read_source(source: DatasetSource, rules: RowRules, base_dir: Path) -> RowFi
         DataError: a missing or faulty file, a dataset that cannot be fetched, or rows at fault.
         NotYetSupported: rows that need a feature this version lacks.
     """
-    path = Path(base_dir, Path(source.path).expanduser())
+    path = place_of(source.path, Path(base_dir), where=_KEY, fault=DataError)
     try:
         return _read_local(source, path, rules)
     except OSError as error:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from rich.console import Console
@@ -23,10 +24,11 @@ from rnow.config.keys import Reader
 from rnow.config.schema import KEYS
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.checkpoints import (
-    ADAPTER_WEIGHTS,
     Checkpoint,
     CheckpointStore,
     export_adapter,
+    folder_name,
+    is_exported,
 )
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
 from rnow.disk.folder import RunFolder
@@ -250,7 +252,7 @@ def _finished(folder: RunFolder, prepared: Prepared, facts: changes.Facts) -> di
     steps = summary.get("steps")
     if not isinstance(steps, int) or steps < prepared.num_steps:
         return None
-    if not (folder.adapter / ADAPTER_WEIGHTS).is_file():
+    if not is_exported(folder.adapter, checkpoint=folder.checkpoints / folder_name(steps)):
         return None  # it is written anew, from the last checkpoint
     same = summary.get("config_hash") == facts["config_hash"]
     if not earlier:
@@ -608,8 +610,14 @@ class _Run:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Each file in one step, as the adapter's: what lay under its name (half a file, a named pipe) goes."""
     try:
-        tokenizer.save_pretrained(str(folder))
+        with TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
+            tokenizer.save_pretrained(aside)
+            for file in filter(Path.is_file, Path(aside).rglob("*")):
+                target = folder / file.relative_to(aside)
+                target.parent.mkdir(exist_ok=True)
+                replace_file(target, file.read_bytes())
     except OSError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception, a full disk included
