@@ -40,6 +40,7 @@ from rnow.errors import (
     SAME_COMMAND,
     ConfigError,
     InputError,
+    ModelError,
     RnowError,
     StopRequested,
     TemporaryError,
@@ -217,6 +218,22 @@ def _train_in(
             raise fault from error
 
 
+def _teacher_fault(error: TemporaryError, config: Config) -> ModelError | None:
+    """What a teacher's server did wrong before the first step: a fault of the input. None for another fault, and where the
+    server is our own."""
+    served = config.teacher is not None and config.teacher.url is not None
+    if not served or error.where != "teacher.url":
+        return None
+    return ModelError(
+        error.message,
+        title=error.title,
+        where=error.where,
+        why=error.why,
+        fix=error.fix or "look at that server's log, or correct the url",
+        details=error.details,
+    )
+
+
 def _disk_fault(error: OSError, folder: RunFolder) -> TemporaryError | None:
     """What a disk refused, for the user; None for an error that is none of a disk's."""
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
@@ -336,30 +353,40 @@ class _Run:
         with watchdog.watch():
             checkpoint = self._find_checkpoint()
             backends = await self._load()
-            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
-            self._display.stage("checking the models against each other")
-            await self._selfcheck(backends)
             self._make_folder()  # from here on the run writes
             async with open_user_code(self._prepared, self._folder.path) as code:
                 return await self._train(backends, checkpoint, code)
 
     async def _load(self) -> Backends:
+        """The models, checked against each other. A fault of the input leaves no folder behind."""
         await check_addresses(self._prepared)
         made = not self._folder.path.exists()
         if uses_vllm(self._config):
             self._make_folder()  # the engines log there
         try:
-            return await load_backends(
+            backends = await load_backends(
                 self._prepared,
                 self._folder,
                 self._stack,
                 poll=self._stop.poll,
                 stage=self._display.stage,
             )
+            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
+            self._display.stage("checking the models against each other")
+            await self._selfcheck(backends)
+        except TemporaryError as error:
+            if (fault := _teacher_fault(error, self._config)) is None:
+                raise
+            self._unmake_folder(made)
+            raise fault from error
         except InputError:
-            if made:
-                self._folder.remove_if_bare()
+            self._unmake_folder(made)
             raise
+        return backends
+
+    def _unmake_folder(self, made: bool) -> None:
+        if made:
+            self._folder.remove_if_bare()
 
     def _make_folder(self) -> None:
         self._folder.make()

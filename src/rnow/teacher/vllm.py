@@ -196,9 +196,13 @@ class VllmTeacher:
         }
         try:
             await self.surviving(lambda: self._score_into(evidence, samples))
+        except ServerDown as error:
+            error.where = error.where or self._where
+            raise
         except (BadAnswer, Refused) as error:
             raise TemporaryError(
                 error.message,
+                where=self._where,
                 why=error.why,
                 fix=error.fix,
                 details=error.details,
