@@ -98,4 +98,4 @@ def test_a_teacher_that_fails_before_the_first_step_is_a_fault_of_the_input(
     assert caught.value.exit_code == 2
     assert caught.value.where == "teacher.url"
     assert caught.value.fix
-    assert not project.run_dir.exists()
+    assert not project.run_dir.parent.exists()

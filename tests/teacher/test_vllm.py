@@ -392,6 +392,7 @@ def test_a_bad_server_before_training_is_bad_input(
         run(served(server, timeout=1.5).check(tokenizer, VOCABULARY))
     assert caught.value.exit_code == 2  # type: ignore[attr-defined]
     assert caught.value.where == "teacher.url"  # type: ignore[attr-defined]
+    assert caught.value.fix  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("fault", [slow(5), hang_up, cut, drip, html, status(503)])

@@ -55,6 +55,7 @@ from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Tokenizer
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
+from rnow.serving.client import LOOK_AT_SERVER
 from rnow.setup.addresses import check_addresses
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
@@ -229,7 +230,7 @@ def _teacher_fault(error: TemporaryError, config: Config) -> ModelError | None:
         title=error.title,
         where=error.where,
         why=error.why,
-        fix=error.fix or "look at that server's log, or correct the url",
+        fix=error.fix or LOOK_AT_SERVER,
         details=error.details,
     )
 

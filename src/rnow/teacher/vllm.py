@@ -15,7 +15,7 @@ from rnow.algorithm.records import Evidence, SampledEvidence, TopKEvidence
 from rnow.errors import SAME_COMMAND, ConfigError, ModelError, TemporaryError
 from rnow.processes.process import StartFailed
 from rnow.protocols import Tokenizer
-from rnow.serving.client import BadAnswer, Refused, ServerDown, VllmClient
+from rnow.serving.client import LOOK_AT_SERVER, BadAnswer, Refused, ServerDown, VllmClient
 from rnow.serving.reach import CONNECT_SECONDS
 from rnow.serving.server import VllmServer
 from rnow.tasks import ask_again
@@ -360,6 +360,7 @@ class VllmTeacher:
             ) from error
         except (BadAnswer, Refused) as error:
             error.where = error.where or self._where
+            error.fix = error.fix or LOOK_AT_SERVER
             raise
 
 
