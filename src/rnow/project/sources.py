@@ -99,12 +99,29 @@ def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise DataError(
+                    f"{label} has several columns of one name: {', '.join(twice)}",
+                    where=label,
+                    fix="rename or drop all but one",
+                )
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     yield _without_nulls(row)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{label} holds text that is not UTF-8",
+            where=label,
+            why=_first_line(error),
+            fix="write the table anew, its text as UTF-8",
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"{label} is not a readable parquet file", where=label, why=_first_line(error)
+            f"{label} is not a readable parquet file",
+            where=label,
+            why=_first_line(error),
+            fix="write or download it anew",
         ) from None
 
 
