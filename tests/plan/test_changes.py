@@ -223,7 +223,7 @@ TABLE: dict[Change, str] = {
     "refuse": """
         dataset_type seed data.train_file data.batch_size data.group_size data.val_split data.shuffle
         model.path model.qlora_rank model.qlora_alpha model.lora_targets model.quantization model.dtype model.revision model.device
-        model.attn_implementation model.trust_remote_code algorithm.adv_estimator rollout.reasoning_mode
+        model.attn_implementation model.trust_remote_code teacher.control algorithm.adv_estimator rollout.reasoning_mode
         rollout.max_context_window
     """,
 }

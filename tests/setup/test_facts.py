@@ -28,6 +28,7 @@ def values(folder: Path, kls: list[float | None], **changes: Any) -> dict[str, A
         "facts": {"student": "a", "teacher": "b", "config_hash": "c", "versions": {"torch": "2"}},
         "device": "cpu",
         "sampler": {"backend": "transformers", "mode": "merged"},
+        "control": None,
     }
     return build_values(RunFolder(folder), **fields | changes)
 
@@ -45,6 +46,7 @@ def test_all_fields_of_a_run_without_held_out_prompts(tmp_path: Path) -> None:
         "student": "a",
         "teacher": "b",
         "sampler": {"backend": "transformers", "mode": "merged"},
+        "control": None,
         "device": "cpu",
         "versions": {"torch": "2"},
         "config_hash": "c",

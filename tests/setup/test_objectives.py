@@ -158,6 +158,51 @@ def test_a_horizon_with_tools_is_refused(project: Project) -> None:
         run(project.config(algorithm={"kl_horizon": 2}), folder=project.folder)
 
 
+# ---- controls -------------------------------------------------------------------------------------------------------
+
+
+def test_a_control_says_so_and_hears_another_word(project: Project) -> None:
+    """A random teacher's distribution hardly depends on the context, so that shuffling it takes little away here."""
+    options = STEPS | {"data": {"val_split": 0.25}, "evaluation": {"num_samples": 2}}
+    before, after, first = {}, {}, {}
+    for control in (None, "shuffled", "none"):
+        name = project.name = str(control)
+        shown = Header()
+        config = project.config(teacher={"control": control}, model={"name": name}, **options)
+        summary = run(config, folder=project.folder, display=shown)
+        assert summary.values["control"] == control
+        header = [line for line in shown.header if line.startswith("control: ")]
+        warnings = [note for note in shown.notes if "this run is a control" in note]
+        assert len(header) == len(warnings) == (control is not None)
+        assert all(name.upper() in line for line in header)
+        assert all(f"teacher.control: {control}" in line for line in warnings)
+        before[control], after[control] = (
+            summary.evaluation[when]["teacher_kl"] for when in ("before", "after")
+        )
+        first[control] = project.numbers[0]
+    assert len(set(before.values())) == 1, "evaluations hear the teacher"
+    assert after[None] < 0.8 * before[None] < after["none"]
+    assert len({row["sampler_trainer_kl"] for row in first.values()}) == 1, "the same tokens"
+    assert len({row["teacher_kl"] for row in first.values()}) == 3
+
+
+def test_a_run_cannot_become_a_control_half_way(project: Project) -> None:
+    with pytest.raises(Killed):
+        run(
+            project.config(**STEPS),
+            folder=project.folder,
+            display=Watcher().at("update", 4, die),
+        )
+    with pytest.raises(ConfigError, match="cannot be continued") as caught:
+        run(project.config(teacher={"control": "shuffled"}, **STEPS), folder=project.folder)
+    assert caught.value.details == ("teacher.control: None -> shuffled",)
+
+
+def test_a_shuffled_control_needs_two_prompts(project: Project) -> None:
+    with pytest.raises(ConfigError, match="which still teaches"):
+        project.config(teacher={"control": "shuffled"}, data={"batch_size": 1})
+
+
 # ---- what cannot go together ----------------------------------------------------------------------------------------
 
 SERVED = {"url": "http://127.0.0.1:1"}
@@ -172,6 +217,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"kl_estimator": "topk", "kl_discount": 0.5}, {}, "belongs to kl_estimator: sampled"),
     ({"kl_horizon": 5, "reward_coef": 1}, {}, "cuts the answers that rewards"),
     ({"divergence": "forward", "kl_discount": 0.5}, {}, "forward needs those"),
+    ({"kl_estimator": "exact"}, {"control": "none"}, "kl_estimator exact needs the teacher's"),
+    ({"kl_estimator": "topk"}, {"control": "none"}, "kl_estimator topk needs the teacher's"),
+    ({"kl_baseline": "optimal"}, {"control": "none"}, "kl_baseline optimal needs the teacher's"),
+    ({"divergence": "jsd"}, {"control": "none"}, "jsd needs the teacher's whole distribution"),
+    ({"kl_penalty_coef": 0, "reward_coef": 1}, {"control": "shuffled"}, "nothing is learned from"),
 ]
 
 
@@ -193,6 +243,8 @@ CHOICES: list[tuple[dict[str, Any], dict[str, Any], str, bool]] = [
     ({"kl_discount": 0.5}, {}, "sampled", False),
     ({"kl_penalty_coef": 0, "reward_coef": 1}, {}, "sampled", False),
     ({"kl_estimator": "topk"}, {}, "topk", False),
+    ({}, {"control": "none"}, "sampled", False),
+    ({}, {"control": "shuffled"}, "exact", True),
 ]
 
 

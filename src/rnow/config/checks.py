@@ -28,6 +28,7 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from _unknown_to_its_engine(config)
     yield from _without_signal(config)
     yield from _unknown_to_its_estimator(config)
+    yield from _uncontrolled(config)
     yield from _truncated(config)
     yield from _names_taken(config)
 
@@ -96,8 +97,8 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
     """What only another way of estimating the KL can do."""
     algorithm, teacher = config.algorithm, config.teacher
     estimator, divergence = algorithm.kl_estimator, algorithm.divergence
-    if estimator == "auto" and (algorithm.kl_baseline != "none" or algorithm.kl_discount > 0):
-        estimator = "sampled"  # the only one that knows them
+    if estimator == "auto" and knows_only_sampled(config):
+        estimator = "sampled"
     served = teacher is not None and (teacher.url is not None or teacher.backend == "vllm")
     if estimator == "exact" and served:
         yield Problem(
@@ -137,6 +138,44 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
             path=("algorithm", "kl_horizon"),
             message="kl_horizon cuts the answers that rewards would have to judge",
             hint="remove kl_horizon, or set algorithm.reward_coef: 0",
+        )
+
+
+def knows_only_sampled(config: Schema) -> bool:
+    """Whether a setting chooses ``kl_estimator: sampled``, since no other knows it."""
+    algorithm, teacher = config.algorithm, config.teacher
+    without_teacher = teacher is not None and teacher.control == "none"
+    return algorithm.kl_baseline != "none" or algorithm.kl_discount > 0 or without_teacher
+
+
+def _uncontrolled(config: Schema) -> Iterator[Problem]:
+    """Controls that would show nothing."""
+    algorithm, control = config.algorithm, config.teacher and config.teacher.control
+    path = ("teacher", "control")
+    if control is None:
+        return
+    if algorithm.kl_penalty_coef == 0:
+        yield Problem(
+            path=path,
+            message=f"control {control} stands in for the teacher, and with kl_penalty_coef 0 nothing is learned from it",
+            hint="remove control, or set algorithm.kl_penalty_coef above 0",
+        )
+    if control == "none":
+        told = f"kl_estimator {algorithm.kl_estimator}"
+        if algorithm.kl_baseline == "optimal":
+            told = "kl_baseline optimal"
+        elif algorithm.kl_estimator in ("auto", "sampled"):
+            return
+        yield Problem(
+            path=path,
+            message=f"control none gives each sampled token one number, and {told} needs the teacher's distribution",
+            hint="set algorithm.kl_estimator: sampled without kl_baseline, or teacher.control: shuffled",
+        )
+    elif config.data.batch_size == 1:
+        yield Problem(
+            path=path,
+            message="control shuffled with batch_size 1 judges an answer by another one to the same prompt, which still teaches",
+            hint="set data.batch_size to 2 or more",
         )
 
 

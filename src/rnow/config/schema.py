@@ -180,6 +180,13 @@ class TeacherSection(Section):
     backend: Literal["auto", "transformers", "vllm"] = key(
         "auto", "The engine that runs the teacher; `auto` is transformers."
     )
+    control: Literal["shuffled", "none"] | None = key(
+        None,
+        "Train without the teacher's help, to see what is its doing: `shuffled` judges each answer by what the teacher says of "
+        "another one, `none` only makes unlikely tokens less likely. Evaluations ask the teacher all the same.",
+        "no control: the teacher teaches",
+        change="refuse",
+    )
     url: Url | None = key(
         None,
         "Address of a vLLM server that serves the teacher; its key in RNOW_TEACHER_API_KEY. `path` still names the model.",

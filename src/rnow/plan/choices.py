@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from rnow.config import Config, TeacherSection
+from rnow.config.checks import knows_only_sampled
 from rnow.models.loading import choose_device
 from rnow.models.shape import ModelShape
 from rnow.serving.server import VISIBLE
@@ -60,8 +62,7 @@ def kl_estimator(config: Config) -> Estimator:
     algorithm, teacher = config.algorithm, config.teacher
     if algorithm.kl_estimator != "auto":
         return algorithm.kl_estimator
-    of_sampled = algorithm.kl_baseline != "none" or algorithm.kl_discount > 0
-    if teacher is None or of_sampled or algorithm.kl_penalty_coef == 0:
+    if teacher is None or knows_only_sampled(config) or algorithm.kl_penalty_coef == 0:
         return "sampled"
     return "exact" if teacher_backend(teacher) == "transformers" else "topk"
 
@@ -71,6 +72,29 @@ def reads_hidden_states(config: Config) -> bool:
     if config.algorithm.kl_baseline == "optimal":
         return config.teacher is None or teacher_backend(config.teacher) == "transformers"
     return kl_estimator(config) == "exact"
+
+
+CONTROLS: Mapping[str, str] = {
+    "shuffled": "each answer is judged by what the teacher says of another one",
+    "none": "no teacher is asked, unlikely tokens are only made less likely",
+}
+"""What each ``teacher.control`` does."""
+
+
+def control_of(config: Config) -> str | None:
+    """``teacher.control``; None where the teacher teaches."""
+    return None if config.teacher is None else config.teacher.control
+
+
+def control_warning(config: Config) -> list[str]:
+    """That a run is a control and no training of use; empty where it is none."""
+    control = control_of(config)
+    if control is None:
+        return []
+    return [
+        f"this run is a control (teacher.control: {control}): {CONTROLS[control]}. Its adapter is no distilled student, and its "
+        "teacher_kl while training is not the KL to the teacher; that of evaluations is"
+    ]
 
 
 def slow_paths(config: Config) -> list[str]:

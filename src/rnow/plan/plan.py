@@ -18,6 +18,7 @@ from rnow.plan.choices import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_MAX_TURNS,
     LAYER_SECONDS,
+    control_warning,
     reads_hidden_states,
     slow_paths,
     teacher_answers,
@@ -237,8 +238,14 @@ def build_plan(
         transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
         disk_free_bytes=free_disk(run_dir),
         notices=(*prepared.notices, *_teacher_notice(layout)),
-        warnings=(*dataset.warnings, *rendered.warnings, *slow_paths(config)),
+        warnings=_warnings(prepared),
     )
+
+
+def _warnings(prepared: Prepared) -> tuple[str, ...]:
+    config = prepared.config
+    found = (*prepared.project.dataset.warnings, *prepared.rendered.warnings)
+    return (*control_warning(config), *found, *slow_paths(config))
 
 
 def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:

@@ -47,7 +47,7 @@ from rnow.errors import (
 )
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
-from rnow.plan.choices import sampler_backend, slow_paths, uses_vllm
+from rnow.plan.choices import control_of, control_warning, sampler_backend, slow_paths, uses_vllm
 from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
@@ -78,6 +78,7 @@ from rnow.setup.usercode import (
     single_turns,
 )
 from rnow.tasks import run_anywhere
+from rnow.teacher.control import controlled
 from rnow.training.loop import Parts, Workers, train
 from rnow.training.recorder import Recorder
 from rnow.training.saver import Saver
@@ -192,6 +193,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
 def _tell(prepared: Prepared, display: Display) -> None:
     """What was found that is no fault."""
     found = (
+        control_warning(prepared.config),
         prepared.project.dataset.warnings,
         prepared.rendered.warnings,
         unread_settings(prepared.config, agentic=prepared.project.agentic),
@@ -454,6 +456,7 @@ class _Run:
             facts=self._facts,
             device=backends.student.device,
             sampler=backends.sampler_facts,
+            control=control_of(self._config),
         )
         replace_file(self._folder.summary, readable_json(values))
         self._stop.result_is_there(
@@ -624,7 +627,7 @@ class _Run:
             sampler=backends.sampler,
             rewarder=code.rewarder,
             reward_watch=watch,
-            teacher=backends.teacher,
+            teacher=controlled(backends.teacher, control_of(self._config)),
             needs=build_objective(self._prepared).needs,
             gpu=backends.gpu,
         )

@@ -19,7 +19,7 @@ from rnow.display.display import Display
 from rnow.display.terminal import one_line
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import config_fingerprint, weights_fingerprint
-from rnow.plan.choices import DEFAULT_MAX_TURNS
+from rnow.plan.choices import CONTROLS, DEFAULT_MAX_TURNS, control_of
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import TEACHER, teachers_of
 from rnow.project.modules import imported_modules
@@ -98,9 +98,12 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     turns = config.rollout.max_turns or DEFAULT_MAX_TURNS
     named = ", ".join(prepared.tools)
     tools = [f"tools: {named}; at most {turns} turns"] if named else []
+    found = control_of(config)
+    control = [] if found is None else [f"control: {found.upper()}, {CONTROLS[found]}"]
     lines = [
         f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
         f"teacher: {_teacher_name(prepared)}",
+        *control,
         f"objective: {build_objective(prepared).describe()}, "
         f"learning rate {config.trainer.learning_rate:g}",
         f"data: {prepared.source.summary}" if prepared.source else "data: none",
@@ -209,6 +212,7 @@ def build_values(
     facts: Mapping[str, object],
     device: str,
     sampler: Mapping[str, str | None],
+    control: str | None,
 ) -> dict[str, object]:
     """Collect summary.json.
 
@@ -238,6 +242,7 @@ def build_values(
         },
         "student": facts.get("student"),
         "teacher": facts.get("teacher"),
+        "control": control,
         "sampler": dict(sampler),
         "device": device,
         "versions": facts.get("versions"),
