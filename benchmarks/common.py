@@ -59,10 +59,10 @@ def _vllm() -> dict[str, str]:
     return {}
 
 
-def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Put the rows and the machine into ``results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_results(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Put the rows and the machine into ``<folder>/<name>.json``."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
     return path
 
