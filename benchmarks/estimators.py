@@ -4,8 +4,8 @@
     python benchmarks/estimators.py --quick         # under a minute: see that it works; writes nothing
     python benchmarks/estimators.py --write-docs    # trains nothing: the table of results/estimators.json into docs/algorithm.md
 
-Each arm gets the best of three learning rates (lowest held-out KL on a seed that is not measured; a control has that of the
-estimator it controls) and is then trained with five seeds. Two runs go side by side, each on a core of its own, in blocks of one
+Each estimator gets the best of three learning rates (lowest held-out KL on a seed that is not measured), which its control and its
+variant with two updates per batch share, and is then trained with five seeds. Two runs go side by side, each on a core of its own, in blocks of one
 seed whose order is drawn anew: no arm always has the same company. The clock is the trainer's, evaluations outside; the adapters
 are judged afterwards on prompts that were kept from training: accuracy at temperature 1, and the exact KL(student || teacher) per
 completion token. Then each estimator's gradient is measured against that of ``exact`` on the same answers.
@@ -30,14 +30,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")
-
-import estimators_runs as runs  # noqa: E402: after the number of threads is set
+import estimators_runs as runs
 from common import RESULTS, write_results
-from estimators_runs import Probe, Run
+from estimators_runs import Probe, Run, Start
 
 DOCS = Path(__file__).parents[1] / "docs" / "algorithm.md"
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+WORKERS = 2
 CHOOSING_SEED = 100
 RATES = (3e-4, 1e-3, 3e-3)
 REFERENCE = "exact"
@@ -72,7 +71,7 @@ def _arms() -> dict[str, Arm]:
     for name, signal in signals.items():
         if signal["kl_estimator"] != "sampled":
             twice = {"algorithm": signal, "trainer": {"updates_per_batch": 2}}
-            arms[f"{name}, twice"] = Arm(settings=twice)
+            arms[f"{name}, twice"] = Arm(settings=twice, rate_of=name)
     for control, name in (("shuffled", "exact"), ("none", "sampled")):
         settings = {"algorithm": signals[name], "teacher": {"control": control}}
         arms[f"control: {control}"] = Arm(settings=settings, rate_of=name)
@@ -91,13 +90,14 @@ class Plan:
 
     Attributes:
         seconds: of training by template, on the trainer's clock.
+        arms: by template.
         marks: moments of a measured run at which it is judged.
         prompts: held out, for each judgement.
         repeats: of the gradients' batch.
     """
 
     seconds: Mapping[str, float]
-    arms: Sequence[str] = tuple(ARMS)
+    arms: Mapping[str, Sequence[str]]
     rates: Sequence[float] = RATES
     seeds: int = 5
     marks: int = 3
@@ -107,7 +107,7 @@ class Plan:
 
 QUICK = Plan(
     seconds={"quickstart": 0.5},
-    arms=("sampled", "exact", "control: none"),
+    arms={"quickstart": ("sampled", "exact", "control: none")},
     rates=(1e-3,),
     seeds=2,
     marks=2,
@@ -124,7 +124,7 @@ def choosing(plan: Plan) -> list[Run]:
     return [
         make_run(plan, template, arm, rate, CHOOSING_SEED, marks=1)
         for template in plan.seconds
-        for arm in plan.arms
+        for arm in plan.arms[template]
         if ARMS[arm].rate_of is None
         for rate in plan.rates
     ]
@@ -136,7 +136,7 @@ def measuring(plan: Plan, rates: Mapping[tuple[str, str], float]) -> list[list[R
         [
             make_run(plan, template, arm, rates[template, ARMS[arm].rate_of or arm], seed)
             for template in plan.seconds
-            for arm in plan.arms
+            for arm in plan.arms[template]
         ]
         for seed in range(1, plan.seeds + 1)
     ]
@@ -170,12 +170,16 @@ class Pool:
     """Two workers, each on a core; what they finish is told as it comes."""
 
     def __init__(self) -> None:
+        # What the workers inherit, and what they start.
+        os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         context = get_context("spawn")
         cores = context.SimpleQueue()
         mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
-        for index in range(2):
+        for index in range(WORKERS):
             cores.put(mine[index % len(mine)])
-        self._executor = ProcessPoolExecutor(2, context, initializer=runs.begin, initargs=(cores,))
+        self._executor = ProcessPoolExecutor(
+            WORKERS, context, initializer=runs.begin, initargs=(cores,)
+        )
         self._began = time.monotonic()
 
     def __enter__(self) -> Pool:
@@ -248,7 +252,7 @@ def run_row(run: Run, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def probes_of(plan: Plan, rates: Mapping[tuple[str, str], float]) -> list[Probe]:
     """The first template's student, as it begins and after a run of the reference."""
     template = next(iter(plan.seconds))
-    named = [name for name in PROBED if name in plan.arms]
+    named = [name for name in PROBED if name in plan.arms[template]]
     return [
         Probe(
             template=template,
@@ -363,22 +367,38 @@ def leaders(lines: Sequence[Mapping[str, Any]], template: str) -> list[str]:
 
 
 def verdict(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which estimator wins, by rule: it must lead in every template, alone. And whether the controls learnt anything."""
+    """Which estimator wins, by rule: among those that were measured everywhere it alone leads in every template."""
     templates = list(dict.fromkeys(line["template"] for line in lines))
-    found = {template: leaders(lines, template) for template in templates}
     told = []
-    for template, (best, *tied) in found.items():
-        beside = f"; within its interval: {', '.join(tied)}" if tied else ", alone"
-        told.append(f"{template}: lowest KL after the same seconds: {best}{beside}")
-    everywhere = [
-        arm for arm in found[templates[0]] if all(arm in found[template] for template in templates)
-    ]
-    if len(everywhere) == 1 and all(len(arms) == 1 for arms in found.values()):
-        told.append(f"winner: {everywhere[0]}")
-    elif everywhere:
-        told.append(f"no single winner; never behind: {', '.join(everywhere)}")
+    for template in templates:
+        best, *tied = leaders(lines, template)
+        beside = f"; its interval overlaps with: {', '.join(tied)}" if tied else ", alone"
+        told.append(f"`{template}`: lowest KL after the same seconds: {best}{beside}")
+    measured = [{line["arm"] for line in lines if line["template"] == name} for name in templates]
+    common = [line for line in lines if all(line["arm"] in arms for arms in measured)]
+    best_of = [leaders(common, template) for template in templates]
+    never_behind = [arm for arm in ARMS if all(arm in arms for arms in best_of)]
+    if len(never_behind) == 1 and all(len(arms) == 1 for arms in best_of):
+        told.append(f"winner everywhere: {never_behind[0]}")
+    elif never_behind:
+        told.append(f"no single winner; among the best everywhere: {', '.join(never_behind)}")
     else:
-        told.append("no winner: none is among the best in every template")
+        told.append("no winner: none is among the best everywhere")
+    return told
+
+
+def controls_told(
+    lines: Sequence[Mapping[str, Any]], starts: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Whether a control came nearer to the teacher than the student was, beyond its interval."""
+    told = []
+    for line in lines:
+        if ARMS[line["arm"]].control:
+            start = starts[line["template"]]
+            fell = "fell" if line["kl"].high < start["kl"] else "did not fall"
+            rose = "rose" if line["accuracy"].low > start["accuracy"] else "did not rise"
+            where = f"`{line['template']}`, {line['arm']}"
+            told.append(f"{where}: its KL {fell} and its accuracy {rose}")
     return told
 
 
@@ -427,7 +447,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             ),
             "",
         ]
-    return "\n".join([*text, *(f"- {line}" for line in verdict(lines))])
+    told = [*verdict(lines), *controls_told(lines, starts)]
+    return "\n".join([*text, *(f"- {line}" for line in told)])
 
 
 def _shown(value: Estimate, digits: int) -> str:
@@ -514,6 +535,7 @@ def main() -> None:
     if no_plot:
         print("there will be no plot without matplotlib: pip install matplotlib")
     plan = QUICK if arguments.quick else make_plan(arguments.seconds, arguments.seeds)
+    print(f"about {expected_minutes(plan):.0f} minutes on two idle cores")
     with tempfile.TemporaryDirectory() as folder:
         rows = study(plan, Path(folder))
     print(table(rows))
@@ -525,13 +547,32 @@ def main() -> None:
         print(f"written to {arguments.out / 'estimators.png'}")
 
 
+SECONDS = 10.0
+"""Of one run by default, so that the whole takes under half an hour on two idle cores."""
+OVERHEAD = {"quickstart": (1.5, 0.7), "tool-quickstart": (2.5, 2.5)}
+"""Seconds of a run besides its training, and of each judgement, on the core that the study was planned on."""
+
+
 def make_plan(seconds: float | None, seeds: int) -> Plan:
-    """The default, or one with other ``seconds`` for every run."""
-    return Plan(seconds={name: seconds or SECONDS[name] for name in TEMPLATES}, seeds=seeds)
+    """The default, or one with other ``seconds`` for every run. Two updates per batch are tried on the quickstart alone."""
+    return Plan(
+        seconds=dict.fromkeys(TEMPLATES, seconds or SECONDS),
+        arms={"quickstart": tuple(ARMS), "tool-quickstart": ONE_EACH},
+        seeds=seeds,
+    )
 
 
-SECONDS = {"quickstart": 6.0, "tool-quickstart": 6.0}
-"""Of one run, so that the whole takes under half an hour on two idle cores."""
+def expected_minutes(plan: Plan) -> float:
+    """About how long it takes, the gradients left out."""
+    every = [*choosing(plan)]
+    rates = {(run.template, run.arm): run.learning_rate for run in every}
+    for block in measuring(plan, rates):
+        every += block
+    total = 0.0
+    for run in every:
+        besides, judgement = OVERHEAD[run.template]
+        total += run.seconds + besides + run.marks * judgement
+    return total / WORKERS / 60
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import rnow
-from rnow.algorithm.batching import build_batch, build_samples, build_training_samples, pad
+from rnow.algorithm.batching import (
+    build_batch,
+    build_samples,
+    build_training_samples,
+    pad,
+    plan_micro_batches,
+)
 from rnow.algorithm.records import TeacherNeeds
 from rnow.disk.folder import RunFolder
 from rnow.display.display import QuietDisplay
@@ -43,8 +49,8 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 HELD_OUT = 256
 """Prompts that are never trained on, the last of each template's file."""
 ENDLESS = 1000
-EVAL_ROWS = 64
-"""Sequences in one float64 forward pass."""
+EVAL_TOKENS = 4096
+"""Of one float64 forward pass."""
 EVALUATION, PROBE = "eval", "train"
 MODELS = ("student", "teacher")
 
@@ -279,8 +285,9 @@ class Judge:
     def exact_kl(self, samples: Sequence[Sample]) -> float:
         """KL(student || teacher) at the student's own answers, per completion token, in nats."""
         total, count = 0.0, 0
-        for start in range(0, len(samples), EVAL_ROWS):
-            tokens = pad(samples[start : start + EVAL_ROWS], "cpu")
+        lengths = [len(sample.token_ids) for sample in samples]
+        for indices in plan_micro_batches(lengths, EVAL_TOKENS):
+            tokens = pad([samples[index] for index in indices], "cpu")
             student, teacher = (self._logprobs(m, tokens) for m in (self.student, self.teacher))
             total += (student.exp() * (student - teacher)).sum().item()
             count += len(tokens.rows)
