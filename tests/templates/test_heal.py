@@ -152,8 +152,7 @@ def run(
         assert left == []
         return said
 
-    monkeypatched = fetch.main.__globals__
-    monkeypatched["_check_packages"] = lambda: None
+    fetch.main.__globals__["_check_packages"] = lambda: None
     return call
 
 
@@ -238,6 +237,20 @@ def test_without_gguf_it_says_what_to_type(
     said = capsys.readouterr().err
     assert "the package gguf is missing" in said
     assert "pip install -r requirements.txt" in said
+
+
+def test_ctrl_c_is_no_traceback_and_leaves_nothing(
+    fetch: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    functions = fetch.main.__globals__
+    functions["_check_packages"] = lambda: None
+    functions["find_gguf"] = interrupted
+    assert fetch.main(["--into", str(tmp_path)]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_repository_has_a_command_of_its_own() -> None:
