@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,6 +102,7 @@ def answered(heal: ModuleType, loaded: Loaded) -> list[RolloutGroup]:
     return heal.answer(loaded.prepared, loaded.local.sampler, 1)
 
 
+@cache
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODELS / "teacher")
 
