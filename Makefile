@@ -33,7 +33,7 @@ test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-real: $(VENV)/.installed-real real-models/student/config.json
-	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m real tests/real $(PYTEST_ARGS)
 
 # The student appears last, and whole.
 real-models/student/config.json: | $(VENV)/.installed-real
