@@ -43,11 +43,12 @@ from rnow.errors import RnowError, StopRequested
 from rnow.models.adapter import find_adapter
 from rnow.models.loading import CausalLM, quiet_libraries
 from rnow.models.scoring import hidden_rows
+from rnow.plan.choices import kl_estimator
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.roles import TEACHER
 from rnow.rollout.collect import collect_rollouts
 from rnow.sampling.transformers import TransformersSampler
-from rnow.setup.models import build_student, load_model
+from rnow.setup.models import answer_as_trained, answer_with, load_model
 from rnow.setup.usercode import rollout_settings, single_turns
 from rnow.types import RolloutGroup, Sample
 
@@ -173,23 +174,17 @@ def benchmark(
     prepared = prepare(config, folder, weights=True)
     teacher = load_model(prepared.models[TEACHER], prepared.rendered)
     student = load_model(prepared.student, prepared.rendered)
-    local = build_student(prepared, student, lambda: None, embedded=True)
-    assert local.sampler is not None, "asked for"
-    trained = find_adapter(
-        str(prepared.run_folder().path.resolve()), key="model.path", places=[folder]
-    )
+    run = prepared.run_folder().path.resolve()
+    trained = find_adapter(str(run), key="model.path", places=[folder])
     assert trained is not None, "a run that was stopped after a step has saved it"
-
-    def look() -> Measured:
-        assert local.sampler is not None
-        local.sampler.load_policy(local.policy.adapter(), version=0)
-        return measure(answer(prepared, local.sampler, samples), student, teacher)
-
-    before = look()  # a new adapter changes nothing
-    local.policy.load_adapter(trained.tensors())
-    after = look()
+    groups = answer(prepared, answer_with(prepared, student, _never), samples)
+    before = measure(groups, student, teacher)
+    # From here on the adapter is part of the student.
+    sampler = answer_as_trained(prepared, student, trained, _never)
+    after = measure(answer(prepared, sampler, samples), student, teacher)
     return {
         "overrides": list(overrides),
+        "kl_estimator": kl_estimator(config),
         "seconds_allowed": seconds,
         "seconds": round(budget.elapsed, 1),
         "steps": budget.steps,
@@ -202,6 +197,10 @@ def benchmark(
             for prompt, text in before.answers.items()
         ],
     }
+
+
+def _never() -> None:
+    """Nothing asks these evaluations to stop."""
 
 
 def row_of(measured: Measured) -> dict[str, float]:

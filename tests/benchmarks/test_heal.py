@@ -139,11 +139,16 @@ def test_no_step_begins_that_would_end_too_late(
 
 
 def test_it_trains_and_measures(heal: ModuleType, project: Project) -> None:
-    overrides = ["trainer.learning_rate=0.02", "trainer.max_steps=4"]
+    overrides = [
+        "algorithm.kl_estimator=exact",
+        "trainer.learning_rate=0.02",
+        "trainer.max_steps=4",
+    ]
     row: dict[str, Any] = heal.benchmark(project.folder, overrides, seconds=60.0, samples=2)
     assert row["steps"] == 4
     assert 0 < row["seconds"] < 60
     assert row["overrides"] == overrides
+    assert row["kl_estimator"] == "exact"
     assert row["held_out_prompts"] == 4
     assert row["before"]["kl_per_token"] > 0
     assert row["after"] != row["before"], "the adapter was loaded"

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.benchmarks.scripts import load_benchmark
 from tests.rollouts import read_transcripts
@@ -28,12 +28,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rnow.algorithm.batching import at_loss_tokens, build_samples
 from rnow.config import load_config
-from rnow.disk.checkpoints import export_adapter
+from rnow.models.adapter import find_adapter
 from rnow.models.loading import CausalLM
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.roles import TEACHER
 from rnow.project.templates import find_template, plan_init, write_template
-from rnow.setup.models import LocalStudent, answer_with, build_student, load_model, score_with
+from rnow.setup.models import answer_as_trained, answer_with, load_model
+from rnow.teacher.transformers import TransformersTeacher
 from rnow.types import RolloutGroup, Sample
 
 pytestmark = pytest.mark.real
@@ -55,7 +56,6 @@ class Loaded:
 
     prepared: Prepared
     student: CausalLM
-    local: LocalStudent
     teacher: CausalLM
 
 
@@ -85,11 +85,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(project: Path) -> Loaded:
     config = load_config(project, [TEN_HELD_OUT]).config
     prepared = prepare(config, project, weights=True)
-    student = load_model(prepared.student, prepared.rendered)
     return Loaded(
         prepared=prepared,
-        student=student,
-        local=build_student(prepared, student, lambda: None, embedded=True),
+        student=load_model(prepared.student, prepared.rendered),
         teacher=load_model(prepared.models[TEACHER], prepared.rendered),
     )
 
@@ -97,9 +95,8 @@ def loaded(project: Path) -> Loaded:
 @pytest.fixture(scope="module")
 def answered(heal: ModuleType, loaded: Loaded) -> list[RolloutGroup]:
     """The held-out prompts, answered by the damaged student."""
-    assert loaded.local.sampler is not None
-    loaded.local.sampler.load_policy(loaded.local.policy.adapter(), version=0)
-    return heal.answer(loaded.prepared, loaded.local.sampler, 1)
+    sampler = answer_with(loaded.prepared, loaded.student, lambda: None)
+    return heal.answer(loaded.prepared, sampler, 1)
 
 
 @cache
@@ -122,6 +119,12 @@ def logprobs_alone(model: Any, sample: Sample) -> torch.Tensor:
     with torch.no_grad():
         logits = model(torch.tensor([sample.token_ids])).logits[0, :-1].double()
     return logits.log_softmax(-1)[torch.tensor(sample.loss_mask[1:])]
+
+
+def drawn_of(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the sampler said of each token that it drew, and the tokens: both ``[loss tokens]``."""
+    logprobs = torch.tensor(list(at_loss_tokens(sample, sample.sampler_logprobs)))
+    return logprobs, torch.tensor(list(at_loss_tokens(sample, sample.token_ids)))
 
 
 def load_alone(name: str) -> Any:
@@ -175,29 +178,20 @@ def test_a_turn_ends_with_the_end_token_and_nowhere_else(
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_sampler_trainer_teacher_and_transformers_agree(
-    loaded: Loaded, answered: list[RolloutGroup]
-) -> None:
-    """Of the same weights, on the same tokens: the student is the teacher of itself, and the KL is 0."""
+def test_a_student_is_its_own_teacher(loaded: Loaded, answered: list[RolloutGroup]) -> None:
+    """Sampler, teacher and transformers alone say the same of the same weights, and the KL is 0."""
     samples = build_samples(answered)
     alone = load_alone("student")
-    again = score_with(
-        loaded.prepared, load_model(loaded.prepared.student, loaded.prepared.rendered), lambda: None
-    )
-    as_trainer = loaded.local.as_teacher.score_now(samples)
-    as_teacher = again.score_now(samples)
+    again = load_model(loaded.prepared.student, loaded.prepared.rendered)
+    scored = TransformersTeacher(again).score_now(samples)
     gaps = []
     for sample in samples:
-        drawn = torch.tensor(list(at_loss_tokens(sample, sample.sampler_logprobs)))
-        ids = torch.tensor(list(at_loss_tokens(sample, sample.token_ids)))
+        drawn, ids = drawn_of(sample)
         expected = logprobs_alone(alone, sample).gather(1, ids[:, None])[:, 0]
-        for found in (
-            drawn,
-            as_trainer[sample.id].teacher_logprobs,
-            as_teacher[sample.id].teacher_logprobs,
-        ):
+        by_teacher = scored[sample.id].teacher_logprobs
+        for found in (drawn, by_teacher):
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=AGREE)
-        gaps.append(drawn - as_teacher[sample.id].teacher_logprobs)
+        gaps.append(drawn - by_teacher)
     assert abs(float(torch.cat(gaps).mean())) < 1e-5
     assert len(samples) == 10
 
@@ -212,57 +206,54 @@ def test_the_damaged_student_is_two_nats_a_token_from_its_original(
     itself = heal.exact_kl(loaded.student, loaded.student, samples)
     assert max(float(values.abs().max()) for values in itself.values()) < 1e-12
     # The sampled estimate of the same quantity, on the same tokens.
-    scored = score_with(loaded.prepared, loaded.teacher, lambda: None).score_now(samples)
+    scored = TransformersTeacher(loaded.teacher).score_now(samples)
     sampled = torch.cat(
-        [
-            torch.tensor(list(at_loss_tokens(sample, sample.sampler_logprobs)))
-            - scored[sample.id].teacher_logprobs
-            for sample in samples
-        ]
+        [drawn_of(sample)[0] - scored[sample.id].teacher_logprobs for sample in samples]
     )
     standard_error = float(sampled.std()) / len(sampled) ** 0.5
     assert abs(float(sampled.mean()) - measured.kl) < 4 * standard_error
 
 
-def test_the_exact_kl_is_that_of_transformers_and_peft_alone(
+def adapter_by_peft(folder: Path) -> None:
+    """An adapter with effect, of the template's rank, made and saved by PEFT alone."""
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = get_peft_model(load_alone("student"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.003)
+    model.save_pretrained(folder)
+
+
+def test_sampler_trainer_and_exact_kl_are_those_of_transformers_and_peft_alone(
     heal: ModuleType, loaded: Loaded, tmp_path: Path
 ) -> None:
-    """With an adapter that does something, on the same tokens. The sampler draws from what PEFT computes."""
-    policy, sampler = loaded.local.policy, loaded.local.sampler
-    assert sampler is not None
-    generator = torch.Generator().manual_seed(0)
-    untouched = {name: tensor.clone() for name, tensor in policy.adapter().tensors.items()}
-    moved = {
-        name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in untouched.items()
-    }
-    try:
-        policy.load_adapter(moved)
-        sampler.load_policy(policy.adapter(), version=1)
-        groups = heal.answer(loaded.prepared, sampler, 1)
-        samples = build_samples(groups)
-        export_adapter(policy.adapter(), tmp_path / "adapter")
-        found = heal.exact_kl(loaded.student, loaded.teacher, samples)
-    finally:
-        policy.load_adapter(untouched)
-    student = PeftModel.from_pretrained(load_alone("student"), tmp_path / "adapter").eval()
+    """With an adapter, on the same tokens."""
+    adapter_by_peft(tmp_path)
+    trained = find_adapter(str(tmp_path), key="model.path", places=[tmp_path])
+    assert trained is not None
+    trainer = load_model(loaded.prepared.student, loaded.prepared.rendered)
+    sampler = answer_as_trained(loaded.prepared, trainer, trained, lambda: None)
+    samples = build_samples(heal.answer(loaded.prepared, sampler, 1))
+    found = heal.exact_kl(trainer, loaded.teacher, samples)
+    by_trainer = TransformersTeacher(trainer).score_now(samples)
+    student = PeftModel.from_pretrained(load_alone("student"), tmp_path).eval()
     teacher = load_alone("teacher")
-    total, tokens = 0.0, 0
     for sample in samples:
         p, q = logprobs_alone(student, sample), logprobs_alone(teacher, sample)
-        expected = (p.exp() * (p - q)).sum(-1)
-        torch.testing.assert_close(found[sample.id], expected, rtol=1e-4, atol=AGREE)
-        ids = torch.tensor(list(at_loss_tokens(sample, sample.token_ids)))
-        drawn = torch.tensor(list(at_loss_tokens(sample, sample.sampler_logprobs)))
-        torch.testing.assert_close(
-            drawn.double(), p.gather(1, ids[:, None])[:, 0], rtol=0, atol=AGREE
-        )
-        total, tokens = total + float(expected.sum()), tokens + len(expected)
-    without = heal.measure(groups, loaded.student, loaded.teacher)
-    assert without.tokens == tokens
-    assert without.kl != pytest.approx(total / tokens, rel=1e-3), "the adapter did nothing"
-    mean = sum(float(values.sum()) for values in found.values()) / tokens
-    assert mean == pytest.approx(total / tokens, rel=1e-5)
+        kl = (p.exp() * (p - q)).sum(-1)
+        torch.testing.assert_close(found[sample.id], kl, rtol=AGREE, atol=AGREE)
+        drawn, ids = drawn_of(sample)
+        expected = p.gather(1, ids[:, None])[:, 0]
+        for logprobs in (drawn, by_trainer[sample.id].teacher_logprobs):
+            torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=AGREE)
+    without = heal.exact_kl(loaded.student, loaded.teacher, samples)
+    moved = torch.cat(list(found.values())).mean() - torch.cat(list(without.values())).mean()
+    assert abs(float(moved)) > 0.05, "the adapter did nothing"
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
