@@ -86,8 +86,9 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
 
     def build(tiny_model_dir: Callable[..., Path]) -> Candidate:
         from rnow.serving.server import VllmServer
-        from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
-        from rnow.teacher.vllm_server import Asking, TeacherServerSettings
+        from rnow.teacher.served import API_KEY_VARIABLE, Asking, ServedTeacher
+        from rnow.teacher.vllm import VllmTeacher
+        from rnow.teacher.vllm_server import TeacherServerSettings
 
         folder = tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=1)
         log = folder.parent / f"teacher-{how}.log"
@@ -133,9 +134,9 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
         asyncio.run(server.start())
         patch.setenv(API_KEY_VARIABLE, server._key)
 
-        def served(temperature: float, micro_batch_tokens: int | None) -> VllmTeacher:
+        def served(temperature: float, micro_batch_tokens: int | None) -> ServedTeacher:
             asking = Asking(max_concurrency=min(micro_batch_tokens or 1, 4))
-            return VllmTeacher.served(server.url, temperature=temperature, asking=asking)
+            return ServedTeacher.at(server.url, temperature=temperature, asking=asking)
 
         def stop() -> None:
             server.stop()

@@ -31,7 +31,7 @@ from rnow.setup.vllm import (
     teacher_sampler,
     trainer_tolerance,
 )
-from rnow.training.residency import Part, Residency
+from rnow.training.residency import Part, Residency, Sleeper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +176,8 @@ class _Loader:
             prepared.config,
             shape_of(build_empty(model.resolved, trust_remote_code=trust)),
         )
-        self.stage(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
+        starting = "starting vLLM for" if model.role.starts_vllm else "asking the server of"
+        self.stage(f"{starting if by_vllm else 'loading'} the {name}")
         if in_turns:
             await self.gpu.clear()
         answering = None
@@ -199,5 +200,6 @@ class _Loader:
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:
+            assert isinstance(teacher, Sleeper), "only what runs here takes turns"
             self.gpu.add(part, teacher)
         return teacher, answering

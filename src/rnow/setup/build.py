@@ -157,6 +157,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
     prepared = replace(
         prepare(config, folder, weights=True, fresh=fresh),
         warn=display.warn,
+        note=display.note,
     )
     _tell(prepared, display)
     may_take_turns(config)  # refused before anything is written, as what follows
