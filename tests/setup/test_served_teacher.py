@@ -43,7 +43,10 @@ def config_of(project: Project, server: ScriptedServer, **sections: Any) -> Any:
 
 
 def test_the_key_of_the_projects_env_file(project: Project, server: ScriptedServer) -> None:
-    run(config_of(project, server), folder=project.folder)
+    display = Watcher()
+    run(config_of(project, server), folder=project.folder, display=display)
+    assert "asking the teacher's server" in display.stages
+    assert not [name for name in display.stages if name.startswith("starting")]
     assert len(project.numbers) == 2
     for row in project.numbers:
         # The scripted teacher gives every token -4.2 to -7.0, the untrained student about -4.6.
@@ -54,13 +57,16 @@ def test_the_key_of_the_projects_env_file(project: Project, server: ScriptedServ
         assert KEY not in text
 
 
-@pytest.mark.parametrize("protocol", ["sglang", "openai-text"])
-def test_a_server_of_another_kind(project: Project, protocol: str) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "estimator"), [("sglang", "topk"), ("openai", "topk"), ("openai-text", "sampled")]
+)
+def test_a_server_of_another_kind(project: Project, protocol: str, estimator: str) -> None:
     """Found by asking; it judges, and does not answer the held-out prompts."""
     sections = {
         "data": {"val_split": 0.25},
         "evaluation": {"num_samples": 2, "max_prompts": 3, "teacher": True},
         "trainer": {"max_steps": 1},
+        "algorithm": {"kl_estimator": estimator},
     }
     display = Watcher()
     with ScriptedServer(key=KEY, protocol=protocol) as server:

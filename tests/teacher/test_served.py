@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import time
@@ -348,6 +349,21 @@ def test_other_tokens_or_another_model(
         assert "BOS" in (caught.value.why or "")
 
 
+def test_samples_that_fail_together_are_one_error(
+    vllm: ScriptedServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio shows a traceback of every failure that nobody looked at."""
+
+    async def fail(*given: object) -> None:
+        raise BadAnswer("no")
+
+    monkeypatch.setattr(ServedTeacher, "_judge", fail)
+    with pytest.raises(TemporaryError):
+        run(served(vllm).score(SAMPLES))
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_nobody_there() -> None:
     with pytest.raises(ServerDown):
         run(
@@ -585,6 +601,7 @@ def bad_before_training(
         run(served(server, timeout=1.0).check(tokenizer, VOCABULARY))
     assert caught.value.exit_code == 2  # type: ignore[attr-defined]
     assert caught.value.where == "teacher.url"  # type: ignore[attr-defined]
+    assert caught.value.fix, "what to do next"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("fault", "error"), BEFORE.values(), ids=BEFORE)

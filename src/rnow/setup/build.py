@@ -101,6 +101,7 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
         InputError: what is wrong.
     """
     _refuse_other(config)
+    quiet_libraries()
     with writing_redactor(load_secrets(Path(folder)), config).errors():
         prepared = prepare(config, Path(folder), weights=False)
         run_folder = prepared.run_folder()
@@ -592,7 +593,7 @@ class _Run:
             rewarder=code.rewarder,
             reward_watch=watch,
             teacher=backends.teacher,
-            needs=build_objective(self._config).needs,
+            needs=build_objective(self._prepared).needs,
             gpu=backends.gpu,
         )
         return Parts(

@@ -209,7 +209,8 @@ class ServedTeacher:
             evidence[sample.id] = await self._judge(client, model, sample, top_k)
 
         missing = [sample for sample in samples if sample.id not in evidence]
-        waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in missing}
+        tasks = [asyncio.create_task(one(sample)) for sample in missing]
+        waiting = set(tasks)
         try:
             while waiting:
                 self._asking.poll()
@@ -221,7 +222,8 @@ class ServedTeacher:
         finally:
             for task in waiting:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            # Of all tasks, those that failed beside the first too: asyncio shows a traceback of what nobody looked at.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _judge(
         self, client: ScoringClient, model: str, sample: Sample, top_k: int
@@ -278,6 +280,9 @@ class ServedTeacher:
             ) from error
         except ModelError as error:
             error.where = error.where or self._where
+            if error.fix is None and self._clients:
+                asking = f"curl {self._clients[0].url}/v1/models"
+                error.fix = f"see what `{asking}` says: the server itself must answer there, unpacked and unchanged"
             raise
 
     async def _checks(self, rows: int | None) -> ServedTeacherChecks:
