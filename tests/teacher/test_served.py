@@ -689,7 +689,8 @@ def test_a_server_that_lists_too_few_is_told_from_its_check(
 def test_a_server_that_lists_enough_passes(server: ScriptedServer, tokenizer: Any) -> None:
     if server.protocol != "openai-text":
         server.max_listed = 20
-        run(served(server, top_k=20).check(tokenizer, VOCABULARY))
+        found = run(served(server, top_k=20).check(tokenizer, VOCABULARY))
+        assert "20 likeliest tokens listed" in found.summary
 
 
 def test_probabilities_above_one(server: ScriptedServer, tokenizer: Any) -> None:

@@ -21,7 +21,7 @@ from tests.teacher.conformance import VOCABULARY, make_sample, pids
 import rnow
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.processes import leash
-from rnow.serving.find import Protocol
+from rnow.serving.find import ServerProtocol
 from rnow.teacher.served import Asking, ServedTeacher
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import VllmTeacher
@@ -120,7 +120,7 @@ def test_both_endpoints_of_a_server(
     by_text = named == "by text"
     served = ServedTeacher.at(
         teacher._server.url,
-        protocol=cast(Protocol, protocol),
+        protocol=cast(ServerProtocol, protocol),
         api_key=teacher._server._key,
         asking=Asking(top_k=0 if by_text else 20, max_concurrency=1),
     )

@@ -12,14 +12,14 @@ from rnow.serving.http import Refused, Unsupported
 from rnow.serving.scoring import ScoringClient, ServedModel
 from rnow.serving.sglang import SglangClient
 
-Protocol = Literal["auto", "vllm", "sglang", "openai"]
+ServerProtocol = Literal["auto", "vllm", "sglang", "openai"]
 
 _QUESTION = (1, 2, 3)  # ids that every vocabulary has
 _NOT_SPOKEN = frozenset({400, 404, 405, 415, 422, 500, 501})
 
 
 def scoring_clients(
-    protocol: Protocol, url: str, api_key: str | None, timeout: float
+    protocol: ServerProtocol, url: str, api_key: str | None, timeout: float
 ) -> list[ScoringClient]:
     """A client for each way in which a server that speaks ``protocol`` can be asked, the best first.
 

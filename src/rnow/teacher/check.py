@@ -161,6 +161,7 @@ class ServedTeacherChecks:
             f"model {self.served.id}",
             f"window {self.served.max_model_len or 'not told'}",
             "tokens named by id" if self.client.names_ids else "tokens named by text: no top-k",
+            *([f"{self.top_k} likeliest tokens listed"] if self.top_k else []),
             f"repeats within {noise:.2g} nats",
             f"the request's temperature {'tempers' if follows else 'does not reach'} a prompt",
         ]

@@ -21,7 +21,7 @@ from rnow.algorithm.records import (
 from rnow.errors import ConfigError, ModelError, TemporaryError
 from rnow.protocols import Tokenizer
 from rnow.serving.client import VllmClient
-from rnow.serving.find import Protocol, find_client, scoring_clients
+from rnow.serving.find import ServerProtocol, find_client, scoring_clients
 from rnow.serving.http import BadAnswer, Refused, ServerDown
 from rnow.serving.reach import CONNECT_SECONDS
 from rnow.serving.scoring import ScoringClient, ServedModel
@@ -98,7 +98,7 @@ class ServedTeacher:
         url: str,
         model: str | None = None,
         *,
-        protocol: Protocol = "auto",
+        protocol: ServerProtocol = "auto",
         temperature: float = 1.0,
         api_key: str | None = None,
         asking: Asking = DEFAULT,
