@@ -29,6 +29,9 @@ RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0
 _UNREADABLE_TRIES = 4
 _HEALTH_TIMEOUT = 5.0
+LOOK_AT_SERVER = "look at that server's log, or correct the url"
+_LOWEST = -1e4
+"""Below what vLLM writes for a probability of 0. One such number would be most of a step's KL."""
 _ROUNDING = 1e-5  # a log-softmax in float32 may end this far above 0
 _EXCERPT = 200
 _BRIEF = reprlib.Repr()  # what a server sends may nest deeply and hold numbers without end
@@ -279,6 +282,10 @@ class ServerClient:
             number = math.inf
         if not math.isfinite(number):
             raise self._bad(f"the log-probability at {position} is {self._shown(value)}")
+        if number < _LOWEST:
+            raise self._bad(
+                f"the log-probability at {position} is {number:g}, and vLLM gives -9999 for 0"
+            )
         if number > _ROUNDING:
             raise self._bad(f"the log-probability at {position} is {number:g}, which is above 0")
         return min(number, 0.0)

@@ -22,7 +22,7 @@ from rnow.errors import ConfigError, ModelError, TemporaryError
 from rnow.protocols import Tokenizer
 from rnow.serving.client import VllmClient
 from rnow.serving.find import ServerProtocol, find_client, scoring_clients
-from rnow.serving.http import BadAnswer, Refused, ServerDown
+from rnow.serving.http import LOOK_AT_SERVER, BadAnswer, Refused, ServerDown
 from rnow.serving.reach import CONNECT_SECONDS
 from rnow.serving.scoring import ScoringClient, ServedModel
 from rnow.teacher.check import ServedTeacherChecks, TeacherCheck, list_models, pick_model
@@ -186,9 +186,13 @@ class ServedTeacher:
         }
         try:
             await self.surviving(lambda: self._score_into(evidence, samples, needs.top_k))
+        except ServerDown as error:
+            error.where = error.where or self._where
+            raise
         except (BadAnswer, Refused) as error:
             raise TemporaryError(
                 error.message,
+                where=self._where,
                 why=error.why,
                 fix=error.fix,
                 details=error.details,
@@ -280,9 +284,7 @@ class ServedTeacher:
             ) from error
         except ModelError as error:
             error.where = error.where or self._where
-            if error.fix is None and self._clients:
-                asking = f"curl {self._clients[0].url}/v1/models"
-                error.fix = f"see what `{asking}` says: the server itself must answer there, unpacked and unchanged"
+            error.fix = error.fix or LOOK_AT_SERVER
             raise
 
     async def _checks(self, rows: int | None) -> ServedTeacherChecks:
