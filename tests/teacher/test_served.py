@@ -364,6 +364,16 @@ def test_samples_that_fail_together_are_one_error(
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
+def test_ids_that_are_turned_into_text_and_read_again(
+    server: ScriptedServer, tokenizer: Any
+) -> None:
+    """Two tokens become one."""
+    server.always = one_fewer
+    with pytest.raises(BadAnswer, match="log-probabilities for") as caught:
+        run(served(server).check(tokenizer, VOCABULARY))
+    assert "read that again" in (caught.value.why or "")
+
+
 def test_nobody_there() -> None:
     with pytest.raises(ServerDown):
         run(

@@ -14,6 +14,7 @@ from rnow.serving.http import BadAnswer, ServerClient, answer_bytes
 
 GAVE = "gave {} log-probabilities for {} tokens"
 READ = "read {} tokens where {} were sent"
+_REREAD = "it may have turned the ids into text and read that again, which gives other tokens"
 _BEFORE = "servers are known to put a beginning-of-text token (BOS) before every prompt"
 
 
@@ -142,7 +143,7 @@ class ScoringClient(ServerClient, ABC):
         if count != len(token_ids):
             raise self._bad(
                 f"it {what.format(self._shown(count), len(token_ids))}",
-                why=_BEFORE if count == len(token_ids) + 1 else None,
+                why=_BEFORE if count == len(token_ids) + 1 else _REREAD,
             )
 
 
