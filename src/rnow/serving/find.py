@@ -60,12 +60,11 @@ async def find_client(
         asking = client.hurried(within).asking_once()
         try:
             await asking.prompt_logprobs(_QUESTION, model=served.id)
-        except Unsupported as error:
-            missing.append(f"{client.asks}: {error.message}")
-        except Refused as error:
-            if error.status not in _NOT_SPOKEN:
+        except (Unsupported, Refused) as error:
+            if isinstance(error, Refused) and error.status not in _NOT_SPOKEN:
                 raise
-            missing.append(f"{client.asks}: {error.message}")
+            said = error.message.removeprefix(f"the server at {client.url} ")
+            missing.append(f"{client.asks}: it {said}")
         else:
             return client
     raise ModelError(
