@@ -67,14 +67,15 @@ def kl_estimator(config: Config) -> Estimator:
     return "exact" if teacher_backend(teacher) == "transformers" else "topk"
 
 
-CONTROLS: Mapping[str, str] = {
+Control = Literal["shuffled", "none"]
+CONTROLS: Mapping[Control, str] = {
     "shuffled": "each answer is judged by what the teacher says of another one",
     "none": "no teacher is asked, unlikely tokens are only made less likely",
 }
 """What each ``teacher.control`` does."""
 
 
-def control_of(config: Config) -> str | None:
+def control_of(config: Config) -> Control | None:
     """``teacher.control``; None where the teacher teaches."""
     return None if config.teacher is None else config.teacher.control
 
