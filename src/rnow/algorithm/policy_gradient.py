@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rnow.algorithm import chunks as by_chunk
+from rnow.algorithm.chunks import Chunks
 from rnow.algorithm.head import Head, selected_logprobs
 from rnow.algorithm.objective import Summary, Terms
 from rnow.algorithm.records import MicroBatch, TeacherNeeds
@@ -36,6 +38,7 @@ SUMMARIES: Mapping[str, Summary] = {
     "teacher_kl/k3": Summary(stream="teacher_kl/k3"),
     "kl_clamp_fraction": Summary(stream="kl_clamped", over_updates="largest"),
     "teacher_kl/{dataset}": Summary(stream="teacher_kl", by_dataset=True),
+    **by_chunk.SUMMARIES,
 }
 
 
@@ -72,11 +75,12 @@ class PolicyGradient:
         selected = selected_logprobs(
             hidden, head, micro.tokens.targets, temperature=self.temperature
         )
-        teacher = micro.evidence.get("teacher_logprobs")
+        teacher, chunks = micro.evidence.get("teacher_logprobs"), Chunks.of(micro.evidence)
         shaped = shape_advantages(
             micro.reward_advantages,
             selected.logprobs,
             teacher,
+            chunks=chunks,
             kl_penalty_coef=self.kl_penalty_coef,
             reward_coef=self.reward_coef,
             kl_clamp=self.kl_clamp,
@@ -103,8 +107,11 @@ class PolicyGradient:
         if teacher is not None and shaped.teacher_kl is not None:
             streams["teacher_logprobs"] = teacher
             streams["teacher_kl"] = shaped.teacher_kl
-            streams["teacher_kl/k3"] = k3(live, teacher)
             streams["kl_clamped"] = shaped.clamped
+            if chunks is None:
+                streams["teacher_kl/k3"] = k3(live, teacher)
+            else:
+                streams |= chunks.streams()
         return Terms(losses=found.losses, streams=streams)
 
 
@@ -126,8 +133,12 @@ def shape_advantages(
     kl_penalty_coef: float,
     reward_coef: float,
     kl_clamp: float,
+    chunks: Chunks | None = None,
 ) -> ShapedAdvantages:
     """``A_t = reward_coef * A_reward - kl_penalty_coef * KL_t`` of R loss tokens, detached.
+
+    With ``chunks``, KL_t is that of the token's whole chunk, and so is what the clamp bounds; the ``teacher_kl`` returned is
+    the token's share, whose mean is the KL per token.
 
     The student's logprobs are the trainer's own at the time of the update: they are there anyway, carry no sampler
     error, and stay fresh when one batch is used for several updates. The KL term is neither centred nor divided by a
@@ -141,11 +152,12 @@ def shape_advantages(
             clamped=torch.zeros_like(advantages, dtype=torch.bool),
         )
     teacher_kl = logprobs.detach() - teacher_logprobs
-    bounded = teacher_kl.clamp(-kl_clamp, kl_clamp)
+    credit = teacher_kl if chunks is None else chunks.credit(teacher_kl)
+    bounded = credit.clamp(-kl_clamp, kl_clamp)
     return ShapedAdvantages(
         advantages=advantages - kl_penalty_coef * bounded,
         teacher_kl=teacher_kl,
-        clamped=teacher_kl.abs() > kl_clamp,
+        clamped=credit.abs() > kl_clamp,
     )
 
 

@@ -26,6 +26,7 @@ FACTS: Mapping[str, tuple[str, Change]] = {
     "student_config": ("the student's config.json", "refuse"),
     "teacher_weights": ("the teacher's weights", "evaluates"),
     "teacher_config": ("the teacher's config.json", "evaluates"),
+    "teacher_tokenizer": ("the teacher's tokenizer", "evaluates"),
     "tokenizer_hash": ("the tokenizer", "refuse"),
     "stop_ids": ("what ends an answer (the stop ids of student and teacher)", "shapes"),
     "template_date": ("the date that chat templates print", "shapes"),
@@ -40,8 +41,8 @@ FACTS: Mapping[str, tuple[str, Change]] = {
 }
 ADDED = frozenset(
     {
-        "student_config", "teacher_weights", "teacher_config", "stop_ids", "template_date", "rewards_modules",
-        "tools_modules", "threads",
+        "student_config", "teacher_weights", "teacher_config", "teacher_tokenizer", "stop_ids", "template_date",
+        "rewards_modules", "tools_modules", "threads",
     }
 )  # fmt: skip
 """Facts that runs of earlier versions do not state (nor all others: the weights of a served teacher). None is unknown, and no

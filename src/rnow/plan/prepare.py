@@ -15,6 +15,7 @@ from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
+from rnow.plan.crossed import refuse_tools
 from rnow.plan.engines import cards_of, check_engines
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
@@ -115,6 +116,8 @@ def prepare(
         check_model_id(role.section.path, key=key, base_dir=folder)
     listed = None
     if is_agentic(folder, config):
+        if training:
+            refuse_tools(roles.values())
         listed = list_tools(config, folder, load_secrets(folder))
     tools = None if listed is None else listed.schemas
     project = load_project(folder, config, tools=tools or ())

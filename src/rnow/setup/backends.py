@@ -22,6 +22,7 @@ from rnow.setup.models import (
     answer_with,
     build_student,
     load_model,
+    read_across,
     score_with,
 )
 from rnow.setup.vllm import (
@@ -200,4 +201,4 @@ class _Loader:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:
             self.gpu.add(part, teacher)
-        return teacher, answering
+        return read_across(prepared, model, teacher), answering

@@ -129,14 +129,19 @@ async def start_vllm_teacher(
             cards=prepared.cards.get(role.name, ()),
             enable_sleep=time_shared,
             max_num_batched_tokens=section.max_num_batched_tokens,
-            max_model_len=rendered.window,
+            max_model_len=rendered.window_of(role.name),
             trust_remote_code=section.trust_remote_code,
             samples=answers,
         )
         teacher = VllmTeacher.managed(settings, temperature=temperature, top_k=top_k, poll=poll)
         stack.callback(teacher.close)
     await teacher.start()
-    found = await teacher.check(rendered.tokenizer, rendered.vocabulary, longest=rendered.window)
+    crossed = rendered.crossed.get(role.name)
+    found = await teacher.check(
+        rendered.tokenizer if crossed is None else crossed.crossing.tokenizer,
+        rendered.vocabulary_of(role.name),
+        longest=rendered.window_of(role.name),
+    )
     for text in found.warnings:
         prepared.warn(text)
     if found.padding_mass:
