@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import character_tokenizer
-from tests.rollout.tokenizers import KINDS, NASTY, byte_level, known_bytes, sentencepiece
+from tests.rollout.tokenizers import (
+    KINDS,
+    NASTY,
+    byte_level,
+    dropping_letters,
+    known_bytes,
+    sentencepiece,
+)
 
 from rnow.rollout.crossing import NO_CHUNK, Aligned, Coverage, Crossing, measure_coverage
 from rnow.rollout.token_bytes import encode_plain
@@ -168,6 +175,14 @@ def test_a_text_that_the_teachers_normaliser_changes() -> None:
     assert max(sizes) <= len(" cafe\u0301".encode())
     assert found.ours[:3] == (0, 0, 0)
     assert found.ours[-4:] == (found.ours[-1],) * 4
+
+
+def test_letters_that_the_teachers_tokenizer_drops() -> None:
+    student, teacher = byte_level(merges=0), dropping_letters()
+    found = crossing(student, teacher).align(encode_plain(student, "ab é cd"))
+    assert pieces(teacher, found.token_ids) == ["a", "b", " ", " ", "c", "d"]
+    # A chunk that holds them is none.
+    assert found.ours == (0, 1, 2, NO_CHUNK, NO_CHUNK, NO_CHUNK, 4, 5)
 
 
 # ---- control tokens -----------------------------------------------------------------------------------------------

@@ -101,6 +101,15 @@ def sentencepiece(*, fallback: bool = True, prefix: bool = True) -> Any:
 
 
 @cache
+def dropping_letters() -> Any:
+    """Letters that it has no token for are gone."""
+    vocabulary = {piece: index for index, piece in enumerate([*CONTROLS, *"abcdefg xyz"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return _wrap(backend)
+
+
+@cache
 def lower_case_words() -> Any:
     """BERT's kind: what it was given cannot be got back."""
     backend = Tokenizer(

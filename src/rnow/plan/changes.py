@@ -50,7 +50,10 @@ change."""
 # Nothing to warn of when a run continues, but what an earlier start sampled or measured may have other numbers.
 SILENT: Mapping[str, Change] = {"teacher_revision": "evaluates", "versions": "shapes"}
 
-ADDED_KEYS: Mapping[str, object] = {"model.lora_targets": ["all-linear"]}
+ADDED_KEYS: Mapping[str, object] = {
+    "model.lora_targets": ["all-linear"],
+    "teacher.tokenizer": "same",
+}
 """Keys that earlier versions did not have, as those behaved."""
 
 
@@ -119,7 +122,7 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
         if before.get(dotted(path)) == kept:
             del before[dotted(path)]  # written by a version that still had the key
     if before:
-        before = {**ADDED_KEYS, **before}
+        before = {key: ADDED_KEYS[key] for key in ADDED_KEYS.keys() & after.keys()} | before
     falling = after.get("trainer.lr_schedule", "constant") != "constant"
     lines: list[tuple[Change, str]] = [
         (_kind(key, readers, falling=falling), f"{key}: {before.get(key)} -> {after.get(key)}")

@@ -23,7 +23,8 @@ NO_CHUNK = -1
 _ESCAPED = re.compile("([\udc80-\udcff])")
 _REPLACEMENT = "\ufffd".encode()
 _UNKNOWN = b"\xff"  # in no text
-_UNIT = re.compile(rb"\s*[!-~]+|[\x80-\xff][\x80-\xbf]*|\s+|[\x00-\xff]")
+_UNIT = re.compile(rb"[!-~]+|[\xc0-\xff][\x80-\xbf]*|[\x00-\xff]")
+"""Words of ASCII, other letters, blanks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +203,7 @@ class _Reading:
 
 
 def _find_ends(pieces: Sequence[bytes | None], run: bytes) -> tuple[list[int | None], list[int]]:
-    """The byte of ``run`` at which each piece ends, and bytes that unknown tokens stand for.
+    """The byte of ``run`` at which each piece ends, and bytes that no piece or an unknown token stands for.
 
     A normaliser may have changed the text, and an unknown token (None) has no bytes: then ends are known in what is the same
     on both sides, and after each change.
@@ -218,13 +219,14 @@ def _find_ends(pieces: Sequence[bytes | None], run: bytes) -> tuple[list[int | N
     theirs, ours = _UNIT.findall(written), _UNIT.findall(run)
     starts, places = [0, *accumulate(map(len, theirs))], [0, *accumulate(map(len, ours))]
     spots, holes = {0: 0}, list[int]()
-    for tag, i, after, j, end in SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
+    for tag, i, after, j, end in SequenceMatcher(None, theirs, ours).get_opcodes():
         if tag == "equal":
             spots |= {starts[i] + n: places[j] + n for n in range(1, starts[after] - starts[i] + 1)}
             continue
-        spots[starts[after]] = places[end]
-        if _UNKNOWN in b"".join(theirs[i:after]):
+        if tag == "insert" or _UNKNOWN in b"".join(theirs[i:after]):
             holes.append(places[end])
+        if tag != "insert":
+            spots[starts[after]] = places[end]
     return [spots.get(end) for end in ends], holes
 
 

@@ -65,19 +65,31 @@ def read_token_bytes(tokenizer: Tokenizer, texts: Iterable[str] = ()) -> TokenBy
     """The bytes behind a tokenizer's ids, or None where its pieces do not give back what was encoded.
 
     Args:
-        texts: of the run, on which it must hold besides a text of the hard cases. Words with an unknown token are left out;
-            a normaliser may write letters in another form of Unicode.
+        texts: of the run, on which it must hold besides a text of the hard cases. Words with an unknown token, or of which
+            the tokenizer drops letters, are left out; a normaliser may write letters in another form of Unicode.
     """
     words = [word for text in (_PROBE, *texts) for word in _WORD.findall(text)]
     encoded = [(word, encode_plain(tokenizer, word)) for word in dict.fromkeys(words)]
     unknown = getattr(tokenizer, "unk_token_id", None)
-    known = [(word, ids) for word, ids in encoded if unknown not in ids]
+    known = [
+        (word, ids)
+        for word, ids in encoded
+        if unknown not in ids and not _loses_letters(tokenizer, word, ids)
+    ]
     for table in _readings(tokenizer):
         if unknown is not None and unknown < len(table):
             table[unknown] = None
         if known and all(_gives_back(table, word, ids) for word, ids in known):
             return _described(tokenizer, table)
     return None
+
+
+def _loses_letters(tokenizer: Tokenizer, word: str, ids: Sequence[int]) -> bool:
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if len(text) >= len(word) or text == word.removeprefix(" "):
+        return False
+    rest = iter(word)
+    return all(letter in rest for letter in text)
 
 
 def _gives_back(table: Sequence[bytes | None], word: str, ids: Sequence[int]) -> bool:
