@@ -22,7 +22,7 @@ from rnow.rollout.token_bytes import byte_letters, encode_plain, read_token_byte
 
 def bytes_of(tokenizer: Any, text: str) -> bytes:
     found = known_bytes(tokenizer)
-    return b"".join(found.get(token) or b"?" for token in encode_plain(tokenizer, text))
+    return b"".join(piece or b"?" for piece in found.of_text(encode_plain(tokenizer, text)))
 
 
 def test_the_letters_of_bytes() -> None:
@@ -62,7 +62,9 @@ def test_what_is_known_of_a_tokenizer() -> None:
     assert found.blank_first
     assert found.get(found.controls["<end>"]) == b"<end>"
     assert found.get(10**6) is None
-    assert found.of_id[found.controls["<unk>"]] is None
+    unknown = found.controls["<unk>"]
+    assert (found.unknown, found.get(unknown)) == (unknown, b"<unk>")
+    assert found.of_text([unknown, found.controls["<end>"]]) == [None, b"<end>"]
     assert {found.of_id[token] for token in found.byte_ids.values()} == {
         bytes([byte]) for byte in range(0x80, 0x100)
     }

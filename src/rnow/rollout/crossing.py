@@ -195,7 +195,7 @@ class _Reading:
 
     def _run(self, text: str) -> None:
         ids, run = encode_plain(self.crossing.tokenizer, text), text.encode()
-        ends, holes = _find_ends([self.crossing.teacher.get(token) for token in ids], run)
+        ends, holes = _find_ends(self.crossing.teacher.of_text(ids), run)
         self.token_ids += ids
         self.ends += [None if end is None else self.at + end for end in ends]
         self.holes += [self.at + hole for hole in holes]

@@ -30,13 +30,15 @@ class TokenBytes:
     """What the ids of one tokenizer stand for.
 
     Attributes:
-        of_id: bytes by id; None for the unknown token and for ids without a piece. A control token stands for its name.
+        of_id: bytes by id; None for ids without a piece. A control token stands for its name.
+        unknown: the token of what the tokenizer cannot write; None without one.
         added: the ids of added tokens, control tokens among them, and ``controls``: their contents -> their ids.
         byte_ids: bytes that are no ASCII letter -> the ids of the tokens that are such a byte alone.
         blank_first: a text is read as if it began with a blank (SentencePiece's dummy prefix).
     """
 
     of_id: Sequence[bytes | None]
+    unknown: int | None
     added: frozenset[int]
     controls: Mapping[str, int]
     byte_ids: Mapping[int, int]
@@ -54,6 +56,10 @@ class TokenBytes:
     def get(self, token_id: int) -> bytes | None:
         """Bytes of one id, as ``of_id``; None beyond the vocabulary."""
         return self.of_id[token_id] if token_id < len(self.of_id) else None
+
+    def of_text(self, token_ids: Iterable[int]) -> list[bytes | None]:
+        """Bytes of ids that a text was encoded to; None for an unknown token too."""
+        return [None if token == self.unknown else self.get(token) for token in token_ids]
 
 
 def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -77,10 +83,8 @@ def read_token_bytes(tokenizer: Tokenizer, texts: Iterable[str] = ()) -> TokenBy
         if unknown not in ids and not _loses_letters(tokenizer, word, ids)
     ]
     for table in _readings(tokenizer):
-        if unknown is not None and unknown < len(table):
-            table[unknown] = None
         if known and all(_gives_back(table, word, ids) for word, ids in known):
-            return _described(tokenizer, table)
+            return _described(tokenizer, table, unknown)
     return None
 
 
@@ -107,12 +111,15 @@ def _plain(text: str) -> str:
     return unicodedata.normalize("NFKC", text)
 
 
-def _described(tokenizer: Tokenizer, table: Sequence[bytes | None]) -> TokenBytes:
+def _described(
+    tokenizer: Tokenizer, table: Sequence[bytes | None], unknown: int | None
+) -> TokenBytes:
     controls = tokenizer.get_added_vocab()
     added = frozenset(controls.values())
     first = [table[token] or b"" for token in encode_plain(tokenizer, "a")]
     return TokenBytes(
         of_id=tuple(table),
+        unknown=unknown,
         added=added,
         controls=controls,
         byte_ids={
