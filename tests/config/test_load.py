@@ -287,15 +287,14 @@ EXAMPLES = {
     "data.train_file": ["[{path: a, teacher: b}]"],
     "model.path": ["[a, b]"],
     "algorithm.adv_estimator": ["gae"],
-    "algorithm.kl_estimator": ["exact", "topk"],
-    "algorithm.kl_baseline": ["expected"],
-    "algorithm.kl_discount": ["0.5"],
 }
 ALLOWED = {
     "teacher.agentic": ["true", "false", "null"],
     "teacher.backend": ["auto", "transformers", "vllm"],
     "algorithm.adv_estimator": ["grpo", "reinforce"],
-    "algorithm.kl_discount": ["0"],
+    "algorithm.kl_estimator": ["auto", "exact", "topk", "sampled"],
+    "algorithm.kl_baseline": ["optimal"],
+    "algorithm.kl_discount": ["0", "0.5"],
     "rollout.max_turns": ["2", "null"],
     "rollout.mcp_url": ["localhost:1", "[a, b]", "[]", "null"],
     "sampler.backend": ["auto", "transformers", "vllm"],
@@ -329,9 +328,9 @@ def test_reserved_values_from_python() -> None:
         dataset_type="distill",
         model={"path": "s"},
         teacher={"path": "t"},
-        algorithm={"kl_estimator": "exact"},
+        algorithm={"adv_estimator": "gae"},
     )
-    with pytest.raises(NotYetSupported, match="kl_estimator: exact"):
+    with pytest.raises(NotYetSupported, match="adv_estimator: gae"):
         refuse_reserved(config)
 
 
@@ -366,6 +365,40 @@ def test_a_whole_number_that_no_counter_holds_is_refused(load: Load, digits: int
 def test_a_learning_rate_of_400_digits_is_refused(load: Load, digits: int) -> None:
     with pytest.raises(ConfigError, match="number"):
         load("", f"trainer.learning_rate={'9' * digits}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("algorithm.kl_clamp", "1e308", "at most 1e+30"),
+        ("algorithm.ratio_cap", "1e39", "at most 1e+30"),
+        ("evaluation.success_reward", "-1e31", "at most 1e+30"),
+        ("trainer.learning_rate", "1e-300", "at least 1e-30"),
+        ("sampler.batch_memory_gb", "1e300", "at most 1e+30"),
+    ],
+)
+def test_a_number_that_float32_does_not_hold_is_refused(
+    load: Load, key: str, value: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match="float32") as caught:
+        load("", f"{key}={value}")
+    assert hint in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("value", ["1e-9", "1e9"])
+@pytest.mark.parametrize("key", ["rollout.temperature", "evaluation.temperature"])
+def test_temperatures_that_leave_no_distribution_are_refused(
+    load: Load, key: str, value: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: must be at"):
+        load("", f"{key}={value}")
+
+
+@pytest.mark.parametrize("digits", ["١", "１２"])
+def test_digits_of_other_scripts_are_no_number_and_not_suggested(load: Load, digits: str) -> None:
+    with pytest.raises(ConfigError, match="expected a whole number") as caught:
+        load("", f"seed={digits}")
+    assert caught.value.fix is None
 
 
 def test_null_leaves_out_what_the_hosted_format_lets_be_null(load: Load) -> None:

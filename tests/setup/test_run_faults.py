@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.setup.projects import Project, Watcher
+from transformers.utils import logging as transformers_logging
 
 from rnow import progress
 from rnow.algorithm.records import SampledEvidence
@@ -54,6 +55,17 @@ def project(tmp_path: Path, tiny_model_dir: MakeModel) -> Project:
 
 
 # ---- before training -----------------------------------------------------------------------------------------------
+
+
+def test_a_check_shows_no_advice_of_the_model_libraries(project: Project) -> None:
+    """transformers warns of tokenizers that are in order; a run is spared it too."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    try:
+        check(project.config(), folder=project.folder)
+        assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def copied_teacher(project: Project) -> Path:
@@ -305,12 +317,16 @@ def test_what_becomes_unwritable_in_mid_run_is_temporary(
     assert run(project.config(), folder=project.folder).values["steps"] == 4
 
 
-@pytest.mark.parametrize("what", ["project", "run"])
-def test_a_folder_that_is_deleted_under_the_run(project: Project, what: str) -> None:
-    folder = project.folder if what == "project" else project.run_dir
+@pytest.mark.parametrize("what", ["project", "run", "working directory"])
+def test_a_folder_that_is_deleted_under_the_run(
+    project: Project, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = project.run_dir if what == "run" else project.folder
+    monkeypatch.chdir(project.folder if what == "working directory" else tmp_path)
+    at = Path() if what == "working directory" else project.folder
     watcher = Watcher().at("update", 3, lambda: shutil.rmtree(folder))
     with pytest.raises(TemporaryError, match="the run folder is gone"):
-        run(project.config(), folder=project.folder, display=watcher)
+        run(project.config(), folder=at, display=watcher)
     assert not folder.exists(), "it is not made again"
 
 

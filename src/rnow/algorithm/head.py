@@ -46,6 +46,11 @@ class Head:
         """V."""
         return self.weight.shape[0]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``[R, H]`` -> ``[R, V]``, at least float32. Only for a few rows: this is the tensor the chunks avoid."""
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rnow.config.schema import Schema
 
 MAX_COUNT = 2**63
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Sizes of numbers that leave float32 room to compute: it holds 1e-38 to 3e38."""
 RESERVED_DATASETS = frozenset({"k3"})
 RESERVED_EVALS = frozenset({"before", "after", "teacher"})
 
@@ -21,11 +23,12 @@ RESERVED_EVALS = frozenset({"before", "after", "teacher"})
 def find_contradictions(config: Schema) -> Iterator[Problem]:
     """Every pair of settings that cannot go together."""
     yield from name_problems(config)
-    yield from _too_large(config, ())
+    yield from _out_of_range(config, ())
     yield from _without_its_teacher(config)
     yield from _unknown_to_its_engine(config)
     yield from _across_tokenizers(config)
     yield from _without_signal(config)
+    yield from _unknown_to_its_estimator(config)
     yield from _truncated(config)
     yield from _names_taken(config)
 
@@ -109,7 +112,7 @@ def _across_tokenizers(config: Schema) -> Iterator[Problem]:
 def _without_signal(config: Schema) -> Iterator[Problem]:
     """Settings under which every advantage is 0, or the rewards' part of it."""
     algorithm, data = config.algorithm, config.data
-    if algorithm.kl_estimator != "sampled" or config.dataset_type not in ("distill", "rl"):
+    if config.dataset_type not in ("distill", "rl"):
         return
     if algorithm.kl_penalty_coef == algorithm.reward_coef == 0:
         yield Problem(
@@ -135,9 +138,58 @@ def _without_signal(config: Schema) -> Iterator[Problem]:
         )
 
 
+def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
+    """What only another way of estimating the KL can do."""
+    algorithm, teacher = config.algorithm, config.teacher
+    estimator, divergence = algorithm.kl_estimator, algorithm.divergence
+    if estimator == "auto" and (algorithm.kl_baseline != "none" or algorithm.kl_discount > 0):
+        estimator = "sampled"  # the only one that knows them
+    served = teacher is not None and (teacher.url is not None or teacher.backend == "vllm")
+    if estimator == "exact" and served:
+        yield Problem(
+            path=("algorithm", "kl_estimator"),
+            message="exact needs the teacher's hidden states and head, and a server gives log-probabilities only",
+            hint="set algorithm.kl_estimator: topk, which needs the teacher's likeliest tokens, or load the teacher here "
+            "(teacher.backend: transformers)",
+        )
+    if divergence == "jsd" and (estimator in ("sampled", "topk") or served):
+        yield Problem(
+            path=("algorithm", "divergence"),
+            message="jsd needs the teacher's whole distribution",
+            hint="set algorithm.kl_estimator: exact (with a teacher that is loaded here), or algorithm.divergence: reverse",
+        )
+    if divergence == "forward" and estimator == "sampled":
+        yield Problem(
+            path=("algorithm", "divergence"),
+            message="sampled estimates KL(student, teacher) from the student's own tokens; forward needs those that the "
+            "teacher would write",
+            hint="set algorithm.kl_estimator: exact or topk, or algorithm.divergence: reverse",
+        )
+    if estimator in ("exact", "topk") and algorithm.kl_penalty_coef == 0:
+        yield Problem(
+            path=("algorithm", "kl_penalty_coef"),
+            message=f"kl_penalty_coef is 0, so {estimator} has nothing to do",
+            hint="set it above 0, or remove kl_estimator",
+        )
+    for key in ("kl_baseline", "kl_discount"):
+        if getattr(algorithm, key) not in ("none", 0) and estimator in ("exact", "topk"):
+            yield Problem(
+                path=("algorithm", key),
+                message=f"{key} belongs to kl_estimator: sampled; {estimator} has no sampled advantage",
+                hint=f"remove {key}, or set algorithm.kl_estimator: sampled",
+            )
+    if algorithm.kl_horizon is not None and algorithm.reward_coef > 0:
+        yield Problem(
+            path=("algorithm", "kl_horizon"),
+            message="kl_horizon cuts the answers that rewards would have to judge",
+            hint="remove kl_horizon, or set algorithm.reward_coef: 0",
+        )
+
+
 def _truncated(config: Schema) -> Iterator[Problem]:
-    rollout = config.rollout
-    if config.algorithm.loss_fn != "ppo":
+    rollout, algorithm = config.rollout, config.algorithm
+    direct = algorithm.kl_estimator in ("exact", "topk") and algorithm.reward_coef == 0
+    if algorithm.loss_fn != "ppo" or direct:
         return
     for name, value, neutral in (
         ("top_p", rollout.top_p, rollout.top_p == 1),
@@ -173,15 +225,24 @@ def _names_taken(config: Schema) -> Iterator[Problem]:
             )
 
 
-def _too_large(values: object, path: KeyPath) -> Iterator[Problem]:
-    """Whole numbers that no counter of the program holds: YAML has no limit, and Python none before floats."""
+def _out_of_range(values: object, path: KeyPath) -> Iterator[Problem]:
+    """Numbers that the program cannot compute with: YAML has no limit, and Python's are wider than those of counters, of
+    float32, and of clocks."""
     if isinstance(values, BaseModel):
         for name in type(values).model_fields:
-            yield from _too_large(getattr(values, name), (*path, name))
+            yield from _out_of_range(getattr(values, name), (*path, name))
     elif isinstance(values, tuple):
         for index, item in enumerate(values):
-            yield from _too_large(item, (*path, index))
+            yield from _out_of_range(item, (*path, index))
     elif isinstance(values, int) and abs(values) >= MAX_COUNT:
         yield Problem(
             path=path, message="a whole number of more than 64 bits", hint="write a smaller one"
+        )
+    elif isinstance(values, float) and values and not SMALLEST <= abs(values) <= LARGEST:
+        large = abs(values) > LARGEST
+        size, limit = ("large", LARGEST) if large else ("close to 0", SMALLEST)
+        yield Problem(
+            path=path,
+            message=f"{values:g} is too {size} to compute with in float32",
+            hint=f"write {'at most' if large else 'at least'} {limit:g}",
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from rnow.algorithm.head import Head
 from rnow.disk.folder import RunFolder
 from rnow.models.card import CardWatch, ready_card
 from rnow.models.shape import build_empty, shape_of
@@ -13,7 +14,7 @@ from rnow.plan.choices import teacher_answers
 from rnow.plan.memory import ENGINE_ASLEEP
 from rnow.plan.plan import taking_turns
 from rnow.plan.prepare import Prepared
-from rnow.plan.roles import TEACHER, RunModel
+from rnow.plan.roles import TEACHER, Role, RunModel
 from rnow.protocols import Policy, Sampler, Teacher
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.setup.models import (
@@ -88,6 +89,7 @@ async def load_backends(
         stage=stage,
         gpu=_watched(prepared, turns) if turns else Residency(),
         turns=turns,
+        heads={},
     )
     vllm = loader.start_sampler()
     student = await loader.load_student(vllm)
@@ -128,9 +130,17 @@ def _watched(prepared: Prepared, turns: frozenset[Part]) -> Residency:
     return Residency(CardWatch(device, allowed=engines * ENGINE_ASLEEP).check)
 
 
+def _coming(role: Role) -> str:
+    """The stage in which the vLLM of a role gets ready."""
+    if role.starts_vllm:
+        return f"starting vLLM for the {role.name}"
+    return f"asking the {role.name}'s server"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loader:
-    """Loads one model after the other. Where they take turns on a card, the loaded ones sleep meanwhile."""
+    """Loads one model after the other. Where they take turns on a card, the loaded ones sleep meanwhile. ``heads``: of those in
+    this process, by role."""
 
     prepared: Prepared
     run_folder: RunFolder
@@ -139,12 +149,13 @@ class _Loader:
     stage: Callable[[str], None]
     gpu: Residency
     turns: frozenset[Part]
+    heads: dict[str, Head]
 
     def start_sampler(self) -> VllmSampler | None:
         """The vLLM that draws from the student; None where the trainer's own weights do."""
         if self.prepared.student.role.backend != "vllm":
             return None
-        self.stage("starting vLLM for the student")
+        self.stage(_coming(self.prepared.student.role))
         in_turns = "sampler" in self.turns
         vllm = start_vllm_sampler(self.prepared, self.run_folder, self.stack, time_shared=in_turns)
         if in_turns:
@@ -159,7 +170,7 @@ class _Loader:
         lm = load_model(prepared.student, prepared.rendered)
         if vllm is not None:
             vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm), warn=prepared.warn)
-        student = build_student(prepared, lm, self.poll, embedded=vllm is None)
+        student = build_student(prepared, lm, self.poll, self.heads, embedded=vllm is None)
         if self.turns:
             gpu.add("trainer", student.policy)
             if vllm is None:
@@ -177,7 +188,7 @@ class _Loader:
             prepared.config,
             shape_of(build_empty(model.resolved, trust_remote_code=trust)),
         )
-        self.stage(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
+        self.stage(_coming(model.role) if by_vllm else f"loading the {name}")
         if in_turns:
             await self.gpu.clear()
         answering = None
@@ -196,7 +207,8 @@ class _Loader:
         else:
             cards = prepared.cards.get(name, ())
             lm = load_model(model, prepared.rendered, cards=cards)
-            teacher = score_with(prepared, lm, self.poll)
+            teacher = score_with(prepared, lm, self.poll, role=name)
+            self.heads[name] = lm.head
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:

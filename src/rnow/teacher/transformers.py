@@ -39,6 +39,7 @@ class TransformersTeacher:
         micro_batch_tokens: padded tokens per forward pass; chosen from the device when None. An int8 model scores one
             sample at a time.
         role: whose model it is; named in evidence that its head reads.
+        head_stays: keep the head where it is while the rest sleeps: the update reads it.
         poll: called before each forward pass; may raise to stop.
     """
 
@@ -49,6 +50,7 @@ class TransformersTeacher:
         temperature: float = 1.0,
         micro_batch_tokens: int | None = None,
         role: str = "teacher",
+        head_stays: bool = False,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.lm = lm
@@ -59,7 +61,11 @@ class TransformersTeacher:
             # LLM.int8 picks its outlier columns over all rows of a batch: a score would depend on who else is in it.
             self._micro_batch_tokens = 1
         self._poll = poll
-        self._offload = Offload(frozen=lambda: tensors_of(lm.model), what="the teacher")
+        self._offload = Offload(
+            frozen=lambda: tensors_of(lm.model),
+            stays=lambda: lm.head.tensors if head_stays else (),
+            what="the teacher",
+        )
 
     async def score(
         self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED

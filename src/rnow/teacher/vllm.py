@@ -22,7 +22,7 @@ from rnow.algorithm.records import (
 from rnow.errors import SAME_COMMAND, ConfigError, ModelError, TemporaryError
 from rnow.processes.process import StartFailed
 from rnow.protocols import Tokenizer
-from rnow.serving.client import BadAnswer, Refused, ServerDown, VllmClient
+from rnow.serving.client import LOOK_AT_SERVER, BadAnswer, Refused, ServerDown, VllmClient
 from rnow.serving.reach import CONNECT_SECONDS
 from rnow.serving.server import VllmServer
 from rnow.tasks import ask_again
@@ -205,9 +205,13 @@ class VllmTeacher:
         }
         try:
             await self.surviving(lambda: self._score_into(evidence, samples, needs.top_k))
+        except ServerDown as error:
+            error.where = error.where or self._where
+            raise
         except (BadAnswer, Refused) as error:
             raise TemporaryError(
                 error.message,
+                where=self._where,
                 why=error.why,
                 fix=error.fix,
                 details=error.details,
@@ -275,7 +279,8 @@ class VllmTeacher:
             evidence[sample.id] = await self._judge(client, model, sample, top_k)
 
         missing = [sample for sample in samples if sample.id not in evidence]
-        waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in missing}
+        tasks = [asyncio.create_task(one(sample)) for sample in missing]
+        waiting = set(tasks)
         try:
             while waiting:
                 self._asking.poll()
@@ -287,7 +292,8 @@ class VllmTeacher:
         finally:
             for task in waiting:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            # Of all tasks, those that failed beside the first too: asyncio shows a traceback of what nobody looked at.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _judge(self, client: VllmClient, model: str, sample: Sample, top_k: int) -> Evidence:
         # What follows the last loss token changes nothing.
@@ -363,6 +369,7 @@ class VllmTeacher:
             ) from error
         except (BadAnswer, Refused) as error:
             error.where = error.where or self._where
+            error.fix = error.fix or LOOK_AT_SERVER
             raise
 
 
