@@ -202,6 +202,10 @@ def test_a_group_of_one_is_enough_for_a_teacher() -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
+        ("algorithm", "kl_estimator", "exact"),
+        ("algorithm", "kl_estimator", "topk"),
+        ("algorithm", "kl_baseline", "optimal"),
+        ("algorithm", "kl_discount", 0.5),
         ("rollout", "temperature", 0.7),
         ("evaluation", "teacher", True),
     ],
@@ -216,7 +220,9 @@ def test_what_needs_tokens_that_student_and_teacher_share(
         make(teacher=cross, **{section: {key: value}})
     assert f"{section}.{key}" in caught.value.render()
     assert "a teacher with the student's tokenizer" in caught.value.render()
-    make(teacher=cross)
+    make(teacher=cross, algorithm={"kl_estimator": "sampled"})
+    with pytest.raises(ConfigError, match="forward needs those that the teacher would write"):
+        make(teacher=cross, algorithm={"divergence": "forward"})
     make(**{section: {key: value}})
 
 

@@ -153,8 +153,9 @@ def test_a_token_that_the_teacher_has_no_row_for_is_never_used(project: Project)
 
 
 def test_tools_are_refused() -> None:
-    refuse_tools(roles_of(make_config()).values())
+    refuse_tools(roles_of(make_config()).values(), agentic=True)
+    refuse_tools(roles_of(config_of()).values(), agentic=False)
     with pytest.raises(ConfigError, match="cannot judge a student that calls tools") as caught:
-        refuse_tools(roles_of(config_of()).values())
+        refuse_tools(roles_of(config_of()).values(), agentic=True)
     assert caught.value.where == "teacher.tokenizer"
     assert "teacher.agentic: false" in str(caught.value.fix)

@@ -72,7 +72,7 @@ def _across_tokenizers(config: Schema) -> Iterator[Problem]:
     for key, holds, why, hint in (
         (
             "algorithm.kl_estimator",
-            algorithm.kl_estimator == "sampled",
+            algorithm.kl_estimator in ("auto", "sampled"),
             "its distribution over tokens is one over other tokens than the student's",
             "set kl_estimator: sampled",
         ),
@@ -142,7 +142,9 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
     """What only another way of estimating the KL can do."""
     algorithm, teacher = config.algorithm, config.teacher
     estimator, divergence = algorithm.kl_estimator, algorithm.divergence
-    if estimator == "auto" and (algorithm.kl_baseline != "none" or algorithm.kl_discount > 0):
+    crossed = teacher is not None and teacher.tokenizer == "cross"
+    of_sampled = algorithm.kl_baseline != "none" or algorithm.kl_discount > 0
+    if estimator == "auto" and (crossed or of_sampled):
         estimator = "sampled"  # the only one that knows them
     served = teacher is not None and (teacher.url is not None or teacher.backend == "vllm")
     if estimator == "exact" and served:

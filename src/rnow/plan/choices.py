@@ -63,7 +63,8 @@ def kl_estimator(config: Config) -> Estimator:
     if algorithm.kl_estimator != "auto":
         return algorithm.kl_estimator
     of_sampled = algorithm.kl_baseline != "none" or algorithm.kl_discount > 0
-    if teacher is None or of_sampled or algorithm.kl_penalty_coef == 0:
+    crossed = teacher is not None and teacher.tokenizer == "cross"
+    if teacher is None or crossed or of_sampled or algorithm.kl_penalty_coef == 0:
         return "sampled"
     return "exact" if teacher_backend(teacher) == "transformers" else "topk"
 

@@ -47,13 +47,13 @@ class Crossed:
     notes: tuple[str, ...]
 
 
-def refuse_tools(roles: Iterable[Role]) -> None:
+def refuse_tools(roles: Iterable[Role], *, agentic: bool) -> None:
     """
     Raises:
         ConfigError: one of the models crosses tokenizers, in a run with tools.
     """
     for role in roles:
-        if role.crosses:
+        if agentic and role.crosses:
             raise ConfigError(
                 "a teacher with another tokenizer cannot judge a student that calls tools",
                 where=f"{role.key}.tokenizer",

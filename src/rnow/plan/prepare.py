@@ -111,13 +111,12 @@ def prepare(
     roles = roles_of(config)
     if training:  # what is not trained is rehearsed, by transformers alone
         check_engines(roles)
+        refuse_tools(roles.values(), agentic=is_agentic(folder, config))
     for role in roles.values():
         key = f"{role.key}.path"
         check_model_id(role.section.path, key=key, base_dir=folder)
     listed = None
     if is_agentic(folder, config):
-        if training:
-            refuse_tools(roles.values())
         listed = list_tools(config, folder, load_secrets(folder))
     tools = None if listed is None else listed.schemas
     project = load_project(folder, config, tools=tools or ())

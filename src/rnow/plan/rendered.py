@@ -79,6 +79,10 @@ class Rendered:
     warnings: tuple[str, ...]
     crossed: Mapping[str, Crossed] = field(default_factory=dict)
 
+    def tokenizer_of(self, role: str) -> Tokenizer:
+        """What a model reads with."""
+        return self.crossed[role].crossing.tokenizer if role in self.crossed else self.tokenizer
+
     def vocabulary_of(self, role: str) -> int:
         """Ids of a model that count: above are padding rows."""
         return self.crossed[role].vocabulary if role in self.crossed else self.vocabulary

@@ -136,11 +136,16 @@ async def start_vllm_teacher(
         teacher = VllmTeacher.managed(settings, temperature=temperature, top_k=top_k, poll=poll)
         stack.callback(teacher.close)
     await teacher.start()
-    crossed = rendered.crossed.get(role.name)
+    await _check(prepared, role.name, teacher)
+    return teacher
+
+
+async def _check(prepared: Prepared, role: str, teacher: VllmTeacher) -> None:
+    rendered = prepared.rendered
     found = await teacher.check(
-        rendered.tokenizer if crossed is None else crossed.crossing.tokenizer,
-        rendered.vocabulary_of(role.name),
-        longest=rendered.window_of(role.name),
+        rendered.tokenizer_of(role),
+        rendered.vocabulary_of(role),
+        longest=rendered.window_of(role),
     )
     for text in found.warnings:
         prepared.warn(text)
@@ -149,7 +154,6 @@ async def start_vllm_teacher(
             f"the served teacher gives {found.padding_mass:.2e} of its probability to padding ids on average; "
             "its log-probabilities are too low by about that much"
         )
-    return teacher
 
 
 def teacher_sampler(prepared: Prepared, model: RunModel, teacher: VllmTeacher) -> Sampler | None:
