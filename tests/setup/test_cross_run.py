@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from tests.rollout.tokenizers import byte_level
 from tests.serving.scripted import ScriptedServer, tokenize
 from tests.setup.projects import Project, Watcher, read_jsonl
 
+from rnow.config import Config
 from rnow.errors import InputError, RnowError
 from rnow.setup.build import check, run
 from rnow.teacher.vllm import API_KEY_VARIABLE
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "templates" / "quickstart"
 ASKING = (
     "{%- for message in messages %}{{- '[' + message.role + '] ' + message.content + '\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '[answer] ' }}{%- endif %}"
@@ -181,3 +184,63 @@ def test_answers_that_the_teacher_has_no_tokens_for_end_the_run(
         run(config_of(project), folder=project.folder)
     assert caught.value.where == "teacher.tokenizer"
     assert not project.run_dir.exists()
+
+
+# ---- the same teacher by another name --------------------------------------------------------------------------------
+
+
+def renamed_teacher(folder: Path) -> Path:
+    """The quickstart's teacher with its ids backwards and other names for its control tokens: it knows what it knew."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(QUICKSTART / "teacher", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        text = (folder / name).read_text(encoding="utf-8").replace("<|", "<<").replace("|>", ">>")
+        (folder / name).write_text(text, encoding="utf-8")
+    file = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    last = len(file["model"]["vocab"]) + len(file["added_tokens"]) - 1
+    file["model"]["vocab"] = {text: last - i for text, i in file["model"]["vocab"].items()}
+    for token in file["added_tokens"]:
+        token["id"] = last - token["id"]
+        file["model"]["vocab"][token["content"]] = token["id"]
+    (folder / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text())
+        for key in ("eos_token_id", "pad_token_id"):
+            old = values[key]
+            values[key] = [last - i for i in old] if isinstance(old, list) else last - old
+        (folder / name).write_text(json.dumps(values))
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    assert embedding.shape[0] == last + 1
+    weights["model.embed_tokens.weight"] = torch.flip(embedding, [0]).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_teacher_with_other_ids_teaches_what_it_taught(tmp_path: Path) -> None:
+    """Every number of a run with the quickstart's models is what it is with the teacher as it was."""
+
+    def trained(name: str, **teacher: Any) -> list[dict[str, Any]]:
+        config = Config(
+            dataset_type="distill",
+            data={"batch_size": 8, "group_size": 2},
+            model={"path": "student", "name": name, "device": "cpu"},
+            teacher={"device": "cpu", **teacher},
+            algorithm={"kl_estimator": "sampled"},
+            rollout={"max_tokens": 16},
+            trainer={"learning_rate": 1e-3, "max_steps": 3},
+        )
+        run(config, folder=folder)
+        return read_jsonl(folder / "runs" / name / "metrics.jsonl")
+
+    folder = tmp_path / "quickstart"
+    shutil.copytree(QUICKSTART, folder)
+    plain = trained("plain", path="teacher")
+    crossed = trained("crossed", path=str(renamed_teacher(tmp_path / "t")), tokenizer="cross")
+    for ours, theirs in zip(crossed, plain, strict=True):
+        assert ours["chunks/coverage"] == ours["chunks/one_to_one"] == ours["chunks/longest"] == 1
+        for name in ("teacher_kl", "reward/mean", "loss", "grad_norm", "advantage/std"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-4), name
+    assert crossed[0]["teacher_kl"] == pytest.approx(plain[0]["teacher_kl"], abs=1e-5)
