@@ -179,6 +179,7 @@ TABLE: dict[Change, str] = {
         evaluation.teacher model.name model.description teacher.url rollout.reward_timeout
         trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints
         trainer.micro_batch_tokens trainer.gradient_checkpointing trainer.max_billing
+        teacher.protocol|vllm teacher
         teacher.device|local teacher
         teacher.device_map|local teacher
         teacher.tensor_parallel_size|local vllm teacher

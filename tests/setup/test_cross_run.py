@@ -18,7 +18,7 @@ from tests.setup.projects import Project, Watcher, read_jsonl
 from rnow.config import Config
 from rnow.errors import InputError, RnowError
 from rnow.setup.build import check, run
-from rnow.teacher.vllm import API_KEY_VARIABLE
+from rnow.teacher.served import API_KEY_VARIABLE
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "templates" / "quickstart"
 ASKING = (

@@ -187,9 +187,15 @@ class TeacherSection(Section):
     )
     url: Url | None = key(
         None,
-        "Address of a vLLM server that serves the teacher; its key in RNOW_TEACHER_API_KEY. `path` still names the model.",
+        "Address of a server that serves the teacher; its key in RNOW_TEACHER_API_KEY. `path` still names the model.",
         "none",
         change="free",
+    )
+    protocol: Literal["auto", "vllm", "sglang", "openai"] = key(
+        "auto",
+        "How the server at `url` is asked: `auto` takes the first that it answers. openai: /v1/completions with echo and logprobs.",
+        change="free",
+        reader="vllm teacher",
     )
     served_model: Text | None = key(
         None, "Name of the teacher at `url`.", "the only one it serves", reader="vllm teacher"

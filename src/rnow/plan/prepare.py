@@ -51,6 +51,7 @@ class Prepared:
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     warn: Callable[[str], None] = lambda text: None
+    note: Callable[[str], None] = lambda text: None
 
     @property
     def student(self) -> RunModel:
@@ -226,7 +227,7 @@ def _check_served(config: Config) -> None:
     for key, section in (("sampler", config.sampler), ("teacher", teacher)):
         if section is not None and section.url is not None and section.backend == "transformers":
             raise ConfigError(
-                f"{key}.url names a vLLM server, but {key}.backend is transformers",
+                f"{key}.url names a server, but {key}.backend is transformers",
                 where=f"{key}.backend",
                 fix=f"set {key}.backend: vllm, or remove {key}.url",
             )

@@ -33,7 +33,7 @@ from rnow.setup.vllm import (
     teacher_sampler,
     trainer_tolerance,
 )
-from rnow.training.residency import Part, Residency
+from rnow.training.residency import Part, Residency, Sleeper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,5 +212,6 @@ class _Loader:
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:
+            assert isinstance(teacher, Sleeper), "only what runs here takes turns"
             self.gpu.add(part, teacher)
         return read_across(prepared, model, teacher), answering
