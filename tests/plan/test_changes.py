@@ -205,7 +205,7 @@ TABLE: dict[Change, str] = {
         evaluation.num_samples evaluation.max_prompts evaluation.temperature evaluation.success_reward
     """,
     "evaluates": """
-        teacher.path teacher.revision teacher.trust_remote_code teacher.backend rollout.include_thinking
+        teacher.path teacher.revision teacher.trust_remote_code teacher.tokenizer teacher.backend rollout.include_thinking
         teacher.quantization|local teacher
         teacher.dtype|local teacher
         teacher.attn_implementation|local teacher
@@ -423,3 +423,8 @@ def test_a_key_that_an_older_run_did_not_have_is_no_change_at_its_default() -> N
     del old["model"]["lora_targets"]
     assert compared(old, config()) == Changes()
     assert len(compared(old, config(model__lora_targets="q_proj")).refused) == 1
+    del old["teacher"]["tokenizer"]
+    assert compared(old, config()) == Changes()
+    assert len(compared(old, config(teacher__tokenizer="cross")).warned) == 1
+    without = {"dataset_type": "rl", "model": {"path": "student"}}
+    assert compared(to_dict(Config(**without)), to_dict(Config(**without))) == Changes()

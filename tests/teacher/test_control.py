@@ -98,7 +98,7 @@ def test_shuffled_with_one_prompt_left_takes_another_answer_to_it() -> None:
     assert [found[one.id].teacher_logprobs.tolist() for one in samples] == [
         [10, 11], [20, 21], [0, 1],
     ]  # fmt: skip
-    assert ask(ShuffledTeacher(Numbering()), samples[:1])["a0"].teacher_logprobs.tolist() == [1, 0]
+    assert ask(ShuffledTeacher(Numbering()), samples[:1])["a0"].teacher_logprobs.tolist() == [0, 1]
     assert ask(ShuffledTeacher(Numbering()), []) == {}
 
 

@@ -26,6 +26,7 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from _out_of_range(config, ())
     yield from _without_its_teacher(config)
     yield from _unknown_to_its_engine(config)
+    yield from _across_tokenizers(config)
     yield from _without_signal(config)
     yield from _unknown_to_its_estimator(config)
     yield from _uncontrolled(config)
@@ -61,6 +62,51 @@ def _unknown_to_its_engine(config: Schema) -> Iterator[Problem]:
                 path=("teacher", "quantization"),
                 message=f"{engine} does not quantise to {teacher.quantization} while it loads",
                 hint=f"set teacher.backend: {other}, or teacher.quantization: nf4",
+            )
+
+
+def _across_tokenizers(config: Schema) -> Iterator[Problem]:
+    """What only works on tokens that student and teacher share."""
+    if config.teacher is None or config.teacher.tokenizer != "cross":
+        return
+    algorithm, rollout = config.algorithm, config.rollout
+    for key, holds, why, hint in (
+        (
+            "algorithm.kl_estimator",
+            algorithm.kl_estimator in ("auto", "sampled"),
+            "its distribution over tokens is one over other tokens than the student's",
+            "set kl_estimator: sampled",
+        ),
+        (
+            "algorithm.kl_baseline",
+            algorithm.kl_baseline == "none",
+            "its distribution over tokens is one over other tokens than the student's",
+            "set kl_baseline: none",
+        ),
+        (
+            "algorithm.kl_discount",
+            algorithm.kl_discount == 0,
+            "the KL of a chunk belongs to all of its tokens, and has no order within",
+            "set kl_discount: 0",
+        ),
+        (
+            "rollout.temperature",
+            rollout.temperature == 1,
+            "tempering token by token is another distribution of texts in other tokens",
+            "set temperature: 1",
+        ),
+        (
+            "evaluation.teacher",
+            config.evaluation.teacher is not True,
+            "held-out prompts are answered in the student's tokens",
+            "set teacher: auto",
+        ),
+    ):
+        if not holds:
+            yield Problem(
+                path=tuple(key.split(".")),
+                message=f"{key.rpartition('.')[2]} cannot go with teacher.tokenizer cross: {why}",
+                hint=f"{hint}, or use a teacher with the student's tokenizer",
             )
 
 
@@ -146,8 +192,8 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
 def knows_only_sampled(config: Schema) -> bool:
     """Whether a setting chooses ``kl_estimator: sampled``, since no other knows it."""
     algorithm, teacher = config.algorithm, config.teacher
-    without_teacher = teacher is not None and teacher.control == "none"
-    return algorithm.kl_baseline != "none" or algorithm.kl_discount > 0 or without_teacher
+    of_teacher = teacher is not None and (teacher.control == "none" or teacher.tokenizer == "cross")
+    return algorithm.kl_baseline != "none" or algorithm.kl_discount > 0 or of_teacher
 
 
 def _uncontrolled(config: Schema) -> Iterator[Problem]:

@@ -174,6 +174,11 @@ class TeacherSection(Section):
     )
     revision: Text | None = key(None, REVISION)
     trust_remote_code: bool = key(False, REMOTE_CODE)
+    tokenizer: Literal["same", "cross"] = key(
+        "same",
+        "`cross`: the teacher reads prompt and answer with its own tokenizer and chat template, and judges chunks of text; one "
+        "turn, `kl_estimator: sampled`, temperature 1.",
+    )
     attn_implementation: Text | None = key(
         None, KERNEL, "transformers' choice", reader="local teacher"
     )

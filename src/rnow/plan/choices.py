@@ -48,6 +48,8 @@ def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
 def teacher_answers(config: Config, shape: ModelShape) -> bool:
     """``evaluation.teacher`` with ``auto`` decided: whether the teacher, of this shape, answers the held-out prompts too."""
     asked, teacher = config.evaluation.teacher, config.teacher
+    if teacher is not None and teacher.tokenizer == "cross":
+        return False  # it cannot answer in the student's tokens
     if asked != "auto":
         return asked
     served = teacher is not None and teacher_backend(teacher) == "vllm"

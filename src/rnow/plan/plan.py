@@ -278,7 +278,7 @@ def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
     """What the teacher's own answers to the held-out prompts cost, or that there are none."""
     prepared, shape = layout.prepared, layout.shapes.get(TEACHER)
     config, held_out = prepared.config, len(prepared.project.dataset.held_out)
-    if shape is None or not held_out:
+    if shape is None or not held_out or layout.prepared.models[TEACHER].role.crosses:
         return ()
     section = config.evaluation
     answers = min(held_out, section.max_prompts) * section.num_samples

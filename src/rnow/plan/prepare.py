@@ -15,6 +15,7 @@ from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
+from rnow.plan.crossed import refuse_tools
 from rnow.plan.engines import cards_of, check_engines
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
@@ -111,6 +112,7 @@ def prepare(
     roles = roles_of(config)
     if training:  # what is not trained is rehearsed, by transformers alone
         check_engines(roles)
+        refuse_tools(roles.values(), agentic=is_agentic(folder, config))
     for role in roles.values():
         key = f"{role.key}.path"
         check_model_id(role.section.path, key=key, base_dir=folder)

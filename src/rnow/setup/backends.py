@@ -23,6 +23,7 @@ from rnow.setup.models import (
     answer_with,
     build_student,
     load_model,
+    read_across,
     score_with,
 )
 from rnow.setup.vllm import (
@@ -213,4 +214,4 @@ class _Loader:
         if in_turns:
             assert isinstance(teacher, Sleeper), "only what runs here takes turns"
             self.gpu.add(part, teacher)
-        return teacher, answering
+        return read_across(prepared, model, teacher), answering

@@ -105,7 +105,7 @@ async def start_vllm_teacher(
         time_shared: it takes turns on its card, and must be able to sleep.
         answers: it will answer prompts too.
     """
-    section, rendered = model.role.serving, prepared.rendered
+    role, section, rendered = model.role, model.role.serving, prepared.rendered
     assert isinstance(section, TeacherSection)
     temperature = prepared.config.rollout.temperature
     top_k = build_objective(prepared).needs.top_k
@@ -126,9 +126,9 @@ async def start_vllm_teacher(
         stack.callback(teacher.close)
         await teacher.start()
     found = await teacher.check(
-        rendered.tokenizer,
-        rendered.vocabulary,
-        longest=rendered.window,
+        rendered.tokenizer_of(role.name),
+        rendered.vocabulary_of(role.name),
+        longest=rendered.window_of(role.name),
         rows=config_value(model.resolved.local_dir, "vocab_size"),
     )
     if section.url is not None:
@@ -165,7 +165,7 @@ def _teacher_settings(
         cards=prepared.cards.get(role.name, ()),
         enable_sleep=time_shared,
         max_num_batched_tokens=section.max_num_batched_tokens,
-        max_model_len=prepared.rendered.window,
+        max_model_len=prepared.rendered.window_of(role.name),
         trust_remote_code=section.trust_remote_code,
         samples=answers,
     )

@@ -26,7 +26,8 @@ PENALTY = 1.0
 class ShuffledTeacher:
     """The control ``shuffled``: a real teacher whose word is about somebody else's answer.
 
-    Each sample gets the evidence of another one of the batch, loss token by loss token; a shorter one is gone through again.
+    Each sample gets the evidence of another one of the batch, loss token by loss token; a shorter one is gone through again. A
+    sample that is alone, all others of its step having failed, keeps its own.
     """
 
     def __init__(self, teacher: Teacher) -> None:
@@ -43,8 +44,6 @@ class ShuffledTeacher:
             other = _other(index, prompts)
             said = evidence[samples[other].id]
             rows = torch.arange(sum(sample.loss_mask)) % sum(samples[other].loss_mask)
-            if other == index:
-                rows = rows.flip(0)  # alone in its batch: its own last token's for its first
             moved = {name: values[rows] for name, values in evidence_tensors(said).items()}
             found[sample.id] = replace(said, **moved)
         return found
@@ -81,7 +80,7 @@ def _prompt(sample: Sample) -> tuple[int, ...]:
 
 def _other(index: int, prompts: Sequence[tuple[int, ...]]) -> int:
     """Half a batch further, or the next from there with another prompt: answers to the same one are much alike. Any other sample
-    where all prompts are the same, and itself where it is alone."""
+    where all prompts are the same."""
     count = len(prompts)
     order = [(index + count // 2 + step) % count for step in range(count)]
     strangers = (other for other in order if prompts[other] != prompts[index])
