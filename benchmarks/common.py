@@ -61,7 +61,7 @@ def _vllm() -> dict[str, str]:
 
 def write_results(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
     """Put the rows and the machine into ``<folder>/<name>.json``."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
     return path

@@ -430,7 +430,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         mine = [row for row in rows if row["what"] == "gradient" and row["student"] == student]
         when = "before training" if student == "start" else "after training"
         text += [
-            f"Gradient of the adapter against `{REFERENCE}`, `{mine[0]['template']}` {when}, {mine[0]['repeats']} batches:",
+            f"Gradient of the adapter against `{REFERENCE}`, `{mine[0]['template']}` {when}, {mine[0]['repeats']} batches; "
+            "no bias was seen where its interval holds 0:",
             "",
             "| estimator | cosine | bias / signal | noise / signal | noise besides the answers' |",
             "|---|---|---|---|---|",
@@ -485,17 +486,18 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(
         len(starts), len(panels), figsize=(16, 4.5 * len(starts)), squeeze=False
     )
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("tab10")
     for line, (template, start) in zip(axes, starts.items(), strict=True):
         for axis, (along, what, label) in zip(line, panels, strict=True):
-            for index, arm in enumerate(ARMS):
+            for arm, about in ARMS.items():
                 mine = [r["points"] for r in taken if (r["template"], r["arm"]) == (template, arm)]
                 if not mine:
                     continue
                 x, middle, low, high = curve([[start, *points] for points in mine], along, what)
-                style = ":" if ARMS[arm].control else "--" if "twice" in arm else "-"
-                axis.plot(x, middle, style, color=colours(index), label=arm)
-                axis.fill_between(x, low, high, color=colours(index), alpha=0.12, linewidth=0)
+                style = ":" if about.control else "--" if about.rate_of else "-"
+                colour = colours(ONE_EACH.index(about.rate_of or arm))
+                axis.plot(x, middle, style, color=colour, label=arm)
+                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
             axis.set(xlabel=along, ylabel=label, title=template)
             if what == "kl":
                 axis.set_yscale("log")
@@ -528,6 +530,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = arguments.out / "estimators.json"
     if arguments.write_docs:
+        if not results.exists():
+            sys.exit(f"there is no {results}: run the study first, without --write-docs")
         write_docs(json.loads(results.read_text()))
         print(f"written to {DOCS}")
         return
