@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from rnow.disk.folder import RunFolder
 from rnow.models.card import CardWatch, ready_card
 from rnow.models.shape import build_empty, shape_of
-from rnow.plan.choices import teacher_answers
 from rnow.plan.memory import ENGINE_ASLEEP
-from rnow.plan.plan import taking_turns
+from rnow.plan.plan import answering_teachers, taking_turns
 from rnow.plan.prepare import Prepared
-from rnow.plan.roles import TEACHER, RunModel
+from rnow.plan.roles import RunModel, teachers_of
 from rnow.protocols import Policy, Sampler, Teacher
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.setup.models import (
@@ -31,6 +30,8 @@ from rnow.setup.vllm import (
     teacher_sampler,
     trainer_tolerance,
 )
+from rnow.teacher.router import RoutedTeacher
+from rnow.training.evaluations import Answering
 from rnow.training.residency import Part, Residency
 
 
@@ -41,7 +42,8 @@ class Backends:
     Attributes:
         student: what is said of the model that ``policy`` adapts.
         trainer_as_teacher: the student's own weights behind the Teacher protocol.
-        teacher_sampler: answers with the teacher, for evaluation; None where that is switched off.
+        teacher: of several, all of them: each sample is scored by its own.
+        answering: the teachers that answer held-out prompts, for evaluation; empty where that is switched off.
         gpu: has the part awake that works, where they take turns on one card.
         sampler_facts: what the summary says of the sampler.
         poll: raises when a stop was asked for.
@@ -52,7 +54,7 @@ class Backends:
     sampler: Sampler
     trainer_as_teacher: Teacher
     teacher: Teacher | None
-    teacher_sampler: Sampler | None
+    answering: Sequence[Answering]
     gpu: Residency
     sampler_facts: dict[str, str | None]
     poll: Callable[[], None]
@@ -100,10 +102,8 @@ async def load_backends(
     facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
     if loader.turns:
         facts["residency"] = "time_shared"
-    teacher, answering = None, None
-    if TEACHER in prepared.models:
-        teacher, answering = await loader.load_teacher(prepared.models[TEACHER])
-    elif config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
+    teacher, answering = await loader.load_teachers()
+    if teacher is None and config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
         teacher = student.reference
     return Backends(
         student=student.facts,
@@ -111,7 +111,7 @@ async def load_backends(
         sampler=sampler,
         trainer_as_teacher=student.as_teacher,
         teacher=teacher,
-        teacher_sampler=answering,
+        answering=answering,
         gpu=loader.gpu,
         sampler_facts=facts,
         poll=poll,
@@ -163,19 +163,49 @@ class _Loader:
             gpu.add("trainer", student.policy)
             if vllm is None:
                 gpu.add("sampler", student.policy)  # which draws with the trainer's weights
-            if TEACHER not in prepared.models:
+            if not teachers_of(prepared.models):
                 gpu.add("teacher", student.policy)  # whose own base is the reference
         return student
 
-    async def load_teacher(self, model: RunModel) -> tuple[Teacher, Sampler | None]:
+    async def load_teachers(self) -> tuple[Teacher | None, Sequence[Answering]]:
+        """What judges the student, and the teachers that are to be evaluated: all of them, or none where one cannot be."""
+        roles = {model.role.name: model.role for model in teachers_of(self.prepared.models)}
+        evaluated = self._evaluated()
+        teachers: dict[str, Teacher] = {}
+        answering: list[Answering] = []
+        for name, role in roles.items():
+            model = self.prepared.models[name]
+            teachers[name], sampler = await self._load_teacher(model, answers=name in evaluated)
+            if sampler is not None:
+                own = name if len(roles) > 1 else None
+                answering.append(Answering(sampler=sampler, part=role.part, role=own))
+        if len(answering) < len(evaluated):
+            if answering:
+                self.prepared.warn(
+                    "nor are the other teachers: half of the answers would be nobody's"
+                )
+            answering = []
+        if len(teachers) < 2:
+            return next(iter(teachers.values()), None), answering
+        return RoutedTeacher(teachers, lambda name: self.gpu.only(roles[name].part)), answering
+
+    def _evaluated(self) -> frozenset[str]:
+        if not self.prepared.evaluated:
+            return frozenset()
+        shapes = {
+            model.role.name: shape_of(
+                build_empty(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
+            )
+            for model in teachers_of(self.prepared.models)
+        }
+        return answering_teachers(self.prepared, shapes)
+
+    async def _load_teacher(
+        self, model: RunModel, *, answers: bool
+    ) -> tuple[Teacher, Sampler | None]:
         """A teacher, and what answers with it where it is to be evaluated."""
         prepared, name, part = self.prepared, model.role.name, model.role.part
         by_vllm, in_turns = model.role.backend == "vllm", part in self.turns
-        trust = model.role.section.trust_remote_code
-        evaluated = bool(prepared.project.dataset.held_out) and teacher_answers(
-            prepared.config,
-            shape_of(build_empty(model.resolved, trust_remote_code=trust)),
-        )
         self.stage(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
         if in_turns:
             await self.gpu.clear()
@@ -188,15 +218,15 @@ class _Loader:
                 self.stack,
                 self.poll,
                 time_shared=in_turns,
-                answers=evaluated,
+                answers=answers,
             )
-            if evaluated:
+            if answers:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
             cards = prepared.cards.get(name, ())
             lm = load_model(model, prepared.rendered, cards=cards)
             teacher = score_with(prepared, lm, self.poll)
-            if evaluated:
+            if answers:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:
             self.gpu.add(part, teacher)
