@@ -99,7 +99,7 @@ def test_tokens_name_their_turn(tmp_path: Path) -> None:
         "loss_mask": (False, True, True, False, True),
         "sampler_logprobs": (0.0, -0.1, -0.1, 0.0, -0.1),
     }
-    (row,) = rows_of(tmp_path / "a", step(evidence=None, **tokens), live={})
+    (row,) = rows_of(tmp_path / "a", step(**tokens), live={})
     assert [(token["turn"], token["id"]) for token in row["tokens"]] == [(0, 84), (0, 3), (1, 85)]
     cut = step(status="failed", end_reason="failed", **tokens)
     (row,) = rows_of(tmp_path / "b", cut, live={})

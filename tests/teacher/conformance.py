@@ -50,7 +50,7 @@ class Candidate:
         return torch.log_softmax(logits.double(), dim=-1)
 
     def expected(self, sample: Sample, temperature: float = 1.0) -> Tensor:
-        """``[T]``: a naive full softmax, 0 off the loss mask."""
+        """``[loss tokens]``: a naive full softmax."""
         table = self.table(sample, temperature)
         values = torch.zeros(len(sample.token_ids), dtype=torch.float64)
         for position, on in enumerate(sample.loss_mask):

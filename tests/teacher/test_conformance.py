@@ -67,7 +67,7 @@ def test_padding_rows_take_no_probability(candidate: Candidate) -> None:
     with_padding = torch.log_softmax(candidate.logits(sample.token_ids), dim=-1)
     position = sample.loss_mask.index(True)
     naive = with_padding[position - 1, sample.token_ids[position]].item()
-    found = score(candidate.make(1.0, None), [sample])[sample.id][position].item()
+    found = score(candidate.make(1.0, None), [sample])[sample.id][0].item()
     if candidate.served:
         assert found == pytest.approx(naive, abs=candidate.tolerance), "its check reports the mass"
         return
@@ -77,10 +77,8 @@ def test_padding_rows_take_no_probability(candidate: Candidate) -> None:
 def test_only_loss_tokens_are_judged(candidate: Candidate) -> None:
     found = score(candidate.make(1.0, None), SAMPLES)
     for sample in SAMPLES:
-        mask = torch.tensor(sample.loss_mask)
-        assert found[sample.id].shape == mask.shape
-        assert (found[sample.id][mask] < 0).all()
-        assert (found[sample.id][~mask] == 0).all()
+        assert found[sample.id].shape == (sum(sample.loss_mask),)
+        assert (found[sample.id] < 0).all()
 
 
 def test_answers_go_by_sample_id_whatever_the_order(candidate: Candidate) -> None:

@@ -83,6 +83,11 @@ def teacher_sections(config: Schema) -> Iterator[tuple[KeyPath, TeacherSection]]
         yield _key_of_own(index), section
 
 
+def any_served(config: Schema) -> bool:
+    """Whether one of the teachers is behind a server, ours or another, which gives log-probabilities only."""
+    return any(s.url is not None or s.backend == "vllm" for _, s in teacher_sections(config))
+
+
 def key_variable(role: str) -> str:
     """``RNOW_TEACHER_MATH_API_KEY`` for ``teacher/math``."""
     name = re.sub(r"[^A-Za-z0-9]", "_", role.removeprefix(f"{TEACHER}/")).upper()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rnow.config import Config, TeacherSection
-from rnow.config.teachers import teacher_sections
+from rnow.config.teachers import any_served, teacher_sections
 from rnow.models.loading import choose_device
 from rnow.models.shape import ModelShape
 from rnow.serving.server import VISIBLE
@@ -44,6 +44,20 @@ def teacher_answers(config: Config, shape: ModelShape, *, served: bool) -> bool:
     if asked != "auto":
         return asked
     return served or (shape.sampled and shape.parameters <= SMALL_TEACHER)
+
+
+Estimator = Literal["sampled", "exact", "topk"]
+
+
+def kl_estimator(config: Config) -> Estimator:
+    """``algorithm.kl_estimator`` with ``auto`` decided. Settings that only ``sampled`` knows choose it."""
+    algorithm, taught = config.algorithm, any(teacher_sections(config))
+    if algorithm.kl_estimator != "auto":
+        return algorithm.kl_estimator
+    of_sampled = algorithm.kl_baseline != "none" or algorithm.kl_discount > 0
+    if not taught or of_sampled or algorithm.kl_penalty_coef == 0:
+        return "sampled"
+    return "topk" if any_served(config) else "exact"
 
 
 def slow_paths(config: Config) -> list[str]:

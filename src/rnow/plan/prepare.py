@@ -144,8 +144,8 @@ def prepare(
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
     notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
-    idle = [role.key for name, role in configured.items() if name not in roles]
-    notices += [f"no row is judged by {key}, which is not loaded" for key in idle]
+    notices += _idle(configured, roles)
+    notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
     if images and listed is not None and config.rollout.mcp_url:
         notices.append(
             "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
@@ -196,6 +196,25 @@ def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
     )
 
 
+def _check_horizon(config: Config, *, agentic: bool, dataset: Dataset) -> Iterator[str]:
+    """Raise ConfigError where cut answers would mean something else; say what they leave out."""
+    horizon = config.algorithm.kl_horizon
+    if horizon is None:
+        return
+    if agentic:
+        raise ConfigError(
+            "kl_horizon cannot go with tools",
+            where="algorithm.kl_horizon",
+            why="it would cut calls in the middle, and what comes after them is never reached",
+            fix="remove kl_horizon, or shorten whole answers with rollout.max_tokens",
+        )
+    if any(prompt.rewards for prompt in dataset.prompts):
+        yield (
+            f"rewards are not computed while training: answers are cut after {horizon} tokens (algorithm.kl_horizon). "
+            "Evaluations see whole answers"
+        )
+
+
 def _unused(project: Project, functions: Sequence[FunctionInfo], config: Config) -> Iterator[str]:
     """Files of the user's code, or what they offer, that this run will never call."""
     for file, decorator in ((TOOLS_FILE, "tool"), ("rewards.py", "reward")):
@@ -210,6 +229,13 @@ def _unused(project: Project, functions: Sequence[FunctionInfo], config: Config)
             f"no row names a reward, so none of rewards.py is run ({', '.join(project.rewards)}): "
             f'give rows "rewards": ["{next(iter(project.rewards))}"]'
         )
+
+
+def _idle(configured: Mapping[str, Role], used: Mapping[str, Role]) -> Iterator[str]:
+    """Teachers of the config that judge nobody."""
+    for name, role in configured.items():
+        if name not in used:
+            yield f"no row is judged by {role.key}, which is not loaded"
 
 
 def _images(dataset: Dataset) -> dict[str, str]:

@@ -108,7 +108,7 @@ async def start_vllm_teacher(
     role, section, rendered = model.role, model.role.serving, prepared.rendered
     assert isinstance(section, TeacherSection)
     temperature = prepared.config.rollout.temperature
-    top_k = build_objective(prepared.config).needs.top_k
+    top_k = build_objective(prepared).needs.top_k
     if section.url is not None:
         teacher = VllmTeacher.served(
             full_address(section.url),
