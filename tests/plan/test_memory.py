@@ -284,3 +284,12 @@ def test_of_several_teachers_one_scores_at_a_time_and_in_turns_one_is_there() ->
     assert peak_in_turns(parts, [*own, "trainer"]) == peak_in_turns(
         memory_parts(alone), ["teacher", "trainer"]
     )
+
+
+def test_a_step_has_the_hidden_states_of_one_teacher_for_each_token() -> None:
+    one = settings_of(hidden_states=True)
+    code = replace(TEACHER, role=replace(ROLES["teacher"], name="teacher/code"))
+    two = replace(one, models={**one.models, "teacher/code": code})
+    most, stage = peak(memory_parts(two))
+    assert stage == "update"
+    assert most == peak(memory_parts(one))[0] + round(code.weight_bytes)

@@ -287,12 +287,14 @@ def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
 
 
 def _most_at_once(parts: Sequence[MemoryPart], stage: Stage) -> int:
-    """Bytes of a stage: of several teachers one scores at a time."""
-    amounts: Counter[Part] = Counter()
-    for part in parts:
-        if part.stage == stage:
-            amounts[part.owner] += part.bytes
-    return max(amounts.values(), default=0)
+    """Bytes of a stage. Of several teachers one scores at a time, and a token's hidden states are those of one."""
+    there = [part for part in parts if part.stage == stage]
+    by_teacher: Counter[str] = Counter()
+    for part in there:
+        if stage == "teacher" or part.owner is None:
+            by_teacher[part.model] += part.bytes
+    together = sum(part.bytes for part in there) - by_teacher.total()
+    return together + max(by_teacher.values(), default=0)
 
 
 def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
