@@ -165,8 +165,8 @@ def test_what_the_plan_says(project: TwoTeachers) -> None:
 @pytest.mark.parametrize(
     ("row", "where", "said", "fix"),
     [
-        ({"teacher": "plian"}, "letters.jsonl, line 3", 'unknown teacher "plian" (did you mean plain?)', "the teachers are plain"),
-        ({"teacher": "letters"}, "letters.jsonl, line 3", 'unknown teacher "letters"', "the teachers are plain"),
+        ({"teacher": "plian"}, "letters.jsonl, line 3", 'unknown teacher "plian" (did you mean plain?)', "teachers in config.yml has plain"),
+        ({"teacher": "letters"}, "letters.jsonl, line 3", 'unknown teacher "letters"', "teachers in config.yml has plain"),
         ({"teacher": 3}, "letters.jsonl, line 3", '"teacher" must be the name of a teacher, but it is a number', "correct"),
     ],
 )  # fmt: skip
