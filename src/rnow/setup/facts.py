@@ -225,7 +225,7 @@ def build_values(
     """Collect summary.json.
 
     ``teacher_kl`` first and last are means over the first and last tenth of the steps (at least one): a single step is
-    a handful of rollouts; ``averaged_steps`` says how many. Paths are absolute.
+    a handful of rollouts; ``averaged_steps`` says how many. ``teachers`` is there where others than ``teacher`` judge. Paths are absolute.
     """
     kls = (row.get("teacher_kl") for row in read_rows(folder.metrics))
     series = [kl for kl in kls if kl is not None]
@@ -250,7 +250,7 @@ def build_values(
         },
         "student": facts.get("student"),
         "teacher": facts.get("teacher"),
-        "teachers": facts.get("teachers"),
+        **({"teachers": facts["teachers"]} if facts.get("teachers") else {}),
         "sampler": dict(sampler),
         "device": device,
         "versions": facts.get("versions"),
