@@ -179,6 +179,7 @@ TABLE: dict[Change, str] = {
         evaluation.teacher model.name model.description teacher.url rollout.reward_timeout
         trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints
         trainer.micro_batch_tokens trainer.gradient_checkpointing trainer.max_billing
+        teacher.protocol|vllm teacher
         teacher.device|local teacher
         teacher.device_map|local teacher
         teacher.tensor_parallel_size|local vllm teacher
@@ -195,7 +196,7 @@ TABLE: dict[Change, str] = {
     "warn": """
         algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.kl_clamp
-        algorithm.divergence algorithm.teacher_top_k
+        algorithm.divergence algorithm.teacher_top_k algorithm.gae_lambda algorithm.value_learning_rate
         algorithm.clip_ratio_low algorithm.clip_ratio_high algorithm.ratio_cap
         trainer.learning_rate trainer.updates_per_batch trainer.weight_decay trainer.adam_beta1 trainer.adam_beta2
         trainer.max_grad_norm trainer.warmup_steps trainer.lr_schedule

@@ -55,6 +55,7 @@ class Prepared:
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     warn: Callable[[str], None] = lambda text: None
+    note: Callable[[str], None] = lambda text: None
 
     @property
     def student(self) -> RunModel:
@@ -253,7 +254,7 @@ def _check_served(config: Config) -> None:
     for key, section in {"sampler": config.sampler, **teachers}.items():
         if section.url is not None and section.backend == "transformers":
             raise ConfigError(
-                f"{key}.url names a vLLM server, but {key}.backend is transformers",
+                f"{key}.url names a server, but {key}.backend is transformers",
                 where=f"{key}.backend",
                 fix=f"set {key}.backend: vllm, or remove {key}.url",
             )

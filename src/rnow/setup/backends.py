@@ -36,7 +36,7 @@ from rnow.setup.vllm import (
 )
 from rnow.teacher.router import RoutedTeacher
 from rnow.training.evaluations import Answering
-from rnow.training.residency import Part, Residency
+from rnow.training.residency import Part, Residency, Sleeper
 
 _KEY = re.compile(r"(?<![\w./-])teacher\.(?=[a-z])")
 
@@ -269,5 +269,6 @@ class _Loader:
             if answers:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:
+            assert isinstance(teacher, Sleeper), "only what runs here takes turns"
             self.gpu.add(part, teacher)
         return teacher, answering

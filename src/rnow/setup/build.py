@@ -56,7 +56,7 @@ from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Tokenizer
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
-from rnow.serving.client import LOOK_AT_SERVER
+from rnow.serving.http import LOOK_AT_SERVER
 from rnow.setup.addresses import check_addresses
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
@@ -163,6 +163,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
     prepared = replace(
         prepare(config, folder, weights=True, fresh=fresh),
         warn=display.warn,
+        note=display.note,
     )
     _tell(prepared, display)
     may_take_turns(prepared)  # refused before anything is written, as what follows
