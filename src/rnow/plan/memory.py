@@ -7,6 +7,7 @@ so a run usually stays below them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +40,7 @@ ENGINE_ASLEEP = 1.5e9
 LAYER_NORM_COPIES = 6
 """Hidden-state sized tensors that a block keeps for its backward pass beside the linear layers' inputs and outputs."""
 
-_STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "teacher": "teacher", "trainer": "update"}
+_STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "trainer": "update"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,9 +281,20 @@ def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
     """The most bytes held at once, and the stage that holds them."""
     always = sum(part.bytes for part in parts if part.stage == "always")
     stages: tuple[Stage, ...] = ("sampling", "teacher", "update")
-    by_stage = {s: sum(part.bytes for part in parts if part.stage == s) for s in stages}
+    by_stage = {stage: _most_at_once(parts, stage) for stage in stages}
     stage = max(stages, key=by_stage.__getitem__)
     return always + by_stage[stage], stage
+
+
+def _most_at_once(parts: Sequence[MemoryPart], stage: Stage) -> int:
+    """Bytes of a stage. Of several teachers one scores at a time, and a token's hidden states are those of one."""
+    there = [part for part in parts if part.stage == stage]
+    by_teacher: Counter[str] = Counter()
+    for part in there:
+        if stage == "teacher" or part.owner is None:
+            by_teacher[part.model] += part.bytes
+    together = sum(part.bytes for part in there) - by_teacher.total()
+    return together + max(by_teacher.values(), default=0)
 
 
 def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
@@ -293,7 +305,7 @@ def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple
         there = [part for part in parts if part.owner == owner or part.owner not in turns]
         most, stage = peak(there)
         if all(part.stage == "always" for part in there):
-            stage = _STAGE_OF[owner]
+            stage = _STAGE_OF.get(owner, "teacher")
         found.append((most + _asleep(parts, turns, owner), stage))
     return max(found, default=peak(parts))
 

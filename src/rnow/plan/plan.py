@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
-from rnow.config import Config
+from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
 from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
@@ -42,13 +43,12 @@ from rnow.plan.memory import (
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import (
     STUDENT,
-    TEACHER,
     Role,
     RunModel,
     dtype_name,
     engine_share,
-    roles_of,
     sharers,
+    teachers_of,
 )
 from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
@@ -58,7 +58,7 @@ MOMENTS_AND_ADAPTER = 3
 TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 150, 30
 """Bytes of JSON for one token: its id, text and three log-probabilities; its id and one."""
 MAX_ADVICE = 4
-HOST_FIX = "set teacher.quantization: nf4, give the teacher a device or a server of its own, or free main memory"
+HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server of its own, or free main memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ class DevicePlan:
 class Plan:
     """Counts are totals of the run unless named per step; sizes are bytes.
 
-    ``models`` is by role, the student first; ``completion_tokens`` is the longest answer, ``max_total_tokens`` what all
+    ``models`` is by role, the student first; ``judged`` how many of the prompts each teacher judges; ``completion_tokens`` is the longest answer, ``max_total_tokens`` what all
     answers together cannot exceed.
     """
 
@@ -134,6 +134,7 @@ class Plan:
     run_dir: str
     models: Mapping[str, ModelPlan]
     prompts: int
+    judged: Mapping[str, int]
     held_out: int
     epochs: int
     steps: int
@@ -216,6 +217,7 @@ def build_plan(
         run_dir=str(run_dir),
         models=models,
         prompts=len(dataset.prompts),
+        judged=prepared.judged,
         held_out=len(dataset.held_out),
         epochs=trainer.num_epochs,
         steps=prepared.num_steps,
@@ -231,7 +233,7 @@ def build_plan(
         stop_ids=rendered.stop_ids,
         stop_texts=tuple(rendered.tokenizer.decode([token]) for token in rendered.stop_ids),
         trainable_parameters=adapter,
-        devices=_device_plans(layout, may_take_turns(config)),
+        devices=_device_plans(layout, may_take_turns(prepared)),
         checkpoint_bytes=checkpoint,
         # One more than is kept: the next is complete before the oldest goes.
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
@@ -268,41 +270,57 @@ def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
 
 
 def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
-    """What the teacher's own answers to the held-out prompts cost, or that there are none."""
-    prepared, shape = layout.prepared, layout.shapes.get(TEACHER)
-    config, held_out = prepared.config, len(prepared.project.dataset.held_out)
-    if shape is None or not held_out or layout.prepared.models[TEACHER].role.crosses:
+    """What the teachers' own answers to the held-out prompts cost, or that there are none."""
+    prepared, section = layout.prepared, layout.prepared.config.evaluation
+    judged = Counter(prompt.teacher for prompt in prepared.evaluated)
+    teachers = [model.role for model in teachers_of(prepared.models) if judged[model.role.name]]
+    if not teachers or any(role.crosses for role in teachers):
         return ()
-    section = config.evaluation
-    answers = min(held_out, section.max_prompts) * section.num_samples
-    what = f"{answers:,} answers to the held-out prompts, of at most {layout.completion:,} tokens"
-    role = prepared.models[TEACHER].role
-    if role.backend == "transformers" and role.on_gpu:
-        hours = _decode_seconds(layout, shape, answers) / 3600
-        what += f", about {hours:.1f} h with transformers at that length"
-    if teacher_answers(config, shape):
-        return (f"the teacher itself is evaluated, once: {what}",)
-    return (f"the teacher itself is not evaluated; evaluation.teacher: true would: {what}",)
+    answers = {role.name: judged[role.name] * section.num_samples for role in teachers}
+    what = f"{sum(answers.values()):,} answers to the held-out prompts, of at most {layout.completion:,} tokens"
+    slow = [role for role in teachers if role.backend == "transformers" and role.on_gpu]
+    if slow:
+        seconds = sum(_decode_seconds(layout, role, answers[role.name]) for role in slow)
+        what += f", about {seconds / 3600:.1f} h with transformers at that length"
+    who = "the teacher itself is" if len(teachers) == 1 else "the teachers themselves are"
+    if answering_teachers(prepared, layout.shapes):
+        return (f"{who} evaluated, once: {what}",)
+    return (f"{who} not evaluated; evaluation.teacher: true would: {what}",)
 
 
-def _decode_seconds(layout: _Layout, shape: ModelShape, answers: int) -> float:
+def answering_teachers(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> frozenset[str]:
+    """The roles that answer held-out prompts, each those that it judges: all of them, or none where one is too slow for
+    that, since half of the answers are nobody's."""
+    judging = {prompt.teacher for prompt in prepared.evaluated}
+    models = [model for model in teachers_of(prepared.models) if model.role.name in judging]
+    # A teacher of another tokenizer cannot answer in the student's tokens.
+    asked = all(
+        not role.crosses
+        and teacher_answers(prepared.config, shapes[role.name], served=role.backend == "vllm")
+        for role in (model.role for model in models)
+    )
+    return frozenset(model.role.name for model in models) if asked else frozenset()
+
+
+def _decode_seconds(layout: _Layout, role: Role, answers: int) -> float:
     """A batch of as many rows as its cache holds takes a step per token, whatever the rows."""
-    role = layout.prepared.models[TEACHER].role
+    shape = layout.shapes[role.name]
     tokens = min(
         layout.prepared.rendered.window, layout.prepared.rendered.longest_prompt + layout.completion
     )
     row = tokens * 2 * shape.layers * shape.kv_width * role.dtype.itemsize
-    budget = layout.info(layout.placed[TEACHER]).total_bytes * GPU_BATCH_FRACTION
+    budget = layout.info(layout.placed[role.name]).total_bytes * GPU_BATCH_FRACTION
     batches = math.ceil(answers / max(1, budget // row))
     return batches * layout.completion * shape.layers * LAYER_SECONDS
 
 
-def may_take_turns(config: Config) -> frozenset[Part]:
+def may_take_turns(prepared: Prepared) -> frozenset[Part]:
     """The parts that could take turns on the student's card; none where there is nothing to share.
 
     Raises:
         ConfigError: turns are asked for on a CPU.
     """
+    config = prepared.config
     if choose_device(config.model.device).type != "cuda":
         if config.residency == "time_shared":
             raise ConfigError(
@@ -312,7 +330,7 @@ def may_take_turns(config: Config) -> frozenset[Part]:
                 fix="set residency: auto",
             )
         return frozenset()
-    parts = sharers(roles_of(config))
+    parts = sharers({name: model.role for name, model in prepared.models.items()})
     return parts if len(parts) > 1 and config.residency != "resident" else frozenset()
 
 
@@ -322,7 +340,7 @@ def taking_turns(prepared: Prepared, run_dir: Path) -> frozenset[Part]:
     Raises:
         ConfigError: as ``may_take_turns``; or what would sleep has no room in main memory.
     """
-    turns = may_take_turns(prepared.config)
+    turns = may_take_turns(prepared)
     if not turns:
         return turns
     shared = build_plan(prepared, run_dir=run_dir).devices[0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from rnow.config import Config, ModelSection, SamplerSection, TeacherSection
+from rnow.config.problems import dotted
+from rnow.config.teachers import TEACHER, find_teachers
 from rnow.errors import ModelError
 from rnow.models.loading import Quantization, choose_device, choose_dtype, stored_quantization
 from rnow.models.resolved import ResolvedModel
@@ -20,7 +22,6 @@ Stored = Quantization | Literal["fp8"]
 """How weights are stored: fp8 by a vLLM alone."""
 
 STUDENT = "student"
-TEACHER = "teacher"
 
 OWN_CARD = 0.9
 SHARED_CARD = 0.35
@@ -34,7 +35,7 @@ class Role:
     """What the config says of one model of the run.
 
     Attributes:
-        name: ``student`` or ``teacher``.
+        name: ``student``, ``teacher`` or ``teacher/<name>``.
         key: the config section that describes the model; ``model.path`` names the student.
         section: that section.
         serving_key: the config section that says what answers or scores with it.
@@ -140,7 +141,7 @@ Models = Mapping[str, RunModel]
 
 
 def roles_of(config: Config) -> dict[str, Role]:
-    """The roles of a run by name, the student first."""
+    """The roles of a run by name, the student first, then every teacher that the config names."""
     student = Role(
         name=STUDENT,
         key="model",
@@ -151,19 +152,33 @@ def roles_of(config: Config) -> dict[str, Role]:
         device_map=None,
         part="sampler",
     )
-    if config.teacher is None:
-        return {STUDENT: student}
-    teacher = Role(
-        name=TEACHER,
-        key="teacher",
-        section=config.teacher,
-        serving_key="teacher",
-        serving=config.teacher,
-        backend=teacher_backend(config.teacher),
-        device_map=config.teacher.device_map,
-        part="teacher",
-    )
-    return {STUDENT: student, TEACHER: teacher}
+    teachers = {
+        name: Role(
+            name=name,
+            key=dotted(key),
+            section=section,
+            serving_key=dotted(key),
+            serving=section,
+            backend=teacher_backend(section),
+            device_map=section.device_map,
+            part=TEACHER,
+        )
+        for name, (key, section) in find_teachers(config).sections.items()
+    }
+    return {STUDENT: student, **teachers}
+
+
+def used_roles(roles: Mapping[str, Role], judges: Collection[str | None]) -> dict[str, Role]:
+    """The student and those of the teachers that judge somebody. Where there are several, each has the card in its own turn."""
+    used = {name: role for name, role in roles.items() if role.trained or name in judges}
+    if len(used) <= 2:
+        return used
+    return {
+        name: role
+        if role.trained
+        else replace(role, part=f"{TEACHER}/{name.removeprefix(f'{TEACHER}/')}")
+        for name, role in used.items()
+    }
 
 
 def teachers_of(models: Models) -> list[RunModel]:

@@ -52,7 +52,8 @@ def _facts(plan: Plan) -> Table:
         table.add_row(name, Text(escape_control(text)))
 
     for role, model in plan.models.items():
-        row(role, _model(model))
+        judged = plan.judged.get(role) if len(plan.judged) > 1 else None
+        row(role, _model(model) + (f", judges {judged:,} prompts" if judged is not None else ""))
     share = plan.trainable_parameters / max(1, plan.models[STUDENT].parameters)
     row(
         "trainable",

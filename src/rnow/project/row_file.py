@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError
 from rnow.project.faults import FaultList, excerpt
-from rnow.project.rows import ROW_KEYS, RowRules, check_row
+from rnow.project.rows import RowRules, check_row
 from rnow.text.strict_json import JsonPath, position_of
 from rnow.text.suggest import hint
 from rnow.types import Prompt
@@ -51,7 +51,7 @@ class RowCollector:
         if question is not None:
             self._questions.add(question)
         if isinstance(value, dict):
-            self._unknown.update(value.keys() - ROW_KEYS)
+            self._unknown.update(value.keys() - self.rules.keys)
         row = check_row(value, self.rules, self.source, number=len(self._rows), line=line)
         if isinstance(row, Prompt):
             if not self.faults.total:
@@ -87,7 +87,9 @@ class RowCollector:
         )
         if self._unknown:
             names = sorted(self._unknown)
-            shown = ", ".join(f'"{excerpt(name)}"{hint(name, ROW_KEYS)}' for name in names[:5])
+            shown = ", ".join(
+                f'"{excerpt(name)}"{hint(name, self.rules.keys)}' for name in names[:5]
+            )
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             notes = (*notes, f"{label}: these keys of its rows are ignored: {shown}{more}")
         return RowFile(rows=tuple(self._rows), warnings=notes)
