@@ -114,6 +114,12 @@ def _run_folder(config: Config, folder: Path, *, fresh: bool, writable: bool = T
     return choose_run_folder(place, name, fresh=fresh) if writable else find_run_folder(place, name)
 
 
+SERVERS_OUTSIDE = (
+    "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their containers: "
+    "localhost is this machine"
+)
+
+
 def prepare(
     config: Config, folder: Path, *, weights: bool, training: bool = True, fresh: bool = False
 ) -> Prepared:
@@ -149,11 +155,8 @@ def prepare(
     notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
     notices += _idle(configured, roles)
     notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
-    if images and listed is not None and config.rollout.mcp_url:
-        notices.append(
-            "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
-            "containers: localhost is this machine"
-        )
+    if images and config.rollout.mcp_url:
+        notices.append(SERVERS_OUTSIDE)
     source = None
     if training:
         source = plan_source(config, project)
