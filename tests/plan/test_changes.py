@@ -204,6 +204,7 @@ TABLE: dict[Change, str] = {
     """,
     "evaluates": """
         teacher.path teacher.revision teacher.trust_remote_code teacher.backend rollout.include_thinking
+        teacher.template teacher.system_prompt
         teacher.quantization|local teacher
         teacher.dtype|local teacher
         teacher.attn_implementation|local teacher

@@ -23,6 +23,8 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from name_problems(config)
     yield from _too_large(config, ())
     yield from _without_its_teacher(config)
+    yield from _elsewhere_and_own(config)
+    yield from _without_placeholder(config)
     yield from _unknown_to_its_engine(config)
     yield from _without_signal(config)
     yield from _truncated(config)
@@ -43,6 +45,36 @@ def _without_its_teacher(config: Schema) -> Iterator[Problem]:
             message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
             hint="remove the teacher section, or set dataset_type: distill",
         )
+
+
+def _elsewhere_and_own(config: Schema) -> Iterator[Problem]:
+    """The student's own base as the teacher, and a place where another model is."""
+    teacher = config.teacher
+    if teacher is None or not teacher.own_base:
+        return
+    given = {
+        "url": teacher.url is not None,
+        "backend": teacher.backend == "vllm",
+        "revision": teacher.revision is not None,
+    }
+    for name in (name for name, asked in given.items() if asked):
+        yield Problem(
+            path=("teacher", name),
+            message=f"teacher.{name} cannot go with teacher.path: self, the base that the trainer holds anyway",
+            hint="remove it, or name the teacher's model with teacher.path (a folder called self is ./self)",
+        )
+
+
+def _without_placeholder(config: Schema) -> Iterator[Problem]:
+    template = "" if config.teacher is None else config.teacher.template
+    for name in ("{prompt}", "{context}"):
+        if template and name not in template:
+            yield Problem(
+                path=("teacher", "template"),
+                message=f"teacher.template has no {name}, so the teacher would not see "
+                + ("the question" if name == "{prompt}" else "the row's privileged_context"),
+                hint=f"write {name} where it belongs; for a prompt of another kind give rows teacher_messages",
+            )
 
 
 def _unknown_to_its_engine(config: Schema) -> Iterator[Problem]:

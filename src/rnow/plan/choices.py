@@ -69,7 +69,8 @@ def slow_paths(config: Config) -> list[str]:
 
 
 def _device_of(teacher: TeacherSection | None) -> str | None:
-    return None if teacher is None or teacher.url is not None else teacher.device
+    elsewhere = teacher is None or teacher.url is not None or teacher.own_base
+    return None if elsewhere else teacher.device
 
 
 def unusable_gpu() -> str | None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Literal
 
 from rnow.models.shape import ModelShape
-from rnow.plan.roles import STUDENT, Role, Stored
+from rnow.plan.roles import STUDENT, TEACHER, Role, Stored
 from rnow.training.residency import Part
 
 Stage = Literal["always", "sampling", "teacher", "update"]
@@ -99,6 +99,8 @@ class MemorySettings:
         rollouts: sequences sampled in one step.
         prompts: how many different prompts they have.
         prompt_tokens: tokens of the longest prompt.
+        teacher_extra: by how many tokens a sequence that is scored may be longer, since the teacher is told more.
+        own_base: the student's base is the teacher too.
         completion_tokens: the longest answer.
         window: no sequence is longer.
         micro_batch_tokens: tokens of one forward and backward pass, if a single sequence is not longer.
@@ -119,6 +121,8 @@ class MemorySettings:
     gradient_checkpointing: bool
     cache_budget: int
     head_buffer: int
+    teacher_extra: int = 0
+    own_base: bool = False
 
     @property
     def student(self) -> ModelMemory:
@@ -133,8 +137,15 @@ class MemorySettings:
     @property
     def pass_tokens(self) -> int:
         """Tokens of the largest micro-batch: the budget, but one sequence at least and all of them at most."""
-        largest = self.rollouts * self.sequence_tokens
-        return max(self.sequence_tokens, min(self.micro_batch_tokens, largest))
+        return self._pass_of(self.sequence_tokens)
+
+    @property
+    def scoring_tokens(self) -> int:
+        """The same of the teacher's."""
+        return self._pass_of(self.sequence_tokens + self.teacher_extra)
+
+    def _pass_of(self, longest: int) -> int:
+        return max(longest, min(self.micro_batch_tokens, self.rollouts * longest))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,11 +230,14 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
     ]
     if model.engine is None:
         parts.append(part("sampling cache", "sampling", _cache_bytes(settings)))
+    if settings.own_base:
+        scoring = part("activations", "teacher", _scoring_bytes(model, settings))
+        parts.append(replace(scoring, model=TEACHER))
     return [
         *parts,
         part("gradients", "update", lora),
         part("activations", "update", _training_activations(settings)),
-        part("head buffers", "update", _head_bytes(model, settings)),
+        part("head buffers", "update", _head_bytes(model, settings, settings.pass_tokens)),
     ]
 
 
@@ -284,7 +298,8 @@ def _asleep(parts: Sequence[MemoryPart], turns: Collection[Part], awake: Part) -
 
 def engine_cache(model: ModelMemory, total: int, settings: MemorySettings) -> int:
     """Bytes of a vLLM's KV cache on one card: what its weights and buffers leave of ``total``, one longest sequence at least."""
-    one = math.ceil(settings.window * kv_bytes(model) / model.cards)
+    longest = settings.window + (0 if model.role.trained else settings.teacher_extra)
+    one = math.ceil(longest * kv_bytes(model) / model.cards)
     return max(one, total - round(model.weight_bytes / model.cards) - ENGINE_WORK)
 
 
@@ -373,13 +388,13 @@ def _layer_bytes(model: ModelMemory) -> int:
 
 def _scoring_bytes(model: ModelMemory, settings: MemorySettings) -> float:
     """The body comes first and the head after it, when only hidden states are left of the body."""
-    left = settings.pass_tokens * model.shape.hidden * model.width
-    body = settings.pass_tokens * _layer_bytes(model)
-    return max(body, left + _head_bytes(model, settings))
+    tokens = settings.scoring_tokens
+    left = tokens * model.shape.hidden * model.width
+    body = tokens * _layer_bytes(model)
+    return max(body, left + _head_bytes(model, settings, tokens))
 
 
-def _head_bytes(model: ModelMemory, settings: MemorySettings) -> float:
+def _head_bytes(model: ModelMemory, settings: MemorySettings, rows: int) -> float:
     """Chunk buffers and the hidden states of the response rows; logits of all rows are never held."""
-    rows = settings.pass_tokens
     chunk = min(settings.head_buffer, rows * model.shape.vocabulary_rows * FLOAT32)
     return HEAD_COPIES * chunk + rows * model.shape.hidden * (model.width + FLOAT32)

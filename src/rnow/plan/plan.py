@@ -122,7 +122,8 @@ class Plan:
     """Counts are totals of the run unless named per step; sizes are bytes.
 
     ``models`` is by role, the student first; ``completion_tokens`` is the longest answer, ``max_total_tokens`` what all
-    answers together cannot exceed.
+    answers together cannot exceed. ``own_base``: the teacher is the student's base, of which there is one copy;
+    ``longest_told`` is the longest prompt that a teacher reads in other words, 0 without any.
     """
 
     dataset_type: str
@@ -130,6 +131,8 @@ class Plan:
     max_turns: int
     run_dir: str
     models: Mapping[str, ModelPlan]
+    own_base: bool
+    longest_told: int
     prompts: int
     held_out: int
     epochs: int
@@ -211,6 +214,8 @@ def build_plan(
         max_turns=(config.rollout.max_turns or DEFAULT_MAX_TURNS) if prepared.tools else 1,
         run_dir=str(run_dir),
         models=models,
+        own_base=prepared.own_base,
+        longest_told=rendered.longest_told,
         prompts=len(dataset.prompts),
         held_out=len(dataset.held_out),
         epochs=trainer.num_epochs,
@@ -443,6 +448,8 @@ def _settings(
         rollouts=config.data.batch_size * config.data.group_size,
         prompts=config.data.batch_size,
         prompt_tokens=rendered.longest_prompt,
+        teacher_extra=rendered.teacher_extra,
+        own_base=prepared.own_base,
         completion_tokens=layout.completion,
         window=rendered.window,
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),

@@ -17,7 +17,7 @@ from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
 from rnow.plan.engines import cards_of, check_engines
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
-from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
+from rnow.plan.roles import STUDENT, TEACHER, Models, Role, RunModel, roles_of, shares_base
 from rnow.plan.sources import SourcePlan, plan_source
 from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import TOOLS_FILE, Project, is_agentic, load_project
@@ -33,6 +33,7 @@ class Prepared:
 
     Attributes:
         models: by role, the student first; the student alone when nothing is to be trained (``rnow test``).
+        own_base: the teacher is the student's own base with the adapter switched off, and no model of its own.
         source: of the samples to train on; None when nothing is to be trained.
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
@@ -46,6 +47,7 @@ class Prepared:
     rendered: Rendered
     source: SourcePlan | None
     tools: ToolSchemas
+    own_base: bool = False
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
@@ -111,8 +113,7 @@ def prepare(
     if training:  # what is not trained is rehearsed, by transformers alone
         check_engines(roles)
     for role in roles.values():
-        key = f"{role.key}.path"
-        check_model_id(role.section.path, key=key, base_dir=folder)
+        check_model_id(role.section.path, key=f"{role.key}.path", base_dir=folder)
     listed = None
     if is_agentic(folder, config):
         listed = list_tools(config, folder, load_secrets(folder))
@@ -131,24 +132,41 @@ def prepare(
     if training:
         source = plan_source(config, project)
         _check_evals(config, held_out=len(dataset.held_out))
+    models, own_base = _models(config, roles, folder, weights=weights, training=training)
+    return Prepared(
+        config=config,
+        project=project,
+        models=models,
+        rendered=render_prompts(
+            config,
+            [*dataset.prompts, *dataset.held_out],
+            models,
+            tools,
+            now=_date_of(_run_folder(config, folder, fresh=fresh, writable=training)),
+            privileged=dataset.privileged if training else None,
+            own_base=own_base,
+        ),
+        source=source,
+        tools=tools or {},
+        own_base=own_base,
+        sandboxed=frozenset(info.kind for info in functions if info.sandbox),
+        images=images,
+        notices=tuple(notices),
+    )
+
+
+def _models(
+    config: Config, roles: Mapping[str, Role], folder: Path, *, weights: bool, training: bool
+) -> tuple[Models, bool]:
+    """The models to be loaded, and whether the teacher is the student's base, of which there is one copy."""
     models = {
         name: RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
         for name, role in roles.items()
         if training or role.trained
     }
-    prompts = [*dataset.prompts, *dataset.held_out]
-    run = _run_folder(config, folder, fresh=fresh, writable=training)
-    return Prepared(
-        config=config,
-        project=project,
-        models=models,
-        rendered=render_prompts(config, prompts, models, tools, now=_date_of(run)),
-        source=source,
-        tools=tools or {},
-        sandboxed=frozenset(info.kind for info in functions if info.sandbox),
-        images=images,
-        notices=tuple(notices),
-    )
+    if TEACHER in models and shares_base(models[TEACHER], models[STUDENT]):
+        return {STUDENT: models[STUDENT]}, True
+    return models, training and config.teacher is not None and config.teacher.own_base
 
 
 def _date_of(run: RunFolder) -> datetime | None:

@@ -146,7 +146,7 @@ def roles_of(config: Config) -> dict[str, Role]:
         device_map=None,
         part="sampler",
     )
-    if config.teacher is None:
+    if config.teacher is None or config.teacher.own_base:
         return {STUDENT: student}
     teacher = Role(
         name=TEACHER,
@@ -164,6 +164,20 @@ def roles_of(config: Config) -> dict[str, Role]:
 def teachers_of(models: Models) -> list[RunModel]:
     """The models that judge the student."""
     return [model for model in models.values() if not model.role.trained]
+
+
+def shares_base(teacher: RunModel, student: RunModel) -> bool:
+    """Whether a teacher is what the trainer holds anyway: the student's files, loaded alike on the same device."""
+    mine, its = student.role, teacher.role
+    here = its.backend == "transformers" and its.device_map is None
+    return (
+        here
+        and student.resolved.local_dir.resolve() == teacher.resolved.local_dir.resolve()
+        and (student.quantization, mine.dtype, mine.card)
+        == (teacher.quantization, its.dtype, its.card)
+        and mine.section.attn_implementation == its.section.attn_implementation
+        and mine.section.trust_remote_code == its.section.trust_remote_code
+    )
 
 
 def engine_share(role: Role, student: Role, *, time_shared: bool) -> float:

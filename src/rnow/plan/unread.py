@@ -24,7 +24,7 @@ def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
         if config.sampler.url is None:
             found.add("local vllm sampler")
     if teacher is not None:
-        if teacher.url is None:
+        if teacher.url is None and not teacher.own_base:
             found.add("local teacher")
         if teacher_backend(teacher) == "vllm":
             found.add("vllm teacher")
@@ -40,7 +40,8 @@ def unread_settings(config: Config, *, agentic: bool) -> list[str]:
     why = {"rollout": "without tools", "sampler": given if config.sampler.url else backend}
     if config.teacher is not None:
         backend = f"with teacher.backend {teacher_backend(config.teacher)}"
-        why["teacher"] = "with a teacher at teacher.url" if config.teacher.url else backend
+        served = "with a teacher at teacher.url" if config.teacher.url else backend
+        why["teacher"] = "with teacher.path: self" if config.teacher.own_base else served
     readers = find_readers(config, agentic=agentic)
     lines = []
     for section, reason in why.items():

@@ -10,7 +10,7 @@ from rnow.display.tables import quiet_table
 from rnow.display.terminal import bar, escape_control
 from rnow.plan.memory import Residence, Stage
 from rnow.plan.plan import HOST_FIX, DevicePlan, ModelPlan, Plan, format_bytes
-from rnow.plan.roles import STUDENT
+from rnow.plan.roles import STUDENT, TEACHER
 
 _STAGES: dict[Stage, str] = {
     "always": "always",
@@ -51,6 +51,8 @@ def _facts(plan: Plan) -> Table:
 
     for role, model in plan.models.items():
         row(role, _model(model))
+    if plan.own_base:
+        row(TEACHER, "the student's own base with the adapter off; there is one copy of it")
     share = plan.trainable_parameters / max(1, plan.models[STUDENT].parameters)
     row(
         "trainable",
@@ -58,6 +60,11 @@ def _facts(plan: Plan) -> Table:
     )
     held = f", {plan.held_out:,} held out" if plan.held_out else ""
     row("prompts", f"{plan.prompts:,}{held}; the longest has {plan.longest_prompt:,} tokens")
+    if plan.longest_told:
+        row(
+            "its prompts",
+            f"in other words than the student's; the longest has {plan.longest_told:,} tokens",
+        )
     row(
         "steps",
         f"{plan.steps:,} of {plan.prompts_per_step} prompts x {plan.rollouts_per_prompt} rollouts, "

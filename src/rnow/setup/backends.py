@@ -31,6 +31,7 @@ from rnow.setup.vllm import (
     teacher_sampler,
     trainer_tolerance,
 )
+from rnow.teacher.privileged import PrivilegedTeacher
 from rnow.training.residency import Part, Residency
 
 
@@ -100,11 +101,7 @@ async def load_backends(
     facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
     if loader.turns:
         facts["residency"] = "time_shared"
-    teacher, answering = None, None
-    if TEACHER in prepared.models:
-        teacher, answering = await loader.load_teacher(prepared.models[TEACHER])
-    elif config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
-        teacher = student.reference
+    teacher, answering = await loader.find_teacher(student)
     return Backends(
         student=student.facts,
         policy=student.policy,
@@ -166,6 +163,21 @@ class _Loader:
             if TEACHER not in prepared.models:
                 gpu.add("teacher", student.policy)  # whose own base is the reference
         return student
+
+    async def find_teacher(self, student: LocalStudent) -> tuple[Teacher | None, Sampler | None]:
+        """What judges the student's tokens, after prompts of its own where it is told more; and what answers with it."""
+        prepared, config = self.prepared, self.prepared.config
+        teacher: Teacher | None = None
+        answering: Sampler | None = None
+        held = config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0
+        if TEACHER in prepared.models:
+            teacher, answering = await self.load_teacher(prepared.models[TEACHER])
+        elif prepared.own_base or held:
+            teacher = student.reference
+        told = prepared.rendered.teacher_token_ids
+        if teacher is not None and told:
+            teacher = PrivilegedTeacher(teacher, told)
+        return teacher, answering
 
     async def load_teacher(self, model: RunModel) -> tuple[Teacher, Sampler | None]:
         """A teacher, and what answers with it where it is to be evaluated."""

@@ -29,6 +29,7 @@ from rnow.setup.objective import build_objective
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
+TOLD_TO_THE_TEACHER = ("template", "system_prompt")
 ANSWERS_SHOWN = 3
 ANSWER_WIDTH = 160
 """Letters of a prompt or an answer that are shown."""
@@ -44,6 +45,9 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
     folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
     redact = prepared.project.redact
     models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
+    if prepared.own_base and prepared.config.teacher is not None:
+        revision = prepared.student.resolved.revision
+        models = {TEACHER: redact(prepared.config.teacher.path), f"{TEACHER}_revision": revision}
     for role, model in prepared.models.items():
         models |= {role: redact(model.resolved.path), f"{role}_revision": model.resolved.revision}
         models |= {f"{role}_config": config_fingerprint(model.resolved.local_dir)}
@@ -87,6 +91,16 @@ def redacted_config(prepared: Prepared) -> dict[str, object]:
     return prepared.project.redact.data(to_dict(prepared.config))
 
 
+def tracked_config(prepared: Prepared) -> dict[str, object]:
+    """The same for a tracker, without what the teacher alone is told."""
+    config = redacted_config(prepared)
+    teacher = config.get("teacher")
+    if isinstance(teacher, dict):
+        known = {key: value for key, value in teacher.items() if key not in TOLD_TO_THE_TEACHER}
+        config = {**config, "teacher": known}
+    return config
+
+
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:
     """``label: value`` lines shown when training begins."""
     config = prepared.config
@@ -115,6 +129,8 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
 def _teacher_name(prepared: Prepared) -> str:
     if teachers := teachers_of(prepared.models):
         return ", ".join(model.resolved.name for model in teachers)
+    if prepared.own_base:
+        return "the student's own base, with the adapter off"
     held = prepared.config.dataset_type == "rl" and prepared.config.algorithm.kl_penalty_coef > 0
     return "none; the rewards teach, and the base model holds the student near" if held else "none"
 

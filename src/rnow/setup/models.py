@@ -46,7 +46,7 @@ class LocalStudent:
     Attributes:
         sampler: draws with the trainer's weights; None where something else draws.
         as_teacher: scores with the student as it is now.
-        reference: scores with the student's base, as it was before training.
+        reference: scores with the student's base, as it was before training: the teacher of itself, or of a run without one.
     """
 
     facts: StudentFacts
@@ -75,7 +75,7 @@ def load_model(model: RunModel, rendered: Rendered, *, cards: Sequence[int] = ()
         cards=cards if role.device_map is not None else (),
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
-        window=rendered.window,
+        window=rendered.window if role.trained else rendered.teacher_window,
     )
 
 

@@ -104,6 +104,7 @@ async def start_vllm_teacher(
         answers: it will answer prompts too.
     """
     role, section, rendered = model.role, model.role.serving, prepared.rendered
+    longest = rendered.teacher_window
     assert isinstance(section, TeacherSection)
     temperature = prepared.config.rollout.temperature
     top_k = build_objective(prepared.config).needs.top_k
@@ -129,14 +130,14 @@ async def start_vllm_teacher(
             cards=prepared.cards.get(role.name, ()),
             enable_sleep=time_shared,
             max_num_batched_tokens=section.max_num_batched_tokens,
-            max_model_len=rendered.window,
+            max_model_len=longest,
             trust_remote_code=section.trust_remote_code,
             samples=answers,
         )
         teacher = VllmTeacher.managed(settings, temperature=temperature, top_k=top_k, poll=poll)
         stack.callback(teacher.close)
     await teacher.start()
-    found = await teacher.check(rendered.tokenizer, rendered.vocabulary, longest=rendered.window)
+    found = await teacher.check(rendered.tokenizer, rendered.vocabulary, longest=longest)
     for text in found.warnings:
         prepared.warn(text)
     if found.padding_mass:
