@@ -285,10 +285,10 @@ def test_each_engine_quantises_in_its_own_ways(section: dict[str, Any], fine: bo
 )
 def test_the_students_own_base_is_nowhere_else(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match="the base that the trainer holds anyway") as caught:
-        make_config(teacher={"path": "self", key: value})
+        make(teacher={"path": "self", key: value})
     assert f"teacher.{key}" in str(caught.value)
-    assert make_config(teacher={"path": "self"}).teacher.own_base
-    assert not make_config(teacher={"path": "./self", key: value}).teacher.own_base
+    assert make(teacher={"path": "self"}).teacher.own_base
+    assert not make(teacher={"path": "./self", key: value}).teacher.own_base
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_the_students_own_base_is_nowhere_else(key: str, value: str) -> None:
 def test_a_template_has_both_placeholders(template: str, lacks: str | None) -> None:
     teacher = {"path": "self", "template": template}
     if lacks is None:
-        assert make_config(teacher=teacher).teacher.template == template
+        assert make(teacher=teacher).teacher.template == template
         return
     with pytest.raises(ConfigError, match=f"teacher.template has no {lacks}"):
-        make_config(teacher=teacher)
+        make(teacher=teacher)
