@@ -28,9 +28,9 @@ FinishReason = Literal["stop", "length"]
 
 RolloutStatus = Literal["completed", "truncated", "failed"]
 
-EndReason = Literal["answer", "max_turns", "length", "window", "failed"]
+EndReason = Literal["answer", "max_turns", "length", "window", "horizon", "failed"]
 """Why a rollout ended: an answer without a tool call (``last_tool``), the turn limit, the cap of one response, the window
-of the conversation, or a fault."""
+of the conversation, as far as training looks (``algorithm.kl_horizon``), or a fault."""
 
 Purpose = Literal["train", "eval", "test"]
 

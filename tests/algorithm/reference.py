@@ -110,3 +110,49 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(student || teacher) per row over the whole vocabulary."""
     student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
     return (torch.exp(student) * (student - teacher)).sum(dim=-1)
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, name: str) -> Tensor:
+    """``[R]``: KL(p, q), KL(q, p) or (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, literally."""
+    p, q = torch.exp(log_softmax(student_logits)), torch.exp(log_softmax(teacher_logits))
+    if name == "reverse":
+        return (p * torch.log(p / q)).sum(-1)
+    if name == "forward":
+        return (q * torch.log(q / p)).sum(-1)
+    m = (p + q) / 2
+    return 0.5 * ((p * torch.log(p / m)).sum(-1) + (q * torch.log(q / m)).sum(-1))
+
+
+def bucket_kl(logprobs: Tensor, ids: Sequence[int], teacher: Sequence[float], name: str) -> Tensor:
+    """A scalar: the divergence between k tokens and one bucket for all others, of one row of log-probabilities ``[V]``."""
+    p = torch.stack([torch.exp(logprobs[i]) for i in ids])
+    q = torch.tensor([math.exp(value) for value in teacher], dtype=p.dtype)
+    p, q = torch.cat([p, 1 - p.sum()[None]]), torch.cat([q, 1 - q.sum()[None]])
+    return (p * torch.log(p / q)).sum() if name == "reverse" else (q * torch.log(q / p)).sum()
+
+
+def residual(
+    logprobs: Tensor, x: int, ids: Sequence[int], teacher: Sequence[float], teacher_x: float
+) -> float:
+    """a_x - c of a token outside of the k; 0 inside."""
+    if x in ids:
+        return 0.0
+    rest = 1 - sum(math.exp(logprobs[i].item()) for i in ids)
+    teacher_rest = 1 - sum(math.exp(value) for value in teacher)
+    return logprobs[x].item() - teacher_x - math.log(rest / teacher_rest)
+
+
+def optimal_baseline(logprobs: Tensor, teacher_logprobs: Tensor) -> float:
+    """The b for which sum_x p_x |(a_x - b)(e_x - p)|^2 is least, from the three values of that parabola."""
+    p, a = torch.exp(logprobs), logprobs - teacher_logprobs
+
+    def noise(b: float) -> float:
+        total = 0.0
+        for x in range(len(p)):
+            gradient = -(a[x] - b) * p
+            gradient[x] += a[x] - b
+            total += (p[x] * gradient @ gradient).item()
+        return total
+
+    low, middle, high = noise(-1.0), noise(0.0), noise(1.0)
+    return (low - high) / (2 * (low + high - 2 * middle))

@@ -15,7 +15,8 @@ from tests.algorithm import reference
 from torch import Tensor
 
 from rnow.algorithm.head import Head, selected_logprobs
-from rnow.algorithm.policy_gradient import LossName, shape_advantages, token_losses
+from rnow.algorithm.policy_gradient import shape_advantages
+from rnow.algorithm.surrogate import LossName, token_losses
 
 VOCABULARY, PADDED, HIDDEN, LONGEST, STOP = 7, 9, 4, 3, 0
 

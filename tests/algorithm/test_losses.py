@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.algorithm import reference
 
-from rnow.algorithm.policy_gradient import LossName, TokenLosses, token_losses
+from rnow.algorithm.surrogate import LossName, TokenLosses, token_losses
 
 LOSSES: list[LossName] = ["ppo", "importance_sampling"]
 DEFAULTS: dict[str, Any] = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "ratio_cap": 10.0}

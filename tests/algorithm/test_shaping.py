@@ -86,3 +86,28 @@ def test_without_a_teacher_there_is_no_kl() -> None:
     assert shaped.teacher_kl is None
     assert not shaped.clamped.any()
     assert shaped.advantages.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("discount", [0.5, 0.97, 1.0])
+def test_future_kl_is_summed_back_within_its_rollout(discount: float) -> None:
+    student, teacher = torch.randn(2, 20, dtype=torch.float64)
+    counts = (7, 1, 0, 12)
+    shaped = shape_advantages(
+        torch.zeros(20, dtype=torch.float64),
+        student,
+        teacher,
+        kl_penalty_coef=0.7,
+        reward_coef=0.0,
+        kl_clamp=1.0,
+        kl_discount=discount,
+        counts=counts,
+    )
+    expected, start = [], 0
+    for count in counts:
+        kl = (student - teacher)[start : start + count].clamp(-1, 1).tolist()
+        for t in range(count):
+            expected.append(-0.7 * sum(discount ** (s - t) * kl[s] for s in range(t, count)))
+        start += count
+    assert shaped.advantages.tolist() == pytest.approx(expected, abs=1e-12)
+    assert shaped.teacher_kl is not None
+    assert torch.equal(shaped.teacher_kl, student - teacher), "what is reported is not summed"

@@ -112,7 +112,7 @@ CASES: dict[str, Case] = {
     "reserved_sft": yml("dataset_type: sft\nmodel:\n  path: Qwen/Qwen3-8B\n"),
     "reserved_gae": yml(BASE.replace("loss_fn: ppo", "adv_estimator: gae")),
     "reserved_students": yml(BASE.replace("Qwen/Qwen3-8B", "[Qwen/Qwen3-8B, Qwen/Qwen3-4B]")),
-    "reserved_override": yml(BASE, "algorithm.kl_estimator=exact"),
+    "reserved_override": yml(BASE, "algorithm.adv_estimator=gae"),
     # legacy keys keep their place
     "legacy_wrong_value": more("rollout:\n  thinking_mode: sometimes\n"),
     # config.json

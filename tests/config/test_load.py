@@ -287,15 +287,14 @@ EXAMPLES = {
     "data.train_file": ["[{path: a, teacher: b}]"],
     "model.path": ["[a, b]"],
     "algorithm.adv_estimator": ["gae"],
-    "algorithm.kl_estimator": ["exact", "topk"],
-    "algorithm.kl_baseline": ["expected"],
-    "algorithm.kl_discount": ["0.5"],
 }
 ALLOWED = {
     "teacher.agentic": ["true", "false", "null"],
     "teacher.backend": ["auto", "transformers", "vllm"],
     "algorithm.adv_estimator": ["grpo", "reinforce"],
-    "algorithm.kl_discount": ["0"],
+    "algorithm.kl_estimator": ["auto", "exact", "topk", "sampled"],
+    "algorithm.kl_baseline": ["optimal"],
+    "algorithm.kl_discount": ["0", "0.5"],
     "rollout.max_turns": ["2", "null"],
     "rollout.mcp_url": ["localhost:1", "[a, b]", "[]", "null"],
     "sampler.backend": ["auto", "transformers", "vllm"],
@@ -329,9 +328,9 @@ def test_reserved_values_from_python() -> None:
         dataset_type="distill",
         model={"path": "s"},
         teacher={"path": "t"},
-        algorithm={"kl_estimator": "exact"},
+        algorithm={"adv_estimator": "gae"},
     )
-    with pytest.raises(NotYetSupported, match="kl_estimator: exact"):
+    with pytest.raises(NotYetSupported, match="adv_estimator: gae"):
         refuse_reserved(config)
 
 

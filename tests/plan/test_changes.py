@@ -195,6 +195,7 @@ TABLE: dict[Change, str] = {
     "warn": """
         algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.kl_clamp
+        algorithm.divergence algorithm.teacher_top_k
         algorithm.clip_ratio_low algorithm.clip_ratio_high algorithm.ratio_cap
         trainer.learning_rate trainer.updates_per_batch trainer.weight_decay trainer.adam_beta1 trainer.adam_beta2
         trainer.max_grad_norm trainer.warmup_steps trainer.lr_schedule
@@ -211,7 +212,7 @@ TABLE: dict[Change, str] = {
         teacher.served_model|vllm teacher
     """,
     "shapes": """
-        teacher.agentic rollout.max_tokens rollout.termination_policy rollout.mcp_url rollout.rollout_timeout
+        teacher.agentic algorithm.kl_horizon rollout.max_tokens rollout.termination_policy rollout.mcp_url rollout.rollout_timeout
         rollout.temperature rollout.top_p rollout.top_k sampler.backend sampler.url
         rollout.max_turns|several turns
         rollout.tool_timeout|tools

@@ -69,7 +69,7 @@ class _Student:
 
         prepared = prepare(Config(**values), folder, weights=True)
         base = load_model(prepared.student, prepared.rendered)
-        self._student = build_student(prepared, base, lambda: None, embedded=False)
+        self._student = build_student(prepared, base, lambda: None, {}, embedded=False)
 
     def facts(self) -> Any:
         return self._student.facts
@@ -93,7 +93,7 @@ class _Judge:
 
         prepared = prepare(Config(**values), folder, weights=True)
         model = load_model(prepared.models["teacher"], prepared.rendered)
-        self._teacher = score_with(prepared, model, lambda: None)
+        self._teacher = score_with(prepared, model, lambda: None, role="teacher")
 
     def score(self, samples: Sequence[Any]) -> Any:
         return self._teacher.score_now(samples)

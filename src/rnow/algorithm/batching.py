@@ -11,7 +11,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rnow.algorithm.records import Batch, Evidence, MicroBatch, PaddedTokens, TrainingSample
+from rnow.algorithm.records import (
+    Batch,
+    Evidence,
+    HiddenEvidence,
+    MicroBatch,
+    PaddedTokens,
+    TrainingSample,
+)
 from rnow.types import Prompt, Rollout, RolloutGroup, Sample
 
 T = TypeVar("T")
@@ -131,7 +138,8 @@ def pad(samples: Sequence[Sample], device: torch.device | str) -> PaddedTokens:
 
 
 def collate(training: Sequence[TrainingSample], device: torch.device | str) -> MicroBatch:
-    """One micro-batch: its tokens, and what sampler, rewards and teacher said of the loss tokens."""
+    """One micro-batch: its tokens, and what sampler, rewards and teacher said of the loss tokens. Samples whose evidence
+    another head reads (``head_of``) cannot share one."""
     samples = [item.sample for item in training]
     tokens = pad(samples, device)
     sampler = [
@@ -143,7 +151,13 @@ def collate(training: Sequence[TrainingSample], device: torch.device | str) -> M
         sampler_logprobs=torch.tensor(sampler, dtype=torch.float32, device=device),
         reward_advantages=advantages.repeat_interleave(torch.tensor(tokens.counts)).to(device),
         evidence=_collate_evidence(training, device),
+        teacher=head_of(training[0]),
     )
+
+
+def head_of(item: TrainingSample) -> str | None:
+    """The teacher whose head reads the evidence of a sample; None where no head is needed."""
+    return item.evidence.teacher if isinstance(item.evidence, HiddenEvidence) else None
 
 
 def at_loss_tokens(sample: Sample, values: Iterable[T]) -> Iterator[T]:
@@ -158,6 +172,12 @@ def _collate_evidence(
     if first is None:
         return {}
     return {
-        field.name: torch.cat([getattr(item.evidence, field.name) for item in training]).to(device)
-        for field in fields(first)
+        name: torch.cat([getattr(item.evidence, name) for item in training]).to(device)
+        for name in evidence_tensors(first)
     }
+
+
+def evidence_tensors(evidence: Evidence) -> dict[str, Tensor]:
+    """What a teacher said of a sample in numbers, by field."""
+    values = {field.name: getattr(evidence, field.name) for field in fields(evidence)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -11,11 +11,15 @@ GEMMs in all, no recomputation, and memory that depends on the chunk, not on the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Look = Callable[[slice, Tensor, Tensor], None]
+"""Told of every chunk: which rows, their log-probabilities and probabilities ``[r, V]``, both read-only."""
 
 CPU_BUFFER_BYTES = 64 * 2**20
 GPU_BUFFER_BYTES = 256 * 2**20
@@ -41,6 +45,11 @@ class Head:
     def vocabulary(self) -> int:
         """V."""
         return self.weight.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[R, H]`` -> ``[R, V]``, at least float32. Only for a few rows: this is the tensor the chunks avoid."""
@@ -74,6 +83,7 @@ def selected_logprobs(
     *,
     temperature: float = 1.0,
     chunk_rows: int | None = None,
+    look: Look | None = None,
 ) -> SelectedLogprobs:
     """log softmax(logits / temperature) at ``targets``, and the entropy of that distribution.
 
@@ -83,16 +93,23 @@ def selected_logprobs(
         targets: int64 ``[R]``, below ``head.vocabulary``.
         temperature: as in sampling; 1 leaves the model's own distribution.
         chunk_rows: rows per chunk; chosen from the device when None.
+        look: is shown the whole distribution of each row.
     """
     rows = chunk_rows or chunk_rows_for(head)
-    logprobs, entropy = _ChunkedSelect.apply(hidden, targets, head, temperature, rows)  # type: ignore[misc]
+    logprobs, entropy = _ChunkedSelect.apply(hidden, targets, head, temperature, rows, look)  # type: ignore[misc]
     return SelectedLogprobs(logprobs=logprobs, entropy=entropy)
 
 
 class _ChunkedSelect(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float, chunk_rows: int
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        temperature: float,
+        chunk_rows: int,
+        look: Look | None,
     ) -> tuple[Tensor, Tensor]:
         wants_gradient = ctx.needs_input_grad[0]
         logprobs, entropies, derivatives = [], [], []
@@ -106,6 +123,9 @@ class _ChunkedSelect(torch.autograd.Function):
             probabilities = torch.exp(logits - normaliser[:, None])
             expected = torch.bmm(probabilities[:, None, :], logits[:, :, None]).flatten()
             entropies.append(normaliser - expected)
+            if look is not None:
+                at = slice(start, start + chunk_rows)
+                look(at, logits - normaliser[:, None], probabilities)
             if wants_gradient:
                 # onehot(x) - p, pulled back through temperature, softcap and scale to the hidden state.
                 towards = probabilities.neg_()
@@ -126,7 +146,7 @@ class _ChunkedSelect(torch.autograd.Function):
         return torch.cat(logprobs), entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (derivative,) = ctx.saved_tensors
         gradient = gradients[0][:, None].to(derivative.dtype) * derivative
-        return gradient, None, None, None, None
+        return gradient, *[None] * 5

@@ -7,21 +7,20 @@ is reported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rnow.algorithm.baseline import SUMMARIES as BASELINE_SUMMARIES
+from rnow.algorithm.baseline import KlBaseline, OptimalBaseline
 from rnow.algorithm.head import Head, selected_logprobs
 from rnow.algorithm.objective import Summary, Terms
 from rnow.algorithm.records import MicroBatch, TeacherNeeds
+from rnow.algorithm.surrogate import LossName, token_losses
 
-LOG_RATIO_LIMIT = 20.0
 K3_EXPONENT_LIMIT = 20.0
-
-LossName = Literal["ppo", "importance_sampling"]
 
 SUMMARIES: Mapping[str, Summary] = {
     "loss": Summary(stream="losses"),
@@ -52,27 +51,37 @@ class PolicyGradient:
     clip_ratio_high: float = 0.2
     ratio_cap: float = 10.0
     temperature: float = 1.0
+    kl_discount: float = 0.0
+    baseline: KlBaseline | None = None
 
     @property
     def needs(self) -> TeacherNeeds:
-        """See ``Objective.needs``: the log-probability of each sampled token is enough."""
-        return TeacherNeeds()
+        """See ``Objective.needs``: without a baseline the log-probability of each sampled token is enough."""
+        return TeacherNeeds() if self.baseline is None else self.baseline.needs
 
     @property
     def summaries(self) -> Mapping[str, Summary]:
         """See ``Objective.summaries``."""
-        return SUMMARIES
+        return SUMMARIES if self.baseline is None else {**SUMMARIES, **BASELINE_SUMMARIES}
 
     def describe(self) -> str:
         """See ``Objective.describe``."""
-        return f"{self.loss_fn}, kl_penalty_coef {self.kl_penalty_coef:g}"
+        parts = [self.loss_fn, f"kl_penalty_coef {self.kl_penalty_coef:g}"]
+        parts += ["optimal baseline"] if self.baseline else []
+        parts += [f"kl_discount {self.kl_discount:g}"] if self.kl_discount else []
+        return ", ".join(parts)
 
     def terms(self, hidden: Tensor, head: Head, micro: MicroBatch) -> Terms:
         """See ``Objective.terms``."""
+        baseline = None
+        if self.baseline is not None and micro.evidence:
+            baseline = OptimalBaseline(micro, self.baseline.heads, self.temperature)
         selected = selected_logprobs(
-            hidden, head, micro.tokens.targets, temperature=self.temperature
+            hidden, head, micro.tokens.targets, temperature=self.temperature, look=baseline
         )
         teacher = micro.evidence.get("teacher_logprobs")
+        if baseline is not None:
+            teacher = baseline.teacher_logprobs
         shaped = shape_advantages(
             micro.reward_advantages,
             selected.logprobs,
@@ -80,6 +89,9 @@ class PolicyGradient:
             kl_penalty_coef=self.kl_penalty_coef,
             reward_coef=self.reward_coef,
             kl_clamp=self.kl_clamp,
+            baseline=None if baseline is None else baseline.values,
+            kl_discount=self.kl_discount,
+            counts=micro.tokens.counts,
         )
         found = token_losses(
             selected.logprobs,
@@ -105,6 +117,8 @@ class PolicyGradient:
             streams["teacher_kl"] = shaped.teacher_kl
             streams["teacher_kl/k3"] = k3(live, teacher)
             streams["kl_clamped"] = shaped.clamped
+        if baseline is not None:
+            streams["kl_baseline"] = baseline.values
         return Terms(losses=found.losses, streams=streams)
 
 
@@ -126,8 +140,14 @@ def shape_advantages(
     kl_penalty_coef: float,
     reward_coef: float,
     kl_clamp: float,
+    baseline: Tensor | None = None,
+    kl_discount: float = 0.0,
+    counts: Sequence[int] = (),
 ) -> ShapedAdvantages:
     """``A_t = reward_coef * A_reward - kl_penalty_coef * KL_t`` of R loss tokens, detached.
+
+    With ``kl_discount`` g, KL_t is the sum over s >= t of g^(s-t) KL_s within its rollout, the ``counts`` of whose loss tokens
+    make up the R. ``baseline`` ``[R]`` is subtracted from it.
 
     The student's logprobs are the trainer's own at the time of the update: they are there anyway, carry no sampler
     error, and stay fresh when one batch is used for several updates. The KL term is neither centred nor divided by a
@@ -141,51 +161,26 @@ def shape_advantages(
             clamped=torch.zeros_like(advantages, dtype=torch.bool),
         )
     teacher_kl = logprobs.detach() - teacher_logprobs
-    bounded = teacher_kl.clamp(-kl_clamp, kl_clamp)
+    signal = teacher_kl.clamp(-kl_clamp, kl_clamp)
+    if kl_discount:
+        signal = torch.cat([discounted_sum(part, kl_discount) for part in signal.split([*counts])])
+    if baseline is not None:
+        signal = signal - baseline
     return ShapedAdvantages(
-        advantages=advantages - kl_penalty_coef * bounded,
+        advantages=advantages - kl_penalty_coef * signal,
         teacher_kl=teacher_kl,
         clamped=teacher_kl.abs() > kl_clamp,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLosses:
-    """``losses`` ``[R]`` with gradient; ``ratio`` ``[R]`` before the cap and ``clipped`` ``[R]`` bool, both detached."""
-
-    losses: Tensor
-    ratio: Tensor
-    clipped: Tensor
-
-
-def token_losses(
-    logprobs: Tensor,
-    sampler_logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    loss_fn: LossName,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-    ratio_cap: float,
-) -> TokenLosses:
-    """Negative surrogate objective of R tokens.
-
-    r = exp(clamp(log p_now - log p_sampler, -20, 20)), then capped at ``ratio_cap``: with a live KL term a negative
-    advantage can meet a large ratio, and ``min`` alone leaves that unbounded. A capped token has no gradient.
-
-    ``importance_sampling``: -r A.  ``ppo``: -min(r A, clip(r, 1 - low, 1 + high) A) (Schulman et al. 2017, eq. 7).
-    """
-    raw_ratio = torch.exp((logprobs - sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    ratio = raw_ratio.clamp(max=ratio_cap)
-    unclipped = ratio * advantages
-    if loss_fn == "importance_sampling":
-        objective = unclipped
-        clipped = (raw_ratio > ratio_cap).detach()
-    else:
-        bounded = ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high) * advantages
-        objective = torch.minimum(unclipped, bounded)
-        clipped = ((bounded < unclipped) | (raw_ratio > ratio_cap)).detach()
-    return TokenLosses(losses=-objective, ratio=raw_ratio.detach(), clipped=clipped)
+def discounted_sum(values: Tensor, discount: float) -> Tensor:
+    """``[L]``: at t the sum over s >= t of discount^(s-t) values_s, in log2(L) additions."""
+    total, step = values, 1
+    while step < len(values):
+        following = torch.nn.functional.pad(total[step:], (0, step))
+        total = total + discount**step * following
+        step *= 2
+    return total
 
 
 def k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:

@@ -48,11 +48,14 @@ class TopKEvidence:
 class HiddenEvidence:
     """The teacher's final hidden states, from which its own head makes the whole distribution where it is needed.
 
-    ``teacher_hidden``: ``[L, H of the teacher]`` after the last norm, the state that predicts each loss token, in the
-    teacher's number format, in main memory.
+    Attributes:
+        teacher_hidden: ``[L, H of the teacher]`` after the last norm, the state that predicts each loss token, in the
+            teacher's number format, in main memory.
+        teacher: the role of the model they are of, whose head goes with them.
     """
 
     teacher_hidden: Tensor
+    teacher: str
 
 
 Evidence = SampledEvidence | TopKEvidence | HiddenEvidence
@@ -137,13 +140,15 @@ class MicroBatch:
 
     Attributes:
         sampler_logprobs, reward_advantages: float32 ``[R]``.
-        evidence: each field of the teacher's evidence at the loss tokens, ``[R, ...]``; empty without a teacher.
+        evidence: each tensor of the teacher's evidence at the loss tokens, ``[R, ...]``; empty without a teacher.
+        teacher: whose hidden states are among it; None where none are.
     """
 
     tokens: PaddedTokens
     sampler_logprobs: Tensor
     reward_advantages: Tensor
     evidence: Mapping[str, Tensor]
+    teacher: str | None = None
 
 
 SkipReason = Literal["non-finite", "no tokens"]

@@ -27,6 +27,7 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from _without_placeholder(config)
     yield from _unknown_to_its_engine(config)
     yield from _without_signal(config)
+    yield from _unknown_to_its_estimator(config)
     yield from _truncated(config)
     yield from _names_taken(config)
 
@@ -95,7 +96,7 @@ def _unknown_to_its_engine(config: Schema) -> Iterator[Problem]:
 def _without_signal(config: Schema) -> Iterator[Problem]:
     """Settings under which every advantage is 0, or the rewards' part of it."""
     algorithm, data = config.algorithm, config.data
-    if algorithm.kl_estimator != "sampled" or config.dataset_type not in ("distill", "rl"):
+    if config.dataset_type not in ("distill", "rl"):
         return
     if algorithm.kl_penalty_coef == algorithm.reward_coef == 0:
         yield Problem(
@@ -121,9 +122,56 @@ def _without_signal(config: Schema) -> Iterator[Problem]:
         )
 
 
+def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
+    """What only another way of estimating the KL can do."""
+    algorithm, teacher = config.algorithm, config.teacher
+    estimator, divergence = algorithm.kl_estimator, algorithm.divergence
+    served = teacher is not None and (teacher.url is not None or teacher.backend == "vllm")
+    if estimator == "exact" and served:
+        yield Problem(
+            path=("algorithm", "kl_estimator"),
+            message="exact needs the teacher's hidden states and head, and a server gives log-probabilities only",
+            hint="set algorithm.kl_estimator: topk, which needs the teacher's likeliest tokens, or load the teacher here "
+            "(teacher.backend: transformers)",
+        )
+    if divergence == "jsd" and (estimator in ("sampled", "topk") or served):
+        yield Problem(
+            path=("algorithm", "divergence"),
+            message="jsd needs the teacher's whole distribution",
+            hint="set algorithm.kl_estimator: exact (with a teacher that is loaded here), or algorithm.divergence: reverse",
+        )
+    if divergence == "forward" and estimator == "sampled":
+        yield Problem(
+            path=("algorithm", "divergence"),
+            message="sampled estimates KL(student, teacher) from the student's own tokens; forward needs those that the "
+            "teacher would write",
+            hint="set algorithm.kl_estimator: exact or topk, or algorithm.divergence: reverse",
+        )
+    if estimator in ("exact", "topk") and algorithm.kl_penalty_coef == 0:
+        yield Problem(
+            path=("algorithm", "kl_penalty_coef"),
+            message=f"kl_penalty_coef is 0, so {estimator} has nothing to do",
+            hint="set it above 0, or remove kl_estimator",
+        )
+    for key in ("kl_baseline", "kl_discount"):
+        if getattr(algorithm, key) not in ("none", 0) and estimator in ("exact", "topk"):
+            yield Problem(
+                path=("algorithm", key),
+                message=f"{key} belongs to kl_estimator: sampled; {estimator} has no sampled advantage",
+                hint=f"remove {key}, or set algorithm.kl_estimator: sampled",
+            )
+    if algorithm.kl_horizon is not None and algorithm.reward_coef > 0:
+        yield Problem(
+            path=("algorithm", "kl_horizon"),
+            message="kl_horizon cuts the answers that rewards would have to judge",
+            hint="remove kl_horizon, or set algorithm.reward_coef: 0",
+        )
+
+
 def _truncated(config: Schema) -> Iterator[Problem]:
-    rollout = config.rollout
-    if config.algorithm.loss_fn != "ppo":
+    rollout, algorithm = config.rollout, config.algorithm
+    direct = algorithm.kl_estimator in ("exact", "topk") and algorithm.reward_coef == 0
+    if algorithm.loss_fn != "ppo" or direct:
         return
     for name, value, neutral in (
         ("top_p", rollout.top_p, rollout.top_p == 1),

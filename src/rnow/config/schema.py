@@ -249,24 +249,37 @@ class AlgorithmSection(Section):
         0.0, "Weight of the rewards; at 0 they are tracked only.", "0.0 in distill, 1.0 in rl"
     )
     scale_rewards: bool = key(True, "Divide group advantages by the group's deviation.")
-    kl_estimator: Literal["sampled", "exact", "topk"] = key(
-        "sampled",
-        "How the KL to the teacher is estimated.",
-        reserved=reserved("exact", "topk", instead="use kl_estimator: sampled"),
+    kl_estimator: Literal["auto", "sampled", "exact", "topk"] = key(
+        "auto",
+        "The signal from the teacher: its log-probability of each sampled token (`sampled`), its whole distribution (`exact`), "
+        "or its likeliest tokens and a bucket for the rest (`topk`).",
+        "exact with a teacher that is loaded here, topk with one behind a server, sampled in rl",
     )
-    kl_baseline: Literal["none", "expected"] = key(
+    divergence: Literal["reverse", "forward", "jsd"] = key(
+        "reverse",
+        "reverse: KL(student, teacher). forward: KL(teacher, student), with exact, or topk where it is a lower bound. jsd, with "
+        "exact: the mean KL to the mixture of both.",
+    )
+    teacher_top_k: Positive = key(
+        20, "How many of the teacher's likeliest tokens `topk` asks for at each position."
+    )
+    kl_baseline: Literal["none", "optimal"] = key(
         "none",
-        "What is subtracted from the sampled KL.",
-        reserved=reserved("expected", instead="use kl_baseline: none"),
+        "What is subtracted from the sampled KL: `optimal` leaves the least noise in the gradient.",
     )
     kl_discount: float = key(
         0.0,
-        "How much of a token's future KL is summed back.",
+        "sampled: how much of a token's future KL is summed back to it.",
         ge=0,
         le=1,
-        reserved=Reserved("above 0", lambda value: value > 0, "use kl_discount: 0"),
     )
-    kl_clamp: Above0 = key(20.0, "Largest |KL| of one token, in nats.")
+    kl_horizon: Positive | None = key(
+        None,
+        "Sample and judge only the first so many tokens of each answer; evaluations are not cut.",
+        "whole answers",
+        change="shapes",
+    )
+    kl_clamp: Above0 = key(20.0, "Largest |KL| of one sampled token, in nats.")
     clip_ratio_low: float = key(0.2, "ppo clips the ratio below 1 minus this.", gt=0, lt=1)
     clip_ratio_high: Above0 = key(0.2, "ppo clips the ratio above 1 plus this.")
     ratio_cap: float = key(10.0, "Largest importance ratio.", gt=1)

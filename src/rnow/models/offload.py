@@ -27,11 +27,15 @@ class Offload:
 
     Args:
         frozen, live: called at each ``sleep``, since both change over time. What is live may be among the frozen, too.
+        stays: what of the frozen is read while the rest is away.
         what: for errors: ``the trainer``.
     """
 
-    def __init__(self, *, frozen: Tensors, live: Tensors = tuple, what: str) -> None:
+    def __init__(
+        self, *, frozen: Tensors, live: Tensors = tuple, stays: Tensors = tuple, what: str
+    ) -> None:
         self._frozen = [frozen]
+        self._stays = stays
         self._live = live
         self._what = what
         self._emptied: list[_Emptied] = []
@@ -68,7 +72,10 @@ class Offload:
         frozen = (
             tensor for source in self._frozen for tensor in source() if id(tensor) not in known
         )
+        staying = {storage.data_ptr() for storage in _storages(self._stays())}
         for storage in _storages(frozen):
+            if storage.data_ptr() in staying:
+                continue
             self._emptied.append(_Emptied(storage))
             self._emptied[-1].empty()
         release_cached_memory()

@@ -52,6 +52,20 @@ def teacher_answers(config: Config, shape: ModelShape) -> bool:
     return served or (shape.sampled and shape.parameters <= SMALL_TEACHER)
 
 
+Estimator = Literal["sampled", "exact", "topk"]
+
+
+def kl_estimator(config: Config) -> Estimator:
+    """``algorithm.kl_estimator`` with ``auto`` decided. Settings that only ``sampled`` knows choose it."""
+    algorithm, teacher = config.algorithm, config.teacher
+    if algorithm.kl_estimator != "auto":
+        return algorithm.kl_estimator
+    of_sampled = algorithm.kl_baseline != "none" or algorithm.kl_discount > 0
+    if teacher is None or of_sampled or algorithm.kl_penalty_coef == 0:
+        return "sampled"
+    return "exact" if teacher_backend(teacher) == "transformers" else "topk"
+
+
 def slow_paths(config: Config) -> list[str]:
     """What this machine could do faster and does not, with the reason; one sentence each."""
     device, found = choose_device(config.model.device), []

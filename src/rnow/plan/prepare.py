@@ -123,6 +123,7 @@ def prepare(
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
     notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
+    notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
     if images and listed is not None and config.rollout.mcp_url:
         notices.append(
             "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
@@ -189,6 +190,25 @@ def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
         weights=wanted,
         trust_remote_code=section.trust_remote_code,
     )
+
+
+def _check_horizon(config: Config, *, agentic: bool, dataset: Dataset) -> Iterator[str]:
+    """Raise ConfigError where cut answers would mean something else; say what they leave out."""
+    horizon = config.algorithm.kl_horizon
+    if horizon is None:
+        return
+    if agentic:
+        raise ConfigError(
+            "kl_horizon cannot go with tools",
+            where="algorithm.kl_horizon",
+            why="it would cut calls in the middle, and what comes after them is never reached",
+            fix="remove kl_horizon, or shorten whole answers with rollout.max_tokens",
+        )
+    if any(prompt.rewards for prompt in dataset.prompts):
+        yield (
+            f"rewards are not computed while training: answers are cut after {horizon} tokens (algorithm.kl_horizon). "
+            "Evaluations see whole answers"
+        )
 
 
 def _unused(project: Project, functions: Sequence[FunctionInfo], config: Config) -> Iterator[str]:

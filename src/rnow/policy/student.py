@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rnow import progress
-from rnow.algorithm.batching import collate, plan_micro_batches
+from rnow.algorithm.batching import collate, head_of, plan_micro_batches
 from rnow.algorithm.objective import Objective, Terms
 from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
@@ -156,7 +156,7 @@ class LoraPolicy:
         """Gradients of the whole batch, left in ``.grad``. Out of memory: the same batch again, half at a time."""
         lengths = [len(item.sample.token_ids) for item in batch.samples]
         while True:
-            plan = plan_micro_batches(lengths, self._micro_batch_tokens)
+            plan = self._plan(batch, lengths)
             found = PassStreams()
             self._adamw.zero_grad(set_to_none=True)
             self._train_mode()
@@ -174,6 +174,17 @@ class LoraPolicy:
                 self._halve_micro_batch(plan, lengths, error)
             finally:
                 self.model.eval()
+
+    def _plan(self, batch: Batch, lengths: Sequence[int]) -> list[list[int]]:
+        """Micro-batches of indices, each read by one teacher's head."""
+        by_head: dict[str | None, list[int]] = {}
+        for index, item in enumerate(batch.samples):
+            by_head.setdefault(head_of(item), []).append(index)
+        return [
+            [indices[i] for i in part]
+            for indices in by_head.values()
+            for part in plan_micro_batches([lengths[i] for i in indices], self._micro_batch_tokens)
+        ]
 
     def _train_mode(self) -> None:
         """Checkpointing works in training mode only. It is set on the modules that checkpoint and on nothing inside them:

@@ -54,6 +54,7 @@ class RolloutSettings:
         run_seed, purpose: the fixed parts of every seed.
         poll: asked a few times per second while rollouts wait; may raise to stop.
         timeout: seconds for one rollout, or None; one that takes longer is a failed rollout.
+        horizon: no rollout is longer, in tokens that the student wrote; one that gets there is complete.
         max_live: rollouts that are under way at once, where each holds something that there are only so many of; None: all.
     """
 
@@ -67,13 +68,16 @@ class RolloutSettings:
     run_seed: int
     purpose: Purpose
     timeout: float | None = None
+    horizon: int | None = None
     max_live: int | None = None
     poll: Callable[[], None] = lambda: None
 
     def params(self, context_length: int) -> SamplingParams:
         """Sampling parameters after ``context_length`` tokens of context."""
         return SamplingParams(
-            max_tokens=min(self.max_tokens, self.window - context_length),
+            max_tokens=min(
+                self.max_tokens, self.window - context_length, self.horizon or self.max_tokens
+            ),
             stop_token_ids=self.stop_token_ids,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -204,6 +208,8 @@ class _Episode:
             progress.moved()
             self._messages.extend(step.messages)
             if completion.finish_reason == "length":
+                if len(completion.token_ids) == self._settings.horizon:
+                    return self._rollout("completed", "horizon")
                 full = len(self._context) >= self._settings.window
                 return self._rollout("truncated", "window" if full else "length")
             if step.done:

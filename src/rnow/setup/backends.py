@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from rnow.algorithm.head import Head
 from rnow.disk.folder import RunFolder
 from rnow.models.card import CardWatch, ready_card
 from rnow.models.shape import build_empty, shape_of
@@ -88,6 +89,7 @@ async def load_backends(
         stage=stage,
         gpu=_watched(prepared, turns) if turns else Residency(),
         turns=turns,
+        heads={},
     )
     vllm = loader.start_sampler()
     student = await loader.load_student(vllm)
@@ -126,7 +128,8 @@ def _watched(prepared: Prepared, turns: frozenset[Part]) -> Residency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loader:
-    """Loads one model after the other. Where they take turns on a card, the loaded ones sleep meanwhile."""
+    """Loads one model after the other. Where they take turns on a card, the loaded ones sleep meanwhile. ``heads``: of those in
+    this process, by role."""
 
     prepared: Prepared
     run_folder: RunFolder
@@ -135,6 +138,7 @@ class _Loader:
     stage: Callable[[str], None]
     gpu: Residency
     turns: frozenset[Part]
+    heads: dict[str, Head]
 
     def start_sampler(self) -> VllmSampler | None:
         """The vLLM that draws from the student; None where the trainer's own weights do."""
@@ -155,7 +159,7 @@ class _Loader:
         lm = load_model(prepared.student, prepared.rendered)
         if vllm is not None:
             vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm), warn=prepared.warn)
-        student = build_student(prepared, lm, self.poll, embedded=vllm is None)
+        student = build_student(prepared, lm, self.poll, self.heads, embedded=vllm is None)
         if self.turns:
             gpu.add("trainer", student.policy)
             if vllm is None:
@@ -207,7 +211,8 @@ class _Loader:
         else:
             cards = prepared.cards.get(name, ())
             lm = load_model(model, prepared.rendered, cards=cards)
-            teacher = score_with(prepared, lm, self.poll)
+            teacher = score_with(prepared, lm, self.poll, role=name)
+            self.heads[name] = lm.head
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:

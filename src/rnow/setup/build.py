@@ -592,7 +592,7 @@ class _Run:
             rewarder=code.rewarder,
             reward_watch=watch,
             teacher=backends.teacher,
-            needs=build_objective(self._config).needs,
+            needs=build_objective(self._prepared).needs,
             gpu=backends.gpu,
         )
         return Parts(

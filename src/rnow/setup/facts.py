@@ -115,7 +115,7 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     lines = [
         f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
         f"teacher: {_teacher_name(prepared)}",
-        f"objective: {build_objective(config).describe()}, "
+        f"objective: {build_objective(prepared).describe()}, "
         f"learning rate {config.trainer.learning_rate:g}",
         f"data: {prepared.source.summary}" if prepared.source else "data: none",
         f"sampler: {sampler}",

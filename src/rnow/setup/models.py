@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rnow.algorithm.head import Head
 from rnow.models.adapter import TrainedAdapter
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.models.offload import tensors_of
 from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import Rendered
-from rnow.plan.roles import RunModel, dtype_name
+from rnow.plan.roles import STUDENT, RunModel, dtype_name
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.transformers import TransformersSampler
 from rnow.setup.objective import build_objective
@@ -80,11 +81,17 @@ def load_model(model: RunModel, rendered: Rendered, *, cards: Sequence[int] = ()
 
 
 def build_student(
-    prepared: Prepared, student: CausalLM, poll: Callable[[], None], *, embedded: bool
+    prepared: Prepared,
+    student: CausalLM,
+    poll: Callable[[], None],
+    heads: dict[str, Head],
+    *,
+    embedded: bool,
 ) -> LocalStudent:
     """The policy on a loaded base, and what else works with the same weights.
 
     Args:
+        heads: see ``build_objective``; the student's own is added.
         embedded: draw with them, too.
     """
     # Before the policy: in merged mode it copies the base as it is before PEFT wraps it.
@@ -93,10 +100,11 @@ def build_student(
         if embedded
         else None
     )
-    policy = build_policy(prepared, student, poll)
+    heads[STUDENT] = student.head
+    policy = build_policy(prepared, student, poll, heads)
     if sampler is not None:
         policy.take_along(lambda embedded=sampler: tensors_of(embedded.model))
-    as_teacher = score_with(prepared, student, poll)
+    as_teacher = score_with(prepared, student, poll, role=STUDENT)
     return LocalStudent(
         facts=StudentFacts(
             dtype=dtype_name(student.head.weight.dtype),
@@ -111,10 +119,14 @@ def build_student(
     )
 
 
-def score_with(prepared: Prepared, lm: CausalLM, poll: Callable[[], None]) -> TransformersTeacher:
+def score_with(
+    prepared: Prepared, lm: CausalLM, poll: Callable[[], None], *, role: str
+) -> TransformersTeacher:
     """A model in this process behind the Teacher protocol."""
     return TransformersTeacher(
         lm,
+        role=role,
+        head_stays=role != STUDENT and build_objective(prepared).needs.hidden,
         temperature=prepared.config.rollout.temperature,
         micro_batch_tokens=prepared.config.trainer.micro_batch_tokens,
         poll=poll,
@@ -134,7 +146,7 @@ def answer_as_trained(
     Raises:
         ModelError: the adapter cannot be read or is of another model.
     """
-    student = build_student(prepared, lm, poll, embedded=True)
+    student = build_student(prepared, lm, poll, {}, embedded=True)
     assert student.sampler is not None, "asked for"
     try:
         student.policy.load_adapter(trained.tensors())
@@ -154,8 +166,10 @@ def batch_bytes(prepared: Prepared) -> int | None:
     return None if gigabytes is None else int(gigabytes * 1e9)
 
 
-def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]) -> LoraPolicy:
-    """The student's adapter, objective and optimizer as the config says."""
+def build_policy(
+    prepared: Prepared, student: CausalLM, poll: Callable[[], None], heads: Mapping[str, Head]
+) -> LoraPolicy:
+    """The student's adapter, objective and optimizer as the config says. ``heads`` as in ``build_objective``."""
     config = prepared.config
     trainer, model = config.trainer, config.model
     checkpointing = trainer.gradient_checkpointing
@@ -168,7 +182,7 @@ def build_policy(prepared: Prepared, student: CausalLM, poll: Callable[[], None]
         seed=config.seed,
         # An adapter outlives the folder it was trained from: a local base is named by its full path.
         base_name=str(resolved.local_dir.resolve()) if resolved.revision is None else model.path,
-        objective=build_objective(config),
+        objective=build_objective(prepared, heads),
         optimizer=OptimizerSettings(
             learning_rate=trainer.learning_rate,
             weight_decay=trainer.weight_decay,

@@ -2,22 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from rnow.algorithm.baseline import KlBaseline
+from rnow.algorithm.bucket import TopKDivergence
+from rnow.algorithm.exact import ExactDivergence
+from rnow.algorithm.head import Head
 from rnow.algorithm.objective import Objective
 from rnow.algorithm.policy_gradient import PolicyGradient
+from rnow.algorithm.rewarded import RewardTerm
 from rnow.config import Config
+from rnow.plan.choices import kl_estimator, teacher_backend
+from rnow.plan.prepare import Prepared
+
+NO_HEADS: Mapping[str, Head] = {}
 
 
-def build_objective(config: Config) -> Objective:
-    """The objective of the config's ``algorithm`` section."""
-    algorithm = config.algorithm
-    assert algorithm.kl_estimator == "sampled", "the others are refused by refuse_reserved"
-    return PolicyGradient(
-        loss_fn=algorithm.loss_fn,
-        kl_penalty_coef=algorithm.kl_penalty_coef,
+def build_objective(prepared: Prepared, heads: Mapping[str, Head] = NO_HEADS) -> Objective:
+    """The objective of the config's ``algorithm`` section.
+
+    Args:
+        heads: the heads of models in this process by role, for objectives that read hidden states. It may be filled later.
+    """
+    config, algorithm = prepared.config, prepared.config.algorithm
+    # A vocabulary smaller than k is listed whole.
+    top_k = min(algorithm.teacher_top_k, prepared.rendered.vocabulary)
+    estimator = kl_estimator(config)
+    if estimator == "sampled":
+        return PolicyGradient(
+            loss_fn=algorithm.loss_fn,
+            kl_penalty_coef=algorithm.kl_penalty_coef,
+            reward_coef=algorithm.reward_coef,
+            kl_clamp=algorithm.kl_clamp,
+            clip_ratio_low=algorithm.clip_ratio_low,
+            clip_ratio_high=algorithm.clip_ratio_high,
+            ratio_cap=algorithm.ratio_cap,
+            temperature=config.rollout.temperature,
+            kl_discount=algorithm.kl_discount,
+            baseline=_baseline(config, heads, top_k),
+        )
+    rewarded = RewardTerm(
         reward_coef=algorithm.reward_coef,
-        kl_clamp=algorithm.kl_clamp,
+        loss_fn=algorithm.loss_fn,
         clip_ratio_low=algorithm.clip_ratio_low,
         clip_ratio_high=algorithm.clip_ratio_high,
         ratio_cap=algorithm.ratio_cap,
+    )
+    if estimator == "exact":
+        return ExactDivergence(
+            heads=heads,
+            divergence=algorithm.divergence,
+            kl_penalty_coef=algorithm.kl_penalty_coef,
+            rewarded=rewarded,
+            temperature=config.rollout.temperature,
+        )
+    assert algorithm.divergence != "jsd", "refused with the config"
+    return TopKDivergence(
+        top_k=top_k,
+        divergence=algorithm.divergence,
+        kl_penalty_coef=algorithm.kl_penalty_coef,
+        kl_clamp=algorithm.kl_clamp,
+        ratio_cap=algorithm.ratio_cap,
+        rewarded=rewarded,
         temperature=config.rollout.temperature,
     )
+
+
+def _baseline(config: Config, heads: Mapping[str, Head], top_k: int) -> KlBaseline | None:
+    if config.algorithm.kl_baseline == "none":
+        return None
+    served = config.teacher is not None and teacher_backend(config.teacher) != "transformers"
+    return KlBaseline(heads=heads, top_k=top_k if served else 0)

@@ -37,6 +37,7 @@ def rollout_settings(prepared: Prepared, purpose: Purpose, *, group_size: int) -
         run_seed=prepared.config.seed,
         purpose=purpose,
         timeout=rollout.rollout_timeout,
+        horizon=prepared.config.algorithm.kl_horizon if purpose == "train" else None,
         # A rollout keeps its container to its end. More than there are containers for would wait for each other: some for a
         # container, and those that have one for the sampler, which waits for every live rollout.
         max_live=MAX_CONTAINERS - 1 if prepared.images and "tools" in prepared.sandboxed else None,

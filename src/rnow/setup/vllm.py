@@ -107,7 +107,7 @@ async def start_vllm_teacher(
     longest = rendered.teacher_window
     assert isinstance(section, TeacherSection)
     temperature = prepared.config.rollout.temperature
-    top_k = build_objective(prepared.config).needs.top_k
+    top_k = build_objective(prepared).needs.top_k
     if section.url is not None:
         teacher = VllmTeacher.served(
             full_address(section.url),

@@ -38,6 +38,8 @@ class TransformersTeacher:
             teacher equal to the student gives a KL of 0.
         micro_batch_tokens: padded tokens per forward pass; chosen from the device when None. An int8 model scores one
             sample at a time.
+        role: whose model it is; named in evidence that its head reads.
+        head_stays: keep the head where it is while the rest sleeps: the update reads it.
         poll: called before each forward pass; may raise to stop.
     """
 
@@ -47,16 +49,23 @@ class TransformersTeacher:
         *,
         temperature: float = 1.0,
         micro_batch_tokens: int | None = None,
+        role: str = "teacher",
+        head_stays: bool = False,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.lm = lm
+        self._role = role
         self._temperature = temperature
         self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
         if getattr(lm.model, "is_loaded_in_8bit", False):
             # LLM.int8 picks its outlier columns over all rows of a batch: a score would depend on who else is in it.
             self._micro_batch_tokens = 1
         self._poll = poll
-        self._offload = Offload(frozen=lambda: tensors_of(lm.model), what="the teacher")
+        self._offload = Offload(
+            frozen=lambda: tensors_of(lm.model),
+            stays=lambda: lm.head.tensors if head_stays else (),
+            what="the teacher",
+        )
 
     async def score(
         self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
@@ -149,7 +158,7 @@ class TransformersTeacher:
 
         if needs.hidden:
             for rows in split(hidden):
-                yield HiddenEvidence(teacher_hidden=rows)
+                yield HiddenEvidence(teacher_hidden=rows, teacher=self._role)
             return
         head, targets = self.lm.head, tokens.targets.to(self.lm.head.weight.device)
         if not needs.top_k:

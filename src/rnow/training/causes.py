@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 
+from rnow.algorithm.batching import evidence_tensors
 from rnow.algorithm.records import StepData
 
 
@@ -48,8 +48,7 @@ def broken_evidence(data: StepData) -> int:
     return sum(
         item.evidence is not None
         and not all(
-            bool(getattr(item.evidence, field.name).isfinite().all())
-            for field in fields(item.evidence)
+            bool(tensor.isfinite().all()) for tensor in evidence_tensors(item.evidence).values()
         )
         for item in data.training
     )

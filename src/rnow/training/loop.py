@@ -107,7 +107,9 @@ class OnPolicy:
                     prompts, at.sampler, at.environments, at.settings, step=step, store=store
                 )
         with clock.stage("reward"):
-            rewards = await score_rewards(groups, at.rewarder, poll=poll)
+            # An answer that is cut by the horizon is none that a reward could judge.
+            judged = groups if at.settings.horizon is None else []
+            rewards = await score_rewards(judged, at.rewarder, poll=poll)
             at.reward_watch.step(step, rewards)
             samples = build_samples(groups)
         async with gpu.only("teacher", clock):
