@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rnow.algorithm.batching import at_loss_tokens
 from rnow.algorithm.records import SAMPLED, Evidence, TeacherNeeds
@@ -39,9 +40,8 @@ class PrivilegedTeacher:
 def with_prompt(sample: Sample, prompt: Sequence[int]) -> Sample:
     """The same answer after another prompt: the tokens before the first loss token are replaced, and all others kept."""
     first, told = sample.loss_mask.index(True), len(prompt)
-    replaced = Sample(
-        id=sample.id,
-        dataset=sample.dataset,
+    replaced = replace(
+        sample,
         token_ids=(*prompt, *sample.token_ids[first:]),
         loss_mask=(*[False] * told, *sample.loss_mask[first:]),
         sampler_logprobs=(*[0.0] * told, *sample.sampler_logprobs[first:]),
