@@ -284,7 +284,6 @@ def test_top_k_off_is_silent(load: Load, top_k: int) -> None:
 
 EXAMPLES = {
     "dataset_type": ["sft", "midtrain"],
-    "data.train_file": ["[{path: a, teacher: b}]"],
     "model.path": ["[a, b]"],
     "algorithm.adv_estimator": ["gae"],
 }

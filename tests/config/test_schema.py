@@ -304,5 +304,5 @@ def test_a_template_has_both_placeholders(template: str, lacks: str | None) -> N
     if lacks is None:
         assert make(teacher=teacher).teacher.template == template
         return
-    with pytest.raises(ConfigError, match=f"teacher.template has no {lacks}"):
+    with pytest.raises(ConfigError, match=f"the template has no {lacks}"):
         make(teacher=teacher)

@@ -95,7 +95,6 @@ def test_free(change: dict[str, Any]) -> None:
         {"algorithm__loss_fn": "importance_sampling"},
         {"rollout__temperature": 0.7},
         {"rollout__max_tokens": 7},
-        {"teacher__path": "other"},
         {"teacher__quantization": "nf4"},
         {"trainer__updates_per_batch": 2},
     ],
@@ -112,6 +111,7 @@ def test_warned(change: dict[str, Any]) -> None:
     [
         {"seed": 3},
         {"model__path": "other"},
+        {"teacher__path": "other"},
         {"model__qlora_rank": 8},
         {"model__qlora_alpha": 8},
         {"model__lora_targets": "q_proj"},
@@ -204,7 +204,7 @@ TABLE: dict[Change, str] = {
         evaluation.num_samples evaluation.max_prompts evaluation.temperature evaluation.success_reward
     """,
     "evaluates": """
-        teacher.path teacher.revision teacher.trust_remote_code teacher.backend rollout.include_thinking
+        teacher.revision teacher.trust_remote_code teacher.backend rollout.include_thinking
         teacher.template teacher.system_prompt
         teacher.quantization|local teacher
         teacher.dtype|local teacher
@@ -221,6 +221,7 @@ TABLE: dict[Change, str] = {
         sampler.dtype|vllm sampler
         sampler.quantization|vllm sampler
     """,
+    "judges": "teacher.path",
     "refuse": """
         dataset_type seed data.train_file data.batch_size data.group_size data.val_split data.shuffle
         model.path model.qlora_rank model.qlora_alpha model.lora_targets model.quantization model.dtype model.revision model.device
@@ -265,7 +266,7 @@ def test_a_change_means_what_the_key_says(key: str, readers: frozenset[Reader]) 
     assert len(found.free) == (change in ("free", "length"))
     assert len(found.warned) == (change in ("warn", "evaluates", "shapes"))
     assert len(found.measured) == (change == "measures")
-    assert len(found.refused) == (change == "refuse")
+    assert len(found.refused) == (change in ("refuse", "judges"))
     assert found.rollouts_hold == (change not in ("shapes", "refuse"))
     assert found.evaluations_hold == (change in ("free", "length", "warn"))
 
@@ -331,8 +332,8 @@ def test_a_fact_that_an_earlier_version_did_not_keep_is_unknown(fact: str) -> No
         ("threads", 2, 1, "the number of CPU threads changed: 2 -> 1", "free"),
         ("stop_ids", [1], [1, 2], "student and teacher) changed: [1] -> [1, 2]", "warned"),
         ("template_date", "2026-01-01", "2026-01-02", "that chat templates print", "warned"),
-        ("teacher_weights", "aaaa", "bbbb", "the teacher's weights changed", "warned"),
-        ("teacher_config", "aaaa", "bbbb", "the teacher's config.json changed", "warned"),
+        ("teacher_weights", "aaaa", "bbbb", "the teacher's weights changed", "refused"),
+        ("teacher_config", "aaaa", "bbbb", "the teacher's config.json changed", "refused"),
         ("student_config", "aaaa", "bbbb", "the student's config.json changed", "refused"),
         ("rewards_modules", {"a.py": "1"}, {"a.py": "2", "b.py": "1"}, ": a.py, b.py", "warned"),
         ("tools_modules", {"a.py": "1", "b.py": "1"}, {"a.py": "1"}, "changed: b.py", "warned"),

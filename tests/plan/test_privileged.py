@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rnow.config import Config, TeacherSection
 from rnow.errors import DataError, InputError
 from rnow.plan.privileged import fit_windows, teacher_messages
 from rnow.plan.rendered import Rendered, render_prompts
+from rnow.plan.roles import Models
 from rnow.project.rows import Privileged
 from rnow.types import Message, Prompt
 
@@ -133,9 +135,16 @@ def render(
 ) -> Rendered:
     teacher = {"path": "self" if own_base else "teacher"} | sections.pop("teacher", {})
     config = make_config(teacher=teacher, **sections)
-    return render_prompts(
-        config, prompts_of(*texts), project.models(config), privileged=rows, own_base=own_base
-    )
+    return render_prompts(config, prompts_of(*texts), models_of(project, config), privileged=rows)
+
+
+def models_of(project: Project, config: Config) -> Models:
+    """As ``prepare`` finds them."""
+    models = dict(project.models(config))
+    if config.teacher is not None and config.teacher.own_base:
+        student = models["student"].resolved
+        models["teacher"] = replace(models["teacher"], resolved=student, own_base=True)
+    return models
 
 
 @pytest.mark.parametrize("own_base", [True, False])
@@ -156,7 +165,8 @@ def test_the_prompts_of_the_teacher_stand_beside_the_students(
 
 def test_where_no_teacher_scores_nothing_is_rendered_for_it(project: Project) -> None:
     config = make_config(teacher={"path": "self", "system_prompt": "Be kind."})
-    found = render_prompts(config, prompts_of("cat", "dog"), project.models(config))
+    alone = {"student": project.models(config)["student"]}
+    found = render_prompts(config, prompts_of("cat", "dog"), alone)
     assert (found.teacher_token_ids, found.warnings) == ({}, ())
 
 
@@ -165,7 +175,7 @@ def test_self_without_anything_to_be_told_is_refused(project: Project) -> None:
         render(project, {})
     assert caught.value.where == "teacher.path"
     held = render(project, {}, algorithm={"reward_coef": 1.0})
-    assert any("told nothing that the student does not see" in w for w in held.warnings)
+    assert any("is told nothing that the student does not see" in w for w in held.warnings)
     assert render(project, {}, teacher={"system_prompt": "Be kind."}).longest_told > 0
 
 
@@ -226,8 +236,12 @@ def own_base_of(folder: Path, **sections: Any) -> bool:
         "data": {"batch_size": 1},
     }
     found = prepare(Config(**(values | sections)), folder, weights=False)
-    assert ("teacher" in found.models) is not found.own_base
-    return found.own_base
+    teacher = found.models["teacher"]
+    if teacher.own_base:
+        ours = found.student
+        assert teacher.resolved == replace(ours.resolved, path=teacher.resolved.path)
+        assert teacher.quantization == ours.quantization
+    return teacher.own_base
 
 
 def test_a_teacher_that_is_the_students_base_is_not_loaded_again(tmp_path: Path) -> None:
@@ -250,4 +264,6 @@ def test_a_teacher_that_is_the_students_base_is_not_loaded_again(tmp_path: Path)
         assert not own_base_of(tmp_path, teacher=teacher | on_cpu)
     nf4 = {"path": "student", "quantization": "nf4"} | on_cpu
     assert own_base_of(tmp_path, model=nf4, teacher=nf4)
-    assert own_base_of(tmp_path, teacher={"path": "self", "system_prompt": "Be kind."})
+    told = {"path": "self", "system_prompt": "Be kind.", "dtype": "float16"}
+    assert own_base_of(tmp_path, teacher=told)
+    assert own_base_of(tmp_path, model=nf4, teacher=told)

@@ -8,7 +8,7 @@ import pytest
 from tests.plan.test_rendered import make_config
 
 from rnow.config import Config
-from rnow.plan.choices import sampler_backend, teacher_backend, uses_vllm
+from rnow.plan.choices import sampler_backend, teacher_backend
 from rnow.plan.roles import engine_share, roles_of, sharers
 
 
@@ -48,7 +48,6 @@ def test_auto_is_decided_once(
     assert tuple(role.backend for role in roles_of(config).values()) == backends
     assert config.teacher is not None
     assert (sampler_backend(config), teacher_backend(config.teacher)) == backends
-    assert uses_vllm(config) == ("vllm" in backends)
 
 
 def test_a_vllm_holds_the_base_as_the_trainer_does_unless_told_otherwise(two_cards: None) -> None:

@@ -67,7 +67,7 @@ def live_elsewhere(
             sampler=TransformersSampler.for_student(drawing, poll=poll),
             trainer_as_teacher=TeacherElsewhere(student),
             teacher=TeacherElsewhere(teacher),
-            teacher_sampler=None,
+            answering=[],
             gpu=Residency(),
             sampler_facts={"backend": "transformers", "mode": "merged weights"},
             poll=poll,

@@ -13,7 +13,9 @@ import pytest
 import torch
 from tests.setup.agents import AgentProject, call, script_student
 from tests.setup.projects import WORDS, Project, Watcher
+from transformers import AutoTokenizer
 
+from rnow.config import Config
 from rnow.errors import InputError
 from rnow.setup import models
 from rnow.setup.build import check, run
@@ -110,8 +112,7 @@ def test_the_plan_says_that_there_is_one_copy(project: Project) -> None:
     write_told(project, privileged_context=lambda word: word * 20)
     shared = check(project.config(teacher={"path": "self"}), project.folder)
     apart = check(project.config(), project.folder)
-    assert (shared.own_base, apart.own_base) == (True, False)
-    assert list(shared.models) == ["student"]
+    assert [plan.models["teacher"].own_base for plan in (shared, apart)] == [True, False]
     assert shared.longest_told > shared.longest_prompt
     (device,) = shared.devices
     lines = {(part.model, part.name): part.bytes for part in device.parts}
@@ -155,8 +156,6 @@ def test_what_the_teacher_is_told_is_seen_by_nobody_else(
         scored.append(bytes_of(told.token_ids))
         return told
 
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(project.student)
 
     def bytes_of(ids: Any) -> str:
@@ -190,8 +189,47 @@ def test_the_teachers_system_prompt_goes_to_no_tracker(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(sys, "argv", ["rnow", "run"])
     teacher = {"path": "self", "system_prompt": MARK, "template": f"{MARK} {{prompt}} {{context}}"}
-    one_step(project, "tiny", teacher=teacher, wandb_project="planted")
+    source = {"path": "train.jsonl", "teacher": {"path": "self", "system_prompt": f"{MARK}!"}}
+    sections = {"teacher": teacher, "data": {"train_file": ["train.jsonl", source]}}
+    one_step(project, "tiny", wandb_project="planted", **sections)
     own = {"config.yml", "run.json", "state.json"}
     places = [place.partition(":")[0] for place in leaks(project.run_dir)]
     assert {Path(place).name for place in places} <= own
     assert "config.yml" in places
+
+
+def test_every_teacher_tells_its_own_rows_what_it_says(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two teachers that are the student's base, and one that is not, each with a system prompt of its own."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{word} {row}"}], "teacher": name}
+        for row, (word, name) in enumerate(zip(WORDS, "abc" * 6, strict=False))
+    ]
+    project.write_rows(rows)
+    teachers = {
+        "a": {"path": "self", "system_prompt": "be a"},
+        "b": {"path": str(project.student), "system_prompt": "be b", "device": "cpu"},
+        "c": {"path": str(project.teacher), "system_prompt": "be c", "device": "cpu"},
+    }
+    scored: dict[str, list[str]] = {}
+    real = privileged.with_prompt
+    tokenizer = AutoTokenizer.from_pretrained(project.student)
+
+    def watched(sample: Any, prompt: Any) -> Any:
+        told = real(sample, prompt)
+        scored.setdefault(told.teacher, []).append(tokenizer.decode(told.token_ids))
+        return told
+
+    monkeypatch.setattr(privileged, "with_prompt", watched)
+    values = project.values(teachers=teachers, trainer={"max_steps": 2})
+    del values["teacher"]
+    config = Config(**values)
+    plan = check(config, project.folder)
+    assert [plan.models[f"teacher/{name}"].own_base for name in "abc"] == [True, True, False]
+    run(config, folder=project.folder)
+    assert sorted(scored) == ["teacher/a", "teacher/b", "teacher/c"]
+    for role, texts in scored.items():
+        assert all(f"be {role[-1]}" in text for text in texts)
+    kinds = {f"teacher_kl/teacher/{name}" for name in "abc"}
+    assert kinds <= {key for row in project.numbers for key in row}

@@ -12,7 +12,7 @@ from tests.fakes import FakeEnvironment, FakeRewarder, FakeSampler, FakeTeacher
 
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
-from rnow.training.evaluations import Evaluator, pass_at_k
+from rnow.training.evaluations import Answering, Evaluator, pass_at_k
 from rnow.training.residency import Residency
 from rnow.types import Prompt, Rollout
 
@@ -46,7 +46,7 @@ def evaluate(
     }
     evaluator = Evaluator(**fields | changes)
     drawn = sampler or FakeSampler([[4, END]])
-    return asyncio.run(evaluator.evaluate(drawn, teacher, Residency()))
+    return asyncio.run(evaluator.evaluate([Answering(sampler=drawn)], teacher, Residency()))
 
 
 @pytest.mark.parametrize("n", [1, 4, 6])

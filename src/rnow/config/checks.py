@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from rnow.config.names import name_problems
-from rnow.config.problems import KeyPath, Problem
+from rnow.config.problems import KeyPath, Problem, dotted
+from rnow.config.teachers import (
+    TEACHER,
+    any_served,
+    find_teachers,
+    own_teachers,
+    teacher_sections,
+)
+from rnow.text.suggest import hint
 
 if TYPE_CHECKING:
     from rnow.config.schema import Schema
 
 MAX_COUNT = 2**63
 RESERVED_DATASETS = frozenset({"k3"})
+TEACHER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 RESERVED_EVALS = frozenset({"before", "after", "teacher"})
 
 
@@ -25,6 +35,8 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from _without_its_teacher(config)
     yield from _elsewhere_and_own(config)
     yield from _without_placeholder(config)
+    yield from _teacher_names(config)
+    yield from _of_two_minds(config)
     yield from _unknown_to_its_engine(config)
     yield from _without_signal(config)
     yield from _unknown_to_its_estimator(config)
@@ -33,16 +45,17 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
 
 
 def _without_its_teacher(config: Schema) -> Iterator[Problem]:
-    distill = config.dataset_type == "distill"
-    if distill and config.teacher is None:
+    distill, sections = config.dataset_type == "distill", [*teacher_sections(config)]
+    if distill and not sections:
         yield Problem(
             path=("teacher", "path"),
             message="dataset_type distill needs a teacher",
             hint="add a teacher section with path: <HuggingFace id or local folder>",
         )
-    if not distill and config.teacher is not None:
+    if not distill and sections:
+        path, _ = sections[0]
         yield Problem(
-            path=("teacher",),
+            path=path,
             message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
             hint="remove the teacher section, or set dataset_type: distill",
         )
@@ -50,46 +63,87 @@ def _without_its_teacher(config: Schema) -> Iterator[Problem]:
 
 def _elsewhere_and_own(config: Schema) -> Iterator[Problem]:
     """The student's own base as the teacher, and a place where another model is."""
-    teacher = config.teacher
-    if teacher is None or not teacher.own_base:
-        return
-    given = {
-        "url": teacher.url is not None,
-        "backend": teacher.backend == "vllm",
-        "revision": teacher.revision is not None,
-    }
-    for name in (name for name, asked in given.items() if asked):
-        yield Problem(
-            path=("teacher", name),
-            message=f"teacher.{name} cannot go with teacher.path: self, the base that the trainer holds anyway",
-            hint="remove it, or name the teacher's model with teacher.path (a folder called self is ./self)",
-        )
+    for path, teacher in teacher_sections(config):
+        given = {
+            "url": teacher.url is not None,
+            "backend": teacher.backend == "vllm",
+            "revision": teacher.revision is not None,
+        }
+        for name in (name for name, asked in given.items() if asked and teacher.own_base):
+            yield Problem(
+                path=(*path, name),
+                message=f"{name} cannot go with path: self, the base that the trainer holds anyway",
+                hint="remove it, or name the teacher's model with path (a folder called self is ./self)",
+            )
 
 
 def _without_placeholder(config: Schema) -> Iterator[Problem]:
-    template = "" if config.teacher is None else config.teacher.template
-    for name in ("{prompt}", "{context}"):
-        if template and name not in template:
+    """A template of a teacher that would not see the question, or what the row tells it."""
+    unseen = {"{prompt}": "the question", "{context}": "the row's privileged_context"}
+    for path, teacher in teacher_sections(config):
+        for name in (name for name in unseen if name not in teacher.template):
             yield Problem(
-                path=("teacher", "template"),
-                message=f"teacher.template has no {name}, so the teacher would not see "
-                + ("the question" if name == "{prompt}" else "the row's privileged_context"),
+                path=(*path, "template"),
+                message=f"the template has no {name}, so the teacher would not see {unseen[name]}",
                 hint=f"write {name} where it belongs; for a prompt of another kind give rows teacher_messages",
+            )
+
+
+def _teacher_names(config: Schema) -> Iterator[Problem]:
+    """Names of teachers that mean nothing, or more than one thing."""
+    for name in config.teachers:
+        path = ("teachers", name)
+        if not TEACHER_NAME.fullmatch(name):
+            message = f'"{name}" is no name for a teacher'
+            yield Problem(path=path, message=message, hint="use letters, digits, _ and -")
+        elif name == TEACHER:
+            message = f"no other teacher can be named {name}: that is the section {name}"
+            yield Problem(path=path, message=message, hint="choose another name")
+    own = dict(own_teachers(config))
+    for index, source in enumerate(config.data.sources):
+        path, asked = ("data", "train_file", index, "teacher"), source.teacher
+        if index not in own:
+            continue
+        if config.teachers and isinstance(asked, str) and "/" not in asked:
+            yield Problem(
+                path=path,
+                message=f"no teacher is named {asked}{hint(asked, config.teachers)}",
+                hint=f"the teachers are {', '.join(config.teachers)}; a model is written with a slash (./{asked}), or as a "
+                "section with path",
+            )
+        elif source.name in config.teachers:
+            yield Problem(
+                path=path,
+                message=f"the teacher of the dataset {source.name} would have the name of another in teachers",
+                hint="give the dataset or that teacher another name",
+            )
+
+
+def _of_two_minds(config: Schema) -> Iterator[Problem]:
+    """``agentic`` is of the whole run."""
+    said = [(path, s.agentic) for path, s in teacher_sections(config) if s.agentic is not None]
+    for path, agentic in said[1:]:
+        if agentic != said[0][1]:
+            yield Problem(
+                path=(*path, "agentic"),
+                message="another teacher says the opposite, and a run has tools or has none",
+                hint="say it once",
             )
 
 
 def _unknown_to_its_engine(config: Schema) -> Iterator[Problem]:
     """A teacher stored as its engine cannot load it."""
-    teacher = config.teacher
-    if teacher is not None and teacher.url is None:
+    for path, teacher in teacher_sections(config):
+        if teacher.url is not None:
+            continue
         # auto loads the teacher with transformers where no url is given.
         engine = "vllm" if teacher.backend == "vllm" else "transformers"
         if teacher.quantization == ("int8" if engine == "vllm" else "fp8"):
             other = "transformers" if engine == "vllm" else "vllm"
             yield Problem(
-                path=("teacher", "quantization"),
+                path=(*path, "quantization"),
                 message=f"{engine} does not quantise to {teacher.quantization} while it loads",
-                hint=f"set teacher.backend: {other}, or teacher.quantization: nf4",
+                hint=f"set {dotted(path)}.backend: {other}, or {dotted(path)}.quantization: nf4",
             )
 
 
@@ -124,9 +178,8 @@ def _without_signal(config: Schema) -> Iterator[Problem]:
 
 def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
     """What only another way of estimating the KL can do."""
-    algorithm, teacher = config.algorithm, config.teacher
+    algorithm, served = config.algorithm, any_served(config)
     estimator, divergence = algorithm.kl_estimator, algorithm.divergence
-    served = teacher is not None and (teacher.url is not None or teacher.backend == "vllm")
     if estimator == "exact" and served:
         yield Problem(
             path=("algorithm", "kl_estimator"),
@@ -188,6 +241,7 @@ def _truncated(config: Schema) -> Iterator[Problem]:
 
 def _names_taken(config: Schema) -> Iterator[Problem]:
     names = [source.name for source in config.data.sources]
+    several = len(find_teachers(config).sections) > 1
     for index, name in enumerate(names):
         path = ("data", "train_file", index, "name")
         if name in names[:index]:
@@ -195,6 +249,9 @@ def _names_taken(config: Schema) -> Iterator[Problem]:
             yield Problem(path=path, message=message, hint="give each its own name")
         elif name in RESERVED_DATASETS:
             message = f"a dataset cannot be named {name}: teacher_kl/{name} is another metric"
+            yield Problem(path=path, message=message, hint="choose another name")
+        elif several and (name == TEACHER or name.startswith(f"{TEACHER}/")):
+            message = f"a dataset cannot be named {name} beside several teachers: teacher_kl/{name} is another metric"
             yield Problem(path=path, message=message, hint="choose another name")
     names = [entry.name or f"eval_{index}" for index, entry in enumerate(config.evals)]
     for index, name in enumerate(names):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rnow.config import Config, TeacherSection
+from rnow.config.teachers import any_served, teacher_sections
 from rnow.models.loading import choose_device
 from rnow.models.shape import ModelShape
 from rnow.serving.server import VISIBLE
@@ -25,13 +26,6 @@ DEFAULT_MAX_TURNS = 10
 """Turns of a rollout with tools."""
 
 
-def uses_vllm(config: Config) -> bool:
-    """Whether any part of the run talks to vLLM, whose logs need a place."""
-    teacher = config.teacher
-    backends = sampler_backend(config), teacher and teacher_backend(teacher)
-    return "vllm" in backends
-
-
 def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
     """``sampler.backend`` with ``auto`` decided: vllm on CUDA where it is installed, or where a url is given."""
     section = config.sampler
@@ -43,12 +37,12 @@ def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
     return "vllm" if on_gpu and find_spec("vllm") is not None else "transformers"
 
 
-def teacher_answers(config: Config, shape: ModelShape) -> bool:
-    """``evaluation.teacher`` with ``auto`` decided: whether the teacher, of this shape, answers the held-out prompts too."""
-    asked, teacher = config.evaluation.teacher, config.teacher
+def teacher_answers(config: Config, shape: ModelShape, *, served: bool) -> bool:
+    """``evaluation.teacher`` with ``auto`` decided: whether a teacher, of this shape, answers the held-out prompts too.
+    ``served``: by a vLLM."""
+    asked = config.evaluation.teacher
     if asked != "auto":
         return asked
-    served = teacher is not None and teacher_backend(teacher) == "vllm"
     return served or (shape.sampled and shape.parameters <= SMALL_TEACHER)
 
 
@@ -57,19 +51,21 @@ Estimator = Literal["sampled", "exact", "topk"]
 
 def kl_estimator(config: Config) -> Estimator:
     """``algorithm.kl_estimator`` with ``auto`` decided. Settings that only ``sampled`` knows choose it."""
-    algorithm, teacher = config.algorithm, config.teacher
+    algorithm, taught = config.algorithm, any(teacher_sections(config))
     if algorithm.kl_estimator != "auto":
         return algorithm.kl_estimator
     of_sampled = algorithm.kl_baseline != "none" or algorithm.kl_discount > 0
-    if teacher is None or of_sampled or algorithm.kl_penalty_coef == 0:
+    if not taught or of_sampled or algorithm.kl_penalty_coef == 0:
         return "sampled"
-    return "exact" if teacher_backend(teacher) == "transformers" else "topk"
+    return "topk" if any_served(config) else "exact"
 
 
 def slow_paths(config: Config) -> list[str]:
     """What this machine could do faster and does not, with the reason; one sentence each."""
     device, found = choose_device(config.model.device), []
-    if device.type == "cpu" and "auto" in (config.model.device, _device_of(config.teacher)):
+    sections = [section for _, section in teacher_sections(config) if not section.own_base]
+    here = [section for section in sections if section.url is None]
+    if device.type == "cpu" and "auto" in (section.device for section in (config.model, *here)):
         why = unusable_gpu()
         if why is not None:
             found.append(f"this machine has a GPU, and the run is on the CPU: {why}")
@@ -80,11 +76,6 @@ def slow_paths(config: Config) -> list[str]:
             f"{install_command('vllm')}, or set sampler.backend: transformers if that is meant"
         )
     return found
-
-
-def _device_of(teacher: TeacherSection | None) -> str | None:
-    elsewhere = teacher is None or teacher.url is not None or teacher.own_base
-    return None if elsewhere else teacher.device
 
 
 def unusable_gpu() -> str | None:

@@ -7,13 +7,14 @@ so a run usually stays below them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from rnow.models.shape import ModelShape
-from rnow.plan.roles import STUDENT, TEACHER, Role, Stored
+from rnow.plan.roles import STUDENT, Role, Stored
 from rnow.training.residency import Part
 
 Stage = Literal["always", "sampling", "teacher", "update"]
@@ -39,7 +40,7 @@ ENGINE_ASLEEP = 1.5e9
 LAYER_NORM_COPIES = 6
 """Hidden-state sized tensors that a block keeps for its backward pass beside the linear layers' inputs and outputs."""
 
-_STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "teacher": "teacher", "trainer": "update"}
+_STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "trainer": "update"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ class ModelMemory:
             one.
         device, engine_device: where the model is loaded, and where the vLLM runs; the first card of a spread one.
         cards: over which the vLLM is spread.
+        own_base: it is the student's base, which the trainer holds.
     """
 
     role: Role
@@ -62,6 +64,7 @@ class ModelMemory:
     device: str = "cpu"
     engine_device: str = "cpu"
     cards: int = 1
+    own_base: bool = False
 
     @property
     def weight_bytes(self) -> float:
@@ -100,7 +103,6 @@ class MemorySettings:
         prompts: how many different prompts they have.
         prompt_tokens: tokens of the longest prompt.
         teacher_extra: by how many tokens a sequence that is scored may be longer, since the teacher is told more.
-        own_base: the student's base is the teacher too.
         completion_tokens: the longest answer.
         window: no sequence is longer.
         micro_batch_tokens: tokens of one forward and backward pass, if a single sequence is not longer.
@@ -122,7 +124,6 @@ class MemorySettings:
     cache_budget: int
     head_buffer: int
     teacher_extra: int = 0
-    own_base: bool = False
 
     @property
     def student(self) -> ModelMemory:
@@ -230,9 +231,6 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
     ]
     if model.engine is None:
         parts.append(part("sampling cache", "sampling", _cache_bytes(settings)))
-    if settings.own_base:
-        scoring = part("activations", "teacher", _scoring_bytes(model, settings))
-        parts.append(replace(scoring, model=TEACHER))
     return [
         *parts,
         part("gradients", "update", lora),
@@ -242,11 +240,11 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
 
 
 def _scoring_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
-    part = partial(_part, model, model.role.part)
-    return [
-        part("weights", "always", model.weight_bytes, host=model.pinned_bytes),
-        part("activations", "teacher", _scoring_bytes(model, settings)),
-    ]
+    part = partial(_part, model, "trainer" if model.own_base else model.role.part)
+    scoring = part("activations", "teacher", _scoring_bytes(model, settings))
+    if model.own_base:
+        return [scoring]
+    return [part("weights", "always", model.weight_bytes, host=model.pinned_bytes), scoring]
 
 
 def _engine_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
@@ -268,9 +266,18 @@ def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
     """The most bytes held at once, and the stage that holds them."""
     always = sum(part.bytes for part in parts if part.stage == "always")
     stages: tuple[Stage, ...] = ("sampling", "teacher", "update")
-    by_stage = {s: sum(part.bytes for part in parts if part.stage == s) for s in stages}
+    by_stage = {stage: _most_at_once(parts, stage) for stage in stages}
     stage = max(stages, key=by_stage.__getitem__)
     return always + by_stage[stage], stage
+
+
+def _most_at_once(parts: Sequence[MemoryPart], stage: Stage) -> int:
+    """Bytes of a stage: of several teachers one scores at a time."""
+    amounts: Counter[Part] = Counter()
+    for part in parts:
+        if part.stage == stage:
+            amounts[part.owner] += part.bytes
+    return max(amounts.values(), default=0)
 
 
 def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
@@ -281,7 +288,7 @@ def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple
         there = [part for part in parts if part.owner == owner or part.owner not in turns]
         most, stage = peak(there)
         if all(part.stage == "always" for part in there):
-            stage = _STAGE_OF[owner]
+            stage = _STAGE_OF.get(owner, "teacher")
         found.append((most + _asleep(parts, turns, owner), stage))
     return max(found, default=peak(parts))
 
@@ -336,7 +343,7 @@ def savings(
 def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySettings]]:
     for role in reversed([*settings.models]):  # the student last: it is what the run is for
         model = settings.models[role]
-        if model.quantization != "nf4":
+        if model.quantization != "nf4" and not model.own_base:
             yield f"{model.role.key}.quantization: nf4", with_nf4(settings, role)
     if not settings.gradient_checkpointing:
         checkpointed = replace(settings, gradient_checkpointing=True)

@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from rnow.config import Config, TeacherSection
+from rnow.config.teachers import TEACHER, find_teachers
 from rnow.core.messages import message_text
 from rnow.errors import MAX_SHOWN, DataError, InputError
+from rnow.plan.roles import Models, RunModel, teachers_of
 from rnow.project.dataset import place_of
 from rnow.project.rows import PRIVILEGED_KEYS, Privileged
 from rnow.types import Message, Prompt
@@ -24,12 +26,14 @@ _PLACEHOLDER = re.compile(r"\{(prompt|context)\}")
 
 
 def teacher_conversations(
-    section: TeacherSection, prompts: Sequence[Prompt], privileged: Mapping[str, Privileged]
+    models: Models, prompts: Sequence[Prompt], privileged: Mapping[str, Privileged]
 ) -> list[tuple[Prompt, tuple[Message, ...]]]:
-    """The prompts that the teacher reads in other words than the student, with those words."""
+    """The prompts that their teacher reads in other words than the student, with those words."""
+    sections = {model.role.name: model.role.section for model in teachers_of(models)}
     told = [
         (prompt, teacher_messages(section, prompt, privileged.get(prompt.id, _NOTHING)))
         for prompt in prompts
+        if isinstance(section := sections.get(prompt.teacher or TEACHER), TeacherSection)
     ]
     return [(prompt, messages) for prompt, messages in told if messages != tuple(prompt.messages)]
 
@@ -124,32 +128,22 @@ def _refuse_oversized(rows: Sequence[tuple[Prompt, int]], limit: int) -> None:
 
 
 def own_base_warnings(
-    config: Config, prompts: Sequence[Prompt], told: Ids, *, thinks: bool
+    config: Config, models: Models, prompts: Sequence[Prompt], told: Ids, *, thinks: bool
 ) -> Iterator[str]:
-    """What to know where the teacher is the student's own base.
+    """What to know where a teacher is the student's own base.
 
     Args:
+        told: the prompts that their teacher reads in other words.
         thinks: the chat template has a switch for thinking, and it is not off.
 
     Raises:
-        InputError: ``teacher.path: self`` that would teach nothing.
+        InputError: ``path: self`` that would teach nothing.
     """
-    assert config.teacher is not None, "no teacher is nobody's base"
-    if not told:
-        why = "its own base sees the prompts that the student sees, and scores them as the student did before training"
-        if config.teacher.own_base and config.algorithm.reward_coef == 0:
-            raise InputError(
-                "the teacher is the student's own base and is told nothing more, so nothing would be learned",
-                where="teacher.path",
-                why=why,
-                fix='give rows "privileged_context" or "teacher_messages", or set teacher.system_prompt',
-            )
-        yield f"the teacher is told nothing that the student does not see: {why}, which holds the student near it"
-    elif without := len(prompts) - len(told):
-        yield (
-            f"{without} of {len(prompts)} rows tell the teacher nothing more than the student: on these it scores as the "
-            "student did before training, which holds the student near it"
-        )
+    own = [model for model in teachers_of(models) if model.own_base]
+    for teacher in own:
+        yield from _without_context(config, teacher, prompts, told)
+    if not own:
+        return
     if told and thinks:
         yield (
             "the chat template knows thinking: self-distillation with privileged context was seen to make thinking models up "
@@ -160,3 +154,26 @@ def own_base_warnings(
             "evaluation.teacher has no effect: the teacher is the student's own base, and its answers without what it is told "
             "are those of the evaluation `before`"
         )
+
+
+def _without_context(
+    config: Config, teacher: RunModel, prompts: Sequence[Prompt], told: Ids
+) -> Iterator[str]:
+    """Rows whose teacher is the student's own base and is told nothing more."""
+    name, key = teacher.role.name, teacher.role.key
+    judged = [prompt for prompt in prompts if (prompt.teacher or TEACHER) == name]
+    without = sum(prompt.id not in told for prompt in judged)
+    as_before = "it scores as the student did before training, which holds the student near that"
+    if 0 < without < len(judged):
+        yield f"{without} of {len(judged)} rows tell the {name} nothing more than the student: on these {as_before}"
+    if without < len(judged):
+        return
+    _, section = find_teachers(config).sections[name]
+    if section.own_base and config.algorithm.reward_coef == 0:
+        raise InputError(
+            f"the {name} is the student's own base and is told nothing more, so nothing would be learned",
+            where=f"{key}.path",
+            why="it sees the prompts that the student sees, and scores them as the student did before training",
+            fix=f'give its rows "privileged_context" or "teacher_messages", or set {key}.system_prompt',
+        )
+    yield f"the {name} is the student's own base and is told nothing that the student does not see: {as_before}"

@@ -110,7 +110,6 @@ def render_prompts(
     *,
     now: datetime | None = None,
     privileged: Mapping[str, Privileged] | None = None,
-    own_base: bool = False,
 ) -> Rendered:
     """Render and encode every prompt, and check the models against each other and the prompts against the window.
 
@@ -119,8 +118,7 @@ def render_prompts(
         models: with their tokenizer files on this machine; weights are not read.
         tools: what the student can call, by name; None for a run without tools.
         now: what chat templates read as the date; None: now.
-        privileged: what rows tell the teacher alone; None where no teacher will score.
-        own_base: the teacher is the student's own base.
+        privileged: what rows tell their teacher alone, by prompt id.
 
     Raises:
         ModelError: the tokenizers or end-of-turn ids differ, or the student has no chat template.
@@ -134,7 +132,8 @@ def render_prompts(
     require_chat_template(tokenizer, path=student.resolved.path, key=f"{student.role.key}.path")
     mode = config.rollout.reasoning_mode
     own = _read(tokenizer, [(prompt, prompt.messages) for prompt in prompts], mode, tools)
-    told = _read(tokenizer, _told(config, prompts, privileged), mode, tools, whose="the teacher's ")
+    others = teacher_conversations(models, prompts, privileged or {})
+    told = _read(tokenizer, others, mode, tools, whose="the teacher's ")
     window, teacher_window = _fit_windows(config, models, prompts, own, told, tools=bool(tools))
 
     found = _compare(tokenizer, models, prompts, own, told, mode, tools, now)
@@ -144,9 +143,8 @@ def render_prompts(
     _check_known(prompts, [own, told], vocabulary)
     warnings += _check_window(config.rollout.max_tokens, prompts, own.ids, window)
     warnings += _reasoning_warnings(tokenizer, prompts, mode)
-    if own_base:
-        thinks = bool(prompts) and mode not in THINKING_OFF and _thinks(tokenizer, prompts[0])
-        warnings += own_base_warnings(config, prompts, told.ids, thinks=thinks)
+    thinks = bool(prompts) and mode not in THINKING_OFF and _thinks(tokenizer, prompts[0])
+    warnings += own_base_warnings(config, models, prompts, told.ids, thinks=thinks)
     return Rendered(
         tokenizer=tokenizer,
         stop_ids=found.stop_token_ids,
@@ -192,15 +190,6 @@ def _read(
     return _Prompts(texts=texts, ids=by_id, warnings=tuple(warnings))
 
 
-def _told(
-    config: Config, prompts: Sequence[Prompt], privileged: Mapping[str, Privileged] | None
-) -> list[tuple[Prompt, tuple[Message, ...]]]:
-    """The prompts that the teacher reads in other words."""
-    if privileged is None or config.teacher is None:
-        return []
-    return teacher_conversations(config.teacher, prompts, privileged)
-
-
 def _fit_windows(
     config: Config,
     models: Models,
@@ -235,7 +224,7 @@ def _compare(
     vocabulary, stops = vocabulary_size(tokenizer), {*stop_token_ids(tokenizer, student_dir)}
     warnings: list[str] = []
     teachers_own = {f"{name}, as the teacher reads it": text for name, text in told.texts.items()}
-    for teacher in teachers_of(models):
+    for teacher in (model for model in teachers_of(models) if not model.own_base):
         agreement = compare_tokenizers(
             tokenizer,
             _load_tokenizer(teacher, now),
@@ -340,7 +329,9 @@ def _rope_warnings(models: Models, window: int) -> list[str]:
         f"the {name} has other rotary factors beyond {switch} tokens (longrope): in a window of {window} every sequence is "
         f"read with the long ones, as vLLM does; rollout.max_context_window: {switch} uses the short ones"
         for name, model in models.items()
-        if (switch := rope_switch(model.resolved.local_dir)) is not None and window > switch
+        if not model.own_base
+        and (switch := rope_switch(model.resolved.local_dir)) is not None
+        and window > switch
     ]
 
 

@@ -10,7 +10,7 @@ from rnow.display.tables import quiet_table
 from rnow.display.terminal import bar, escape_control
 from rnow.plan.memory import Residence, Stage
 from rnow.plan.plan import HOST_FIX, DevicePlan, ModelPlan, Plan, format_bytes
-from rnow.plan.roles import STUDENT, TEACHER
+from rnow.plan.roles import STUDENT
 
 _STAGES: dict[Stage, str] = {
     "always": "always",
@@ -23,6 +23,7 @@ _RESIDENCIES: dict[Residence, str] = {
     "time_shared": "in turns (residency: time_shared)",
 }
 _BAR_WIDTH = 18
+OWN_BASE = "the student's own base with the adapter off; there is one copy of it"
 
 
 def plan_view(plan: Plan, console: Console) -> RenderableType:
@@ -50,9 +51,9 @@ def _facts(plan: Plan) -> Table:
         table.add_row(name, Text(escape_control(text)))
 
     for role, model in plan.models.items():
-        row(role, _model(model))
-    if plan.own_base:
-        row(TEACHER, "the student's own base with the adapter off; there is one copy of it")
+        judged = plan.judged.get(role) if len(plan.judged) > 1 else None
+        what = OWN_BASE if model.own_base else _model(model)
+        row(role, what + (f", judges {judged:,} prompts" if judged is not None else ""))
     share = plan.trainable_parameters / max(1, plan.models[STUDENT].parameters)
     row(
         "trainable",
@@ -62,8 +63,8 @@ def _facts(plan: Plan) -> Table:
     row("prompts", f"{plan.prompts:,}{held}; the longest has {plan.longest_prompt:,} tokens")
     if plan.longest_told:
         row(
-            "its prompts",
-            f"in other words than the student's; the longest has {plan.longest_told:,} tokens",
+            "for teachers",
+            f"prompts in other words than the student's; the longest has {plan.longest_told:,} tokens",
         )
     row(
         "steps",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.config.schema import DatasetSource
+from rnow.config.teachers import TEACHER
 from rnow.errors import MAX_SHOWN, DataError
 from rnow.project.faults import excerpt
 from rnow.project.rows import Privileged, RowRules
@@ -177,6 +178,8 @@ def _canonical(dataset: int, prompt: Prompt, privileged: Privileged | None) -> b
         value += [prompt.docker, prompt.docker_env]
     if privileged is not None:
         value += [privileged.context, privileged.messages]
+    if prompt.teacher not in (None, TEACHER):
+        value.append({"teacher": prompt.teacher})
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return text.encode() + b"\n"
 

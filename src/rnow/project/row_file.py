@@ -10,15 +10,7 @@ from dataclasses import dataclass, field
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError
 from rnow.project.faults import FaultList, excerpt
-from rnow.project.rows import (
-    PRIVILEGED_KEYS,
-    ROW_KEYS,
-    TAUGHT,
-    Privileged,
-    Row,
-    RowRules,
-    check_row,
-)
+from rnow.project.rows import Privileged, Row, RowRules, check_row
 from rnow.text.strict_json import JsonPath, position_of
 from rnow.text.suggest import hint
 from rnow.types import Prompt
@@ -62,7 +54,7 @@ class RowCollector:
         if question is not None:
             self._questions.add(question)
         if isinstance(value, dict):
-            self._unknown.update(value.keys() - self._known())
+            self._unknown.update(value.keys() - self.rules.keys)
         row = check_row(value, self.rules, self.source, number=len(self._rows), line=line)
         if isinstance(row, Row):
             if not self.faults.total:
@@ -100,14 +92,12 @@ class RowCollector:
         )
         if self._unknown:
             names = sorted(self._unknown)
-            shown = ", ".join(f'"{excerpt(name)}"{hint(name, self._known())}' for name in names[:5])
+            shown = ", ".join(
+                f'"{excerpt(name)}"{hint(name, self.rules.keys)}' for name in names[:5]
+            )
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             notes = (*notes, f"{label}: these keys of its rows are ignored: {shown}{more}")
         return RowFile(rows=tuple(self._rows), privileged=self._privileged, warnings=notes)
-
-    def _known(self) -> frozenset[str]:
-        taught = self.rules.dataset_type in TAUGHT
-        return ROW_KEYS if taught else ROW_KEYS.difference(PRIVILEGED_KEYS)
 
 
 def _with_messages(raw: object) -> tuple[object, str | None]:

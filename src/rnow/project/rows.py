@@ -9,6 +9,7 @@ from types import NoneType
 from typing import TypeVar
 
 from rnow.config.schema import DatasetSource
+from rnow.config.teachers import Teachers
 from rnow.project.variables import substitute, substitute_message
 from rnow.text.json_values import NoJsonValue, read_arguments, to_json_value
 from rnow.text.strict_json import JsonPath
@@ -21,12 +22,10 @@ _T = TypeVar("_T")
 
 ROLES = ("system", "user", "assistant", "tool")
 PRIVILEGED_KEYS = ("privileged_context", "teacher_messages")
-"""Read where there is a teacher."""
-TAUGHT = frozenset({"distill"})
-"""Dataset types whose runs have one."""
 ROW_KEYS = frozenset(
     (
-        "messages", "rewards", "tools", "metadata", "variables", "docker", "docker_env", "text", *PRIVILEGED_KEYS,
+        "messages", "rewards", "tools", "metadata", "variables", "docker", "docker_env", "text", "teacher",
+        *PRIVILEGED_KEYS,
     )
 )  # fmt: skip
 # What docker accepts as an image reference, so that no value can read as one of its options.
@@ -51,12 +50,24 @@ class RowRules:
 
     ``dataset_type`` (``distill``, ``sft`` or ``rl``) decides what a row must end with. ``known_rewards`` are the functions of rewards.py; ``known_tools`` those of tools.py, or None when they cannot be
     known before the run (an MCP server lists its own). ``dockerfiles`` are the x of the project's ``Dockerfile.x``.
+    ``teachers`` judge the rows; None where nobody does, or nobody asks.
     """
 
     dataset_type: str
     known_rewards: Collection[str] = ()
     known_tools: Collection[str] | None = ()
     dockerfiles: Collection[str] = ()
+    teachers: Teachers | None = None
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Those of a row that mean something."""
+        return ROW_KEYS if self.taught else ROW_KEYS - {"teacher", *PRIVILEGED_KEYS}
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher judges the rows."""
+        return self.dataset_type == "distill"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +129,9 @@ def check_row(
         docker_env=check.docker_env(),
         source=source.path,
         line=line,
+        teacher=check.teacher(source.name),
     )
-    told = rules.dataset_type in TAUGHT
-    privileged = check.privileged(messages, variables) if told else None
+    privileged = check.privileged(messages, variables) if rules.taught else None
     return check.faults or Row(prompt=prompt, privileged=privileged)
 
 
@@ -335,6 +346,32 @@ class _Checker:
             absent="the project has no tools",
             remedy='remove "tools" from these rows',
         )
+
+    def teacher(self, dataset: str) -> str | None:
+        """The role of the model that judges the row: the teacher it names, else that of its dataset."""
+        known = self.rules.teachers
+        if known is None or self.rules.dataset_type != "distill":
+            return None
+        listed = ", ".join(known.named)
+        if self.row.get("teacher") is None:
+            role = known.of_dataset[dataset]
+            if role is None:
+                self.fault(
+                    (),
+                    "the row names no teacher, and its dataset has none",
+                    fix=f'give it "teacher": "..." ({listed}), or all others one: data.train_file[].teacher, or teacher.path',
+                )
+            return role
+        name = self.optional("teacher", str, "the name of a teacher")
+        if name is not None and name not in known.named:
+            near = hint(name, known.named) if listed else ": config.yml has no teachers"
+            fix = (
+                f"the teachers are {listed}"
+                if listed
+                else 'write it under teachers in config.yml, or remove "teacher"'
+            )
+            self.fault(("teacher",), f'unknown teacher "{_short(name)}"{near}', fix=fix)
+        return None if name is None else known.named.get(name)
 
     def docker(self) -> str | None:
         image, known = self.row.get("docker"), self.rules.dockerfiles

@@ -44,7 +44,7 @@ from rnow.errors import (
 )
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
-from rnow.plan.choices import sampler_backend, slow_paths, uses_vllm
+from rnow.plan.choices import sampler_backend, slow_paths
 from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import find_readers, unread_settings
@@ -160,7 +160,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
         warn=display.warn,
     )
     _tell(prepared, display)
-    may_take_turns(config)  # refused before anything is written, as what follows
+    may_take_turns(prepared)  # refused before anything is written, as what follows
     measure(prepared)
     run_folder = prepared.run_folder(fresh=fresh)
     if fresh:
@@ -343,7 +343,7 @@ class _Run:
     async def _load(self) -> Backends:
         await check_addresses(self._prepared)
         made = not self._folder.path.exists()
-        if uses_vllm(self._config):
+        if any(model.role.backend == "vllm" for model in self._prepared.models.values()):
             self._make_folder()  # the engines log there
         try:
             return await load_backends(
@@ -559,6 +559,8 @@ class _Run:
             sinks=sinks,
             num_steps=self._prepared.num_steps,
             agentic=self._prepared.project.agentic,
+            by_dataset=len(self._config.data.sources) > 1,
+            by_teacher=self._prepared.several_teachers,
             settings=settings,
         )
 

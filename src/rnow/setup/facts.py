@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.config import config_hash, to_dict
+from rnow.config.teachers import TEACHER
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.files import sha256_of
 from rnow.disk.folder import RunFolder
@@ -21,7 +22,7 @@ from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import config_fingerprint, weights_fingerprint
 from rnow.plan.choices import DEFAULT_MAX_TURNS
 from rnow.plan.prepare import Prepared
-from rnow.plan.roles import TEACHER, teachers_of
+from rnow.plan.roles import STUDENT, teachers_of
 from rnow.project.modules import imported_modules
 from rnow.project.project import TOOLS_FILE
 from rnow.setup.backends import Backends
@@ -29,7 +30,8 @@ from rnow.setup.objective import build_objective
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
-TOLD_TO_THE_TEACHER = ("template", "system_prompt")
+TOLD_TO_TEACHERS = ("template", "system_prompt")
+"""Keys of a teacher's section."""
 ANSWERS_SHOWN = 3
 ANSWER_WIDTH = 160
 """Letters of a prompt or an answer that are shown."""
@@ -45,20 +47,24 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
     folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
     redact = prepared.project.redact
     models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
-    if prepared.own_base and prepared.config.teacher is not None:
-        revision = prepared.student.resolved.revision
-        models = {TEACHER: redact(prepared.config.teacher.path), f"{TEACHER}_revision": revision}
+    teachers: dict[str, dict[str, str | None]] = {}
     for role, model in prepared.models.items():
-        models |= {role: redact(model.resolved.path), f"{role}_revision": model.resolved.revision}
-        models |= {f"{role}_config": config_fingerprint(model.resolved.local_dir)}
+        path, revision = redact(model.resolved.path), model.resolved.revision
+        config = config_fingerprint(model.resolved.local_dir)
         # Of a model at a server the weights here, if any, are not those that run.
         here = model.role.trained or model.role.serving.url is None
-        models[f"{role}_weights"] = weights_fingerprint(model.resolved.local_dir) if here else None
+        weights = weights_fingerprint(model.resolved.local_dir) if here else None
+        if role in (STUDENT, TEACHER):
+            own = {"revision": revision, "config": config, "weights": weights}
+            models |= {role: path, **{f"{role}_{name}": value for name, value in own.items()}}
+        else:
+            teachers[role] = {"path": path, "config": config, "weights": weights}
     return {
         "config": redacted_config(prepared),
         "config_hash": config_hash(prepared.config),
         "seed": prepared.config.seed,
         **models,
+        "teachers": teachers,
         "stop_ids": list(prepared.rendered.stop_ids),
         "tokenizer_hash": tokenizer_hash(trained),
         "dataset_hash": prepared.source and prepared.source.content_hash,
@@ -92,13 +98,16 @@ def redacted_config(prepared: Prepared) -> dict[str, object]:
 
 
 def tracked_config(prepared: Prepared) -> dict[str, object]:
-    """The same for a tracker, without what the teacher alone is told."""
-    config = redacted_config(prepared)
-    teacher = config.get("teacher")
-    if isinstance(teacher, dict):
-        known = {key: value for key, value in teacher.items() if key not in TOLD_TO_THE_TEACHER}
-        config = {**config, "teacher": known}
-    return config
+    """The same for a tracker, without what teachers alone are told."""
+    return {key: _without_told(value) for key, value in redacted_config(prepared).items()}
+
+
+def _without_told(value: object) -> object:
+    if isinstance(value, list):
+        return [_without_told(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_told(item) for key, item in value.items() if key not in TOLD_TO_TEACHERS}
 
 
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:
@@ -114,7 +123,7 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     tools = [f"tools: {named}; at most {turns} turns"] if named else []
     lines = [
         f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
-        f"teacher: {_teacher_name(prepared)}",
+        *_teacher_lines(prepared),
         f"objective: {build_objective(prepared).describe()}, "
         f"learning rate {config.trainer.learning_rate:g}",
         f"data: {prepared.source.summary}" if prepared.source else "data: none",
@@ -126,13 +135,20 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     return [*lines, f"continues: after step {done}"] if done else lines
 
 
-def _teacher_name(prepared: Prepared) -> str:
-    if teachers := teachers_of(prepared.models):
-        return ", ".join(model.resolved.name for model in teachers)
-    if prepared.own_base:
-        return "the student's own base, with the adapter off"
+def _teacher_lines(prepared: Prepared) -> list[str]:
+    """One for each; of several, with what they judge."""
+    teachers = {
+        model.role.name: "the student's own base, adapter off"
+        if model.own_base
+        else model.resolved.name
+        for model in teachers_of(prepared.models)
+    }
+    if prepared.several_teachers:
+        judged = prepared.judged
+        return [f"{role}: {name}, judges {judged[role]} prompts" for role, name in teachers.items()]
     held = prepared.config.dataset_type == "rl" and prepared.config.algorithm.kl_penalty_coef > 0
-    return "none; the rewards teach, and the base model holds the student near" if held else "none"
+    none = "none; the rewards teach, and the base model holds the student near" if held else "none"
+    return [f"teacher: {next(iter(teachers.values()), none)}"]
 
 
 def answer_lines(
@@ -248,6 +264,7 @@ def build_values(
         },
         "student": facts.get("student"),
         "teacher": facts.get("teacher"),
+        "teachers": facts.get("teachers"),
         "sampler": dict(sampler),
         "device": device,
         "versions": facts.get("versions"),

@@ -12,7 +12,8 @@ from rnow.algorithm.objective import Objective
 from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.rewarded import RewardTerm
 from rnow.config import Config
-from rnow.plan.choices import kl_estimator, teacher_backend
+from rnow.config.teachers import any_served
+from rnow.plan.choices import kl_estimator
 from rnow.plan.prepare import Prepared
 
 NO_HEADS: Mapping[str, Head] = {}
@@ -71,5 +72,4 @@ def build_objective(prepared: Prepared, heads: Mapping[str, Head] = NO_HEADS) ->
 def _baseline(config: Config, heads: Mapping[str, Head], top_k: int) -> KlBaseline | None:
     if config.algorithm.kl_baseline == "none":
         return None
-    served = config.teacher is not None and teacher_backend(config.teacher) != "transformers"
-    return KlBaseline(heads=heads, top_k=top_k if served else 0)
+    return KlBaseline(heads=heads, top_k=top_k if any_served(config) else 0)
