@@ -25,7 +25,7 @@ help:
 
 quickstart: $(VENV)/.installed
 	@test -e "$(QUICKSTART)/config.yml" || \
-		$(BIN)/rnow init --template quickstart --name quickstart --dir "$(QUICKSTART)" --yes
+		$(BIN)/rnow init --template quickstart --name quickstart --dir "$(QUICKSTART)" --yes >/dev/null
 	@$(BIN)/rnow run --dir "$(QUICKSTART)"
 
 test: $(VENV)/.installed-dev lint

@@ -51,14 +51,17 @@ def write_shape(folder: Path, shape: dict[str, Any], tokenizer: Any) -> None:
 
 def plans(names: tuple[str, ...] = CONFIGS, ids: int = QWEN3_IDS) -> Iterator[tuple[str, int, Any]]:
     """(config, card in GB, plan) of each config on each card."""
+    import peft  # noqa: F401  # reads what torch can do while it is imported: before a card is pretended
     import torch
 
     from rnow.config import load_config
+    from rnow.models.loading import quiet_libraries
     from rnow.models.resolved import ResolvedModel
     from rnow.plan.devices import DeviceInfo
     from rnow.plan.plan import build_plan
     from rnow.plan.prepare import prepare
 
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as root, ExitStack() as stack:
         tokenizer = build_tokenizer(ids)
         for name, shape in SHAPES.items():

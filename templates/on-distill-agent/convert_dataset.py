@@ -158,7 +158,6 @@ def main(arguments: list[str] | None = None) -> int:
     split = SPLITS[options.split]
     try:
         rows = convert(load(split), split, options.limit)
-        write(rows, options.output)
     except ConversionError as error:
         sys.stderr.write(f"{DATASET} is not as expected: {error}\n")
         return 1
@@ -168,7 +167,15 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     except OSError as error:
-        sys.stderr.write(f"cannot convert {DATASET}: {error}\n")
+        sys.stderr.write(
+            f"cannot fetch {DATASET}: {error}\n"
+            "with a connection, and HF_HUB_OFFLINE unset, type the same again\n"
+        )
+        return 1
+    try:
+        write(rows, options.output)
+    except OSError as error:
+        sys.stderr.write(f"{options.output} cannot be written: {error.strerror}\n")
         return 1
     sys.stderr.write(f"{len(rows)} questions written to {options.output}\n")
     return 0

@@ -424,3 +424,71 @@ def test_a_key_that_an_older_run_did_not_have_is_no_change_at_its_default() -> N
     del old["model"]["lora_targets"]
     assert compared(old, config()) == Changes()
     assert len(compared(old, config(model__lora_targets="q_proj")).refused) == 1
+
+
+# ---- several teachers ------------------------------------------------------------------------------------------------
+
+MATH = {"path": "m", "weights": "1", "config": "1"}
+FILES = [{"path": "a.jsonl", "name": "words", "teacher": {"path": "./o"}}]
+
+
+def taught(teachers: dict[str, Any] | None = None, files: Any = None, **facts: Any) -> Any:
+    """The facts of a run whose rows are judged by ``math``, and those of the dataset words by a teacher of its own."""
+    values = {
+        "dataset_type": "distill",
+        "model": {"path": "student"},
+        "teachers": {"math": {"path": "m"}} if teachers is None else teachers,
+        "data": {"train_file": FILES if files is None else files},
+    }
+    used = {"teacher/math": MATH, "teacher/words": MATH | {"path": "./o"}} | facts
+    return {**FACTS, "config": to_dict(Config(**values)), "teachers": used}
+
+
+def test_nothing_changed_of_several_teachers() -> None:
+    assert compare(taught(), taught(), READERS) == Changes()
+
+
+@pytest.mark.parametrize(
+    ("new", "refused", "free", "warned"),
+    [
+        (taught({"math": {"path": "n"}}, **{"teacher/math": MATH | {"path": "n"}}), ["teachers.math.path: m -> n"], [], []),
+        (taught(**{"teacher/math": MATH | {"weights": "2"}}), ["the weights of teacher/math changed"], [], []),
+        (taught(**{"teacher/words": MATH | {"path": "./o", "config": "2"}}), ["the config.json of teacher/words changed"], [], []),
+        (taught(**{"teacher/code": MATH}), ["teacher/code judges rows now"], [], []),
+        (taught({"math": {"path": "m", "device": "cpu"}}), [], ["teachers.math.device: auto -> cpu"], []),
+        (taught(files=[{**FILES[0], "teacher": {"path": "./o", "device": "cpu"}}]), [], ["teachers.words.device: auto -> cpu"], []),
+        (taught(files=[{**FILES[0], "teacher": "./o"}]), [], [], []),
+        (taught({"math": {"path": "m"}, "idle": {"path": "x"}}), [], [], []),
+        (taught({"math": {"path": "m", "dtype": "float32"}}), [], [], ["teachers.math.dtype: auto -> float32"]),
+        (taught({"math": {"path": "m", "served_model": "x"}}), [], ["teachers.math.served_model: None -> x"], []),
+    ],
+)  # fmt: skip
+def test_what_a_change_of_one_teacher_means(
+    new: Any, refused: list[str], free: list[str], warned: list[str]
+) -> None:
+    found = compare(taught(), new, READERS)
+    assert (list(found.refused), list(found.free), list(found.warned)) == (refused, free, warned)
+    assert found.rollouts_hold, "the student drew them"
+    assert found.evaluations_hold == (not refused and not warned)
+
+
+def test_another_teacher_for_a_dataset_is_refused() -> None:
+    found = compare(taught(), taught(files=[{**FILES[0], "teacher": "math"}]), READERS)
+    assert any(line.startswith("data.train_file") for line in found.refused)
+
+
+def test_several_teachers_where_an_earlier_version_had_one() -> None:
+    old = {**FACTS, "config": config()}
+    found = compare(old, taught(), READERS)
+    assert "teacher/math judges rows now" in found.refused
+
+
+def test_evaluations_by_other_teachers_cannot_be_compared() -> None:
+    def measured_by(facts: Any) -> str:
+        return measurement(facts, READERS)
+
+    assert measured_by(taught()) != measured_by(taught(**{"teacher/math": MATH | {"weights": "2"}}))
+    assert measured_by(taught()) == measured_by(taught({"math": {"path": "m", "device": "cpu"}}))
+    assert measured_by(taught()) == measured_by(
+        taught({"math": {"path": "m"}, "idle": {"path": "x"}})
+    )

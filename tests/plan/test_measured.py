@@ -13,7 +13,11 @@ from tests.plan.test_memory import ROLES
 from tests.policy.batches import make_batch
 
 from rnow.algorithm import head as head_module
+from rnow.algorithm.batching import build_batch, build_training_samples
+from rnow.algorithm.exact import ExactDivergence
+from rnow.algorithm.objective import Objective
 from rnow.algorithm.policy_gradient import PolicyGradient
+from rnow.algorithm.records import TeacherNeeds
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.models.shape import shape_of
 from rnow.plan.memory import MemorySettings, ModelMemory, memory_parts
@@ -55,7 +59,9 @@ class Case:
             self.folder, vocabulary=self.vocabulary, dtype=torch.float32, device=CPU
         )
 
-    def planned(self, lm: CausalLM, stage: str, *, checkpointing: bool = False) -> int:
+    def planned(
+        self, lm: CausalLM, stage: str, *, checkpointing: bool = False, hidden_states: bool = False
+    ) -> int:
         model = ModelMemory(
             role=ROLES["student"], shape=shape_of(lm.model), width=4, quantization="none"
         )
@@ -75,6 +81,7 @@ class Case:
             gradient_checkpointing=checkpointing,
             cache_budget=10**12,
             head_buffer=self.buffer,
+            hidden_states=hidden_states,
         )
         return sum(part.bytes for part in memory_parts(settings) if part.stage == stage)
 
@@ -113,6 +120,14 @@ def test_scoring(case: Case) -> None:
     check(case.planned(lm, "teacher"), peak_bytes(lambda: teacher.score_now(samples)))
 
 
+def test_scoring_for_the_whole_distribution(case: Case) -> None:
+    lm = case.load()
+    teacher = TransformersTeacher(lm, micro_batch_tokens=ROWS * case.tokens)
+    samples = [item.sample for item in case.batch().samples]
+    found = peak_bytes(lambda: teacher.score_now(samples, TeacherNeeds(hidden=True)))
+    check(case.planned(lm, "teacher", hidden_states=True), found)
+
+
 def test_sampling(case: Case) -> None:
     lm = case.load()
     params = SamplingParams(max_tokens=NEW, stop_token_ids=(), temperature=1.0)
@@ -132,21 +147,45 @@ def test_sampling(case: Case) -> None:
     check(case.planned(lm, "sampling"), peak_bytes(draw))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_update(case: Case, checkpointing: bool) -> None:
-    lm = case.load()
-    planned = case.planned(lm, "update", checkpointing=checkpointing)
-    policy = LoraPolicy(
+def policy_of(case: Case, lm: CausalLM, objective: Objective, **settings: Any) -> LoraPolicy:
+    return LoraPolicy(
         lm,
         rank=16,
         alpha=32,
         seed=0,
         base_name="tiny",
-        objective=PolicyGradient(reward_coef=1.0),
+        objective=objective,
         optimizer=OptimizerSettings(),
         micro_batch_tokens=ROWS * case.tokens,
-        gradient_checkpointing=checkpointing,
+        **settings,
     )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_update(case: Case, checkpointing: bool) -> None:
+    lm = case.load()
+    planned = case.planned(lm, "update", checkpointing=checkpointing)
+    objective = PolicyGradient(reward_coef=1.0)
+    policy = policy_of(case, lm, objective, gradient_checkpointing=checkpointing)
     batch = case.batch()
     policy.update(batch)  # the optimizer's state is there from the second on
     check(planned, peak_bytes(lambda: policy.update(batch)))
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
+def test_the_update_with_the_whole_distribution(case: Case, divergence: Any) -> None:
+    lm, teacher = case.load(), case.load()
+    planned = case.planned(lm, "update", checkpointing=True, hidden_states=True)
+    objective = ExactDivergence(heads={"teacher": teacher.head}, divergence=divergence)
+    policy = policy_of(case, lm, objective, gradient_checkpointing=True)
+    samples = [item.sample for item in case.batch().samples]
+
+    def step() -> None:
+        evidence = TransformersTeacher(teacher).score_now(samples, TeacherNeeds(hidden=True))
+        zeros = {sample.id: 0.0 for sample in samples}
+        batch = build_batch(build_training_samples(samples, zeros, evidence))
+        policy.update(batch)
+
+    step()
+    # The scoring before the update takes less than the update: the peak is the update's, with the step's hidden states.
+    check(planned, peak_bytes(step))

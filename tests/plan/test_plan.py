@@ -406,7 +406,10 @@ def test_a_loaded_teacher_takes_turns_with_an_embedded_sampler(
 ) -> None:
     plan = on_a_card(24, sampler={"backend": "transformers"}, residency="time_shared")
     (card,) = plan.devices
-    assert {part.owner for part in card.parts} == {"trainer", "teacher"}
+    assert {part.owner for part in card.parts} == {"trainer", "teacher", None}
+    (waiting,) = [part for part in card.parts if part.owner is None]
+    assert (waiting.name, waiting.bytes) == ("hidden states of the step", 0), "in main memory"
+    assert waiting.host > 0
     assert card.peaks["time_shared"] < card.peaks["resident"]
 
 
@@ -453,7 +456,9 @@ def test_what_sleeps_needs_main_memory(
     assert roomy.fits
     weights = sum(p.bytes for p in roomy.parts if p.name.endswith("weights"))
     lora = sum(p.bytes for p in roomy.parts if p.name in ("adapter", "optimizer"))
-    assert weights < roomy.host_bytes - lora < 2 * weights, "rounded up to powers of two"
+    (waiting,) = [p.host for p in roomy.parts if p.name == "hidden states of the step"]
+    pinned = roomy.host_bytes - lora - waiting
+    assert weights < pinned < 2 * weights, "rounded up to powers of two"
     monkeypatch.setattr("rnow.plan.plan.cpu_memory", lambda: (10**6, roomy.host_bytes - 1))
     plan = on_a_card(24, residency="time_shared")
     assert plan.devices[0].hopeless
@@ -581,7 +586,7 @@ def shown(plan: Plan, width: int = 80) -> str:
     return capture.get()
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("device", [ROOMY, CRAMPED])
 def test_the_view_fits_its_width(
     models: tuple[ResolvedModel, ResolvedModel], width: int, device: DeviceInfo
@@ -589,6 +594,7 @@ def test_the_view_fits_its_width(
     text = shown(plan_of(models, device=device, run_dir=Path("runs/first")), width)
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     assert "…" not in text
+    assert " MB" in text
     for part in (
         "student",
         "10; the longest has",

@@ -9,7 +9,7 @@ from tests.plan.test_rendered import make_config
 
 from rnow.config import Config
 from rnow.plan.choices import sampler_backend, teacher_backend
-from rnow.plan.roles import engine_share, roles_of, sharers
+from rnow.plan.roles import engine_share, roles_of, sharers, used_roles
 
 
 @pytest.fixture
@@ -83,3 +83,29 @@ def test_who_could_leave_the_card(two_cards: None) -> None:
     assert sharers(roles_of(other)) == {"trainer", "sampler"}
     embedded = config_of(sampler={"backend": "transformers"}, teacher={"url": "http://h:1"})
     assert sharers(roles_of(embedded)) == {"trainer"}
+
+
+def test_every_teacher_has_a_role_and_those_that_judge_somebody_a_turn_of_their_own(
+    two_cards: None,
+) -> None:
+    files = [{"path": "a", "teacher": "math"}, {"path": "b", "teacher": {"path": "own"}}]
+    config = config_of(
+        teachers={"math": {"path": "m", "url": "http://h:1"}, "spare": {"path": "s"}},
+        data={"train_file": files},
+    )
+    roles = roles_of(config)
+    assert [role.key for role in roles.values()] == [
+        "model", "teacher", "teachers.math", "teachers.spare", "data.train_file[1].teacher",
+    ]  # fmt: skip
+    assert [role.backend for role in roles.values()] == ["transformers"] * 2 + ["vllm"] + [
+        "transformers"
+    ] * 2
+    used = used_roles(roles, {"teacher", "teacher/math", "teacher/dataset_1"})
+    assert {name: role.part for name, role in used.items()} == {
+        "student": "sampler", "teacher": "teacher/teacher", "teacher/math": "teacher/math",
+        "teacher/dataset_1": "teacher/dataset_1",
+    }  # fmt: skip
+    assert sharers(used) == {"trainer", "teacher/teacher", "teacher/dataset_1"}
+    (only,) = used_roles(roles, {"teacher/spare"}).keys() - {"student"}
+    assert only == "teacher/spare"
+    assert used_roles(roles, {"teacher/spare"})[only].part == "teacher", "alone it needs no name"

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
 from rnow.display.display import QuietDisplay
 from rnow.errors import ConfigError
 from rnow.setup.build import run
-from rnow.setup.facts import RunSummary, build_values, repeat, versions
+from rnow.setup.facts import RunSummary, answer_lines, build_values, repeat, versions
+from rnow.text.redact import Redactor
 
 
 def values(folder: Path, kls: list[float | None], **changes: Any) -> dict[str, Any]:
@@ -114,6 +116,36 @@ def test_the_summary_has_attributes_and_can_be_shown_again(tmp_path: Path) -> No
     assert shown[:2] == [("before", {"pass@1": 0.5}), ("after", {"pass@1": 1.0})]
     assert f"adapter: {tmp_path / 'adapter'}" in shown
     repeat({"steps": 3}, QuietDisplay())  # a summary that somebody edited
+
+
+def test_answers_that_training_changed_are_shown_first(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.answers.mkdir()
+    said = {
+        "before": ["same", "same", "same", "old", "same", "older"],
+        "after": ["same", "same", "same", "new", "same", "newer"],
+    }
+    for name, answers in said.items():
+        rows = [
+            {
+                "step": 0,
+                "prompt_id": f"d/{index}",
+                "status": "completed",
+                "messages": [{"role": "user", "content": str(index)}],
+                "answer": [{"role": "assistant", "content": text}],
+            }
+            for index, text in enumerate(answers)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder.answers / f"{name}.jsonl").write_text(lines)
+    rows = [{"name": name, "step": 0} for name in said]
+    title, *lines = answer_lines(folder, AnswerFiles(folder.answers, Redactor()), rows)
+    assert title.startswith("held-out answers, 3 of 6 prompts, changed ones first")
+    assert lines == [
+        *("prompt: 3", "before: old", "after: new"),
+        *("prompt: 5", "before: older", "after: newer"),
+        *("prompt: 0", "before: same", "after: same"),
+    ]
 
 
 def test_a_path_is_no_config() -> None:

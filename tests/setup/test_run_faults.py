@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.setup.projects import Project, Watcher
+from transformers.utils import logging as transformers_logging
 
 from rnow import progress
 from rnow.algorithm.records import SampledEvidence
@@ -54,6 +55,17 @@ def project(tmp_path: Path, tiny_model_dir: MakeModel) -> Project:
 
 
 # ---- before training -----------------------------------------------------------------------------------------------
+
+
+def test_a_check_shows_no_advice_of_the_model_libraries(project: Project) -> None:
+    """transformers warns of tokenizers that are in order; a run is spared it too."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    try:
+        check(project.config(), folder=project.folder)
+        assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def copied_teacher(project: Project) -> Path:

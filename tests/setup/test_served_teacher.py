@@ -43,7 +43,10 @@ def config_of(project: Project, server: ScriptedServer, **sections: Any) -> Any:
 
 
 def test_the_key_of_the_projects_env_file(project: Project, server: ScriptedServer) -> None:
-    run(config_of(project, server), folder=project.folder)
+    display = Watcher()
+    run(config_of(project, server), folder=project.folder, display=display)
+    assert "asking the teacher's server" in display.stages
+    assert not [name for name in display.stages if name.startswith("starting")]
     assert len(project.numbers) == 2
     for row in project.numbers:
         # The scripted teacher gives every token -0.1 to -2.9, the untrained student about -4.6.

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tests.setup.projects import Project
 
-from rnow.errors import EXIT_BAD_INPUT, ModelError
+from rnow.errors import EXIT_BAD_INPUT, InputError, ModelError
 from rnow.policy.student import LoraPolicy
 from rnow.sampling import transformers
 from rnow.setup.build import run
@@ -140,6 +140,17 @@ def test_what_cannot_be_tried_is_refused_with_its_place(
         answers(project, str(adapter))
     assert caught.value.exit_code == EXIT_BAD_INPUT
     assert caught.value.where == "model.path"
+
+
+def test_a_run_that_is_not_there_is_no_model_of_the_hub(
+    project: Project, tmp_path: Path, tiny_model_dir: MakeModel
+) -> None:
+    with pytest.raises(InputError, match="there is no run 'runs/tinny'") as caught:
+        answers(project, "runs/tinny")
+    assert caught.value.fix == "rnow test -m runs/tiny"
+    with pytest.raises(InputError, match="there is no run 'runs/NAME'") as caught:
+        answers(Project(tmp_path / "new", tiny_model_dir), "runs/NAME")
+    assert caught.value.fix == "train one first: rnow run"
 
 
 def test_a_run_is_no_student_to_start_from(project: Project) -> None:

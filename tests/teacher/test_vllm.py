@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import os
@@ -227,6 +228,21 @@ def test_a_server_that_stays_unwell_stops_the_run_for_now(
     assert time.monotonic() - before < 5
 
 
+def test_samples_that_fail_together_are_one_error(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio shows a traceback of every failure that nobody looked at."""
+
+    async def fail(*given: object) -> None:
+        raise BadAnswer("no")
+
+    monkeypatch.setattr(VllmTeacher, "_judge", fail)
+    with pytest.raises(TemporaryError):
+        run(served(server).score(SAMPLES))
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_nobody_there() -> None:
     with pytest.raises(ServerDown):
         run(
@@ -393,6 +409,7 @@ def test_a_bad_server_before_training_is_bad_input(
         run(served(server, timeout=1.5).check(tokenizer, VOCABULARY))
     assert caught.value.exit_code == 2  # type: ignore[attr-defined]
     assert caught.value.where == "teacher.url"  # type: ignore[attr-defined]
+    assert caught.value.fix, "what to do next"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("fault", [slow(5), hang_up, cut, drip, html, status(503)])

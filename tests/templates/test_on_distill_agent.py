@@ -311,10 +311,19 @@ def test_any_other_file_is_replaced_only_after_a_yes(
 
 
 @pytest.mark.parametrize(
-    "fault", [OSError("offline"), convert_dataset.ConversionError("odd"), ImportError("datasets")]
+    ("fault", "next_thing"),
+    [
+        (OSError("offline"), "type the same again"),
+        (convert_dataset.ConversionError("odd"), "not as expected"),
+        (ImportError("datasets"), "install -r requirements.txt"),
+    ],
 )
 def test_a_fault_leaves_the_old_file(
-    hub: list[str], fault: Exception, monkeypatch: pytest.MonkeyPatch
+    hub: list[str],
+    fault: Exception,
+    next_thing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def load(split: str) -> Iterator[dict[str, str]]:
         yield ROWS[0]
@@ -325,6 +334,7 @@ def test_a_fault_leaves_the_old_file(
     assert convert_dataset.main(["--yes"]) == 1
     assert Path("train.jsonl").read_text() == "mine\n"
     assert len(list(Path().iterdir())) == 1
+    assert next_thing in capsys.readouterr().err
 
 
 def test_a_limit_is_positive(hub: list[str]) -> None:

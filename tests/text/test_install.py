@@ -7,6 +7,8 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from rnow.text.install import install_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,13 +30,17 @@ def test_the_clone_of_an_editable_install(tmp_path: Path) -> None:
     )
 
 
-def test_vllm_comes_with_the_versions_for_a_card(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("extra", "pins"), [("vllm", "constraints-cuda.txt"), ("agents", "constraints-agents.txt")]
+)
+def test_a_large_extra_comes_with_versions_that_were_tried(
+    extra: str, pins: str, tmp_path: Path
+) -> None:
     assert (
-        install_command("vllm", tmp_path)
-        == "pip install -c constraints-cuda.txt '.[vllm]' in a clone of rnow"
+        install_command(extra, tmp_path) == f"pip install -c {pins} '.[{extra}]' in a clone of rnow"
     )
-    words = shlex.split(install_command("vllm"))
-    assert words == ["pip", "install", "-c", f"{ROOT}/constraints-cuda.txt", f"{ROOT}[vllm]"]
+    words = shlex.split(install_command(extra))
+    assert words == ["pip", "install", "-c", f"{ROOT}/{pins}", f"{ROOT}[{extra}]"]
     assert Path(words[3]).is_file()
 
 

@@ -69,7 +69,7 @@ class TopKDivergence:
     def describe(self) -> str:
         """See ``Objective.describe``."""
         bound = ", a lower bound" if self.divergence == "forward" else ""
-        return f"{self.divergence} KL over the teacher's {self.top_k} likeliest tokens{bound}"
+        return f"{self.divergence} KL over the teacher's {self.top_k} likeliest tokens{bound}{self.rewarded.describe()}"
 
     def terms(self, hidden: Tensor, head: Head, micro: MicroBatch) -> Terms:
         """See ``Objective.terms``. ``teacher_kl`` is KL_k + [x not in S] (a_x - c): without bias for KL(student || teacher),

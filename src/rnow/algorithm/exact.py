@@ -65,7 +65,8 @@ class ExactDivergence:
 
     def describe(self) -> str:
         """See ``Objective.describe``."""
-        return f"{self.divergence} KL over the whole vocabulary"
+        kind = "jsd" if self.divergence == "jsd" else f"{self.divergence} KL"
+        return f"{kind} over the whole vocabulary{self.rewarded.describe()}"
 
     def terms(self, hidden: Tensor, head: Head, micro: MicroBatch) -> Terms:
         """See ``Objective.terms``. ``teacher_kl`` is KL(student || teacher) whatever the divergence."""

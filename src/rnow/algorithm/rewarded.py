@@ -29,6 +29,10 @@ class RewardTerm:
     clip_ratio_high: float = 0.2
     ratio_cap: float = 10.0
 
+    def describe(self) -> str:
+        """What it adds to an objective's own description."""
+        return f", and rewards by {self.loss_fn}" if self.reward_coef else ""
+
     def of(
         self, logprobs: Tensor, sampler_logprobs: Tensor, reward_advantages: Tensor
     ) -> tuple[TokenLosses, Tensor, dict[str, Tensor]]:

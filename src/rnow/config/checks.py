@@ -180,6 +180,8 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
     """What only another way of estimating the KL can do."""
     algorithm, served = config.algorithm, any_served(config)
     estimator, divergence = algorithm.kl_estimator, algorithm.divergence
+    if estimator == "auto" and (algorithm.kl_baseline != "none" or algorithm.kl_discount > 0):
+        estimator = "sampled"  # the only one that knows them
     if estimator == "exact" and served:
         yield Problem(
             path=("algorithm", "kl_estimator"),

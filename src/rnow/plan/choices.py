@@ -60,6 +60,13 @@ def kl_estimator(config: Config) -> Estimator:
     return "topk" if any_served(config) else "exact"
 
 
+def reads_hidden_states(config: Config) -> bool:
+    """Whether the objective asks the teacher for hidden states, and its head stays where the update is."""
+    if config.algorithm.kl_baseline == "optimal":
+        return not any_served(config)
+    return kl_estimator(config) == "exact"
+
+
 def slow_paths(config: Config) -> list[str]:
     """What this machine could do faster and does not, with the reason; one sentence each."""
     device, found = choose_device(config.model.device), []

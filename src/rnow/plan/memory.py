@@ -109,6 +109,7 @@ class MemorySettings:
         gradient_checkpointing: activations are recomputed, only block inputs are kept.
         cache_budget: bytes of the sampler's caches in one sub-batch.
         head_buffer: bytes of one chunk of logits.
+        hidden_states: the update reads the teachers' hidden states of the step, and their heads.
     """
 
     models: Mapping[str, ModelMemory]
@@ -124,6 +125,17 @@ class MemorySettings:
     cache_budget: int
     head_buffer: int
     teacher_extra: int = 0
+    hidden_states: bool = False
+
+    @property
+    def teachers(self) -> list[ModelMemory]:
+        """The models that judge."""
+        return [model for role, model in self.models.items() if role != STUDENT]
+
+    @property
+    def step_tokens(self) -> int:
+        """Loss tokens of a step, at most."""
+        return self.rollouts * min(self.completion_tokens, self.sequence_tokens)
 
     @property
     def student(self) -> ModelMemory:
@@ -151,23 +163,25 @@ class MemorySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPart:
-    """One line of the plan: whose, what, when it is held, its bytes, who leaves the card with it, and what becomes of it
-    then.
+    """One line of the plan: whose, what, when it is held, its bytes, who leaves the card with it (None: it stays), and what
+    becomes of it then.
 
     Attributes:
         model: a role.
         device: where it is held.
         host: bytes that it takes of main memory once it has left the card.
+        stays: bytes that stay on the card when its owner leaves.
     """
 
     model: str
     name: str
     stage: Stage
     bytes: int
-    owner: Part
+    owner: Part | None
     kind: Kind = "loaded"
     device: str = "cpu"
     host: int = 0
+    stays: int = 0
 
 
 def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
@@ -195,12 +209,13 @@ def _power_of_two(size: float) -> int:
 
 def _part(
     model: ModelMemory,
-    owner: Part,
+    owner: Part | None,
     name: str,
     stage: Stage,
     amount: float,
     kind: Kind = "loaded",
     host: float = 0,
+    stays: float = 0,
 ) -> MemoryPart:
     """``model`` is where the model itself is loaded, unless a vLLM holds it."""
     return MemoryPart(
@@ -212,6 +227,7 @@ def _part(
         kind=kind,
         device=model.device if kind == "loaded" else model.engine_device,
         host=round(host),
+        stays=round(stays),
     )
 
 
@@ -235,16 +251,25 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
         *parts,
         part("gradients", "update", lora),
         part("activations", "update", _training_activations(settings)),
-        part("head buffers", "update", _head_bytes(model, settings, settings.pass_tokens)),
+        part("head buffers", "update", _update_head_bytes(model, settings)),
     ]
 
 
 def _scoring_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
     part = partial(_part, model, "trainer" if model.own_base else model.role.part)
-    scoring = part("activations", "teacher", _scoring_bytes(model, settings))
-    if model.own_base:
-        return [scoring]
-    return [part("weights", "always", model.weight_bytes, host=model.pinned_bytes), scoring]
+    weights = partial(part, "weights", "always", model.weight_bytes, host=model.pinned_bytes)
+    if not settings.hidden_states:
+        scoring = part("activations", "teacher", _scoring_bytes(model, settings))
+        return [scoring] if model.own_base else [weights(), scoring]
+    head = model.shape.vocabulary_rows * model.shape.hidden * model.width
+    rows = settings.step_tokens * model.shape.hidden * model.width
+    here = rows if model.device == "cpu" else 0  # on a card they wait in main memory
+    body = settings.scoring_tokens * _layer_bytes(model)
+    scored = [
+        part("activations", "teacher", body + here),
+        _part(model, None, "hidden states of the step", "update", here, host=rows),
+    ]
+    return scored if model.own_base else [weights(stays=head), *scored]
 
 
 def _engine_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
@@ -272,18 +297,20 @@ def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
 
 
 def _most_at_once(parts: Sequence[MemoryPart], stage: Stage) -> int:
-    """Bytes of a stage: of several teachers one scores at a time."""
-    amounts: Counter[Part] = Counter()
-    for part in parts:
-        if part.stage == stage:
-            amounts[part.owner] += part.bytes
-    return max(amounts.values(), default=0)
+    """Bytes of a stage. Of several teachers one scores at a time, and a token's hidden states are those of one."""
+    there = [part for part in parts if part.stage == stage]
+    by_teacher: Counter[str] = Counter()
+    for part in there:
+        if stage == "teacher" or part.owner is None:
+            by_teacher[part.model] += part.bytes
+    together = sum(part.bytes for part in there) - by_teacher.total()
+    return together + max(by_teacher.values(), default=0)
 
 
 def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
     """The same where the parts in ``turns`` are on the card one at a time; the others are always there."""
     found: list[tuple[int, Stage]] = []
-    owners: set[Part] = {part.owner for part in parts}
+    owners = {part.owner for part in parts if part.owner is not None}
     for owner in owners.intersection(turns):
         there = [part for part in parts if part.owner == owner or part.owner not in turns]
         most, stage = peak(there)
@@ -299,8 +326,9 @@ def least(parts: Sequence[MemoryPart], turns: Collection[Part] = ()) -> int:
 
 
 def _asleep(parts: Sequence[MemoryPart], turns: Collection[Part], awake: Part) -> int:
-    engines = {part.owner for part in parts if part.kind != "loaded"}
-    return round(ENGINE_ASLEEP * len((engines & set(turns)) - {awake}))
+    away = [part for part in parts if part.owner in turns and part.owner != awake]
+    engines = {part.owner for part in away if part.kind != "loaded"}
+    return round(ENGINE_ASLEEP * len(engines)) + sum(part.stays for part in away)
 
 
 def engine_cache(model: ModelMemory, total: int, settings: MemorySettings) -> int:
@@ -405,3 +433,14 @@ def _head_bytes(model: ModelMemory, settings: MemorySettings, rows: int) -> floa
     """Chunk buffers and the hidden states of the response rows; logits of all rows are never held."""
     chunk = min(settings.head_buffer, rows * model.shape.vocabulary_rows * FLOAT32)
     return HEAD_COPIES * chunk + rows * model.shape.hidden * (model.width + FLOAT32)
+
+
+def _update_head_bytes(model: ModelMemory, settings: MemorySettings) -> float:
+    """The same in the update: where it reads hidden states, those of one pass come to the student's device, and both
+    distributions of a chunk are there at once."""
+    own = _head_bytes(model, settings, settings.pass_tokens)
+    if not settings.hidden_states:
+        return own
+    chunk = min(settings.head_buffer, settings.pass_tokens * model.shape.vocabulary_rows * FLOAT32)
+    theirs = max((t.shape.hidden * t.width for t in settings.teachers), default=0)
+    return own + chunk + settings.pass_tokens * theirs

@@ -19,6 +19,7 @@ from rnow.plan.choices import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_MAX_TURNS,
     LAYER_SECONDS,
+    reads_hidden_states,
     slow_paths,
     teacher_answers,
 )
@@ -181,7 +182,7 @@ class Plan:
         for device, plain in zip(self.devices, values["devices"], strict=True):
             plain["fits"] = device.fits
             for part in plain["parts"]:
-                del part["kind"], part["host"], part["device"]
+                del part["kind"], part["host"], part["device"], part["stays"]
         return {TEACHER: None, **values.pop("models"), **values, "fits": self.fits}
 
 
@@ -475,6 +476,7 @@ def _settings(
         gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
         cache_budget=cache,
         head_buffer=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
+        hidden_states=reads_hidden_states(config),
     )
 
 
@@ -537,7 +539,7 @@ def _device_plan(
         residency="time_shared" if turns else "resident",
         least_bytes=least(parts, turns),
         lacking=_lacking(settings, info.device) if info.on_gpu else (),
-        host_bytes=sum(part.host for part in parts if part.owner in turns),
+        host_bytes=sum(part.host for part in parts if part.owner in turns or not part.owner),
         host_free_bytes=cpu_memory()[1],
     )
 

@@ -22,7 +22,9 @@ _RESIDENCIES: dict[Residence, str] = {
     "resident": "all at once (residency: resident)",
     "time_shared": "in turns (residency: time_shared)",
 }
-_BAR_WIDTH = 18
+_BAR_WIDTH, _LEAST_BAR = 18, 6
+_GAP = 2
+"""Columns between two cells of a table."""
 OWN_BASE = "the student's own base with the adapter off; there is one copy of it"
 
 
@@ -31,7 +33,7 @@ def plan_view(plan: Plan, console: Console) -> RenderableType:
     unicode = console.encoding.lower().startswith("utf")
     parts: list[RenderableType] = [_facts(plan)]
     for device in plan.devices:
-        parts += [Text(), _memory_table(device, unicode), _verdict(device)]
+        parts += [Text(), _memory_table(device, console.width, unicode), _verdict(device)]
         if device.peaks:
             parts.append(_residency(device))
     parts += [Text(), _disk(plan)]
@@ -97,20 +99,26 @@ def _model(model: ModelPlan) -> str:
     )
 
 
-def _memory_table(device: DevicePlan, unicode: bool) -> Table:
+def _memory_table(device: DevicePlan, width: int, unicode: bool) -> Table:
+    """The bars get what the words leave, or nothing: a size cut at its unit would mislead."""
+    rows = [(f"memory on {device.info.device}", "size", "held")]
+    rows += [
+        (f"{part.model} {part.name}", format_bytes(part.bytes), _STAGES[part.stage])
+        for part in device.parts
+    ]
+    lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    bar_width = min(_BAR_WIDTH, width - sum(length + _GAP for length in lengths))
+    (name, size, held), *rows = rows
     table = quiet_table()
-    table.add_column(Text(f"memory on {device.info.device}"), no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("held", style="dim", no_wrap=True)
-    table.add_column("", width=_BAR_WIDTH, no_wrap=True)
+    table.add_column(Text(name), overflow="fold")
+    table.add_column(size, justify="right", no_wrap=True, min_width=lengths[1])
+    table.add_column(held, style="dim", overflow="fold")
+    if bar_width >= _LEAST_BAR:
+        table.add_column("", width=bar_width, no_wrap=True)
     largest = max((part.bytes for part in device.parts), default=0) or 1
-    for part in device.parts:
-        table.add_row(
-            f"{part.model} {part.name}",
-            format_bytes(part.bytes),
-            _STAGES[part.stage],
-            Text(bar(part.bytes / largest, _BAR_WIDTH, unicode=unicode), style="cyan"),
-        )
+    for part, row in zip(device.parts, rows, strict=True):
+        share = bar(part.bytes / largest, bar_width, unicode=unicode)
+        table.add_row(*row, *[Text(share, style="cyan")] * (bar_width >= _LEAST_BAR))
     return table
 
 

@@ -13,7 +13,7 @@ from rnow.models.shape import build_empty, shape_of
 from rnow.plan.memory import ENGINE_ASLEEP
 from rnow.plan.plan import answering_teachers, taking_turns
 from rnow.plan.prepare import Prepared
-from rnow.plan.roles import RunModel, teachers_of
+from rnow.plan.roles import Role, RunModel, teachers_of
 from rnow.protocols import Policy, Sampler, Teacher
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.setup.models import (
@@ -132,6 +132,13 @@ def _watched(prepared: Prepared, turns: frozenset[Part]) -> Residency:
     return Residency(CardWatch(device, allowed=engines * ENGINE_ASLEEP).check)
 
 
+def _coming(role: Role) -> str:
+    """The stage in which the vLLM of a role gets ready."""
+    if role.starts_vllm:
+        return f"starting vLLM for the {role.name}"
+    return f"asking the {role.name}'s server"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loader:
     """Loads one model after the other. Where they take turns on a card, the loaded ones sleep meanwhile. ``heads``: of those in
@@ -150,7 +157,7 @@ class _Loader:
         """The vLLM that draws from the student; None where the trainer's own weights do."""
         if self.prepared.student.role.backend != "vllm":
             return None
-        self.stage("starting vLLM for the student")
+        self.stage(_coming(self.prepared.student.role))
         in_turns = "sampler" in self.turns
         vllm = start_vllm_sampler(self.prepared, self.run_folder, self.stack, time_shared=in_turns)
         if in_turns:
@@ -219,7 +226,7 @@ class _Loader:
         """A teacher, and what answers with it where it is to be evaluated."""
         prepared, name, part = self.prepared, model.role.name, model.role.part
         by_vllm, in_turns = model.role.backend == "vllm", part in self.turns
-        self.stage(f"starting vLLM for the {name}" if by_vllm else f"loading the {name}")
+        self.stage(_coming(model.role) if by_vllm else f"loading the {name}")
         if in_turns:
             await self.gpu.clear()
         answering = None

@@ -102,6 +102,7 @@ def check(config: Config, folder: str | Path = ".") -> Plan:
         InputError: what is wrong.
     """
     _refuse_other(config)
+    quiet_libraries()
     with writing_redactor(load_secrets(Path(folder)), config).errors():
         prepared = prepare(config, Path(folder), weights=False)
         run_folder = prepared.run_folder()

@@ -154,7 +154,8 @@ def _teacher_lines(prepared: Prepared) -> list[str]:
 def answer_lines(
     folder: RunFolder, answers: AnswerFiles, evaluations: Sequence[Mapping[str, object]]
 ) -> list[str]:
-    """The first answers to a few held-out prompts, before and after training and by the teacher, as ``label: value``."""
+    """The first answers to a few held-out prompts, before and after training and by the teacher, as ``label: value``: prompts
+    whose answer training changed come first."""
     steps = {str(row["name"]): row["step"] for row in evaluations}
     given = {
         name: answers.first_answers(name, step)
@@ -164,8 +165,13 @@ def answer_lines(
     after = given.get(AFTER, {})
     if not after:
         return []
-    shown = list(after.items())[:ANSWERS_SHOWN]
-    lines = [f"held-out answers, {len(shown)} of {len(after)} prompts; all are in {folder.answers}"]
+    before = given.get(BEFORE, {})
+    # An answer that stayed as it was shows nothing of the training.
+    changed_first = sorted(after.items(), key=lambda item: before.get(item[0], item[1]) == item[1])
+    shown = changed_first[:ANSWERS_SHOWN]
+    lines = [
+        f"held-out answers, {len(shown)} of {len(after)} prompts, changed ones first; all are in {folder.answers}"
+    ]
     for prompt_id, (asked, _) in shown:
         lines.append(f"prompt: {one_line(asked, ANSWER_WIDTH)}")
         for name, found in given.items():

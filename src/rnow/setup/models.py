@@ -10,6 +10,7 @@ from rnow.algorithm.head import Head
 from rnow.models.adapter import TrainedAdapter
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.models.offload import tensors_of
+from rnow.plan.choices import reads_hidden_states
 from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import Rendered
 from rnow.plan.roles import STUDENT, RunModel, dtype_name
@@ -126,7 +127,7 @@ def score_with(
     return TransformersTeacher(
         lm,
         role=role,
-        head_stays=role != STUDENT and build_objective(prepared).needs.hidden,
+        head_stays=role != STUDENT and reads_hidden_states(prepared.config),
         temperature=prepared.config.rollout.temperature,
         micro_batch_tokens=prepared.config.trainer.micro_batch_tokens,
         poll=poll,

@@ -12,8 +12,7 @@ from rnow.algorithm.objective import Objective
 from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.rewarded import RewardTerm
 from rnow.config import Config
-from rnow.config.teachers import any_served
-from rnow.plan.choices import kl_estimator
+from rnow.plan.choices import kl_estimator, reads_hidden_states
 from rnow.plan.prepare import Prepared
 
 NO_HEADS: Mapping[str, Head] = {}
@@ -72,4 +71,4 @@ def build_objective(prepared: Prepared, heads: Mapping[str, Head] = NO_HEADS) ->
 def _baseline(config: Config, heads: Mapping[str, Head], top_k: int) -> KlBaseline | None:
     if config.algorithm.kl_baseline == "none":
         return None
-    return KlBaseline(heads=heads, top_k=top_k if any_served(config) else 0)
+    return KlBaseline(heads=heads, top_k=0 if reads_hidden_states(config) else top_k)

@@ -36,6 +36,7 @@ from rnow.setup.usercode import (
 )
 from rnow.tasks import run_anywhere
 from rnow.text.redact import Redactor
+from rnow.text.suggest import closest
 from rnow.training.metrics import reward_metrics, rollout_metrics
 from rnow.training.signals import StopFlag
 from rnow.types import EndReason, Message, Prompt, RewardResult, Rollout, RolloutGroup
@@ -103,6 +104,8 @@ def _rehearse(
     trained = find_adapter(config.model.path, key="model.path", places=places)
     if trained is not None:
         config = _with_base(config, trained)
+    elif not any((place / config.model.path).expanduser().exists() for place in places):
+        _refuse_missing_run(config, folder)
     prepared = _prepare(config, folder, console)
     target = prepared.project.folder / FOLDER
     for place in (target, *_earlier(target)):
@@ -131,6 +134,22 @@ def _rehearse(
     metrics |= rollout_metrics(groups, agentic=prepared.project.agentic)
     console.print(f"written to {escape(str(target))}", soft_wrap=True)
     return Rehearsal(folder=target, metrics=metrics, problem=_failing(rewards, redact))
+
+
+def _refuse_missing_run(config: Config, folder: Path) -> None:
+    """``runs/NAME`` that is not there has the form of a HuggingFace id: the hub would be asked for it."""
+    path = Path(config.model.path)
+    if path.parent != Path(config.output_dir):
+        return
+    there = sorted(entry.name for entry in (folder / path.parent).glob("[!.]*") if entry.is_dir())
+    near = closest(path.name, there, cutoff=0.0)
+    raise InputError(
+        f"there is no run '{config.model.path}'",
+        title="No such run",
+        where="model.path",
+        fix=f"rnow test -m {path.parent / near[0]}" if near else "train one first: rnow run",
+        details=[f"there: {path.parent / name}" for name in there[:10]],
+    )
 
 
 def _with_base(config: Config, trained: TrainedAdapter) -> Config:

@@ -275,7 +275,8 @@ class VllmTeacher:
             evidence[sample.id] = await self._judge(client, model, sample, top_k)
 
         missing = [sample for sample in samples if sample.id not in evidence]
-        waiting: set[asyncio.Task[None]] = {asyncio.create_task(one(sample)) for sample in missing}
+        tasks = [asyncio.create_task(one(sample)) for sample in missing]
+        waiting = set(tasks)
         try:
             while waiting:
                 self._asking.poll()
@@ -287,7 +288,8 @@ class VllmTeacher:
         finally:
             for task in waiting:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            # Of all tasks, those that failed beside the first too: asyncio shows a traceback of what nobody looked at.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _judge(self, client: VllmClient, model: str, sample: Sample, top_k: int) -> Evidence:
         # What follows the last loss token changes nothing.
@@ -363,6 +365,9 @@ class VllmTeacher:
             ) from error
         except (BadAnswer, Refused) as error:
             error.where = error.where or self._where
+            if self._server is None and self._client is not None and error.fix is None:
+                asking = f"curl {self._client.url}/v1/models"
+                error.fix = f"see what `{asking}` says: vLLM itself must answer there, unpacked and unchanged"
             raise
 
 

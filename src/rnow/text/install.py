@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-CONSTRAINTS = {"vllm": "constraints-cuda.txt"}
+CONSTRAINTS = {"agents": "constraints-agents.txt", "vllm": "constraints-cuda.txt"}
 """Extra -> the file of the clone with the versions of its packages that were tried together."""
 
 
