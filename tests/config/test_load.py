@@ -366,6 +366,40 @@ def test_a_learning_rate_of_400_digits_is_refused(load: Load, digits: int) -> No
         load("", f"trainer.learning_rate={'9' * digits}")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("algorithm.kl_clamp", "1e308", "at most 1e+30"),
+        ("algorithm.ratio_cap", "1e39", "at most 1e+30"),
+        ("evaluation.success_reward", "-1e31", "at most 1e+30"),
+        ("trainer.learning_rate", "1e-300", "at least 1e-30"),
+        ("sampler.batch_memory_gb", "1e300", "at most 1e+30"),
+    ],
+)
+def test_a_number_that_float32_does_not_hold_is_refused(
+    load: Load, key: str, value: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match="float32") as caught:
+        load("", f"{key}={value}")
+    assert hint in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("value", ["1e-9", "1e9"])
+@pytest.mark.parametrize("key", ["rollout.temperature", "evaluation.temperature"])
+def test_temperatures_that_leave_no_distribution_are_refused(
+    load: Load, key: str, value: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: must be at"):
+        load("", f"{key}={value}")
+
+
+@pytest.mark.parametrize("digits", ["١", "１２"])
+def test_digits_of_other_scripts_are_no_number_and_not_suggested(load: Load, digits: str) -> None:
+    with pytest.raises(ConfigError, match="expected a whole number") as caught:
+        load("", f"seed={digits}")
+    assert caught.value.fix is None
+
+
 def test_null_leaves_out_what_the_hosted_format_lets_be_null(load: Load) -> None:
     config = load("data: {val_split: null}\nevals: [{step: 2, pass1: null, pass8: null}]\n").config
     assert config.data.val_split == 0

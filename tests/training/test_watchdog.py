@@ -151,3 +151,13 @@ def test_the_system_says_what_was_written(tmp_path: Path) -> None:
         assert before == 0
         return
     assert before >= 0
+
+
+def test_minutes_that_no_clock_holds_are_no_fault(tmp_path: Path) -> None:
+    async def watched() -> None:
+        flag = StopFlag()
+        flag.handled = True
+        with Watchdog(flag, tmp_path / "stacks.txt", 6e31, save=lambda: None).watch():
+            pass
+
+    asyncio.run(watched())

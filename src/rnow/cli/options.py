@@ -12,6 +12,7 @@ import typer
 
 from rnow.errors import InputError, RnowError
 from rnow.text.redact import Redactor
+from rnow.text.user_files import place_of
 
 if TYPE_CHECKING:
     from rnow.config import LoadedConfig
@@ -67,7 +68,7 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     if (name := flags.get("name")) is not None:
         _check_name(name, overrides or ())
         flags["name"] = json.dumps(name, ensure_ascii=False)  # in quotes it is text: null, [a]
-    if folder.is_file():
+    if place_of(folder, Path(), where="-d, --dir").is_file():
         raise InputError(
             f"{folder} is a file, and -d names the project folder",
             where="-d, --dir",

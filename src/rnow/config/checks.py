@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rnow.config.schema import Schema
 
 MAX_COUNT = 2**63
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Sizes of numbers that leave float32 room to compute: it holds 1e-38 to 3e38."""
 RESERVED_DATASETS = frozenset({"k3"})
 TEACHER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 RESERVED_EVALS = frozenset({"before", "after", "teacher"})
@@ -31,7 +33,7 @@ RESERVED_EVALS = frozenset({"before", "after", "teacher"})
 def find_contradictions(config: Schema) -> Iterator[Problem]:
     """Every pair of settings that cannot go together."""
     yield from name_problems(config)
-    yield from _too_large(config, ())
+    yield from _out_of_range(config, ())
     yield from _without_its_teacher(config)
     yield from _elsewhere_and_own(config)
     yield from _without_placeholder(config)
@@ -266,15 +268,24 @@ def _names_taken(config: Schema) -> Iterator[Problem]:
             )
 
 
-def _too_large(values: object, path: KeyPath) -> Iterator[Problem]:
-    """Whole numbers that no counter of the program holds: YAML has no limit, and Python none before floats."""
+def _out_of_range(values: object, path: KeyPath) -> Iterator[Problem]:
+    """Numbers that the program cannot compute with: YAML has no limit, and Python's are wider than those of counters, of
+    float32, and of clocks."""
     if isinstance(values, BaseModel):
         for name in type(values).model_fields:
-            yield from _too_large(getattr(values, name), (*path, name))
+            yield from _out_of_range(getattr(values, name), (*path, name))
     elif isinstance(values, tuple):
         for index, item in enumerate(values):
-            yield from _too_large(item, (*path, index))
+            yield from _out_of_range(item, (*path, index))
     elif isinstance(values, int) and abs(values) >= MAX_COUNT:
         yield Problem(
             path=path, message="a whole number of more than 64 bits", hint="write a smaller one"
+        )
+    elif isinstance(values, float) and values and not SMALLEST <= abs(values) <= LARGEST:
+        large = abs(values) > LARGEST
+        size, limit = ("large", LARGEST) if large else ("close to 0", SMALLEST)
+        yield Problem(
+            path=path,
+            message=f"{values:g} is too {size} to compute with in float32",
+            hint=f"write {'at most' if large else 'at least'} {limit:g}",
         )

@@ -143,8 +143,8 @@ def hint_for(path: KeyPath, kind: str, given: object) -> str | None:
 
 
 def is_number(text: str) -> bool:
-    """Whether the text reads as a plain, finite number."""
+    """Whether the text reads as a plain, finite number, which has ASCII digits in YAML."""
     try:
-        return math.isfinite(float(text))
+        return text.isascii() and math.isfinite(float(text))
     except ValueError:
         return False

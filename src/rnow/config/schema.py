@@ -42,6 +42,7 @@ Url = Annotated[Text, AfterValidator(hide_user_info)]
 Positive = Annotated[int, Field(ge=1)]
 AtLeast0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
+Temperature = Annotated[float, Field(ge=0.001, le=1000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 REVISION = "Branch, tag or commit of the HuggingFace repository."
@@ -341,7 +342,7 @@ class RolloutSection(Section):
         None, "Tokens of one tool result; longer ones are cut visibly.", "no limit", reader="tools"
     )
     include_thinking: bool = key(False, "Whether rewards see `<think>` blocks.", change="evaluates")
-    temperature: Above0 = key(
+    temperature: Temperature = key(
         1.0, "Sampling temperature; student and teacher are scored at it too."
     )
     top_p: Share = key(
@@ -467,7 +468,7 @@ class EvaluationSection(Section):
 
     num_samples: Positive = key(4, "Rollouts per prompt.")
     max_prompts: Positive = key(256, "At most so many held-out prompts.")
-    temperature: Above0 = key(1.0, "Sampling temperature.")
+    temperature: Temperature = key(1.0, "Sampling temperature.")
     teacher: Annotated[Literal["auto", True, False], BeforeValidator(auto_or_bool)] = key(
         "auto",
         "Evaluate the teacher too; `auto` does where vLLM serves it, or it is small: answers of a large one that transformers "

@@ -32,7 +32,7 @@ from rnow.disk.files import (
     unused,
     write_synced,
 )
-from rnow.errors import SAME_COMMAND, InputError, TemporaryError
+from rnow.errors import SAME_COMMAND, InputError, RnowError, TemporaryError
 from rnow.types import Adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -94,8 +94,10 @@ class CheckpointStore:
 
         Raises:
             TemporaryError: the disk is full; earlier checkpoints are untouched.
+            RnowError: the last update left numbers that are not finite, which nothing could be continued from.
         """
-        target = self._folder / f"step-{step:06d}"
+        self._check_finite(step, {**adapter.tensors, **moments}, good_before)
+        target = self._folder / folder_name(step)
         files = {
             **peft_files(adapter),
             MOMENTS: _safetensors(moments),
@@ -150,6 +152,17 @@ class CheckpointStore:
         """The step of the newest committed checkpoint (of those of a step below ``before``), unverified."""
         steps = map(_step_of, self._committed())
         return max((step for step in steps if before is None or step < before), default=None)
+
+    def _check_finite(self, step: int, tensors: Mapping[str, Tensor], good_before: int) -> None:
+        broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+        if broken:
+            raise diverged(
+                f"after step {step} the adapter holds numbers that are not finite",
+                where=str(self._folder),
+                why=f"an update was too large: of {len(broken)} tensors, the first is {broken[0]}",
+                good=self.newest_step(before=good_before),
+                otherwise="nothing was saved before",
+            )
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._folder).free
@@ -234,11 +247,47 @@ class CheckpointStore:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def diverged(
+    happened: str, *, where: str, good: int | None, otherwise: str, why: str | None = None
+) -> RnowError:
+    """The error for weights from which no finite update comes.
+
+    Args:
+        good: the step of the last good checkpoint.
+        otherwise: what there is without one.
+    """
+    known, fix = (
+        otherwise,
+        "lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh",
+    )
+    if good is not None:
+        known = f"the last good checkpoint is {folder_name(good)}"
+        fix += (
+            ", or move the checkpoints after the good one out of checkpoints/ to go on from there"
+        )
+    return RnowError(
+        f"{happened}; {known}", title="Training diverged", where=where, why=why, fix=fix
+    )
+
+
 def export_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter as PEFT does, each file in one step, so that ``folder`` is loadable at any time."""
     folder.mkdir(exist_ok=True)
     for name, data in peft_files(adapter).items():
         replace_file(folder / name, data)
+
+
+def is_exported(folder: Path, *, checkpoint: Path) -> bool:
+    """Whether ``folder`` holds the adapter of ``checkpoint``; any adapter, where there is no such checkpoint to tell."""
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            _check_file(folder / name, size=entries[name]["size"], digest=entries[name]["sha256"])
+    except _Damaged:
+        return False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return (folder / ADAPTER_WEIGHTS).is_file()
+    return True
 
 
 def peft_files(adapter: Adapter) -> dict[str, bytes]:
@@ -275,10 +324,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise _Damaged(f"{path.name} cannot be read: {error}") from None
     for name, tensor in tensors.items():
-        # A sum is one pass without a mask as large as the tensor; NaN and infinity survive it.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        if not _is_finite(tensor):
             raise _Damaged(f"{path.name} holds numbers that are not finite, in {name}")
     return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is one pass without a mask as large as the tensor; NaN and infinity survive it.
+    return not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float64).isfinite())
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -300,6 +353,11 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def folder_name(step: int) -> str:
+    """Of the checkpoint after ``step`` steps."""
+    return f"step-{step:06d}"
 
 
 def _step_of(folder: Path) -> int:

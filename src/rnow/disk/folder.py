@@ -9,7 +9,7 @@ import stat
 import unicodedata
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -43,6 +43,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._made: list[Path] = []
         self.config = path / "config.yml"
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"
@@ -89,6 +90,7 @@ class RunFolder:
             InputError: it cannot be created or written to.
         """
         try:
+            self._made += [part for part in (self.path, *self.path.parents) if not part.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".write-test-{os.getpid()}"
             probe.touch()
@@ -101,6 +103,9 @@ class RunFolder:
         if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK}:
             (self.path / LOCK).unlink(missing_ok=True)
             self.path.rmdir()
+            with suppress(OSError):  # another run was begun beside it
+                for parent in self._made[1:]:
+                    parent.rmdir()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rnow.disk.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rnow.models.refusal import Refusal, one_line, read_json
+from rnow.text.user_files import place_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ def find_adapter(path: str, *, key: str, places: Sequence[Path]) -> TrainedAdapt
     """
     refusal = Refusal(path=path, key=key)
     for place in places:
-        for folder in _candidates(place / Path(path).expanduser()):
+        for folder in _candidates(place_of(path, place, where=key)):
             if (folder / ADAPTER_CONFIG).is_file():
                 return _read(folder, refusal)
     return None

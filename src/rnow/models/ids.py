@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from rnow.errors import ModelError
+from rnow.text.user_files import place_of
 
 # Some are the same in both spellings: their models are looked at too (meta-llama), or an API's ":free" is cut off.
 _HUB_NAMES = (
@@ -78,7 +79,10 @@ def check_model_id(path: str, *, key: str, base_dir: Path | None = None) -> None
     Raises:
         ModelError: titled "Unsupported teacher model" or "Unsupported student model".
     """
-    if looks_like_a_path(path) or ((base_dir or Path()) / path).is_dir():
+    if (
+        looks_like_a_path(path)
+        or place_of(path, base_dir or Path(), where=key, fault=ModelError).is_dir()
+    ):
         return
     if _RUN_ID.match(path):
         raise _unsupported(

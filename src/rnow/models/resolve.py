@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from rnow.errors import ModelError
 from rnow.models.folder import check_folder, no_such_folder
 from rnow.models.hub import fetch
 from rnow.models.ids import check_model_id, looks_like_a_path
 from rnow.models.refusal import Refusal
 from rnow.models.resolved import ResolvedModel
+from rnow.text.user_files import place_of
 
 _HASHED_FILES = (
     "added_tokens.json",
@@ -50,7 +52,7 @@ def resolve_model(
         ModelError: there is no such model, it is incomplete, or it is not of a kind that can be used.
     """
     refusal = Refusal(path=path, key=key)
-    folder = base_dir / Path(path).expanduser()
+    folder = place_of(path, base_dir, where=key, fault=ModelError)
     if folder.is_dir():
         return ResolvedModel(
             path=path,

@@ -371,9 +371,6 @@ def _same_file(left: Path, right: Path, name: str) -> bool:
 
 
 def _as_ids(value: object) -> tuple[int, ...]:
-    """``eos_token_id`` is an id, a list of ids, or absent."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
-    if isinstance(value, list | tuple):
-        return tuple(v for v in value if isinstance(v, int) and not isinstance(v, bool))
-    return ()
+    """``eos_token_id`` is an id, a list of ids, or absent; some configs write -1 for none."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)

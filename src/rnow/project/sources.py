@@ -14,7 +14,7 @@ from rnow.project.jsonl import read_rows
 from rnow.project.row_file import RowCollector, RowFile
 from rnow.project.rows import RowRules
 from rnow.text.suggest import closest, did_you_mean
-from rnow.text.user_files import is_present, open_regular, read_regular
+from rnow.text.user_files import is_present, open_regular, place_of, read_regular
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
@@ -32,7 +32,7 @@ def read_source(source: DatasetSource, rules: RowRules, base_dir: Path) -> RowFi
         DataError: a missing or faulty file, a dataset that cannot be fetched, or rows at fault.
         NotYetSupported: rows that need a feature this version lacks.
     """
-    path = Path(base_dir, Path(source.path).expanduser())
+    path = place_of(source.path, Path(base_dir), where=_KEY, fault=DataError)
     try:
         return _read_local(source, path, rules)
     except OSError as error:
@@ -99,12 +99,29 @@ def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, object]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise DataError(
+                    f"{label} has several columns of one name: {', '.join(twice)}",
+                    where=label,
+                    fix="rename or drop all but one",
+                )
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     yield _without_nulls(row)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{label} holds text that is not UTF-8",
+            where=label,
+            why=_first_line(error),
+            fix="write the table anew, its text as UTF-8",
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"{label} is not a readable parquet file", where=label, why=_first_line(error)
+            f"{label} is not a readable parquet file",
+            where=label,
+            why=_first_line(error),
+            fix="write or download it anew",
         ) from None
 
 

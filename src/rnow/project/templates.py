@@ -14,6 +14,7 @@ from pathlib import Path
 from rnow.errors import InputError
 from rnow.text.install import install_command
 from rnow.text.suggest import closest
+from rnow.text.user_files import place_of
 
 _CONFIG = "config.yml"
 _NOT_COPIED = frozenset({"__pycache__", "runs", "rollouts", "wandb", ".DS_Store"})
@@ -109,6 +110,7 @@ def plan_init(template: Template, folder: Path) -> InitPlan:
     new: list[Path] = []
     same: list[Path] = []
     conflicts: list[Path] = []
+    place_of(folder, Path(), where="--dir")
     for relative in _files(template.folder):
         target = folder / relative
         _refuse_wrong_kind(folder, relative)

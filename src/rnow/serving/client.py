@@ -38,6 +38,9 @@ _LORA_SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
 _SLEEP_SWITCH = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode"
 _UNREADABLE_TRIES = 4
 _HEALTH_TIMEOUT = 5.0
+LOOK_AT_SERVER = "look at that server's log, or correct the url"
+_LOWEST = -1e4
+"""Below what vLLM writes for a probability of 0. One such number would be most of a step's KL."""
 _ROUNDING = 1e-5  # a log-softmax in float32 may end this far above 0
 _EXCERPT = 200
 _BRIEF = reprlib.Repr()  # what a server sends may nest deeply and hold numbers without end
@@ -551,6 +554,10 @@ class VllmClient:
             number = math.inf
         if not math.isfinite(number):
             raise self._bad(f"the log-probability at {position} is {self._shown(value)}")
+        if number < _LOWEST:
+            raise self._bad(
+                f"the log-probability at {position} is {number:g}, and vLLM gives -9999 for 0"
+            )
         if number > _ROUNDING:
             raise self._bad(f"the log-probability at {position} is {number:g}, which is above 0")
         return min(number, 0.0)

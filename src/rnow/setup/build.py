@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from rich.console import Console
@@ -23,10 +24,11 @@ from rnow.config.keys import Reader
 from rnow.config.schema import KEYS
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.checkpoints import (
-    ADAPTER_WEIGHTS,
     Checkpoint,
     CheckpointStore,
     export_adapter,
+    folder_name,
+    is_exported,
 )
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
 from rnow.disk.folder import RunFolder
@@ -38,6 +40,7 @@ from rnow.errors import (
     SAME_COMMAND,
     ConfigError,
     InputError,
+    ModelError,
     RnowError,
     StopRequested,
     TemporaryError,
@@ -52,6 +55,7 @@ from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Tokenizer
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
+from rnow.serving.client import LOOK_AT_SERVER
 from rnow.setup.addresses import check_addresses
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
@@ -218,10 +222,29 @@ def _train_in(
             raise fault from error
 
 
+def _teacher_fault(error: TemporaryError, config: Config) -> ModelError | None:
+    """What a teacher's server did wrong before the first step: a fault of the input. None for another fault, and where the
+    server is our own."""
+    served = config.teacher is not None and config.teacher.url is not None
+    if not served or error.where != "teacher.url":
+        return None
+    return ModelError(
+        error.message,
+        title=error.title,
+        where=error.where,
+        why=error.why,
+        fix=error.fix or LOOK_AT_SERVER,
+        details=error.details,
+    )
+
+
 def _disk_fault(error: OSError, folder: RunFolder) -> TemporaryError | None:
     """What a disk refused, for the user; None for an error that is none of a disk's."""
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
-    inside = path is not None and path.absolute().is_relative_to(folder.path.absolute())
+    try:
+        inside = path is not None and path.absolute().is_relative_to(folder.path.absolute())
+    except FileNotFoundError:  # the working directory is gone, and with it what is named from there
+        inside = True
     if not inside and error.errno not in DISK_FAULTS:
         return None
     where = str(path or folder.path)
@@ -250,7 +273,7 @@ def _finished(folder: RunFolder, prepared: Prepared, facts: changes.Facts) -> di
     steps = summary.get("steps")
     if not isinstance(steps, int) or steps < prepared.num_steps:
         return None
-    if not (folder.adapter / ADAPTER_WEIGHTS).is_file():
+    if not is_exported(folder.adapter, checkpoint=folder.checkpoints / folder_name(steps)):
         return None  # it is written anew, from the last checkpoint
     same = summary.get("config_hash") == facts["config_hash"]
     if not earlier:
@@ -334,30 +357,40 @@ class _Run:
         with watchdog.watch():
             checkpoint = self._find_checkpoint()
             backends = await self._load()
-            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
-            self._display.stage("checking the models against each other")
-            await self._selfcheck(backends)
             self._make_folder()  # from here on the run writes
             async with open_user_code(self._prepared, self._folder.path) as code:
                 return await self._train(backends, checkpoint, code)
 
     async def _load(self) -> Backends:
+        """The models, checked against each other. A fault of the input leaves no folder behind."""
         await check_addresses(self._prepared)
         made = not self._folder.path.exists()
         if any(model.role.backend == "vllm" for model in self._prepared.models.values()):
             self._make_folder()  # the engines log there
         try:
-            return await load_backends(
+            backends = await load_backends(
                 self._prepared,
                 self._folder,
                 self._stack,
                 poll=self._stop.poll,
                 stage=self._display.stage,
             )
+            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
+            self._display.stage("checking the models against each other")
+            await self._selfcheck(backends)
+        except TemporaryError as error:
+            if (fault := _teacher_fault(error, self._config)) is None:
+                raise
+            self._unmake_folder(made)
+            raise fault from error
         except InputError:
-            if made:
-                self._folder.remove_if_bare()
+            self._unmake_folder(made)
             raise
+        return backends
+
+    def _unmake_folder(self, made: bool) -> None:
+        if made:
+            self._folder.remove_if_bare()
 
     def _make_folder(self) -> None:
         self._folder.make()
@@ -611,8 +644,14 @@ class _Run:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Each file in one step, as the adapter's: what lay under its name (half a file, a named pipe) goes."""
     try:
-        tokenizer.save_pretrained(str(folder))
+        with TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
+            tokenizer.save_pretrained(aside)
+            for file in filter(Path.is_file, Path(aside).rglob("*")):
+                target = folder / file.relative_to(aside)
+                target.parent.mkdir(exist_ok=True)
+                replace_file(target, file.read_bytes())
     except OSError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception, a full disk included

@@ -22,7 +22,7 @@ from rnow.algorithm.records import (
 from rnow.errors import SAME_COMMAND, ConfigError, ModelError, TemporaryError
 from rnow.processes.process import StartFailed
 from rnow.protocols import Tokenizer
-from rnow.serving.client import BadAnswer, Refused, ServerDown, VllmClient
+from rnow.serving.client import LOOK_AT_SERVER, BadAnswer, Refused, ServerDown, VllmClient
 from rnow.serving.reach import CONNECT_SECONDS
 from rnow.serving.server import VllmServer
 from rnow.tasks import ask_again
@@ -205,9 +205,13 @@ class VllmTeacher:
         }
         try:
             await self.surviving(lambda: self._score_into(evidence, samples, needs.top_k))
+        except ServerDown as error:
+            error.where = error.where or self._where
+            raise
         except (BadAnswer, Refused) as error:
             raise TemporaryError(
                 error.message,
+                where=self._where,
                 why=error.why,
                 fix=error.fix,
                 details=error.details,
@@ -365,9 +369,7 @@ class VllmTeacher:
             ) from error
         except (BadAnswer, Refused) as error:
             error.where = error.where or self._where
-            if self._server is None and self._client is not None and error.fix is None:
-                asking = f"curl {self._client.url}/v1/models"
-                error.fix = f"see what `{asking}` says: vLLM itself must answer there, unpacked and unchanged"
+            error.fix = error.fix or LOOK_AT_SERVER
             raise
 
 

@@ -3,6 +3,7 @@ be waited on for ever, or never end."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import BinaryIO
 
 from rnow.errors import InputError
 
+_SHOWN = 80
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -17,6 +19,40 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+
+
+def place_of(
+    path: str | Path, base: Path, *, where: str, fault: type[InputError] = InputError
+) -> Path:
+    """Where a path that a user wrote leads: ``~`` stands for a home, a relative one starts at ``base``.
+
+    Args:
+        where: the setting or option that names it.
+        fault: the kind of error.
+
+    Raises:
+        InputError: there is no such home, or no disk can hold such a name.
+    """
+    shown = str(path) if len(str(path)) <= _SHOWN else f"{str(path)[: _SHOWN - 3]}..."
+    try:
+        place = base / Path(path).expanduser()
+    except RuntimeError:
+        raise fault(
+            f"{shown} leads to no home folder",
+            where=where,
+            why="~ stands for your own home, ~name for that of the user name, and there is none",
+            fix="write the path from / on, or from the project folder",
+        ) from None
+    try:
+        place.stat()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise fault(
+                f"{shown} cannot be read", where=where, why=error.strerror, fix="name another path"
+            ) from None
+    except ValueError:  # a zero byte, of which those say more who know what it should be
+        pass
+    return place
 
 
 def is_present(path: Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rnow.algorithm.records import StepData, UpdateResult
 from rnow.disk.answers import AnswerFiles
+from rnow.disk.checkpoints import diverged
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Sink, read_evaluations, read_rows
 from rnow.disk.transcripts import TranscriptWriter
@@ -174,14 +175,14 @@ class Recorder:
         data: StepData,
         last_good: Callable[[], int | None],
     ) -> None:
-        diverged = update.skipped == "non-finite"
-        what = "brought no finite update" if diverged else "had no rollout to learn from"
+        non_finite = update.skipped == "non-finite"
+        what = "brought no finite update" if non_finite else "had no rollout to learn from"
         self._display.note(f"step {step} {what} and was skipped ({self._skipped} in a row)")
         if self._skipped < MAX_SKIPPED:
             return
         happened = f"{MAX_SKIPPED} steps in a row were skipped, the last because it {what}"
         where = str(self._folder.path)
-        if not diverged:
+        if not non_finite:
             errors = [r.error for group in data.groups for r in group.rollouts if r.error]
             raise RnowError(
                 happened,
@@ -198,17 +199,7 @@ class Recorder:
                 why=f"the teacher's log-probabilities of {broken} of {len(data.training)} rollouts are not finite",
                 fix=f"set teacher.dtype: float32 (float16 overflows), or check the teacher's weights, and {SAME_COMMAND}",
             )
-        good = last_good()
-        known = self._newest() if good is None else f"the last good checkpoint is step-{good:06d}"
-        raise RnowError(
-            f"{happened}; {known}",
-            title="Training diverged",
-            where=where,
-            fix="lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh"
-            if good is None
-            else "lower trainer.learning_rate, or set model.dtype: float32, then start over with --fresh, or move the "
-            "checkpoints after the good one out of checkpoints/ to go on from there",
-        )
+        raise diverged(happened, where=where, good=last_good(), otherwise=self._newest())
 
     def _newest(self) -> str:
         saved = sorted(self._folder.checkpoints.glob("step-??????"))

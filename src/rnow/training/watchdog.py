@@ -87,7 +87,8 @@ class Watchdog:
         if not self._flag.handled or sys.__stderr__ is None:
             return
         with contextlib.suppress(OSError, ValueError):
-            faulthandler.dump_traceback_later(self._seconds + SAVE_SECONDS, exit=True, file=2)
+            seconds = min(self._seconds + SAVE_SECONDS, threading.TIMEOUT_MAX)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
     def _look(self, loop: asyncio.AbstractEventLoop, thread: int) -> None:
         now, still = time.monotonic(), progress.still()
