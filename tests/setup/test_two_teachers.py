@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from tests.rollouts import read_transcripts
-from tests.serving.scripted import ScriptedServer, logprob
+from tests.serving.scripted import ScriptedServer, logprob, status
 from tests.setup.projects import Killed, Project, Watcher, die, read_jsonl
 
 from rnow.config import Config
-from rnow.errors import ConfigError, DataError
+from rnow.errors import ConfigError, DataError, TemporaryError
 from rnow.plan.plan import build_plan
 from rnow.plan.prepare import prepare
 from rnow.setup.build import run
@@ -165,8 +165,8 @@ def test_what_the_plan_says(project: TwoTeachers) -> None:
 @pytest.mark.parametrize(
     ("row", "where", "said", "fix"),
     [
-        ({"teacher": "plian"}, "letters.jsonl, line 3", 'unknown teacher "plian" (did you mean plain?)', "the teachers are plain"),
-        ({"teacher": "letters"}, "letters.jsonl, line 3", 'unknown teacher "letters"', "the teachers are plain"),
+        ({"teacher": "plian"}, "letters.jsonl, line 3", 'unknown teacher "plian" (did you mean plain?)', "teachers in config.yml has plain"),
+        ({"teacher": "letters"}, "letters.jsonl, line 3", 'unknown teacher "letters"', "teachers in config.yml has plain"),
         ({"teacher": 3}, "letters.jsonl, line 3", '"teacher" must be the name of a teacher, but it is a number', "correct"),
     ],
 )  # fmt: skip
@@ -316,3 +316,27 @@ def test_one_of_them_may_be_served(project: TwoTeachers, monkeypatch: pytest.Mon
             given = [token["teacher_logprob"] for token in row["tokens"]]
             served = given == pytest.approx(scripted, abs=1e-5)
             assert served == (teacher_of(prompt_id) == "teacher/plain"), prompt_id
+
+
+@pytest.mark.parametrize("names", ["plain", None])
+def test_a_server_that_goes_is_named_by_its_own_key(
+    project: TwoTeachers, names: str | None
+) -> None:
+    """Of two teachers, and of one that is described under ``teachers``."""
+    sections: dict[str, Any] = {}
+    if names is None:
+        (project.folder / "letters.jsonl").unlink()
+        sections["data"] = {
+            "train_file": [{"path": "words.jsonl", "name": "words", "teacher": "plain"}]
+        }
+    with ScriptedServer() as server:
+        config = project.config(
+            teachers={"plain": {"path": "plain", "url": server.url}},
+            rollout={"max_context_window": 60},
+            algorithm={"kl_estimator": "sampled"},
+            **sections,
+        )
+        gone = Watcher().at("teacher", 1, lambda: setattr(server, "always", status(403)))
+        with pytest.raises(TemporaryError) as caught:
+            run(config, folder=project.folder, display=gone)
+    assert caught.value.where == "teachers.plain.url"

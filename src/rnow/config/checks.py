@@ -110,7 +110,7 @@ def _teacher_names(config: Schema) -> Iterator[Problem]:
             yield Problem(
                 path=path,
                 message=f"no teacher is named {asked}{hint(asked, config.teachers)}",
-                hint=f"the teachers are {', '.join(config.teachers)}; a model is written with a slash (./{asked}), or as a "
+                hint=f"teachers has {', '.join(config.teachers)}; a model is written with a slash (./{asked}), or as a "
                 "section with path",
             )
         elif source.name in config.teachers:

@@ -133,7 +133,7 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
         if was != now and not (name in ADDED and None in (was, now)):
             lines.append((kind, f"{what} changed{_detail(was, now)}"))
     if before:  # else nothing is known
-        lines += [("judges", line) for line in _other_teachers(was_named, now_named)]
+        lines.extend(("judges", line) for line in _other_teachers(was_named, now_named))
     silent: list[Change] = [kind for name, kind in SILENT.items() if old.get(name) != new.get(name)]
     return Changes(lines=tuple(lines), silent=tuple(silent))
 

@@ -366,7 +366,7 @@ class _Checker:
         if name is not None and name not in known.named:
             near = hint(name, known.named) if listed else ": config.yml has no teachers"
             fix = (
-                f"the teachers are {listed}"
+                f"teachers in config.yml has {listed}"
                 if listed
                 else 'write it under teachers in config.yml, or remove "teacher"'
             )

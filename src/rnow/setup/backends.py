@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from rnow.algorithm.head import Head
+from rnow.config.teachers import TEACHER
 from rnow.disk.folder import RunFolder
+from rnow.errors import RnowError
 from rnow.models.card import CardWatch, ready_card
 from rnow.models.shape import build_empty, shape_of
 from rnow.plan.memory import ENGINE_ASLEEP
@@ -35,6 +38,8 @@ from rnow.teacher.privileged import PrivilegedTeacher
 from rnow.teacher.router import RoutedTeacher
 from rnow.training.evaluations import Answering
 from rnow.training.residency import Part, Residency
+
+_KEY = re.compile(r"(?<![\w./-])teacher\.(?=[a-z])")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +137,18 @@ def _watched(prepared: Prepared, turns: frozenset[Part]) -> Residency:
     return Residency(CardWatch(device, allowed=engines * ENGINE_ASLEEP).check)
 
 
+@contextmanager
+def naming(role: Role) -> Iterator[None]:
+    """Errors that name a key of ``teacher`` name that of the teacher at work: ``teachers.math.url``."""
+    try:
+        yield
+    except RnowError as error:
+        for said in ("where", "fix"):
+            if text := getattr(error, said):
+                setattr(error, said, _KEY.sub(f"{role.key}.", text))
+        raise
+
+
 def _coming(role: Role) -> str:
     """The stage in which the vLLM of a role gets ready."""
     if role.starts_vllm:
@@ -195,7 +212,8 @@ class _Loader:
             if model.own_base:
                 teachers[name] = own_base
                 continue
-            teachers[name], sampler = await self._load_teacher(model, answers=name in evaluated)
+            with naming(role):
+                teachers[name], sampler = await self._load_teacher(model, answers=name in evaluated)
             if sampler is not None:
                 own = name if len(roles) > 1 else None
                 answering.append(Answering(sampler=sampler, part=role.part, role=own))
@@ -205,9 +223,19 @@ class _Loader:
                     "nor are the other teachers: half of the answers would be nobody's"
                 )
             answering = []
-        if len(teachers) < 2:
+        if not teachers or [role.key for role in roles.values()] == [TEACHER]:
             return next(iter(teachers.values()), None), answering
-        return RoutedTeacher(teachers, lambda name: self.gpu.only(roles[name].part)), answering
+        return RoutedTeacher(teachers, lambda name: self._turn(roles[name])), answering
+
+    @asynccontextmanager
+    async def _turn(self, role: Role) -> AsyncIterator[None]:
+        """The card for one of several teachers; its faults are those of its own section."""
+        with naming(role):
+            if role.part == TEACHER:  # alone, and awake already
+                yield
+                return
+            async with self.gpu.only(role.part):
+                yield
 
     def _evaluated(self) -> frozenset[str]:
         if not self.prepared.evaluated:

@@ -50,6 +50,7 @@ from rnow.plan import changes
 from rnow.plan.choices import sampler_backend, slow_paths
 from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
+from rnow.plan.roles import Models, teachers_of
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Tokenizer
@@ -222,11 +223,11 @@ def _train_in(
             raise fault from error
 
 
-def _teacher_fault(error: TemporaryError, config: Config) -> ModelError | None:
+def _teacher_fault(error: TemporaryError, models: Models) -> ModelError | None:
     """What a teacher's server did wrong before the first step: a fault of the input. None for another fault, and where the
     server is our own."""
-    served = config.teacher is not None and config.teacher.url is not None
-    if not served or error.where != "teacher.url":
+    roles = [model.role for model in teachers_of(models)]
+    if error.where not in [f"{role.key}.url" for role in roles if role.serving.url is not None]:
         return None
     return ModelError(
         error.message,
@@ -379,7 +380,7 @@ class _Run:
             self._display.stage("checking the models against each other")
             await self._selfcheck(backends)
         except TemporaryError as error:
-            if (fault := _teacher_fault(error, self._config)) is None:
+            if (fault := _teacher_fault(error, self._prepared.models)) is None:
                 raise
             self._unmake_folder(made)
             raise fault from error

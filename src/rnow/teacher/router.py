@@ -15,7 +15,7 @@ class RoutedTeacher:
 
     Args:
         teachers: by role.
-        only: has the teacher of a role awake, alone where they share a card, while it is open.
+        only: has the teacher of a role awake, alone where they share a card, while it is open; and may say more of an error.
     """
 
     def __init__(
@@ -36,9 +36,10 @@ class RoutedTeacher:
         """
         asked: dict[str, list[Sample]] = {}
         for sample in samples:
-            if sample.teacher not in self._teachers:
+            role = sample.teacher
+            if role is None or role not in self._teachers:
                 raise KeyError(f"{sample.id} has no teacher among {[*self._teachers]}")
-            asked.setdefault(sample.teacher, []).append(sample)
+            asked.setdefault(role, []).append(sample)
         evidence: dict[str, Evidence] = {}
         for role, teacher in self._teachers.items():
             if role in asked:
