@@ -85,7 +85,10 @@ def leaks(folder: Path) -> Iterator[str]:
                 yield f"{path.relative_to(folder)}: {raw[max(0, at - 60) : at + 20]!r}"
 
 
-def test_one_copy_scores_as_a_second_one_would(project: Project, tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", ["auto", "sampled"])
+def test_one_copy_scores_as_a_second_one_would(
+    estimator: str, project: Project, tmp_path: Path
+) -> None:
     """``self``, the student's own folder and a copy of it: the same numbers, and only the copy is loaded."""
     copy = tmp_path / "copy"
     shutil.copytree(project.student, copy)
@@ -101,7 +104,8 @@ def test_one_copy_scores_as_a_second_one_would(project: Project, tmp_path: Path)
         count: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rnow.setup.backends.load_model", counting)
-            numbers[name] = one_step(project, name, teacher={"path": path})
+            algorithm = {"kl_estimator": estimator}
+            numbers[name] = one_step(project, name, teacher={"path": path}, algorithm=algorithm)
         loaded[name] = len(count)
     assert loaded == {"self": 1, "same": 1, "copy": 2}
     assert numbers["self"] == numbers["same"] == numbers["copy"]
