@@ -306,3 +306,12 @@ def test_a_template_has_both_placeholders(template: str, lacks: str | None) -> N
         return
     with pytest.raises(ConfigError, match=f"the template has no {lacks}"):
         make(teacher=teacher)
+
+
+def test_self_beside_named_teachers_is_no_mistyped_name() -> None:
+    sources = [{"path": "a.jsonl", "teacher": "self"}, {"path": "b.jsonl", "teacher": "big"}]
+    config = make(teacher=None, teachers={"big": "x/y"}, data={"train_file": sources})
+    assert config.data.sources[0].teacher == "self"
+    sources[0]["teacher"] = "bug"
+    with pytest.raises(ConfigError, match="no teacher is named bug"):
+        make(teacher=None, teachers={"big": "x/y"}, data={"train_file": sources})
