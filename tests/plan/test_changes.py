@@ -195,7 +195,7 @@ TABLE: dict[Change, str] = {
     "warn": """
         algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.kl_clamp
-        algorithm.divergence algorithm.teacher_top_k
+        algorithm.divergence algorithm.teacher_top_k algorithm.gae_lambda algorithm.value_learning_rate
         algorithm.clip_ratio_low algorithm.clip_ratio_high algorithm.ratio_cap
         trainer.learning_rate trainer.updates_per_batch trainer.weight_decay trainer.adam_beta1 trainer.adam_beta2
         trainer.max_grad_norm trainer.warmup_steps trainer.lr_schedule

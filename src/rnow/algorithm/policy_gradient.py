@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnow.algorithm.baseline import SUMMARIES as BASELINE_SUMMARIES
 from rnow.algorithm.baseline import KlBaseline, OptimalBaseline
 from rnow.algorithm.head import Head, selected_logprobs
 from rnow.algorithm.objective import Summary, Terms
 from rnow.algorithm.records import MicroBatch, TeacherNeeds
-from rnow.algorithm.surrogate import LossName, token_losses
+from rnow.algorithm.surrogate import LossName, discounted_sum, token_losses
 
 K3_EXPONENT_LIMIT = 20.0
 
@@ -63,6 +63,11 @@ class PolicyGradient:
     def summaries(self) -> Mapping[str, Summary]:
         """See ``Objective.summaries``."""
         return SUMMARIES if self.baseline is None else {**SUMMARIES, **BASELINE_SUMMARIES}
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """See ``Objective.parameters``."""
+        return {}
 
     def describe(self) -> str:
         """See ``Objective.describe``."""
@@ -171,16 +176,6 @@ def shape_advantages(
         teacher_kl=teacher_kl,
         clamped=teacher_kl.abs() > kl_clamp,
     )
-
-
-def discounted_sum(values: Tensor, discount: float) -> Tensor:
-    """``[L]``: at t the sum over s >= t of discount^(s-t) values_s, in log2(L) additions."""
-    total, step = values, 1
-    while step < len(values):
-        following = torch.nn.functional.pad(total[step:], (0, step))
-        total = total + discount**step * following
-        step *= 2
-    return total
 
 
 def k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:

@@ -167,6 +167,8 @@ def _without_signal(config: Schema) -> Iterator[Problem]:
             message="reward_coef is 0, so nothing would be learned: the KL of rl is that to the student's own start",
             hint="set reward_coef above 0, or follow a teacher with dataset_type: distill",
         )
+    if algorithm.adv_estimator == "gae":
+        return  # judged against what the value head expects
     in_group = algorithm.adv_estimator == "grpo"
     compared = data.group_size if in_group else data.group_size * data.batch_size
     if algorithm.reward_coef > 0 and compared == 1:

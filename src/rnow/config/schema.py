@@ -257,10 +257,14 @@ class AlgorithmSection(Section):
     )
     adv_estimator: Literal["grpo", "gae", "reinforce"] = key(
         "grpo",
-        "How rewards become advantages: against the group, or against the batch.",
+        "How rewards become advantages: against the group (`grpo`), the batch (`reinforce`), or a value head that learns beside "
+        "the adapter (`gae`).",
         change="refuse",
-        reserved=reserved("gae", instead="use adv_estimator: grpo or reinforce"),
     )
+    gae_lambda: float = key(
+        0.95, "gae: 1 judges a token by the reward, 0 by the value of the next state.", ge=0, le=1
+    )
+    value_learning_rate: Above0 = key(1e-3, "gae: constant learning rate of the value head.")
     kl_penalty_coef: AtLeast0 = key(
         0.1,
         "Weight of the teacher KL. With `reward_coef: 0` it only scales the loss, which Adam cancels.",

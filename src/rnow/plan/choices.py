@@ -60,6 +60,20 @@ def kl_estimator(config: Config) -> Estimator:
     return "topk" if any_served(config) else "exact"
 
 
+def describe_signal(config: Config) -> str:
+    """What the teacher says of each token, in a line; empty where nobody is asked."""
+    algorithm = config.algorithm
+    if config.teacher is None and (config.dataset_type != "rl" or algorithm.kl_penalty_coef == 0):
+        return ""
+    estimator = kl_estimator(config)
+    if estimator == "sampled":
+        return "sampled: the teacher's log-probability of each sampled token"
+    kind = "jsd" if algorithm.divergence == "jsd" else f"{algorithm.divergence} KL"
+    if estimator == "exact":
+        return f"exact: {kind} over the teacher's whole distribution"
+    return f"topk: {kind} over its {algorithm.teacher_top_k} likeliest tokens and a bucket for the rest"
+
+
 def reads_hidden_states(config: Config) -> bool:
     """Whether the objective asks the teacher for hidden states, and its head stays where the update is."""
     if config.algorithm.kl_baseline == "optimal":

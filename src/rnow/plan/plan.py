@@ -19,6 +19,7 @@ from rnow.plan.choices import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_MAX_TURNS,
     LAYER_SECONDS,
+    describe_signal,
     reads_hidden_states,
     slow_paths,
     teacher_answers,
@@ -130,6 +131,7 @@ class Plan:
     """
 
     dataset_type: str
+    signal: str
     tools: tuple[str, ...]
     max_turns: int
     run_dir: str
@@ -213,6 +215,7 @@ def build_plan(
     checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
+        signal=describe_signal(config),
         tools=tuple(prepared.tools),
         max_turns=(config.rollout.max_turns or DEFAULT_MAX_TURNS) if prepared.tools else 1,
         run_dir=str(run_dir),

@@ -193,6 +193,7 @@ def build_policy(
             schedule=trainer.lr_schedule,
             total_updates=prepared.num_steps * trainer.updates_per_batch,
             updates_per_batch=trainer.updates_per_batch,
+            value_learning_rate=config.algorithm.value_learning_rate,
         ),
         micro_batch_tokens=trainer.micro_batch_tokens,
         gradient_checkpointing=(
