@@ -192,12 +192,14 @@ class Recorder:
                 fix="look at the last file of transcripts/, and try `rnow test`",
             )
         if broken := broken_evidence(data):
+            role, count = broken.most_common(1)[0]
+            key = "teacher.dtype" if role == "teacher" else f"the dtype of {role}"
             raise RnowError(
                 f"{happened}; {self._newest()}",
                 title="Unusable teacher",
                 where=where,
-                why=f"the teacher's log-probabilities of {broken} of {len(data.training)} rollouts are not finite",
-                fix=f"set teacher.dtype: float32 (float16 overflows), or check the teacher's weights, and {SAME_COMMAND}",
+                why=f"the {role}'s log-probabilities of {count} of {len(data.training)} rollouts are not finite",
+                fix=f"set {key}: float32 (float16 overflows), or check the teacher's weights, and {SAME_COMMAND}",
             )
         raise diverged(happened, where=where, good=last_good(), otherwise=self._newest())
 
