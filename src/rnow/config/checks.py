@@ -106,8 +106,8 @@ def _teacher_names(config: Schema) -> Iterator[Problem]:
         path, asked = ("data", "train_file", index, "teacher"), source.teacher
         if index not in own:
             continue
-        mistyped = isinstance(asked, str) and "/" not in asked and not own[index].own_base
-        if config.teachers and mistyped:
+        beside = config.teachers and not own[index].own_base
+        if beside and isinstance(asked, str) and "/" not in asked:
             yield Problem(
                 path=path,
                 message=f"no teacher is named {asked}{hint(asked, config.teachers)}",

@@ -240,8 +240,7 @@ def build_plan(
         trainable_parameters=adapter,
         devices=_device_plans(layout, may_take_turns(prepared)),
         checkpoint_bytes=checkpoint,
-        checkpoints_bytes=checkpoint
-        * (trainer.keep_checkpoints + 1),  # the next, then the oldest goes
+        checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),  # and the next
         # Of the step after the last checkpoint and of the one in progress.
         journal_bytes=2 * per_step * (completion * JOURNAL_TOKEN + rendered.longest_prompt),
         transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
