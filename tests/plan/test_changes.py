@@ -206,6 +206,7 @@ TABLE: dict[Change, str] = {
     """,
     "evaluates": """
         teacher.revision teacher.trust_remote_code teacher.tokenizer teacher.backend rollout.include_thinking
+        teacher.template teacher.system_prompt
         teacher.quantization|local teacher
         teacher.dtype|local teacher
         teacher.attn_implementation|local teacher

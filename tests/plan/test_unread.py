@@ -36,6 +36,10 @@ def test_nothing_to_warn_of() -> None:
         ),
         ({"teacher": {"tensor_parallel_size": 2}}, "teacher.tensor_parallel_size"),
         ({"teacher": {"url": "http://h:1", "quantization": "nf4"}}, "teacher.quantization"),
+        (
+            {"teacher": {"path": "self", "quantization": "nf4"}},
+            "teacher.quantization, teacher.device has no effect with teacher.path: self",
+        ),
     ],
 )
 def test_settings_that_the_backend_does_not_read(sections: dict[str, Any], words: str) -> None:

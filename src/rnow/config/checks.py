@@ -36,6 +36,8 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from name_problems(config)
     yield from _out_of_range(config, ())
     yield from _without_its_teacher(config)
+    yield from _elsewhere_and_own(config)
+    yield from _without_placeholder(config)
     yield from _teacher_names(config)
     yield from _of_two_minds(config)
     yield from _unknown_to_its_engine(config)
@@ -63,6 +65,34 @@ def _without_its_teacher(config: Schema) -> Iterator[Problem]:
         )
 
 
+def _elsewhere_and_own(config: Schema) -> Iterator[Problem]:
+    """The student's own base as the teacher, and a place where another model is."""
+    for path, teacher in teacher_sections(config):
+        given = {
+            "url": teacher.url is not None,
+            "backend": teacher.backend == "vllm",
+            "revision": teacher.revision is not None,
+        }
+        for name in (name for name, asked in given.items() if asked and teacher.own_base):
+            yield Problem(
+                path=(*path, name),
+                message=f"{name} cannot go with path: self, the base that the trainer holds anyway",
+                hint="remove it, or name the teacher's model with path (a folder called self is ./self)",
+            )
+
+
+def _without_placeholder(config: Schema) -> Iterator[Problem]:
+    """A template of a teacher that would not see the question, or what the row tells it."""
+    unseen = {"{prompt}": "the question", "{context}": "the row's privileged_context"}
+    for path, teacher in teacher_sections(config):
+        for name in (name for name in unseen if name not in teacher.template):
+            yield Problem(
+                path=(*path, "template"),
+                message=f"the template has no {name}, so the teacher would not see {unseen[name]}",
+                hint=f"write {name} where it belongs; for a prompt of another kind give rows teacher_messages",
+            )
+
+
 def _teacher_names(config: Schema) -> Iterator[Problem]:
     """Names of teachers that mean nothing, or more than one thing."""
     for name in config.teachers:
@@ -78,7 +108,8 @@ def _teacher_names(config: Schema) -> Iterator[Problem]:
         path, asked = ("data", "train_file", index, "teacher"), source.teacher
         if index not in own:
             continue
-        if config.teachers and isinstance(asked, str) and "/" not in asked:
+        beside = config.teachers and not own[index].own_base
+        if beside and isinstance(asked, str) and "/" not in asked:
             yield Problem(
                 path=path,
                 message=f"no teacher is named {asked}{hint(asked, config.teachers)}",

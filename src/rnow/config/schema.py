@@ -117,7 +117,23 @@ class TeacherSection(Section):
 
     change = "evaluates"
 
-    path: Text = key(..., "The teacher: a HuggingFace id or a local folder.", change="judges")
+    path: Text = key(
+        ...,
+        "The teacher: a HuggingFace id or a local folder. `self` is the student as it was before training, seeing more: its "
+        "own base with the adapter switched off, and no second copy of it.",
+        change="judges",
+    )
+    template: Text = key(
+        "{prompt}\n\n{context}",
+        "What the teacher reads in place of the last user message of a row with `privileged_context`: `{prompt}` stands for "
+        "that message, `{context}` for the row's text.",
+        "the prompt, an empty line, the context",
+    )
+    system_prompt: Text | None = key(
+        None,
+        "A system message that the teacher alone reads, in place of the row's own if it has one.",
+        "the row's own",
+    )
     agentic: bool | None = key(
         None,
         "`false` leaves the tools out, `true` requires them.",
@@ -183,6 +199,11 @@ class TeacherSection(Section):
         change="free",
         reader="local vllm teacher",
     )
+
+    @property
+    def own_base(self) -> bool:
+        """Whether it is the student's own base: ``path: self``."""
+        return self.path == "self"
 
 
 def _kind_of_teacher(value: object) -> str:

@@ -85,7 +85,8 @@ def reads_hidden_states(config: Config) -> bool:
 def slow_paths(config: Config) -> list[str]:
     """What this machine could do faster and does not, with the reason; one sentence each."""
     device, found = choose_device(config.model.device), []
-    here = [section for _, section in teacher_sections(config) if section.url is None]
+    sections = [section for _, section in teacher_sections(config) if not section.own_base]
+    here = [section for section in sections if section.url is None]
     if device.type == "cpu" and "auto" in (section.device for section in (config.model, *here)):
         why = unusable_gpu()
         if why is not None:

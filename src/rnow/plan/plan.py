@@ -63,7 +63,8 @@ HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """One model of the run. ``weights_bytes`` is the size of its files, ``dtype`` that of unquantised numbers."""
+    """One model of the run. ``weights_bytes`` is the size of its files, ``dtype`` that of unquantised numbers; ``own_base``: it
+    is the student's base, of which there is one copy."""
 
     path: str
     revision: str | None
@@ -73,6 +74,7 @@ class ModelPlan:
     dtype: str
     quantization: str
     device: str
+    own_base: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +125,9 @@ class DevicePlan:
 class Plan:
     """Counts are totals of the run unless named per step; sizes are bytes.
 
-    ``models`` is by role, the student first; ``judged`` how many of the prompts each teacher judges; ``completion_tokens`` is the longest answer, ``max_total_tokens`` what all
-    answers together cannot exceed.
+    ``models`` is by role, the student first; ``judged`` how many of the prompts each teacher judges; ``longest_told`` the
+    longest prompt that a teacher reads in other words than the student, 0 without any. ``completion_tokens`` is the longest
+    answer, ``max_total_tokens`` what all answers together cannot exceed.
     """
 
     dataset_type: str
@@ -133,6 +136,7 @@ class Plan:
     max_turns: int
     run_dir: str
     models: Mapping[str, ModelPlan]
+    longest_told: int
     prompts: int
     judged: Mapping[str, int]
     held_out: int
@@ -216,6 +220,7 @@ def build_plan(
         max_turns=(config.rollout.max_turns or DEFAULT_MAX_TURNS) if prepared.tools else 1,
         run_dir=str(run_dir),
         models=models,
+        longest_told=rendered.longest_told,
         prompts=len(dataset.prompts),
         judged=prepared.judged,
         held_out=len(dataset.held_out),
@@ -235,8 +240,7 @@ def build_plan(
         trainable_parameters=adapter,
         devices=_device_plans(layout, may_take_turns(prepared)),
         checkpoint_bytes=checkpoint,
-        # One more than is kept: the next is complete before the oldest goes.
-        checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
+        checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),  # and the next
         # Of the step after the last checkpoint and of the one in progress.
         journal_bytes=2 * per_step * (completion * JOURNAL_TOKEN + rendered.longest_prompt),
         transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
@@ -274,7 +278,9 @@ def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
     prepared, section = layout.prepared, layout.prepared.config.evaluation
     judged = Counter(prompt.teacher for prompt in prepared.evaluated)
     teachers = [model.role for model in teachers_of(prepared.models) if judged[model.role.name]]
-    if not teachers or any(role.crosses for role in teachers):
+    if not teachers or any(
+        role.crosses or prepared.models[role.name].own_base for role in teachers
+    ):
         return ()
     answers = {role.name: judged[role.name] * section.num_samples for role in teachers}
     what = f"{sum(answers.values()):,} answers to the held-out prompts, of at most {layout.completion:,} tokens"
@@ -293,6 +299,8 @@ def answering_teachers(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> 
     that, since half of the answers are nobody's."""
     judging = {prompt.teacher for prompt in prepared.evaluated}
     models = [model for model in teachers_of(prepared.models) if model.role.name in judging]
+    if any(model.own_base for model in models):
+        return frozenset()  # its answers are those of the student before training
     # A teacher of another tokenizer cannot answer in the student's tokens.
     asked = all(
         not role.crosses
@@ -330,7 +338,8 @@ def may_take_turns(prepared: Prepared) -> frozenset[Part]:
                 fix="set residency: auto",
             )
         return frozenset()
-    parts = sharers({name: model.role for name, model in prepared.models.items()})
+    roles = {name: model.role for name, model in prepared.models.items() if not model.own_base}
+    parts = sharers(roles)
     return parts if len(parts) > 1 and config.residency != "resident" else frozenset()
 
 
@@ -387,6 +396,7 @@ def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[s
             dtype=dtype_name(role.dtype),
             quantization=model.quantization,
             device=_placement(role, cards),
+            own_base=model.own_base,
         )
     return found
 
@@ -465,6 +475,7 @@ def _settings(
         rollouts=config.data.batch_size * config.data.group_size,
         prompts=config.data.batch_size,
         prompt_tokens=rendered.longest_prompt,
+        teacher_extra=rendered.teacher_extra,
         completion_tokens=layout.completion,
         window=rendered.window,
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
@@ -485,6 +496,7 @@ def _model_memory(
         width=role.dtype.itemsize,
         quantization=model.quantization,
         device=layout.placed[role.name],
+        own_base=model.own_base,
     )
     if role.serving.url is not None:
         return replace(memory, engine=0)
@@ -505,7 +517,7 @@ def _with_nf4_teachers(settings: MemorySettings, device: str) -> int | None:
     changed = settings
     for role, model in settings.models.items():
         # A vLLM takes its share of the card, however it stores its weights.
-        loaded = model.device == device and model.engine is None
+        loaded = model.device == device and model.engine is None and not model.own_base
         if role != STUDENT and loaded and model.quantization != "nf4":
             changed = with_nf4(changed, role)
     if changed is settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -22,7 +22,16 @@ from rnow.plan.choices import teacher_backend
 from rnow.plan.crossed import refuse_tools
 from rnow.plan.engines import cards_of, check_engines
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
-from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of, teachers_of, used_roles
+from rnow.plan.roles import (
+    STUDENT,
+    Models,
+    Role,
+    RunModel,
+    roles_of,
+    shares_base,
+    teachers_of,
+    used_roles,
+)
 from rnow.plan.sources import SourcePlan, plan_source
 from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import TOOLS_FILE, Project, is_agentic, load_project
@@ -114,12 +123,6 @@ def _run_folder(config: Config, folder: Path, *, fresh: bool, writable: bool = T
     return choose_run_folder(place, name, fresh=fresh) if writable else find_run_folder(place, name)
 
 
-SERVERS_OUTSIDE = (
-    "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their containers: "
-    "localhost is this machine"
-)
-
-
 def prepare(
     config: Config, folder: Path, *, weights: bool, training: bool = True, fresh: bool = False
 ) -> Prepared:
@@ -155,29 +158,46 @@ def prepare(
     notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
     notices += _idle(configured, roles)
     notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
-    if images and config.rollout.mcp_url:
-        notices.append(SERVERS_OUTSIDE)
+    if listed is not None:
+        notices += _outside(images, config)
     source = None
     if training:
         source = plan_source(config, project)
         _check_evals(config, held_out=len(dataset.held_out))
-    models = {
-        name: RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
-        for name, role in roles.items()
-        if training or role.trained
-    }
-    run = _run_folder(config, folder, fresh=fresh, writable=training)
+    models = _models(roles, folder, weights=weights, training=training)
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(config, prompts, models, tools, now=_date_of(run)),
+        rendered=render_prompts(
+            config,
+            prompts,
+            models,
+            tools,
+            now=_date_of(_run_folder(config, folder, fresh=fresh, writable=training)),
+            privileged=dataset.privileged,
+        ),
         source=source,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
     )
+
+
+def _models(
+    roles: Mapping[str, Role], folder: Path, *, weights: bool, training: bool
+) -> dict[str, RunModel]:
+    """The models of these roles; with ``training`` off the student alone."""
+    found: dict[str, RunModel] = {}
+    for name, role in roles.items():
+        if not (training or role.trained):
+            continue
+        model = RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
+        found[name] = replace(
+            model, own_base=not role.trained and shares_base(model, found[STUDENT])
+        )
+    return found
 
 
 def _date_of(run: RunFolder) -> datetime | None:
@@ -242,6 +262,15 @@ def _idle(configured: Mapping[str, Role], used: Mapping[str, Role]) -> Iterator[
     for name, role in configured.items():
         if name not in used:
             yield f"no row is judged by {role.key}, which is not loaded"
+
+
+def _outside(images: Mapping[str, str], config: Config) -> Iterator[str]:
+    """Tools that are not where the rows' containers are."""
+    if images and config.rollout.mcp_url:
+        yield (
+            "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
+            "containers: localhost is this machine"
+        )
 
 
 def _images(dataset: Dataset) -> dict[str, str]:

@@ -124,10 +124,16 @@ class Role:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunModel:
-    """One model of the run: its role and its files."""
+    """One model of the run: its role and its files.
+
+    Attributes:
+        own_base: a teacher that is the student's base with the adapter switched off: the trainer holds it, and no other copy
+            is loaded.
+    """
 
     role: Role
     resolved: ResolvedModel
+    own_base: bool = False
 
     @property
     def quantization(self) -> Stored:
@@ -153,19 +159,35 @@ def roles_of(config: Config) -> dict[str, Role]:
         part="sampler",
     )
     teachers = {
-        name: Role(
-            name=name,
-            key=dotted(key),
-            section=section,
-            serving_key=dotted(key),
-            serving=section,
-            backend=teacher_backend(section),
-            device_map=section.device_map,
-            part=TEACHER,
-        )
+        name: _teacher(name, dotted(key), _as_student(section, student))
         for name, (key, section) in find_teachers(config).sections.items()
     }
     return {STUDENT: student, **teachers}
+
+
+def _teacher(name: str, key: str, section: TeacherSection) -> Role:
+    return Role(
+        name=name,
+        key=key,
+        section=section,
+        serving_key=key,
+        serving=section,
+        backend=teacher_backend(section),
+        device_map=section.device_map,
+        part=TEACHER,
+    )
+
+
+def _as_student(section: TeacherSection, student: Role) -> TeacherSection:
+    """``path: self`` as a section that loads what the student's base is, as it is loaded; any other as it is."""
+    if not section.own_base:
+        return section
+    mine = student.section
+    names = ("path", "revision", "dtype", "device", "attn_implementation", "trust_remote_code")
+    same = {name: getattr(mine, name) for name in names}
+    return section.model_copy(
+        update={**same, "quantization": student.quantization, "device_map": None}
+    )
 
 
 def used_roles(roles: Mapping[str, Role], judges: Collection[str | None]) -> dict[str, Role]:
@@ -184,6 +206,20 @@ def used_roles(roles: Mapping[str, Role], judges: Collection[str | None]) -> dic
 def teachers_of(models: Models) -> list[RunModel]:
     """The models that judge the student."""
     return [model for model in models.values() if not model.role.trained]
+
+
+def shares_base(teacher: RunModel, student: RunModel) -> bool:
+    """Whether a teacher is what the trainer holds anyway: the student's files, loaded alike on the same device."""
+    mine, its = student.role, teacher.role
+    here = its.backend == "transformers" and its.device_map is None
+    return (
+        here
+        and student.resolved.local_dir.resolve() == teacher.resolved.local_dir.resolve()
+        and (student.quantization, mine.dtype, mine.card)
+        == (teacher.quantization, its.dtype, its.card)
+        and mine.section.attn_implementation == its.section.attn_implementation
+        and mine.section.trust_remote_code == its.section.trust_remote_code
+    )
 
 
 def engine_share(role: Role, student: Role, *, time_shared: bool) -> float:

@@ -33,7 +33,7 @@ def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
 
 def _readers_of(teacher: TeacherSection) -> set[Reader]:
     found: set[Reader] = {"every run"}
-    if teacher.url is None:
+    if teacher.url is None and not teacher.own_base:
         found.add("local teacher")
     if teacher_backend(teacher) == "vllm":
         found |= {"vllm teacher"} if teacher.url else {"vllm teacher", "local vllm teacher"}
@@ -51,6 +51,7 @@ def unread_settings(config: Config, *, agentic: bool) -> list[str]:
         name = dotted(path)
         backend = f"with {name}.backend {teacher_backend(section)}"
         reason = f"with a teacher at {name}.url" if section.url else backend
+        reason = f"with {name}.path: self" if section.own_base else reason
         found.append((_unread(TEACHER, section, _readers_of(section), name), reason))
     return [f"{', '.join(names)} has no effect {reason}" for names, reason in found if names]
 

@@ -35,6 +35,7 @@ from rnow.setup.vllm import (
     teacher_sampler,
     trainer_tolerance,
 )
+from rnow.teacher.privileged import PrivilegedTeacher
 from rnow.teacher.router import RoutedTeacher
 from rnow.training.evaluations import Answering
 from rnow.training.residency import Part, Residency, Sleeper
@@ -110,9 +111,11 @@ async def load_backends(
     facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
     if loader.turns:
         facts["residency"] = "time_shared"
-    teacher, answering = await loader.load_teachers()
+    teacher, answering = await loader.load_teachers(student.reference)
     if teacher is None and config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
         teacher = student.reference
+    if teacher is not None and prepared.rendered.teacher_token_ids:
+        teacher = PrivilegedTeacher(teacher, prepared.rendered.teacher_token_ids)
     return Backends(
         student=student.facts,
         policy=student.policy,
@@ -192,18 +195,24 @@ class _Loader:
             gpu.add("trainer", student.policy)
             if vllm is None:
                 gpu.add("sampler", student.policy)  # which draws with the trainer's weights
-            if not teachers_of(prepared.models):
-                gpu.add("teacher", student.policy)  # whose own base is the reference
+            teachers = teachers_of(prepared.models)
+            # Whose own base is the reference, and may be a teacher.
+            for part in [m.role.part for m in teachers if m.own_base] if teachers else ["teacher"]:
+                gpu.add(part, student.policy)
         return student
 
-    async def load_teachers(self) -> tuple[Teacher | None, Sequence[Answering]]:
-        """What judges the student, and the teachers that are to be evaluated: all of them, or none where one cannot be."""
+    async def load_teachers(self, own_base: Teacher) -> tuple[Teacher | None, Sequence[Answering]]:
+        """What judges the student, and the teachers that are to be evaluated: all of them, or none where one cannot be.
+        ``own_base``: the student's, where that is one of them."""
         roles = {model.role.name: model.role for model in teachers_of(self.prepared.models)}
         evaluated = self._evaluated()
         teachers: dict[str, Teacher] = {}
         answering: list[Answering] = []
         for name, role in roles.items():
             model = self.prepared.models[name]
+            if model.own_base:
+                teachers[name] = own_base
+                continue
             with naming(role):
                 teachers[name], sampler = await self._load_teacher(model, answers=name in evaluated)
             if sampler is not None:

@@ -69,6 +69,7 @@ from rnow.setup.facts import (
     header_lines,
     redacted_config,
     repeat,
+    tracked_config,
 )
 from rnow.setup.objective import build_objective
 from rnow.setup.usercode import (
@@ -578,7 +579,7 @@ class _Run:
                 WandbSink(
                     redact_names(self._config.wandb_project),
                     redact_names(self._config.wandb_name or folder.path.name),
-                    redacted_config(self._prepared),
+                    tracked_config(self._prepared),
                     folder.path,
                     run_id=folder.wandb_id(),
                     warn=note,

@@ -30,6 +30,8 @@ from rnow.setup.objective import build_objective
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
+TOLD_TO_TEACHERS = ("template", "system_prompt")
+"""Keys of a teacher's section."""
 ANSWERS_SHOWN = 3
 ANSWER_WIDTH = 160
 """Letters of a prompt or an answer that are shown."""
@@ -97,6 +99,19 @@ def redacted_config(prepared: Prepared) -> dict[str, object]:
     return prepared.project.redact.data(to_dict(prepared.config))
 
 
+def tracked_config(prepared: Prepared) -> dict[str, object]:
+    """The same for a tracker, without what teachers alone are told."""
+    return {key: _without_told(value) for key, value in redacted_config(prepared).items()}
+
+
+def _without_told(value: object) -> object:
+    if isinstance(value, list):
+        return [_without_told(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_told(item) for key, item in value.items() if key not in TOLD_TO_TEACHERS}
+
+
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:
     """``label: value`` lines shown when training begins."""
     config = prepared.config
@@ -124,7 +139,12 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
 
 def _teacher_lines(prepared: Prepared) -> list[str]:
     """One for each; of several, with what they judge."""
-    teachers = {model.role.name: model.resolved.name for model in teachers_of(prepared.models)}
+    teachers = {
+        model.role.name: "the student's own base, adapter off"
+        if model.own_base
+        else model.resolved.name
+        for model in teachers_of(prepared.models)
+    }
     if prepared.several_teachers:
         judged = prepared.judged
         return [f"{role}: {name}, judges {judged[role]} prompts" for role, name in teachers.items()]
