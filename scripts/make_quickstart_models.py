@@ -31,7 +31,7 @@ import argparse
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -142,16 +142,23 @@ def write_dataset(path: Path, words: Sequence[str]) -> None:
 
 
 class Encoder:
-    """Turns words into the token ids that the chat template would give (checked once), fast."""
+    """Turns words into the token ids that the chat template would give (checked once), fast.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    ``question`` makes a word what the user says.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        question: Callable[[str], str] = (INSTRUCTION + "{}").format,
+    ) -> None:
+        self.question = question
         self.end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         self.pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-        user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
-        self.before = [user, *INSTRUCTION.encode()]
+        self.user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
         self.after = [self.end, *b"\n", assistant]
         expected = tokenizer.apply_chat_template(
-            [{"role": "user", "content": INSTRUCTION + "planet"}],
+            [{"role": "user", "content": question("planet")}],
             add_generation_prompt=True,
             return_dict=False,
         )
@@ -162,7 +169,11 @@ class Encoder:
 
     def prompt(self, word: str) -> list[int]:
         """Ids of the rendered prompt, ready for the answer."""
-        return [*self.before, *word.encode(), *self.after]
+        return self.ask(self.question(word))
+
+    def ask(self, text: str) -> list[int]:
+        """The same of any text."""
+        return [self.user, *text.encode(), *self.after]
 
 
 def slip(letters: Sequence[int], rate: float, rng: random.Random) -> list[int]:

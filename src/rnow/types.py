@@ -39,7 +39,8 @@ Purpose = Literal["train", "eval", "test"]
 class Prompt:
     """One row of a training file: what the student is asked, and what its rewards may look at.
 
-    ``id`` is stable across epochs and runs (``dataset_0/<row>``); ``line`` is its 1-based line in the file, if it has one.
+    ``id`` is stable across epochs and runs (``dataset_0/<row>``); ``line`` is its 1-based line in the file, if it has one;
+    ``teacher`` is the role of the model that judges its answers, None in a run without.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Prompt:
     docker_env: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     line: int | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,13 +216,14 @@ class RewardResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One trained sequence. ``id`` is its rollout's."""
+    """One trained sequence. ``id`` is its rollout's, ``teacher`` its prompt's."""
 
     id: str
     dataset: str
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     sampler_logprobs: tuple[float, ...]
+    teacher: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

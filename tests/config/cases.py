@@ -111,7 +111,6 @@ CASES: dict[str, Case] = {
     # reserved
     "reserved_sft": yml("dataset_type: sft\nmodel:\n  path: Qwen/Qwen3-8B\n"),
     "reserved_students": yml(BASE.replace("Qwen/Qwen3-8B", "[Qwen/Qwen3-8B, Qwen/Qwen3-4B]")),
-    "reserved_override": yml(BASE, "data.train_file=[{path: a, teacher: b}]"),
     # legacy keys keep their place
     "legacy_wrong_value": more("rollout:\n  thinking_mode: sometimes\n"),
     # config.json

@@ -305,3 +305,40 @@ def test_each_engine_quantises_in_its_own_ways(section: dict[str, Any], fine: bo
     else:
         with pytest.raises(ConfigError, match=section["quantization"]):
             Config(**values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("url", "http://h:1"), ("backend", "vllm"), ("revision", "main")]
+)
+def test_the_students_own_base_is_nowhere_else(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match="the base that the trainer holds anyway") as caught:
+        make(teacher={"path": "self", key: value})
+    assert f"teacher.{key}" in str(caught.value)
+    assert make(teacher={"path": "self"}).teacher.own_base
+    assert not make(teacher={"path": "./self", key: value}).teacher.own_base
+
+
+@pytest.mark.parametrize(
+    ("template", "lacks"),
+    [
+        ("Hint: {context}", "{prompt}"),
+        ("{prompt} {Context}", "{context}"),
+        ("{prompt}{context}", None),
+    ],
+)
+def test_a_template_has_both_placeholders(template: str, lacks: str | None) -> None:
+    teacher = {"path": "self", "template": template}
+    if lacks is None:
+        assert make(teacher=teacher).teacher.template == template
+        return
+    with pytest.raises(ConfigError, match=f"the template has no {lacks}"):
+        make(teacher=teacher)
+
+
+def test_self_beside_named_teachers_is_no_mistyped_name() -> None:
+    sources = [{"path": "a.jsonl", "teacher": "self"}, {"path": "b.jsonl", "teacher": "big"}]
+    config = make(teacher=None, teachers={"big": "x/y"}, data={"train_file": sources})
+    assert config.data.sources[0].teacher == "self"
+    sources[0]["teacher"] = "bug"
+    with pytest.raises(ConfigError, match="no teacher is named bug"):
+        make(teacher=None, teachers={"big": "x/y"}, data={"train_file": sources})

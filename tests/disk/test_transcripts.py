@@ -24,7 +24,7 @@ PROMPT = Prompt(
 
 
 LIVE = {
-    "logprobs": {"dataset_0/17#2": torch.tensor([-0.125, -0.25])},
+    "teacher_kl": {"dataset_0/17#2": torch.tensor([0.125, 0.25])},
     "teacher_logprobs": {"dataset_0/17#2": torch.tensor([-0.25, -0.5])},
 }
 
@@ -113,7 +113,7 @@ def test_the_teacher_is_read_at_the_students_tokens(tmp_path: Path) -> None:
         sampler_logprobs=(0.0, -0.1, -0.1, 0.0, -0.1, 0.0),
     )
     live = {
-        "logprobs": {"dataset_0/17#2": torch.tensor([-1.5, -2.5, -4.5])},
+        "teacher_kl": {"dataset_0/17#2": torch.tensor([-0.5, -0.5, -0.5])},
         "teacher_logprobs": {"dataset_0/17#2": torch.tensor([-1.0, -2.0, -4.0])},
     }
     (row,) = rows_of(tmp_path, data, live=live)
@@ -122,7 +122,7 @@ def test_the_teacher_is_read_at_the_students_tokens(tmp_path: Path) -> None:
 
 
 def test_without_teacher_or_reward(tmp_path: Path) -> None:
-    (row,) = rows_of(tmp_path, step(), live={"logprobs": LIVE["logprobs"]})
+    (row,) = rows_of(tmp_path, step(), live={})
     assert row["reward"] is None
     assert row["teacher_kl"] is None
     assert [token["teacher_logprob"] for token in row["tokens"]] == [None, None]
@@ -138,7 +138,7 @@ def test_a_failed_rollout_has_its_error(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
-    live = {"logprobs": {"dataset_0/17#2": torch.tensor([float("nan"), float("inf")])}}
+    live = {"teacher_kl": {"dataset_0/17#2": torch.tensor([float("nan"), float("inf")])}}
     (row,) = rows_of(tmp_path, step(), live=live)
     assert [token["kl"] for token in row["tokens"]] == [None, None]
 

@@ -95,7 +95,6 @@ def test_free(change: dict[str, Any]) -> None:
         {"algorithm__loss_fn": "importance_sampling"},
         {"rollout__temperature": 0.7},
         {"rollout__max_tokens": 7},
-        {"teacher__path": "other"},
         {"teacher__quantization": "nf4"},
         {"trainer__updates_per_batch": 2},
     ],
@@ -112,6 +111,7 @@ def test_warned(change: dict[str, Any]) -> None:
     [
         {"seed": 3},
         {"model__path": "other"},
+        {"teacher__path": "other"},
         {"model__qlora_rank": 8},
         {"model__qlora_alpha": 8},
         {"model__lora_targets": "q_proj"},
@@ -205,7 +205,8 @@ TABLE: dict[Change, str] = {
         evaluation.num_samples evaluation.max_prompts evaluation.temperature evaluation.success_reward
     """,
     "evaluates": """
-        teacher.path teacher.revision teacher.trust_remote_code teacher.tokenizer teacher.backend rollout.include_thinking
+        teacher.revision teacher.trust_remote_code teacher.tokenizer teacher.backend rollout.include_thinking
+        teacher.template teacher.system_prompt
         teacher.quantization|local teacher
         teacher.dtype|local teacher
         teacher.attn_implementation|local teacher
@@ -221,6 +222,7 @@ TABLE: dict[Change, str] = {
         sampler.dtype|vllm sampler
         sampler.quantization|vllm sampler
     """,
+    "judges": "teacher.path",
     "refuse": """
         dataset_type seed data.train_file data.batch_size data.group_size data.val_split data.shuffle
         model.path model.qlora_rank model.qlora_alpha model.lora_targets model.quantization model.dtype model.revision model.device
@@ -265,7 +267,7 @@ def test_a_change_means_what_the_key_says(key: str, readers: frozenset[Reader]) 
     assert len(found.free) == (change in ("free", "length"))
     assert len(found.warned) == (change in ("warn", "evaluates", "shapes"))
     assert len(found.measured) == (change == "measures")
-    assert len(found.refused) == (change == "refuse")
+    assert len(found.refused) == (change in ("refuse", "judges"))
     assert found.rollouts_hold == (change not in ("shapes", "refuse"))
     assert found.evaluations_hold == (change in ("free", "length", "warn"))
 
@@ -331,8 +333,8 @@ def test_a_fact_that_an_earlier_version_did_not_keep_is_unknown(fact: str) -> No
         ("threads", 2, 1, "the number of CPU threads changed: 2 -> 1", "free"),
         ("stop_ids", [1], [1, 2], "student and teacher) changed: [1] -> [1, 2]", "warned"),
         ("template_date", "2026-01-01", "2026-01-02", "that chat templates print", "warned"),
-        ("teacher_weights", "aaaa", "bbbb", "the teacher's weights changed", "warned"),
-        ("teacher_config", "aaaa", "bbbb", "the teacher's config.json changed", "warned"),
+        ("teacher_weights", "aaaa", "bbbb", "the teacher's weights changed", "refused"),
+        ("teacher_config", "aaaa", "bbbb", "the teacher's config.json changed", "refused"),
         ("student_config", "aaaa", "bbbb", "the student's config.json changed", "refused"),
         ("rewards_modules", {"a.py": "1"}, {"a.py": "2", "b.py": "1"}, ": a.py, b.py", "warned"),
         ("tools_modules", {"a.py": "1", "b.py": "1"}, {"a.py": "1"}, "changed: b.py", "warned"),
@@ -428,3 +430,71 @@ def test_a_key_that_an_older_run_did_not_have_is_no_change_at_its_default() -> N
     assert len(compared(old, config(teacher__tokenizer="cross")).warned) == 1
     without = {"dataset_type": "rl", "model": {"path": "student"}}
     assert compared(to_dict(Config(**without)), to_dict(Config(**without))) == Changes()
+
+
+# ---- several teachers ------------------------------------------------------------------------------------------------
+
+MATH = {"path": "m", "weights": "1", "config": "1"}
+FILES = [{"path": "a.jsonl", "name": "words", "teacher": {"path": "./o"}}]
+
+
+def taught(teachers: dict[str, Any] | None = None, files: Any = None, **facts: Any) -> Any:
+    """The facts of a run whose rows are judged by ``math``, and those of the dataset words by a teacher of its own."""
+    values = {
+        "dataset_type": "distill",
+        "model": {"path": "student"},
+        "teachers": {"math": {"path": "m"}} if teachers is None else teachers,
+        "data": {"train_file": FILES if files is None else files},
+    }
+    used = {"teacher/math": MATH, "teacher/words": MATH | {"path": "./o"}} | facts
+    return {**FACTS, "config": to_dict(Config(**values)), "teachers": used}
+
+
+def test_nothing_changed_of_several_teachers() -> None:
+    assert compare(taught(), taught(), READERS) == Changes()
+
+
+@pytest.mark.parametrize(
+    ("new", "refused", "free", "warned"),
+    [
+        (taught({"math": {"path": "n"}}, **{"teacher/math": MATH | {"path": "n"}}), ["teachers.math.path: m -> n"], [], []),
+        (taught(**{"teacher/math": MATH | {"weights": "2"}}), ["the weights of teacher/math changed"], [], []),
+        (taught(**{"teacher/words": MATH | {"path": "./o", "config": "2"}}), ["the config.json of teacher/words changed"], [], []),
+        (taught(**{"teacher/code": MATH}), ["teacher/code judges rows now"], [], []),
+        (taught({"math": {"path": "m", "device": "cpu"}}), [], ["teachers.math.device: auto -> cpu"], []),
+        (taught(files=[{**FILES[0], "teacher": {"path": "./o", "device": "cpu"}}]), [], ["teachers.words.device: auto -> cpu"], []),
+        (taught(files=[{**FILES[0], "teacher": "./o"}]), [], [], []),
+        (taught({"math": {"path": "m"}, "idle": {"path": "x"}}), [], [], []),
+        (taught({"math": {"path": "m", "dtype": "float32"}}), [], [], ["teachers.math.dtype: auto -> float32"]),
+        (taught({"math": {"path": "m", "served_model": "x"}}), [], ["teachers.math.served_model: None -> x"], []),
+    ],
+)  # fmt: skip
+def test_what_a_change_of_one_teacher_means(
+    new: Any, refused: list[str], free: list[str], warned: list[str]
+) -> None:
+    found = compare(taught(), new, READERS)
+    assert (list(found.refused), list(found.free), list(found.warned)) == (refused, free, warned)
+    assert found.rollouts_hold, "the student drew them"
+    assert found.evaluations_hold == (not refused and not warned)
+
+
+def test_another_teacher_for_a_dataset_is_refused() -> None:
+    found = compare(taught(), taught(files=[{**FILES[0], "teacher": "math"}]), READERS)
+    assert any(line.startswith("data.train_file") for line in found.refused)
+
+
+def test_several_teachers_where_an_earlier_version_had_one() -> None:
+    old = {**FACTS, "config": config()}
+    found = compare(old, taught(), READERS)
+    assert "teacher/math judges rows now" in found.refused
+
+
+def test_evaluations_by_other_teachers_cannot_be_compared() -> None:
+    def measured_by(facts: Any) -> str:
+        return measurement(facts, READERS)
+
+    assert measured_by(taught()) != measured_by(taught(**{"teacher/math": MATH | {"weights": "2"}}))
+    assert measured_by(taught()) == measured_by(taught({"math": {"path": "m", "device": "cpu"}}))
+    assert measured_by(taught()) == measured_by(
+        taught({"math": {"path": "m"}, "idle": {"path": "x"}})
+    )

@@ -265,3 +265,31 @@ def test_a_second_teacher_is_one_more_of_the_same() -> None:
     assert [part.model for part in added] == ["teacher/code"] * 2
     alone = [part for part in memory_parts(one) if part.model == "teacher"]
     assert [part.bytes for part in added] == [part.bytes for part in alone]
+
+
+def test_of_several_teachers_one_scores_at_a_time_and_in_turns_one_is_there() -> None:
+    alone = settings_of()
+    own = {
+        name: replace(TEACHER, role=replace(ROLES["teacher"], name=name, part=name))
+        for name in ("teacher/math", "teacher/code")
+    }
+    parts = memory_parts(replace(alone, models={"student": STUDENT, **own}))
+    weights, activations = TEACHER.weight_bytes, sizes(alone)["teacher activations"]
+    of_teachers = [part for part in parts if part.owner in own]
+    assert peak(of_teachers) == (round(2 * weights + activations), "teacher")
+    assert peak_in_turns(of_teachers, [*own, "trainer"]) == (
+        round(weights + activations),
+        "teacher",
+    )
+    assert peak_in_turns(parts, [*own, "trainer"]) == peak_in_turns(
+        memory_parts(alone), ["teacher", "trainer"]
+    )
+
+
+def test_a_step_has_the_hidden_states_of_one_teacher_for_each_token() -> None:
+    one = settings_of(hidden_states=True)
+    code = replace(TEACHER, role=replace(ROLES["teacher"], name="teacher/code"))
+    two = replace(one, models={**one.models, "teacher/code": code})
+    most, stage = peak(memory_parts(two))
+    assert stage == "update"
+    assert most == peak(memory_parts(one))[0] + round(code.weight_bytes)

@@ -505,7 +505,9 @@ def test_a_large_teacher_answers_the_held_out_prompts_only_where_it_is_served() 
 
     def answers(shape: ModelShape, asked: Any = "auto", **teacher: Any) -> bool:
         section = {"path": "teacher"} | teacher
-        return teacher_answers(make_config(teacher=section, evaluation={"teacher": asked}), shape)
+        config = make_config(teacher=section, evaluation={"teacher": asked})
+        served = roles_of(config)["teacher"].backend == "vllm"
+        return teacher_answers(config, shape, served=served)
 
     assert not answers(shape)
     assert answers(small)

@@ -42,6 +42,7 @@ def prompts_of(*texts: str) -> list[Prompt]:
             messages=({"role": "user", "content": text},),
             source="train.jsonl",
             line=row + 1,
+            teacher="teacher",
         )
         for row, text in enumerate(texts)
     ]

@@ -8,8 +8,8 @@ import pytest
 from tests.plan.test_rendered import make_config
 
 from rnow.config import Config
-from rnow.plan.choices import sampler_backend, teacher_backend, uses_vllm
-from rnow.plan.roles import engine_share, roles_of, sharers
+from rnow.plan.choices import sampler_backend, teacher_backend
+from rnow.plan.roles import engine_share, roles_of, sharers, used_roles
 
 
 @pytest.fixture
@@ -48,7 +48,6 @@ def test_auto_is_decided_once(
     assert tuple(role.backend for role in roles_of(config).values()) == backends
     assert config.teacher is not None
     assert (sampler_backend(config), teacher_backend(config.teacher)) == backends
-    assert uses_vllm(config) == ("vllm" in backends)
 
 
 def test_a_vllm_holds_the_base_as_the_trainer_does_unless_told_otherwise(two_cards: None) -> None:
@@ -84,3 +83,29 @@ def test_who_could_leave_the_card(two_cards: None) -> None:
     assert sharers(roles_of(other)) == {"trainer", "sampler"}
     embedded = config_of(sampler={"backend": "transformers"}, teacher={"url": "http://h:1"})
     assert sharers(roles_of(embedded)) == {"trainer"}
+
+
+def test_every_teacher_has_a_role_and_those_that_judge_somebody_a_turn_of_their_own(
+    two_cards: None,
+) -> None:
+    files = [{"path": "a", "teacher": "math"}, {"path": "b", "teacher": {"path": "own"}}]
+    config = config_of(
+        teachers={"math": {"path": "m", "url": "http://h:1"}, "spare": {"path": "s"}},
+        data={"train_file": files},
+    )
+    roles = roles_of(config)
+    assert [role.key for role in roles.values()] == [
+        "model", "teacher", "teachers.math", "teachers.spare", "data.train_file[1].teacher",
+    ]  # fmt: skip
+    assert [role.backend for role in roles.values()] == ["transformers"] * 2 + ["vllm"] + [
+        "transformers"
+    ] * 2
+    used = used_roles(roles, {"teacher", "teacher/math", "teacher/dataset_1"})
+    assert {name: role.part for name, role in used.items()} == {
+        "student": "sampler", "teacher": "teacher/teacher", "teacher/math": "teacher/math",
+        "teacher/dataset_1": "teacher/dataset_1",
+    }  # fmt: skip
+    assert sharers(used) == {"trainer", "teacher/teacher", "teacher/dataset_1"}
+    (only,) = used_roles(roles, {"teacher/spare"}).keys() - {"student"}
+    assert only == "teacher/spare"
+    assert used_roles(roles, {"teacher/spare"})[only].part == "teacher", "alone it needs no name"

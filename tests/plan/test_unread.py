@@ -36,6 +36,10 @@ def test_nothing_to_warn_of() -> None:
         ),
         ({"teacher": {"tensor_parallel_size": 2}}, "teacher.tensor_parallel_size"),
         ({"teacher": {"url": "http://h:1", "quantization": "nf4"}}, "teacher.quantization"),
+        (
+            {"teacher": {"path": "self", "quantization": "nf4"}},
+            "teacher.quantization, teacher.device has no effect with teacher.path: self",
+        ),
     ],
 )
 def test_settings_that_the_backend_does_not_read(sections: dict[str, Any], words: str) -> None:
@@ -84,4 +88,19 @@ def test_readers_of_a_run_without_a_teacher() -> None:
     assert find_readers(alone, agentic=False) == {"every run", "embedded sampler"}
     assert find_readers(alone, agentic=True) == {
         "every run", "embedded sampler", "tools", "several turns",
+    }  # fmt: skip
+
+
+def test_each_teacher_has_a_warning_of_its_own() -> None:
+    teachers = {
+        "here": {"path": "a", "device": "cpu", "tensor_parallel_size": 2},
+        "there": {"path": "b", "url": "http://h:1", "dtype": "float16", "served_model": "x"},
+    }
+    found = unread_settings(config(teachers=teachers), agentic=False)
+    assert found == [
+        "teachers.here.tensor_parallel_size has no effect with teachers.here.backend transformers",
+        "teachers.there.dtype has no effect with a teacher at teachers.there.url",
+    ]
+    assert find_readers(config(teachers=teachers), agentic=False) == {
+        "every run", "embedded sampler", "local teacher", "vllm teacher",
     }  # fmt: skip

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rnow.config import Config
 from rnow.config.schema import DatasetSource
+from rnow.config.teachers import find_teachers
 from rnow.errors import DataError
 from rnow.project.dataset import Dataset, load_dataset
 from rnow.project.rows import RowRules
@@ -207,3 +209,49 @@ def test_the_hash_does_not_see_the_split(tmp_path: Path) -> None:
 def test_sft_rows_end_with_an_assistant_message(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "assistant", "content": "x"}]}')
     assert len(load(tmp_path, "a.jsonl", dataset_type="sft").prompts) == 1
+
+
+def taught(
+    folder: Path, rows: list[Any], dataset_type: str = "distill", **teachers: Any
+) -> Dataset:
+    text = [json.dumps({"messages": [{"role": "user", "content": "x"}]} | row) for row in rows]
+    (folder / "a.jsonl").write_text("\n".join(text))
+    named = {"teacher": {"path": "t"}, "teachers": {"math": "m", "copy": "m"}} | teachers
+    values = {} if dataset_type == "rl" else named
+    config = Config(
+        dataset_type=dataset_type, model={"path": "s"}, data={"train_file": "a.jsonl"}, **values
+    )
+    rules = RowRules(dataset_type=dataset_type, known_rewards={"r"}, teachers=find_teachers(config))
+    return load_dataset(config.data.sources, rules, base_dir=folder)
+
+
+def test_who_judges_a_row(tmp_path: Path) -> None:
+    found = taught(tmp_path, [{}, {"teacher": "math"}, {"teacher": None}, {"teacher": "copy"}])
+    assert [prompt.teacher for prompt in found.prompts] == [
+        "teacher", "teacher/math", "teacher", "teacher/math",
+    ]  # fmt: skip
+
+
+def test_a_row_that_names_an_unknown_teacher_has_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        taught(tmp_path, [{}, {"teacher": "mth"}])
+    assert caught.value.where == "a.jsonl, line 2"
+    assert 'unknown teacher "mth" (did you mean math?)' in caught.value.details[0]
+    assert "column" in caught.value.details[0]
+    with pytest.raises(DataError) as caught:
+        taught(tmp_path, [{"teacher": "mth"}], teachers={})
+    assert 'unknown teacher "mth": config.yml has no teachers' in caught.value.details[0]
+    assert "under teachers in config.yml" in str(caught.value.fix)
+
+
+def test_where_nobody_judges_the_key_is_ignored_and_told_of(tmp_path: Path) -> None:
+    found = taught(tmp_path, [{"teacher": "gpt", "rewards": ["r"]}], dataset_type="rl")
+    assert found.prompts[0].teacher is None
+    assert 'these keys of its rows are ignored: "teacher"' in found.warnings[0]
+
+
+def test_the_hash_sees_another_teacher_and_not_that_there_is_one(tmp_path: Path) -> None:
+    alone = taught(tmp_path, [{}, {}]).content_hash
+    assert taught(tmp_path, [{}, {"teacher": "math"}]).content_hash != alone
+    taught(tmp_path, [{}, {}])
+    assert load(tmp_path, "a.jsonl").content_hash == alone

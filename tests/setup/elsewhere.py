@@ -74,8 +74,8 @@ class _Student:
     def facts(self) -> Any:
         return self._student.facts
 
-    def score(self, samples: Sequence[Any]) -> Any:
-        return self._student.as_teacher.score_now(samples)
+    def score(self, samples: Sequence[Any], needs: Any) -> Any:
+        return self._student.as_teacher.score_now(samples, needs)
 
     def updates(self) -> int:
         return self._student.policy.updates
@@ -95,8 +95,8 @@ class _Judge:
         model = load_model(prepared.models["teacher"], prepared.rendered)
         self._teacher = score_with(prepared, model, lambda: None, role="teacher")
 
-    def score(self, samples: Sequence[Any]) -> Any:
-        return self._teacher.score_now(samples)
+    def score(self, samples: Sequence[Any], needs: Any) -> Any:
+        return self._teacher.score_now(samples, needs)
 
 
 class TeacherElsewhere:
@@ -105,8 +105,8 @@ class TeacherElsewhere:
     def __init__(self, process: Process) -> None:
         self._process = process
 
-    async def score(self, samples: Sequence[Any]) -> Mapping[str, Any]:
-        return await asyncio.to_thread(self._process.call, "score", samples)
+    async def score(self, samples: Sequence[Any], needs: Any) -> Mapping[str, Any]:
+        return await asyncio.to_thread(self._process.call, "score", samples, needs)
 
 
 class PolicyElsewhere:

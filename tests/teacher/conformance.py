@@ -6,8 +6,8 @@ To hold another teacher to the same tests, add a function to ``CANDIDATES``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rnow.algorithm.records import SAMPLED, Evidence, TeacherNeeds
 from rnow.models.loading import load_causal_lm
 from rnow.protocols import Teacher
+from rnow.teacher.router import RoutedTeacher
 from rnow.teacher.transformers import TransformersTeacher
+from rnow.training.residency import Residency
 from rnow.types import Sample
 
 VOCABULARY = 100
@@ -156,8 +159,33 @@ def vllm(how: Literal["managed", "served", "openai"]) -> Callable[[Callable[...,
     return build
 
 
+class InTwo:
+    """A router in front of two teachers that are the same: half of the prompts are judged by either."""
+
+    def __init__(self, make: Callable[[], Teacher]) -> None:
+        self._router = RoutedTeacher({"teacher/a": make(), "teacher/b": make()}, Residency().only)
+
+    async def score(
+        self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
+    ) -> Mapping[str, Evidence]:
+        halves = [
+            replace(sample, teacher=f"teacher/{'ab'[len(sample.token_ids) // 10 % 2]}")
+            for sample in samples
+        ]
+        return await self._router.score(halves, needs)
+
+
+def routed(tiny_model_dir: Callable[..., Path]) -> Candidate:
+    """Several teachers behind one."""
+    one = embedded(tiny_model_dir)
+    return replace(
+        one, make=lambda temperature, tokens: InTwo(lambda: one.make(temperature, tokens))
+    )
+
+
 CANDIDATES = [
     pytest.param(embedded, id="transformers"),
+    pytest.param(routed, id="routed"),
     pytest.param(vllm("managed"), id="vllm-managed", marks=pytest.mark.vllm),
     pytest.param(vllm("served"), id="vllm-served", marks=pytest.mark.vllm),
     pytest.param(vllm("openai"), id="vllm-openai", marks=pytest.mark.vllm),

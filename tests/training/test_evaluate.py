@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.fakes import FakeEnvironment, FakeRewarder, FakeSampler, FakeTeacher
 
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
-from rnow.training.evaluations import Evaluator, pass_at_k
+from rnow.training.evaluations import Answering, Evaluator, pass_at_k
 from rnow.training.residency import Residency
 from rnow.types import Prompt, Rollout
 
@@ -46,7 +47,7 @@ def evaluate(
     }
     evaluator = Evaluator(**fields | changes)
     drawn = sampler or FakeSampler([[4, END]])
-    return asyncio.run(evaluator.evaluate(drawn, teacher, Residency()))
+    return asyncio.run(evaluator.evaluate([Answering(sampler=drawn)], teacher, Residency()))
 
 
 @pytest.mark.parametrize("n", [1, 4, 6])
@@ -114,3 +115,37 @@ def test_two_evaluations_draw_with_the_same_seeds() -> None:
     seeds = [request.seed for request in first.requests]
     assert seeds == [request.seed for request in second.requests]
     assert len(set(seeds)) == 12
+
+
+def test_each_prompt_is_answered_and_judged_by_its_own_teacher() -> None:
+    prompts = [replace(p, teacher=f"teacher/{'ab'[p.row % 2]}") for p in PROMPTS]
+    samplers = {name: FakeSampler([[token, END]]) for name, token in (("a", 4), ("b", 5))}
+    answering = [
+        Answering(sampler=sampler, part=f"teacher/{name}", role=f"teacher/{name}")
+        for name, sampler in reversed(samplers.items())
+    ]
+    kept: list[Any] = []
+    evaluator = Evaluator(
+        prompts=prompts,
+        environments=lambda prompt, index: FakeEnvironment((1, 2)),
+        settings=SETTINGS,
+        rewarder=FakeRewarder(None),
+        reward_watch=RewardWatch(pytest.fail, teaching=False),
+        success_reward=1.0,
+        by_teacher=True,
+    )
+    teacher = FakeTeacher(
+        lambda sample, position: {"teacher/a": -1.5, "teacher/b": -2.5}[str(sample.teacher)]
+    )
+    metrics = asyncio.run(
+        evaluator.evaluate(
+            answering, teacher, Residency(), keep=lambda groups, rewards: kept.extend(groups)
+        )
+    )
+    assert [group.prompt.id for group in kept] == [prompt.id for prompt in prompts]
+    for group in kept:
+        token = 4 if group.prompt.teacher == "teacher/a" else 5
+        assert {r.turns[0].completion.token_ids for r in group.rollouts} == {(token, END)}
+    assert metrics["teacher_kl/teacher/a"] == pytest.approx(1.0)
+    assert metrics["teacher_kl/teacher/b"] == pytest.approx(2.0)
+    assert metrics["teacher_kl"] == pytest.approx((2 * 1.0 + 2.0) / 3)

@@ -41,6 +41,7 @@ def summary(project: Project, watcher: Watcher) -> RunSummary:
         evaluation={"num_samples": 4},
         evals=[{"step": 2, "name": "often", "pass4": True}],
         trainer={"save_step": 2},
+        algorithm={"kl_estimator": "sampled"},
     )
     return run(config, folder=project.folder, display=watcher)
 
@@ -263,6 +264,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(
         data={"val_split": 0.25},
         evaluation={"num_samples": 1, "temperature": temperature, "teacher": False},
         trainer={"max_steps": 1},
+        algorithm={"kl_estimator": "sampled"},
     )
     run(config, folder=tmp_path)
     (row,) = project.metrics

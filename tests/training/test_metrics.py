@@ -5,9 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from rnow.training.metrics import TROUBLE, reward_metrics, rollout_metrics, tool_trouble
-from rnow.types import Completion, Message, Prompt, RewardResult, Rollout, RolloutGroup, Turn
+from rnow.algorithm.records import TrainingSample
+from rnow.training.metrics import (
+    TROUBLE,
+    call_metrics,
+    reward_metrics,
+    rollout_metrics,
+    teacher_metrics,
+    tool_trouble,
+)
+from rnow.types import (
+    Completion,
+    Message,
+    Prompt,
+    RewardResult,
+    Rollout,
+    RolloutGroup,
+    Sample,
+    Turn,
+)
 
 PROMPT = Prompt(id="dataset_0/0", dataset="dataset_0", row=0, messages=())
 TURN = Turn(
@@ -96,3 +114,45 @@ def test_each_reward_has_the_share_of_its_calls_that_failed() -> None:
     assert metrics["reward_failures/right"] == pytest.approx(3 / 4)
     assert metrics["reward/failure_fraction"] == pytest.approx(3 / 4)
     assert "reward_failures/rollout" not in metrics
+
+
+def of(dataset: str, row: int, teacher: str) -> Prompt:
+    return Prompt(id=f"{dataset}/{row}", dataset=dataset, row=row, messages=(), teacher=teacher)
+
+
+def test_calls_are_counted_apart() -> None:
+    """A teacher that calls too often is lost in the mean over all."""
+    called, silent = rollout(SAYS, WORKED, WORKED, SAYS), rollout(SAYS)
+    failed = rollout(SAYS, WORKED, status="failed", end_reason="failed")
+    groups = [
+        RolloutGroup(prompt=of("words", 0, "teacher/a"), rollouts=(called, silent, failed)),
+        RolloutGroup(prompt=of("words", 1, "teacher/b"), rollouts=(silent, silent)),
+        RolloutGroup(prompt=of("sums", 0, "teacher/b"), rollouts=(called, called)),
+    ]
+    assert call_metrics(groups, lambda prompt: prompt.dataset) == {
+        "tools/calls_per_rollout/sums": 2.0,
+        "tools/calls_per_rollout/words": 0.5,
+    }
+    assert call_metrics(groups, lambda prompt: prompt.teacher) == {
+        "tools/calls_per_rollout/teacher/a": 1.0,
+        "tools/calls_per_rollout/teacher/b": 1.0,
+    }
+
+
+def test_the_kl_of_each_teacher_is_over_the_tokens_it_judged() -> None:
+    def item(name: str, teacher: str) -> TrainingSample:
+        sample = Sample(
+            id=name, dataset="d", token_ids=(1, 2), loss_mask=(False, True),
+            sampler_logprobs=(0.0, -1.0), teacher=teacher,
+        )  # fmt: skip
+        return TrainingSample(sample=sample, reward_advantage=0.0, evidence=None)
+
+    training = [item("d/0#0", "teacher/a"), item("d/1#0", "teacher/b"), item("d/2#0", "teacher/a")]
+    kls = {
+        "d/0#0": torch.tensor([1.0, 2.0, 3.0]), "d/1#0": torch.tensor([4.0]), "d/2#0": torch.tensor([10.0]),
+    }  # fmt: skip
+    assert teacher_metrics(training, {"teacher_kl": kls}) == {
+        "teacher_kl/teacher/a": 4.0,
+        "teacher_kl/teacher/b": 4.0,
+    }
+    assert teacher_metrics(training, {}) == {}

@@ -173,6 +173,20 @@ def test_a_teacher_that_answers_nonsense_is_no_divergence(desk: Desk, logprob: f
     assert "learning_rate" not in caught.value.render()
 
 
+def test_of_several_teachers_the_one_that_answers_nonsense_is_named(desk: Desk) -> None:
+    data = judged_data(-0.5, float("nan"))
+    training = [
+        replace(item, sample=replace(item.sample, teacher=f"teacher/{name}"))
+        for item, name in zip(data.training, ("a", "b"), strict=True)
+    ]
+    for step in (1, 2):
+        desk.record(step, replace(data, training=training), skipped=NON_FINITE)
+    with pytest.raises(RnowError) as caught:
+        desk.record(3, replace(data, training=training), skipped=NON_FINITE)
+    assert "the teacher/b's log-probabilities of 1 of 2 rollouts" in str(caught.value.why)
+    assert "set the dtype of teacher/b: float32" in str(caught.value.fix)
+
+
 def test_steps_without_a_gradient_are_told_of_and_end_the_run(desk: Desk) -> None:
     for step in range(1, 11):
         desk.recorder.end_if_idle()

@@ -17,7 +17,7 @@ from rnow.errors import EXIT_TEMPORARY, ConfigError, TemporaryError
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
 from rnow.setup.build import run
-from rnow.training.evaluations import Evaluations, Evaluator, Scheduled
+from rnow.training.evaluations import Answering, Evaluations, Evaluator, Scheduled
 from rnow.training.loop import OnPolicy, Parts, Workers, train
 from rnow.training.residency import Part, Residency, StageClock
 from rnow.types import Prompt
@@ -295,7 +295,7 @@ class Watched:
                 else [],
                 sampler=self.sampler,
                 teacher=self.teacher,
-                teacher_sampler=self.answering if evaluated else None,
+                teachers=[Answering(sampler=self.answering, part="teacher")] if evaluated else [],
                 gpu=self.card.gpu,
                 recorder=recorder,
             ),

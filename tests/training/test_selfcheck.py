@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,3 +141,18 @@ def test_a_teacher_that_is_not_a_number_the_second_time_is_refused() -> None:
 def test_no_token_at_all_is_no_crash() -> None:
     found = check(FakeTeacher(-0.5), sampler=FakeSampler([[]]))
     assert found.max_gap == 0.0
+
+
+def test_every_teacher_is_asked_and_the_one_that_is_broken_is_named() -> None:
+    """The first prompts are all judged by one of them."""
+    prompts = [replace(p, teacher="teacher/b" if p.row == 7 else "teacher/a") for p in PROMPTS]
+    sampler = FakeSampler([[4, 5, END]], logprob=-0.5)
+    assert check(FakeTeacher(-0.75), prompts=prompts, sampler=sampler).teacher_kl == pytest.approx(
+        0.25
+    )
+    assert len(sampler.requests) == 5
+    broken = FakeTeacher(lambda sample, p: math.nan if sample.teacher == "teacher/b" else -0.75)
+    with pytest.raises(
+        ModelError, match="the teacher/b gives 3 non-finite log-probabilities in 3 tokens"
+    ):
+        check(broken, prompts=prompts)

@@ -55,6 +55,7 @@ def build_sample(prompt: Prompt, rollout: Rollout) -> Sample:
         token_ids=tuple(token_ids),
         loss_mask=tuple(loss_mask),
         sampler_logprobs=tuple(logprobs),
+        teacher=prompt.teacher,
     )
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from rnow.config.names import name_problems
-from rnow.config.problems import KeyPath, Problem
+from rnow.config.problems import KeyPath, Problem, dotted
+from rnow.config.teachers import (
+    TEACHER,
+    any_crossed,
+    any_served,
+    control_of,
+    find_teachers,
+    own_teachers,
+    teacher_sections,
+)
+from rnow.text.suggest import hint
 
 if TYPE_CHECKING:
     from rnow.config.schema import Schema
@@ -17,6 +28,7 @@ MAX_COUNT = 2**63
 SMALLEST, LARGEST = 1e-30, 1e30
 """Sizes of numbers that leave float32 room to compute: it holds 1e-38 to 3e38."""
 RESERVED_DATASETS = frozenset({"k3"})
+TEACHER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 RESERVED_EVALS = frozenset({"before", "after", "teacher"})
 
 
@@ -25,6 +37,10 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from name_problems(config)
     yield from _out_of_range(config, ())
     yield from _without_its_teacher(config)
+    yield from _elsewhere_and_own(config)
+    yield from _without_placeholder(config)
+    yield from _teacher_names(config)
+    yield from _of_two_minds(config)
     yield from _unknown_to_its_engine(config)
     yield from _across_tokenizers(config)
     yield from _without_signal(config)
@@ -35,42 +51,125 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
 
 
 def _without_its_teacher(config: Schema) -> Iterator[Problem]:
-    distill = config.dataset_type == "distill"
-    if distill and config.teacher is None:
+    distill, sections = config.dataset_type == "distill", [*teacher_sections(config)]
+    if distill and not sections:
         yield Problem(
             path=("teacher", "path"),
             message="dataset_type distill needs a teacher",
             hint="add a teacher section with path: <HuggingFace id or local folder>",
         )
-    if not distill and config.teacher is not None:
+    if not distill and sections:
+        path, _ = sections[0]
         yield Problem(
-            path=("teacher",),
+            path=path,
             message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
             hint="remove the teacher section, or set dataset_type: distill",
         )
 
 
+def _elsewhere_and_own(config: Schema) -> Iterator[Problem]:
+    """The student's own base as the teacher, and a place where another model is."""
+    for path, teacher in teacher_sections(config):
+        given = {
+            "url": teacher.url is not None,
+            "backend": teacher.backend == "vllm",
+            "revision": teacher.revision is not None,
+        }
+        for name in (name for name, asked in given.items() if asked and teacher.own_base):
+            yield Problem(
+                path=(*path, name),
+                message=f"{name} cannot go with path: self, the base that the trainer holds anyway",
+                hint="remove it, or name the teacher's model with path (a folder called self is ./self)",
+            )
+
+
+def _without_placeholder(config: Schema) -> Iterator[Problem]:
+    """A template of a teacher that would not see the question, or what the row tells it."""
+    unseen = {"{prompt}": "the question", "{context}": "the row's privileged_context"}
+    for path, teacher in teacher_sections(config):
+        for name in (name for name in unseen if name not in teacher.template):
+            yield Problem(
+                path=(*path, "template"),
+                message=f"the template has no {name}, so the teacher would not see {unseen[name]}",
+                hint=f"write {name} where it belongs; for a prompt of another kind give rows teacher_messages",
+            )
+
+
+def _teacher_names(config: Schema) -> Iterator[Problem]:
+    """Names of teachers that mean nothing, or more than one thing."""
+    for name in config.teachers:
+        path = ("teachers", name)
+        if not TEACHER_NAME.fullmatch(name):
+            message = f'"{name}" is no name for a teacher'
+            yield Problem(path=path, message=message, hint="use letters, digits, _ and -")
+        elif name == TEACHER:
+            message = f"no other teacher can be named {name}: that is the section {name}"
+            yield Problem(path=path, message=message, hint="choose another name")
+    own = dict(own_teachers(config))
+    for index, source in enumerate(config.data.sources):
+        path, asked = ("data", "train_file", index, "teacher"), source.teacher
+        if index not in own:
+            continue
+        beside = config.teachers and not own[index].own_base
+        if beside and isinstance(asked, str) and "/" not in asked:
+            yield Problem(
+                path=path,
+                message=f"no teacher is named {asked}{hint(asked, config.teachers)}",
+                hint=f"teachers has {', '.join(config.teachers)}; a model is written with a slash (./{asked}), or as a "
+                "section with path",
+            )
+        elif source.name in config.teachers:
+            yield Problem(
+                path=path,
+                message=f"the teacher of the dataset {source.name} would have the name of another in teachers",
+                hint="give the dataset or that teacher another name",
+            )
+
+
+def _of_two_minds(config: Schema) -> Iterator[Problem]:
+    """``agentic`` and ``control`` are of the whole run."""
+    for key, why in (
+        ("agentic", "says the opposite, and a run has tools or has none"),
+        ("control", "names another control, and a run is one or the other"),
+    ):
+        given = [(path, getattr(section, key)) for path, section in teacher_sections(config)]
+        said = [(path, value) for path, value in given if value is not None]
+        for path, value in said[1:]:
+            if value != said[0][1]:
+                yield Problem(
+                    path=(*path, key), message=f"another teacher {why}", hint="say it once"
+                )
+
+
 def _unknown_to_its_engine(config: Schema) -> Iterator[Problem]:
     """A teacher stored as its engine cannot load it."""
-    teacher = config.teacher
-    if teacher is not None and teacher.url is None:
+    for path, teacher in teacher_sections(config):
+        if teacher.url is not None:
+            continue
         # auto loads the teacher with transformers where no url is given.
         engine = "vllm" if teacher.backend == "vllm" else "transformers"
         if teacher.quantization == ("int8" if engine == "vllm" else "fp8"):
             other = "transformers" if engine == "vllm" else "vllm"
             yield Problem(
-                path=("teacher", "quantization"),
+                path=(*path, "quantization"),
                 message=f"{engine} does not quantise to {teacher.quantization} while it loads",
-                hint=f"set teacher.backend: {other}, or teacher.quantization: nf4",
+                hint=f"set {dotted(path)}.backend: {other}, or {dotted(path)}.quantization: nf4",
             )
 
 
 def _across_tokenizers(config: Schema) -> Iterator[Problem]:
     """What only works on tokens that student and teacher share."""
-    if config.teacher is None or config.teacher.tokenizer != "cross":
+    if not any_crossed(config):
         return
+    for key, section in teacher_sections(config):
+        if section.tokenizer != "cross":
+            yield Problem(
+                path=(*key, "tokenizer"),
+                message="a step cannot mix chunks of text, which a teacher with tokenizer cross judges, with the student's tokens",
+                hint="set tokenizer: cross for every teacher (it does no harm where tokenizers agree), or for none",
+            )
     algorithm, rollout = config.algorithm, config.rollout
-    for key, holds, why, hint in (
+    for key, holds, why, instead in (
         (
             "algorithm.kl_estimator",
             algorithm.kl_estimator in ("auto", "sampled"),
@@ -106,7 +205,7 @@ def _across_tokenizers(config: Schema) -> Iterator[Problem]:
             yield Problem(
                 path=tuple(key.split(".")),
                 message=f"{key.rpartition('.')[2]} cannot go with teacher.tokenizer cross: {why}",
-                hint=f"{hint}, or use a teacher with the student's tokenizer",
+                hint=f"{instead}, or use a teacher with the student's tokenizer",
             )
 
 
@@ -143,11 +242,10 @@ def _without_signal(config: Schema) -> Iterator[Problem]:
 
 def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
     """What only another way of estimating the KL can do."""
-    algorithm, teacher = config.algorithm, config.teacher
+    algorithm, served = config.algorithm, any_served(config)
     estimator, divergence = algorithm.kl_estimator, algorithm.divergence
     if estimator == "auto" and knows_only_sampled(config):
         estimator = "sampled"
-    served = teacher is not None and (teacher.url is not None or teacher.backend == "vllm")
     if estimator == "exact" and served:
         yield Problem(
             path=("algorithm", "kl_estimator"),
@@ -191,17 +289,17 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
 
 def knows_only_sampled(config: Schema) -> bool:
     """Whether a setting chooses ``kl_estimator: sampled``, since no other knows it."""
-    algorithm, teacher = config.algorithm, config.teacher
-    of_teacher = teacher is not None and (teacher.control == "none" or teacher.tokenizer == "cross")
+    algorithm = config.algorithm
+    of_teacher = any_crossed(config) or control_of(config) == "none"
     return algorithm.kl_baseline != "none" or algorithm.kl_discount > 0 or of_teacher
 
 
 def _uncontrolled(config: Schema) -> Iterator[Problem]:
     """Controls that would show nothing."""
-    algorithm, control = config.algorithm, config.teacher and config.teacher.control
-    path = ("teacher", "control")
+    algorithm, control = config.algorithm, control_of(config)
     if control is None:
         return
+    path = next((*key, "control") for key, s in teacher_sections(config) if s.control is not None)
     if algorithm.kl_penalty_coef == 0:
         yield Problem(
             path=path,
@@ -247,6 +345,7 @@ def _truncated(config: Schema) -> Iterator[Problem]:
 
 def _names_taken(config: Schema) -> Iterator[Problem]:
     names = [source.name for source in config.data.sources]
+    several = len(find_teachers(config).sections) > 1
     for index, name in enumerate(names):
         path = ("data", "train_file", index, "name")
         if name in names[:index]:
@@ -254,6 +353,9 @@ def _names_taken(config: Schema) -> Iterator[Problem]:
             yield Problem(path=path, message=message, hint="give each its own name")
         elif name in RESERVED_DATASETS:
             message = f"a dataset cannot be named {name}: teacher_kl/{name} is another metric"
+            yield Problem(path=path, message=message, hint="choose another name")
+        elif several and (name == TEACHER or name.startswith(f"{TEACHER}/")):
+            message = f"a dataset cannot be named {name} beside several teachers: teacher_kl/{name} is another metric"
             yield Problem(path=path, message=message, hint="choose another name")
     names = [entry.name or f"eval_{index}" for index, entry in enumerate(config.evals)]
     for index, name in enumerate(names):

@@ -64,7 +64,12 @@ epsilon): with `reward_coef: 0`, change `trainer.learning_rate` instead. The two
 rewards. Both at 0 is an error.
 """
 
-NOTES = {"algorithm": OBJECTIVE_NOTE}
+TEACHERS_NOTE = """\
+`teachers` holds more of them by name, each a path or a section as this one; a dataset (`data.train_file[].teacher`) or a row
+(`"teacher"`) says which of them judges it. See [Several teachers](how-to/several-teachers.md).
+"""
+
+NOTES = {"algorithm": OBJECTIVE_NOTE, "teacher": TEACHERS_NOTE}
 
 
 def render() -> str:

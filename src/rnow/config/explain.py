@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rnow.config.problems import KeyPath, Problem
+from rnow.config.schema import SECTION, TEXT
 from rnow.config.suggest import suggest
 from rnow.text.redact import without_user_info
 
@@ -22,6 +23,7 @@ EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
+    "dict_type": "a section of names, each with a section of its own",
     "model_type": "a section of key: value lines",
 }
 
@@ -43,7 +45,7 @@ def explain(error: ValidationError) -> list[Problem]:
     problems = []
     items = error.errors(include_url=False, include_context=True)
     for item in items:
-        path: KeyPath = item["loc"]
+        path: KeyPath = tuple(part for part in item["loc"] if part not in (TEXT, SECTION))
         inside = any(other["loc"][: len(path)] == path != other["loc"] for other in items)
         if item["type"] == "too_short" and inside:
             continue  # not an empty list: pydantic counts only the entries that were valid
@@ -63,8 +65,9 @@ def explain_value(path: KeyPath, item: ErrorDetails) -> Problem:
         message, hint = "required, but missing", MISSING.get(path)
     elif kind in EXPECTED:
         expected = EXPECTED[kind]
-        if path[:2] == ("data", "train_file") and kind == "model_type":
-            expected = "a path, or a section with path and name"
+        if kind == "model_type" and path[:2] == ("data", "train_file"):
+            names = "path" if path[-1] == "teacher" else "path and name"
+            expected = f"a path, or a section with {names}"
         message = f"expected {expected}, got {in_words(given)}"
         hint = hint_for(path, kind, given)
     elif kind in LIMITS:

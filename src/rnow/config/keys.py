@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-Change = Literal["free", "length", "warn", "measures", "evaluates", "shapes", "refuse"]
+Change = Literal["free", "length", "warn", "measures", "evaluates", "shapes", "judges", "refuse"]
 """What another value means for a run that was started before.
 
 free: no trained number depends on it (names, saving, placement, deadlines of rewards).
@@ -17,6 +17,7 @@ warn: training goes on differently; what was sampled and evaluated already holds
 measures: training is untouched; what was evaluated already does not hold.
 evaluates: as warn, and what was evaluated already does not hold.
 shapes: as evaluates, and what was sampled already does not hold either.
+judges: as refuse, but what was sampled already and not trained on yet holds.
 refuse: the checkpoint would be meaningless.
 """
 

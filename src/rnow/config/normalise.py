@@ -89,6 +89,12 @@ def one_path(value: object) -> object:
     return plain_path(value)
 
 
+def path_is_section(value: object) -> object:
+    """A path as the section that says no more than that."""
+    value = plain_path(value)
+    return {"path": value} if isinstance(value, str) else value
+
+
 def auto_or_bool(value: object) -> object:
     """Refuse 0 and 1, which equal false and true and would pass for them."""
     if isinstance(value, int | float) and not isinstance(value, bool):

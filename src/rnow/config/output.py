@@ -36,10 +36,11 @@ _REQUIRED = {("model", "path"), ("teacher", "path")}
 
 
 def to_dict(config: Config) -> dict[str, object]:
-    """The resolved config as JSON-ready data; ``Config(**to_dict(c)) == c``. An absent teacher section is left out."""
+    """The resolved config as JSON-ready data; ``Config(**to_dict(c)) == c``. Absent teachers are left out."""
     data = config.model_dump(mode="json")
-    if data["teacher"] is None:
-        del data["teacher"]
+    for name in ("teacher", "teachers"):
+        if not data[name]:
+            del data[name]
     return data
 
 
@@ -59,14 +60,14 @@ def split_by_default(config: Config) -> tuple[dict[str, object], dict[str, objec
         "dataset_type": config.dataset_type,
         "model": {"path": config.model.path},
     }
-    if config.teacher is not None:
-        least["teacher"] = {"path": config.teacher.path}
+    if config.dataset_type == "distill":
+        least["teacher"] = {"path": config.teacher.path if config.teacher else "anybody"}
     defaults = to_dict(type(config)(**least))
     changed: dict[str, object] = {}
     rest: dict[str, object] = {}
     for name, value in to_dict(config).items():
-        if not isinstance(value, dict):
-            same = value == defaults[name] and name != "dataset_type"
+        if name == "teachers" or not isinstance(value, dict):
+            same = name in defaults and value == defaults[name] and name != "dataset_type"
             (rest if same else changed)[name] = value
             continue
         default = defaults[name]

@@ -7,11 +7,19 @@ from them too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
 from pydantic.fields import FieldInfo
 
 from rnow.config.keys import Change, Key, Reserved, key, reserved
@@ -21,12 +29,14 @@ from rnow.config.normalise import (
     name_sources,
     none_is,
     one_path,
+    path_is_section,
     text_or_list,
 )
 from rnow.config.problems import KeyPath
 
 DatasetType = Literal["distill", "sft", "rl", "midtrain"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Control = Literal["shuffled", "none"]
 ReasoningMode = Literal["disabled", "none", "minimal", "low", "medium", "high", "xhigh"]
 Text = Annotated[str, Field(min_length=1)]
 Url = Annotated[Text, AfterValidator(hide_user_info)]
@@ -40,6 +50,8 @@ REVISION = "Branch, tag or commit of the HuggingFace repository."
 REMOTE_CODE = "Run Python code that the repository ships."
 KERNEL = "Attention kernel, as transformers names it."
 DEVICE = "`auto`, `cpu`, `cuda` or `cuda:1`."
+TEXT, SECTION = "<text>", "<section>"
+"""What pydantic puts into the path of a fault in a value that may be either."""
 
 
 class Section(BaseModel):
@@ -58,49 +70,6 @@ class Section(BaseModel):
         hide_input_in_errors=True,
     )
     change: ClassVar[Change]
-
-
-class DatasetSource(Section):
-    """One entry of `data.train_file`."""
-
-    path: Text = key(..., "A jsonl, json or parquet file, or a HuggingFace dataset id.")
-    name: Text = key("dataset_0", "Name in metrics.", "`dataset_0`, `dataset_1`, ...")
-    split: Text = key("train", "Split of a HuggingFace dataset.")
-    teacher: Text | None = key(None, "A teacher for this dataset alone.")
-
-
-def any_own_teacher(sources: Sequence[DatasetSource]) -> bool:
-    """Whether a dataset names a teacher of its own."""
-    return any(source.teacher is not None for source in sources)
-
-
-class DataSection(Section):
-    """What the student is asked."""
-
-    change = "refuse"
-
-    train_file: Annotated[tuple[DatasetSource, ...], BeforeValidator(name_sources)] = key(
-        (DatasetSource(path="train.jsonl", name="dataset_0"),),
-        "A path, a list of paths, or a list of {path, name, split, teacher}: several datasets in this order. "
-        "Relative paths start at the project folder.",
-        "`train.jsonl`",
-        "text, or a list of texts and sections",
-        min_length=1,
-        reserved=Reserved(
-            "{teacher: ...}", any_own_teacher, "use one teacher for all datasets: teacher.path"
-        ),
-    )
-    batch_size: Positive = key(4, "Prompts per step.")
-    group_size: Positive = key(4, "Rollouts per prompt.")
-    val_split: Annotated[Fraction, none_is(0.0)] = key(
-        0.0, "Share of the prompts held out of training and evaluated."
-    )
-    shuffle: bool = key(True, "Shuffle the prompts of every epoch, from the seed.")
-
-    @property
-    def sources(self) -> tuple[DatasetSource, ...]:
-        """The datasets of the run, in order."""
-        return self.train_file
 
 
 class ModelSection(Section):
@@ -145,11 +114,27 @@ class ModelSection(Section):
 
 
 class TeacherSection(Section):
-    """The model that judges the student's tokens: required with `dataset_type: distill`, not allowed with others."""
+    """The model that judges the student's tokens, for distill only: required there, unless every dataset or row has another."""
 
     change = "evaluates"
 
-    path: Text = key(..., "The teacher: a HuggingFace id or a local folder.")
+    path: Text = key(
+        ...,
+        "The teacher: a HuggingFace id or a local folder. `self` is the student as it was before training, seeing more: its "
+        "own base with the adapter switched off, and no second copy of it.",
+        change="judges",
+    )
+    template: Text = key(
+        "{prompt}\n\n{context}",
+        "What the teacher reads in place of the last user message of a row with `privileged_context`: `{prompt}` stands for "
+        "that message, `{context}` for the row's text.",
+        "the prompt, an empty line, the context",
+    )
+    system_prompt: Text | None = key(
+        None,
+        "A system message that the teacher alone reads, in place of the row's own if it has one.",
+        "the row's own",
+    )
     agentic: bool | None = key(
         None,
         "`false` leaves the tools out, `true` requires them.",
@@ -185,7 +170,7 @@ class TeacherSection(Section):
     backend: Literal["auto", "transformers", "vllm"] = key(
         "auto", "The engine that runs the teacher; `auto` is transformers."
     )
-    control: Literal["shuffled", "none"] | None = key(
+    control: Control | None = key(
         None,
         "Train without the teacher's help, to see what is its doing: `shuffled` judges each answer by what the teacher says of "
         "another one, `none` only makes unlikely tokens less likely. Evaluations ask the teacher all the same.",
@@ -222,6 +207,62 @@ class TeacherSection(Section):
         change="free",
         reader="local vllm teacher",
     )
+
+    @property
+    def own_base(self) -> bool:
+        """Whether it is the student's own base: ``path: self``."""
+        return self.path == "self"
+
+
+def _kind_of_teacher(value: object) -> str:
+    return TEXT if isinstance(value, str) else SECTION
+
+
+TextOrTeacher = Annotated[
+    Annotated[Text, Tag(TEXT)] | Annotated[TeacherSection, Tag(SECTION)],
+    Discriminator(_kind_of_teacher),
+]
+
+
+class DatasetSource(Section):
+    """One entry of `data.train_file`."""
+
+    path: Text = key(..., "A jsonl, json or parquet file, or a HuggingFace dataset id.")
+    name: Text = key("dataset_0", "Name in metrics.", "`dataset_0`, `dataset_1`, ...")
+    split: Text = key("train", "Split of a HuggingFace dataset.")
+    teacher: TextOrTeacher | None = key(
+        None,
+        "Who judges the rows of this dataset that name nobody: one of `teachers`, else the path of a model, or a section as "
+        "`teacher`.",
+        "`teacher`",
+        "text or section",
+    )
+
+
+class DataSection(Section):
+    """What the student is asked."""
+
+    change = "refuse"
+
+    train_file: Annotated[tuple[DatasetSource, ...], BeforeValidator(name_sources)] = key(
+        (DatasetSource(path="train.jsonl", name="dataset_0"),),
+        "A path, a list of paths, or a list of {path, name, split, teacher}: several datasets in this order. "
+        "Relative paths start at the project folder.",
+        "`train.jsonl`",
+        "text, or a list of texts and sections",
+        min_length=1,
+    )
+    batch_size: Positive = key(4, "Prompts per step.")
+    group_size: Positive = key(4, "Rollouts per prompt.")
+    val_split: Annotated[Fraction, none_is(0.0)] = key(
+        0.0, "Share of the prompts held out of training and evaluated."
+    )
+    shuffle: bool = key(True, "Shuffle the prompts of every epoch, from the seed.")
+
+    @property
+    def sources(self) -> tuple[DatasetSource, ...]:
+        """The datasets of the run, in order."""
+        return self.train_file
 
 
 class AlgorithmSection(Section):
@@ -506,6 +547,10 @@ class Schema(Section):
     data: DataSection = Field(default_factory=DataSection)
     model: ModelSection
     teacher: TeacherSection | None = None
+    teachers: Annotated[
+        dict[str, Annotated[TeacherSection, BeforeValidator(path_is_section)]],
+        none_is({}),
+    ] = Field(default_factory=dict)
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
     rollout: RolloutSection = Field(default_factory=RolloutSection)
     sampler: SamplerSection = Field(default_factory=SamplerSection)
@@ -526,7 +571,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "trainer": TrainerSection,
     "evaluation": EvaluationSection,
 }
-SECTION_NAMES = (*SECTIONS, "evals")
+SECTION_NAMES = (*SECTIONS, "teachers", "evals")
 LISTS: Mapping[str, type[Section]] = {"evals": EvalEntry, "data.train_file": DatasetSource}
 """Lists of sections, by their keys."""
 
@@ -552,12 +597,17 @@ KEYS: Mapping[str, Key] = _keys()
 
 def is_key(text: str) -> bool:
     """Whether a text is a dotted key of the config, or of an entry of one of its lists: ``evals[0].step``."""
-    path = text.partition("[")[0]
-    return path in KEYS
+    path = tuple(text.partition("[")[0].split("."))
+    return ".".join(map(str, as_in_teacher(path))) in KEYS
 
 
 def field_at(path: KeyPath) -> FieldInfo | None:
-    """The pydantic field of a top-level key or of a key in a section; None for anything else."""
-    *section, name = map(str, path)
+    """The pydantic field of a top-level key, or of a key in a section or in one of ``teachers``; None for anything else."""
+    *section, name = map(str, as_in_teacher(path))
     model = SECTIONS.get(section[0]) if section else Schema
-    return model.model_fields.get(name) if model is not None and len(path) <= 2 else None
+    return model.model_fields.get(name) if model is not None and len(section) <= 1 else None
+
+
+def as_in_teacher(path: KeyPath) -> KeyPath:
+    """The key of ``teacher`` that means the same as a key of one of ``teachers``; any other key as it is."""
+    return ("teacher", *path[2:]) if path[:1] == ("teachers",) and len(path) > 2 else path

@@ -63,9 +63,11 @@ ALIASES = {word: key for key, words in _MEANT.items() for word in words.split()}
 
 KNOWN: Mapping[str, tuple[str, ...]] = {
     section: tuple(model.model_fields)
-    for section, model in {**SECTIONS, **LISTS, "": Schema}.items()
+    for section, model in {**SECTIONS, **LISTS, "": Schema, "teachers": SECTIONS["teacher"]}.items()
 }
-"""Section -> its keys; the section "" is the top level. Keys of a list are named alone, and suggested only inside it."""
+"""Section -> its keys; the section "" is the top level. Keys of an entry of ``ENTRIES`` are named alone, and suggested only
+inside it."""
+ENTRIES = (*LISTS, "teachers")
 
 
 def snake(word: str) -> str:
@@ -77,6 +79,8 @@ def suggest(path: KeyPath) -> str | None:
     """A hint for the unknown key at ``path``: the key that was probably meant, else the keys that exist there."""
     words = [part for part in path if isinstance(part, str)]
     section, written = ".".join(words[:-1]), words[-1]
+    if (words[0] == "teachers" and len(words) > 2) or section == "data.train_file.teacher":
+        section = "teachers"
     if gone := GONE.get(".".join(words)):
         return gone
     if written == "<<":
@@ -103,7 +107,7 @@ def keys_like(section: str, word: str) -> list[str]:
     near = closest(word, here, cutoff=0.75)
     if near:
         return [_join(section, near[0])]
-    elsewhere = [s for s in KNOWN if s not in (*LISTS, section)]
+    elsewhere = [s for s in KNOWN if s not in (*ENTRIES, section)]
     same = [_join(s, word) for s in elsewhere if word in KNOWN[s] and (s or word not in SECTIONS)]
     if same:
         return same[:3]
@@ -116,4 +120,4 @@ def keys_like(section: str, word: str) -> list[str]:
 
 
 def _join(section: str, key: str) -> str:
-    return f"{section}.{key}" if section and section not in LISTS else key
+    return f"{section}.{key}" if section and section not in ENTRIES else key

@@ -44,14 +44,14 @@ class TranscriptWriter:
     def write(self, step: int, data: StepData, streams: Mapping[str, Mapping[str, Tensor]]) -> None:
         """All rollouts of one step, replacing what an interrupted run left for it."""
         self._folder.mkdir(exist_ok=True)  # but never the run folder: it may have been removed
-        live, judged = streams.get("logprobs", {}), streams.get("teacher_logprobs", {})
+        judged, kls = streams.get("teacher_logprobs", {}), streams.get("teacher_kl", {})
         lines = [
             self._line(
                 step,
                 group.prompt,
                 rollout,
                 data.rewards.get(rollout.id),
-                self._tokens(rollout, judged.get(rollout.id), live.get(rollout.id)),
+                self._tokens(rollout, judged.get(rollout.id), kls.get(rollout.id)),
             )
             for group in data.groups
             for rollout in group.rollouts
@@ -87,7 +87,7 @@ class TranscriptWriter:
         )
 
     def _tokens(
-        self, rollout: Rollout, judged: Tensor | None, logprobs: Tensor | None
+        self, rollout: Rollout, judged: Tensor | None, kls: Tensor | None
     ) -> list[dict[str, object]]:
         written = [
             (number, token, logprob)
@@ -97,7 +97,6 @@ class TranscriptWriter:
             )
         ]
         unknown = [None] * len(written)
-        live = unknown if logprobs is None else logprobs.tolist()
         return [
             {
                 "turn": number,
@@ -105,10 +104,13 @@ class TranscriptWriter:
                 "text": self._text(token),
                 "sampler_logprob": logprob,
                 "teacher_logprob": theirs,
-                "kl": None if theirs is None or ours is None else ours - theirs,
+                "kl": kl,
             }
-            for (number, token, logprob), ours, theirs in zip(
-                written, live, unknown if judged is None else judged.tolist(), strict=True
+            for (number, token, logprob), theirs, kl in zip(
+                written,
+                unknown if judged is None else judged.tolist(),
+                unknown if kls is None else kls.tolist(),
+                strict=True,
             )
         ]
 

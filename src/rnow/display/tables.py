@@ -41,8 +41,14 @@ def headline(results: Mapping[str, float]) -> dict[str, float]:
 
 
 def headline_text(results: Mapping[str, float]) -> str:
-    """``headline`` in one line."""
-    return "  ".join(f"{key} {format_number(value)}" for key, value in headline(results).items())
+    """``headline`` in one line, and how far the student is from each of several teachers."""
+    by_teacher = {
+        name.removeprefix("teacher_kl/"): value
+        for name, value in results.items()
+        if name == "teacher_kl/teacher" or name.startswith("teacher_kl/teacher/")
+    }
+    shown = headline(results) | by_teacher
+    return "  ".join(f"{key} {format_number(value)}" for key, value in shown.items())
 
 
 def _pass_order(name: str) -> tuple[int, str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from rnow.config.keys import Change, Reader
 from rnow.config.legacy import REMOVED
 from rnow.config.problems import dotted
-from rnow.config.schema import KEYS, field_at
+from rnow.config.schema import KEYS, TeacherSection, as_in_teacher, field_at
+from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
 
 Facts = Mapping[str, object]
@@ -24,9 +25,9 @@ FACTS: Mapping[str, tuple[str, Change]] = {
     "student_revision": ("the student's revision", "refuse"),
     "student_weights": ("the student's weights", "refuse"),
     "student_config": ("the student's config.json", "refuse"),
-    "teacher_weights": ("the teacher's weights", "evaluates"),
-    "teacher_config": ("the teacher's config.json", "evaluates"),
-    "teacher_tokenizer": ("the teacher's tokenizer", "evaluates"),
+    "teacher_weights": ("the teacher's weights", "judges"),
+    "teacher_config": ("the teacher's config.json", "judges"),
+    "teacher_tokenizer": ("the teacher's tokenizer", "judges"),
     "tokenizer_hash": ("the tokenizer", "refuse"),
     "stop_ids": ("what ends an answer (the stop ids of student and teacher)", "shapes"),
     "template_date": ("the date that chat templates print", "shapes"),
@@ -57,7 +58,7 @@ ADDED_KEYS: Mapping[str, object] = {
 """Keys that earlier versions did not have, as those behaved."""
 
 
-MEASURING: frozenset[Change] = frozenset({"measures", "evaluates", "shapes", "refuse"})
+MEASURING: frozenset[Change] = frozenset({"measures", "evaluates", "shapes", "judges", "refuse"})
 """Changes after which an evaluation measures something else."""
 
 
@@ -90,7 +91,7 @@ class Changes:
     @property
     def refused(self) -> tuple[str, ...]:
         """What a checkpoint does not survive."""
-        return self._of("refuse")
+        return self._of("refuse", "judges")
 
     @property
     def rollouts_hold(self) -> bool:
@@ -117,7 +118,9 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
         old: of the earlier start; empty when nothing is known of it, and then nothing holds.
         readers: who reads settings in this run. A key that only others read is free.
     """
-    before, after = dict(_flat(old.get("config"))), dict(_flat(new.get("config")))
+    was_named, now_named = _named_teachers(old), _named_teachers(new)
+    both = was_named.keys() & now_named.keys()
+    before, after = dict(_flat(_by_teacher(old, both))), dict(_flat(_by_teacher(new, both)))
     for path, kept in REMOVED.items():
         if before.get(dotted(path)) == kept:
             del before[dotted(path)]  # written by a version that still had the key
@@ -133,6 +136,8 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
         was, now = old.get(name), new.get(name)
         if was != now and not (name in ADDED and None in (was, now)):
             lines.append((kind, f"{what} changed{_detail(was, now)}"))
+    if before:  # else nothing is known
+        lines.extend(("judges", line) for line in _other_teachers(was_named, now_named))
     silent: list[Change] = [kind for name, kind in SILENT.items() if old.get(name) != new.get(name)]
     return Changes(lines=tuple(lines), silent=tuple(silent))
 
@@ -142,15 +147,61 @@ def measurement(facts: Facts, readers: frozenset[Reader]) -> str:
 
     Settings at their default are left out, so that a version with another key knows the evaluations of this one.
     """
+    named = _named_teachers(facts)
     shaping: dict[str, object] = {
         key: value
-        for key, value in _flat(facts.get("config"))
+        for key, value in _flat(_by_teacher(facts, named.keys()))
         if _kind(key, readers, falling=False) in MEASURING and not _is_default(key, value)
     }
     kinds = {name: kind for name, (_, kind) in FACTS.items()} | {"teacher_revision": "evaluates"}
     shaping |= {name: facts.get(name) for name, kind in kinds.items() if kind in MEASURING}
+    shaping |= {"teachers": named} if named else {}
     text = json.dumps(shaping, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+Named = Mapping[str, Mapping[str, object]]
+"""Roles ``teacher/<name>`` -> path and hashes."""
+
+
+def _named_teachers(facts: Facts) -> Named:
+    found = facts.get("teachers")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _other_teachers(old: Named, new: Named) -> Iterator[str]:
+    """What became of the teachers that judge rows; another path is a line of the config."""
+    for role in sorted(old.keys() | new.keys()):
+        if role not in old or role not in new:
+            yield f"{role} judges {'no row any more' if role in old else 'rows now'}"
+            continue
+        for name, what in (("weights", "weights"), ("config", "config.json")):
+            was, now = old[role].get(name), new[role].get(name)
+            if was != now and None not in (was, now):
+                yield f"the {what} of {role} changed"
+
+
+def _by_teacher(facts: Facts, roles: Collection[str]) -> object:
+    """The config with the sections of these teachers in ``teachers``, those too that datasets have of their own, and with no
+    others: nobody reads them."""
+    config = facts.get("config")
+    if not isinstance(config, Mapping):
+        return config
+    named = dict(config.get("teachers") or {})
+    data, sources = config.get("data"), []
+    files = data.get("train_file") if isinstance(data, Mapping) else None
+    for source in files if isinstance(files, list) else ():
+        own = source.get("teacher")
+        if isinstance(own, str) and own not in named:
+            own = TeacherSection(path=own).model_dump(mode="json")
+        if isinstance(own, Mapping):
+            named[source["name"]], own = own, source["name"]
+        sources.append({**source, "teacher": own})
+    named = {name: own for name, own in named.items() if f"{TEACHER}/{name}" in roles}
+    changed = (
+        {"data": {**data, "train_file": sources}} if isinstance(data, Mapping) and sources else {}
+    )
+    return {**config, **changed, "teachers": named}
 
 
 def _is_default(key: str, value: object) -> bool:
@@ -183,7 +234,7 @@ def _detail(old: object, new: object) -> str:
 
 
 def _kind(key: str, readers: frozenset[Reader], *, falling: bool) -> Change:
-    said = KEYS.get(key)
+    said = KEYS.get(".".join(map(str, as_in_teacher(tuple(key.split("."))))))
     if said is None or said.change is None:
         return "shapes"  # a key of another version of the format
     if said.reader not in readers:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from rnow.config import Config, TeacherSection
 from rnow.config.checks import knows_only_sampled
+from rnow.config.schema import Control
+from rnow.config.teachers import any_served, control_of, teacher_sections
 from rnow.models.loading import choose_device
 from rnow.models.shape import ModelShape
 from rnow.serving.server import VISIBLE
@@ -27,13 +29,6 @@ DEFAULT_MAX_TURNS = 10
 """Turns of a rollout with tools."""
 
 
-def uses_vllm(config: Config) -> bool:
-    """Whether any part of the run talks to vLLM, whose logs need a place."""
-    teacher = config.teacher
-    backends = sampler_backend(config), teacher and teacher_backend(teacher)
-    return "vllm" in backends
-
-
 def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
     """``sampler.backend`` with ``auto`` decided: vllm on CUDA where it is installed, or where a url is given."""
     section = config.sampler
@@ -45,14 +40,12 @@ def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
     return "vllm" if on_gpu and find_spec("vllm") is not None else "transformers"
 
 
-def teacher_answers(config: Config, shape: ModelShape) -> bool:
-    """``evaluation.teacher`` with ``auto`` decided: whether the teacher, of this shape, answers the held-out prompts too."""
-    asked, teacher = config.evaluation.teacher, config.teacher
-    if teacher is not None and teacher.tokenizer == "cross":
-        return False  # it cannot answer in the student's tokens
+def teacher_answers(config: Config, shape: ModelShape, *, served: bool) -> bool:
+    """``evaluation.teacher`` with ``auto`` decided: whether a teacher, of this shape, answers the held-out prompts too.
+    ``served``: by a vLLM."""
+    asked = config.evaluation.teacher
     if asked != "auto":
         return asked
-    served = teacher is not None and teacher_backend(teacher) == "vllm"
     return served or (shape.sampled and shape.parameters <= SMALL_TEACHER)
 
 
@@ -61,15 +54,14 @@ Estimator = Literal["sampled", "exact", "topk"]
 
 def kl_estimator(config: Config) -> Estimator:
     """``algorithm.kl_estimator`` with ``auto`` decided. Settings that only ``sampled`` knows choose it."""
-    algorithm, teacher = config.algorithm, config.teacher
+    algorithm, taught = config.algorithm, any(teacher_sections(config))
     if algorithm.kl_estimator != "auto":
         return algorithm.kl_estimator
-    if teacher is None or knows_only_sampled(config) or algorithm.kl_penalty_coef == 0:
+    if not taught or knows_only_sampled(config) or algorithm.kl_penalty_coef == 0:
         return "sampled"
-    return "exact" if teacher_backend(teacher) == "transformers" else "topk"
+    return "topk" if any_served(config) else "exact"
 
 
-Control = Literal["shuffled", "none"]
 CONTROLS: Mapping[Control, str] = {
     "shuffled": "each answer is judged by what the teacher says of another one",
     "none": "no teacher is asked, unlikely tokens are only made less likely",
@@ -77,15 +69,11 @@ CONTROLS: Mapping[Control, str] = {
 """What each ``teacher.control`` does."""
 
 
-def control_of(config: Config) -> Control | None:
-    """``teacher.control``; None where the teacher teaches."""
-    return None if config.teacher is None else config.teacher.control
-
-
 def describe_signal(config: Config) -> str:
     """What the teacher says of each token, in a line; empty where nobody is asked."""
     algorithm = config.algorithm
-    if config.teacher is None and (config.dataset_type != "rl" or algorithm.kl_penalty_coef == 0):
+    taught = any(teacher_sections(config))
+    if not taught and (config.dataset_type != "rl" or algorithm.kl_penalty_coef == 0):
         return ""
     if (control := control_of(config)) is not None:
         return f"CONTROL {control}: {CONTROLS[control]}"
@@ -101,7 +89,7 @@ def describe_signal(config: Config) -> str:
 def reads_hidden_states(config: Config) -> bool:
     """Whether the objective asks the teacher for hidden states, and its head stays where the update is."""
     if config.algorithm.kl_baseline == "optimal":
-        return config.teacher is None or teacher_backend(config.teacher) == "transformers"
+        return not any_served(config)
     return kl_estimator(config) == "exact"
 
 
@@ -119,7 +107,9 @@ def control_warning(config: Config) -> list[str]:
 def slow_paths(config: Config) -> list[str]:
     """What this machine could do faster and does not, with the reason; one sentence each."""
     device, found = choose_device(config.model.device), []
-    if device.type == "cpu" and "auto" in (config.model.device, _device_of(config.teacher)):
+    sections = [section for _, section in teacher_sections(config) if not section.own_base]
+    here = [section for section in sections if section.url is None]
+    if device.type == "cpu" and "auto" in (section.device for section in (config.model, *here)):
         why = unusable_gpu()
         if why is not None:
             found.append(f"this machine has a GPU, and the run is on the CPU: {why}")
@@ -130,10 +120,6 @@ def slow_paths(config: Config) -> list[str]:
             f"{install_command('vllm')}, or set sampler.backend: transformers if that is meant"
         )
     return found
-
-
-def _device_of(teacher: TeacherSection | None) -> str | None:
-    return None if teacher is None or teacher.url is not None else teacher.device
 
 
 def unusable_gpu() -> str | None:

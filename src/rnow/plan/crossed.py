@@ -14,7 +14,7 @@ from rnow.models.tokenizer import (
     end_of_turn_id,
     vocabulary_size,
 )
-from rnow.plan.roles import Role, RunModel
+from rnow.plan.roles import Models, Role, RunModel
 from rnow.project.dataset import place_of
 from rnow.protocols import Tokenizer
 from rnow.rollout.crossing import Crossing, measure_coverage
@@ -60,6 +60,25 @@ def refuse_tools(roles: Iterable[Role], *, agentic: bool) -> None:
                 why="calls and results are written as the student's chat template wants them; the teacher's has other forms",
                 fix=f"set teacher.agentic: false to leave the tools out, or {SAME_FIX}",
             )
+
+
+def refuse_told(models: Models, told: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a teacher that crosses tokenizers where a teacher is told more than the student.
+
+    Args:
+        told: prompt id -> what a teacher reads in place of the student's prompt, in the student's tokens.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    crossing = [model.role for model in models.values() if model.role.crosses]
+    if crossing and told:
+        raise ConfigError(
+            "a teacher with another tokenizer reads the student's prompts only",
+            where=f"{crossing[0].key}.tokenizer",
+            why="privileged_context, teacher_messages and teacher.system_prompt are written in the student's tokens",
+            fix=f"leave them out, or {SAME_FIX}",
+        )
 
 
 def cross_tokenizers(

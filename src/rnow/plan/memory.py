@@ -7,6 +7,7 @@ so a run usually stays below them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +40,7 @@ ENGINE_ASLEEP = 1.5e9
 LAYER_NORM_COPIES = 6
 """Hidden-state sized tensors that a block keeps for its backward pass beside the linear layers' inputs and outputs."""
 
-_STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "teacher": "teacher", "trainer": "update"}
+_STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "trainer": "update"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ class ModelMemory:
             one.
         device, engine_device: where the model is loaded, and where the vLLM runs; the first card of a spread one.
         cards: over which the vLLM is spread.
+        own_base: it is the student's base, which the trainer holds.
     """
 
     role: Role
@@ -62,6 +64,7 @@ class ModelMemory:
     device: str = "cpu"
     engine_device: str = "cpu"
     cards: int = 1
+    own_base: bool = False
 
     @property
     def weight_bytes(self) -> float:
@@ -99,6 +102,7 @@ class MemorySettings:
         rollouts: sequences sampled in one step.
         prompts: how many different prompts they have.
         prompt_tokens: tokens of the longest prompt.
+        teacher_extra: by how many tokens a sequence that is scored may be longer, since the teacher is told more.
         completion_tokens: the longest answer.
         window: no sequence is longer.
         micro_batch_tokens: tokens of one forward and backward pass, if a single sequence is not longer.
@@ -120,6 +124,7 @@ class MemorySettings:
     gradient_checkpointing: bool
     cache_budget: int
     head_buffer: int
+    teacher_extra: int = 0
     hidden_states: bool = False
 
     @property
@@ -145,8 +150,15 @@ class MemorySettings:
     @property
     def pass_tokens(self) -> int:
         """Tokens of the largest micro-batch: the budget, but one sequence at least and all of them at most."""
-        largest = self.rollouts * self.sequence_tokens
-        return max(self.sequence_tokens, min(self.micro_batch_tokens, largest))
+        return self._pass_of(self.sequence_tokens)
+
+    @property
+    def scoring_tokens(self) -> int:
+        """The same of the teacher's."""
+        return self._pass_of(self.sequence_tokens + self.teacher_extra)
+
+    def _pass_of(self, longest: int) -> int:
+        return max(longest, min(self.micro_batch_tokens, self.rollouts * longest))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,21 +256,20 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
 
 
 def _scoring_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
-    part = partial(_part, model, model.role.part)
+    part = partial(_part, model, "trainer" if model.own_base else model.role.part)
+    weights = partial(part, "weights", "always", model.weight_bytes, host=model.pinned_bytes)
     if not settings.hidden_states:
-        return [
-            part("weights", "always", model.weight_bytes, host=model.pinned_bytes),
-            part("activations", "teacher", _scoring_bytes(model, settings)),
-        ]
+        scoring = part("activations", "teacher", _scoring_bytes(model, settings))
+        return [scoring] if model.own_base else [weights(), scoring]
     head = model.shape.vocabulary_rows * model.shape.hidden * model.width
     rows = settings.step_tokens * model.shape.hidden * model.width
     here = rows if model.device == "cpu" else 0  # on a card they wait in main memory
-    body = settings.pass_tokens * _layer_bytes(model)
-    return [
-        part("weights", "always", model.weight_bytes, host=model.pinned_bytes, stays=head),
+    body = settings.scoring_tokens * _layer_bytes(model)
+    scored = [
         part("activations", "teacher", body + here),
         _part(model, None, "hidden states of the step", "update", here, host=rows),
     ]
+    return scored if model.own_base else [weights(stays=head), *scored]
 
 
 def _engine_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
@@ -280,9 +291,20 @@ def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
     """The most bytes held at once, and the stage that holds them."""
     always = sum(part.bytes for part in parts if part.stage == "always")
     stages: tuple[Stage, ...] = ("sampling", "teacher", "update")
-    by_stage = {s: sum(part.bytes for part in parts if part.stage == s) for s in stages}
+    by_stage = {stage: _most_at_once(parts, stage) for stage in stages}
     stage = max(stages, key=by_stage.__getitem__)
     return always + by_stage[stage], stage
+
+
+def _most_at_once(parts: Sequence[MemoryPart], stage: Stage) -> int:
+    """Bytes of a stage. Of several teachers one scores at a time, and a token's hidden states are those of one."""
+    there = [part for part in parts if part.stage == stage]
+    by_teacher: Counter[str] = Counter()
+    for part in there:
+        if stage == "teacher" or part.owner is None:
+            by_teacher[part.model] += part.bytes
+    together = sum(part.bytes for part in there) - by_teacher.total()
+    return together + max(by_teacher.values(), default=0)
 
 
 def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
@@ -293,7 +315,7 @@ def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple
         there = [part for part in parts if part.owner == owner or part.owner not in turns]
         most, stage = peak(there)
         if all(part.stage == "always" for part in there):
-            stage = _STAGE_OF[owner]
+            stage = _STAGE_OF.get(owner, "teacher")
         found.append((most + _asleep(parts, turns, owner), stage))
     return max(found, default=peak(parts))
 
@@ -311,7 +333,8 @@ def _asleep(parts: Sequence[MemoryPart], turns: Collection[Part], awake: Part) -
 
 def engine_cache(model: ModelMemory, total: int, settings: MemorySettings) -> int:
     """Bytes of a vLLM's KV cache on one card: what its weights and buffers leave of ``total``, one longest sequence at least."""
-    one = math.ceil(settings.window * kv_bytes(model) / model.cards)
+    longest = settings.window + (0 if model.role.trained else settings.teacher_extra)
+    one = math.ceil(longest * kv_bytes(model) / model.cards)
     return max(one, total - round(model.weight_bytes / model.cards) - ENGINE_WORK)
 
 
@@ -348,7 +371,7 @@ def savings(
 def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySettings]]:
     for role in reversed([*settings.models]):  # the student last: it is what the run is for
         model = settings.models[role]
-        if model.quantization != "nf4":
+        if model.quantization != "nf4" and not model.own_base:
             yield f"{model.role.key}.quantization: nf4", with_nf4(settings, role)
     if not settings.gradient_checkpointing:
         checkpointed = replace(settings, gradient_checkpointing=True)
@@ -400,14 +423,14 @@ def _layer_bytes(model: ModelMemory) -> int:
 
 def _scoring_bytes(model: ModelMemory, settings: MemorySettings) -> float:
     """The body comes first and the head after it, when only hidden states are left of the body."""
-    left = settings.pass_tokens * model.shape.hidden * model.width
-    body = settings.pass_tokens * _layer_bytes(model)
-    return max(body, left + _head_bytes(model, settings))
+    tokens = settings.scoring_tokens
+    left = tokens * model.shape.hidden * model.width
+    body = tokens * _layer_bytes(model)
+    return max(body, left + _head_bytes(model, settings, tokens))
 
 
-def _head_bytes(model: ModelMemory, settings: MemorySettings) -> float:
+def _head_bytes(model: ModelMemory, settings: MemorySettings, rows: int) -> float:
     """Chunk buffers and the hidden states of the response rows; logits of all rows are never held."""
-    rows = settings.pass_tokens
     chunk = min(settings.head_buffer, rows * model.shape.vocabulary_rows * FLOAT32)
     return HEAD_COPIES * chunk + rows * model.shape.hidden * (model.width + FLOAT32)
 
@@ -415,7 +438,7 @@ def _head_bytes(model: ModelMemory, settings: MemorySettings) -> float:
 def _update_head_bytes(model: ModelMemory, settings: MemorySettings) -> float:
     """The same in the update: where it reads hidden states, those of one pass come to the student's device, and both
     distributions of a chunk are there at once."""
-    own = _head_bytes(model, settings)
+    own = _head_bytes(model, settings, settings.pass_tokens)
     if not settings.hidden_states:
         return own
     chunk = min(settings.head_buffer, settings.pass_tokens * model.shape.vocabulary_rows * FLOAT32)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
-from rnow.config import Config
+from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
 from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
@@ -43,13 +44,12 @@ from rnow.plan.memory import (
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import (
     STUDENT,
-    TEACHER,
     Role,
     RunModel,
     dtype_name,
     engine_share,
-    roles_of,
     sharers,
+    teachers_of,
 )
 from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
@@ -59,12 +59,13 @@ MOMENTS_AND_ADAPTER = 3
 TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 150, 30
 """Bytes of JSON for one token: its id, text and three log-probabilities; its id and one."""
 MAX_ADVICE = 4
-HOST_FIX = "set teacher.quantization: nf4, give the teacher a device or a server of its own, or free main memory"
+HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server of its own, or free main memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """One model of the run. ``weights_bytes`` is the size of its files, ``dtype`` that of unquantised numbers."""
+    """One model of the run. ``weights_bytes`` is the size of its files, ``dtype`` that of unquantised numbers; ``own_base``: it
+    is the student's base, of which there is one copy."""
 
     path: str
     revision: str | None
@@ -74,6 +75,7 @@ class ModelPlan:
     dtype: str
     quantization: str
     device: str
+    own_base: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +126,9 @@ class DevicePlan:
 class Plan:
     """Counts are totals of the run unless named per step; sizes are bytes.
 
-    ``models`` is by role, the student first; ``completion_tokens`` is the longest answer, ``max_total_tokens`` what all
-    answers together cannot exceed.
+    ``models`` is by role, the student first; ``judged`` how many of the prompts each teacher judges; ``longest_told`` the
+    longest prompt that a teacher reads in other words than the student, 0 without any. ``completion_tokens`` is the longest
+    answer, ``max_total_tokens`` what all answers together cannot exceed.
     """
 
     dataset_type: str
@@ -134,7 +137,9 @@ class Plan:
     max_turns: int
     run_dir: str
     models: Mapping[str, ModelPlan]
+    longest_told: int
     prompts: int
+    judged: Mapping[str, int]
     held_out: int
     epochs: int
     steps: int
@@ -216,7 +221,9 @@ def build_plan(
         max_turns=(config.rollout.max_turns or DEFAULT_MAX_TURNS) if prepared.tools else 1,
         run_dir=str(run_dir),
         models=models,
+        longest_told=rendered.longest_told,
         prompts=len(dataset.prompts),
+        judged=prepared.judged,
         held_out=len(dataset.held_out),
         epochs=trainer.num_epochs,
         steps=prepared.num_steps,
@@ -232,10 +239,9 @@ def build_plan(
         stop_ids=rendered.stop_ids,
         stop_texts=tuple(rendered.tokenizer.decode([token]) for token in rendered.stop_ids),
         trainable_parameters=adapter,
-        devices=_device_plans(layout, may_take_turns(config)),
+        devices=_device_plans(layout, may_take_turns(prepared)),
         checkpoint_bytes=checkpoint,
-        # One more than is kept: the next is complete before the oldest goes.
-        checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),
+        checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),  # and the next
         # Of the step after the last checkpoint and of the one in progress.
         journal_bytes=2 * per_step * (completion * JOURNAL_TOKEN + rendered.longest_prompt),
         transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
@@ -275,41 +281,61 @@ def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
 
 
 def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
-    """What the teacher's own answers to the held-out prompts cost, or that there are none."""
-    prepared, shape = layout.prepared, layout.shapes.get(TEACHER)
-    config, held_out = prepared.config, len(prepared.project.dataset.held_out)
-    if shape is None or not held_out or layout.prepared.models[TEACHER].role.crosses:
+    """What the teachers' own answers to the held-out prompts cost, or that there are none."""
+    prepared, section = layout.prepared, layout.prepared.config.evaluation
+    judged = Counter(prompt.teacher for prompt in prepared.evaluated)
+    teachers = [model.role for model in teachers_of(prepared.models) if judged[model.role.name]]
+    if not teachers or any(
+        role.crosses or prepared.models[role.name].own_base for role in teachers
+    ):
         return ()
-    section = config.evaluation
-    answers = min(held_out, section.max_prompts) * section.num_samples
-    what = f"{answers:,} answers to the held-out prompts, of at most {layout.completion:,} tokens"
-    role = prepared.models[TEACHER].role
-    if role.backend == "transformers" and role.on_gpu:
-        hours = _decode_seconds(layout, shape, answers) / 3600
-        what += f", about {hours:.1f} h with transformers at that length"
-    if teacher_answers(config, shape):
-        return (f"the teacher itself is evaluated, once: {what}",)
-    return (f"the teacher itself is not evaluated; evaluation.teacher: true would: {what}",)
+    answers = {role.name: judged[role.name] * section.num_samples for role in teachers}
+    what = f"{sum(answers.values()):,} answers to the held-out prompts, of at most {layout.completion:,} tokens"
+    slow = [role for role in teachers if role.backend == "transformers" and role.on_gpu]
+    if slow:
+        seconds = sum(_decode_seconds(layout, role, answers[role.name]) for role in slow)
+        what += f", about {seconds / 3600:.1f} h with transformers at that length"
+    who = "the teacher itself is" if len(teachers) == 1 else "the teachers themselves are"
+    if answering_teachers(prepared, layout.shapes):
+        return (f"{who} evaluated, once: {what}",)
+    return (f"{who} not evaluated; evaluation.teacher: true would: {what}",)
 
 
-def _decode_seconds(layout: _Layout, shape: ModelShape, answers: int) -> float:
+def answering_teachers(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> frozenset[str]:
+    """The roles that answer held-out prompts, each those that it judges: all of them, or none where one is too slow for
+    that, since half of the answers are nobody's."""
+    judging = {prompt.teacher for prompt in prepared.evaluated}
+    models = [model for model in teachers_of(prepared.models) if model.role.name in judging]
+    if any(model.own_base for model in models):
+        return frozenset()  # its answers are those of the student before training
+    # A teacher of another tokenizer cannot answer in the student's tokens.
+    asked = all(
+        not role.crosses
+        and teacher_answers(prepared.config, shapes[role.name], served=role.backend == "vllm")
+        for role in (model.role for model in models)
+    )
+    return frozenset(model.role.name for model in models) if asked else frozenset()
+
+
+def _decode_seconds(layout: _Layout, role: Role, answers: int) -> float:
     """A batch of as many rows as its cache holds takes a step per token, whatever the rows."""
-    role = layout.prepared.models[TEACHER].role
+    shape = layout.shapes[role.name]
     tokens = min(
         layout.prepared.rendered.window, layout.prepared.rendered.longest_prompt + layout.completion
     )
     row = tokens * 2 * shape.layers * shape.kv_width * role.dtype.itemsize
-    budget = layout.info(layout.placed[TEACHER]).total_bytes * GPU_BATCH_FRACTION
+    budget = layout.info(layout.placed[role.name]).total_bytes * GPU_BATCH_FRACTION
     batches = math.ceil(answers / max(1, budget // row))
     return batches * layout.completion * shape.layers * LAYER_SECONDS
 
 
-def may_take_turns(config: Config) -> frozenset[Part]:
+def may_take_turns(prepared: Prepared) -> frozenset[Part]:
     """The parts that could take turns on the student's card; none where there is nothing to share.
 
     Raises:
         ConfigError: turns are asked for on a CPU.
     """
+    config = prepared.config
     if choose_device(config.model.device).type != "cuda":
         if config.residency == "time_shared":
             raise ConfigError(
@@ -319,7 +345,8 @@ def may_take_turns(config: Config) -> frozenset[Part]:
                 fix="set residency: auto",
             )
         return frozenset()
-    parts = sharers(roles_of(config))
+    roles = {name: model.role for name, model in prepared.models.items() if not model.own_base}
+    parts = sharers(roles)
     return parts if len(parts) > 1 and config.residency != "resident" else frozenset()
 
 
@@ -329,7 +356,7 @@ def taking_turns(prepared: Prepared, run_dir: Path) -> frozenset[Part]:
     Raises:
         ConfigError: as ``may_take_turns``; or what would sleep has no room in main memory.
     """
-    turns = may_take_turns(prepared.config)
+    turns = may_take_turns(prepared)
     if not turns:
         return turns
     shared = build_plan(prepared, run_dir=run_dir).devices[0]
@@ -376,6 +403,7 @@ def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[s
             dtype=dtype_name(role.dtype),
             quantization=model.quantization,
             device=_placement(role, cards),
+            own_base=model.own_base,
         )
     return found
 
@@ -454,6 +482,7 @@ def _settings(
         rollouts=config.data.batch_size * config.data.group_size,
         prompts=config.data.batch_size,
         prompt_tokens=rendered.longest_prompt,
+        teacher_extra=rendered.teacher_extra,
         completion_tokens=layout.completion,
         window=rendered.window,
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
@@ -474,6 +503,7 @@ def _model_memory(
         width=role.dtype.itemsize,
         quantization=model.quantization,
         device=layout.placed[role.name],
+        own_base=model.own_base,
     )
     if role.serving.url is not None:
         return replace(memory, engine=0)
@@ -494,7 +524,7 @@ def _with_nf4_teachers(settings: MemorySettings, device: str) -> int | None:
     changed = settings
     for role, model in settings.models.items():
         # A vLLM takes its share of the card, however it stores its weights.
-        loaded = model.device == device and model.engine is None
+        loaded = model.device == device and model.engine is None and not model.own_base
         if role != STUDENT and loaded and model.quantization != "nf4":
             changed = with_nf4(changed, role)
     if changed is settings:

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 from rnow.config import Config, fill_name, refuse_reserved
+from rnow.config.problems import dotted
+from rnow.config.teachers import teacher_sections
 from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder, choose_run_folder, find_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
+from rnow.plan.choices import teacher_backend
 from rnow.plan.crossed import refuse_tools
 from rnow.plan.engines import cards_of, check_engines
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
-from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
+from rnow.plan.roles import (
+    STUDENT,
+    Models,
+    Role,
+    RunModel,
+    roles_of,
+    shares_base,
+    teachers_of,
+    used_roles,
+)
 from rnow.plan.sources import SourcePlan, plan_source
 from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import TOOLS_FILE, Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
 from rnow.tools.build import list_tools
+from rnow.types import Prompt
 from rnow.usercode.functions import FunctionInfo
 from rnow.usercode.sandbox import check_sandbox
 
@@ -57,6 +71,22 @@ class Prepared:
     def student(self) -> RunModel:
         """The model that is trained."""
         return self.models[STUDENT]
+
+    @property
+    def evaluated(self) -> Sequence[Prompt]:
+        """The held-out prompts that evaluations ask."""
+        return self.project.dataset.held_out[: self.config.evaluation.max_prompts]
+
+    @property
+    def judged(self) -> dict[str, int]:
+        """By role, how many of the prompts to train on each teacher judges."""
+        counts = Counter(prompt.teacher for prompt in self.project.dataset.prompts)
+        return {m.role.name: counts[m.role.name] for m in teachers_of(self.models)}
+
+    @property
+    def several_teachers(self) -> bool:
+        """Whether more than one model judges the student, each its own rows."""
+        return len(self.judged) > 1
 
     @property
     def cards(self) -> dict[str, tuple[int, ...]]:
@@ -110,49 +140,64 @@ def prepare(
     refuse_reserved(config)
     _check_served(config)
     roles = roles_of(config)
-    if training:  # what is not trained is rehearsed, by transformers alone
-        check_engines(roles)
-        refuse_tools(roles.values(), agentic=is_agentic(folder, config))
     for role in roles.values():
-        key = f"{role.key}.path"
-        check_model_id(role.section.path, key=key, base_dir=folder)
+        check_model_id(role.section.path, key=f"{role.key}.path", base_dir=folder)
     listed = None
     if is_agentic(folder, config):
         listed = list_tools(config, folder, load_secrets(folder))
     tools = None if listed is None else listed.schemas
     project = load_project(folder, config, tools=tools or ())
     dataset = project.dataset
+    prompts = [*dataset.prompts, *dataset.held_out]
+    configured, roles = roles, used_roles(roles, {prompt.teacher for prompt in prompts})
+    if training:  # what is not trained is rehearsed, by transformers alone
+        check_engines(roles)
+        refuse_tools(roles.values(), agentic=listed is not None)
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
     notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
+    notices += _idle(configured, roles)
     notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
-    if images and listed is not None and config.rollout.mcp_url:
-        notices.append(
-            "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
-            "containers: localhost is this machine"
-        )
+    if listed is not None:
+        notices += _outside(images, config)
     source = None
     if training:
         source = plan_source(config, project)
         _check_evals(config, held_out=len(dataset.held_out))
-    models = {
-        name: RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
-        for name, role in roles.items()
-        if training or role.trained
-    }
-    prompts = [*dataset.prompts, *dataset.held_out]
-    run = _run_folder(config, folder, fresh=fresh, writable=training)
+    models = _models(roles, folder, weights=weights, training=training)
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(config, prompts, models, tools, now=_date_of(run)),
+        rendered=render_prompts(
+            config,
+            prompts,
+            models,
+            tools,
+            now=_date_of(_run_folder(config, folder, fresh=fresh, writable=training)),
+            privileged=dataset.privileged,
+        ),
         source=source,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
     )
+
+
+def _models(
+    roles: Mapping[str, Role], folder: Path, *, weights: bool, training: bool
+) -> dict[str, RunModel]:
+    """The models of these roles; with ``training`` off the student alone."""
+    found: dict[str, RunModel] = {}
+    for name, role in roles.items():
+        if not (training or role.trained):
+            continue
+        model = RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
+        found[name] = replace(
+            model, own_base=not role.trained and shares_base(model, found[STUDENT])
+        )
+    return found
 
 
 def _date_of(run: RunFolder) -> datetime | None:
@@ -212,6 +257,22 @@ def _unused(project: Project, functions: Sequence[FunctionInfo], config: Config)
         )
 
 
+def _idle(configured: Mapping[str, Role], used: Mapping[str, Role]) -> Iterator[str]:
+    """Teachers of the config that judge nobody."""
+    for name, role in configured.items():
+        if name not in used:
+            yield f"no row is judged by {role.key}, which is not loaded"
+
+
+def _outside(images: Mapping[str, str], config: Config) -> Iterator[str]:
+    """Tools that are not where the rows' containers are."""
+    if images and config.rollout.mcp_url:
+        yield (
+            "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
+            "containers: localhost is this machine"
+        )
+
+
 def _images(dataset: Dataset) -> dict[str, str]:
     """Every image that a row names, with the place of the first."""
     images: dict[str, str] = {}
@@ -223,21 +284,21 @@ def _images(dataset: Dataset) -> dict[str, str]:
 
 def _check_served(config: Config) -> None:
     """Settings of served models that exclude each other."""
-    teacher = config.teacher
-    for key, section in (("sampler", config.sampler), ("teacher", teacher)):
-        if section is not None and section.url is not None and section.backend == "transformers":
+    teachers = {dotted(path): section for path, section in teacher_sections(config)}
+    for key, section in {"sampler": config.sampler, **teachers}.items():
+        if section.url is not None and section.backend == "transformers":
             raise ConfigError(
                 f"{key}.url names a server, but {key}.backend is transformers",
                 where=f"{key}.backend",
                 fix=f"set {key}.backend: vllm, or remove {key}.url",
             )
-    served = teacher is not None and (teacher.backend == "vllm" or teacher.url is not None)
+    served = [key for key, section in teachers.items() if teacher_backend(section) == "vllm"]
     if served and config.rollout.temperature != 1.0:
         raise ConfigError(
             f"a served teacher cannot be used at temperature {config.rollout.temperature:g}",
             where="rollout.temperature",
             why="its prompt log-probabilities cannot be tempered, so teacher and student would not be comparable",
-            fix="set rollout.temperature: 1, or teacher.backend: transformers",
+            fix=f"set rollout.temperature: 1, or {served[0]}.backend: transformers",
         )
 
 

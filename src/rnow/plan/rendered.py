@@ -21,13 +21,17 @@ from rnow.models.tokenizer import (
     stop_token_ids,
     vocabulary_size,
 )
-from rnow.plan.crossed import Crossed, cross_tokenizers
+from rnow.plan.choices import DEFAULT_MAX_TOKENS
+from rnow.plan.crossed import Crossed, cross_tokenizers, refuse_told
+from rnow.plan.privileged import fit_windows, own_base_warnings, teacher_conversations
 from rnow.plan.roles import STUDENT, Models, RunModel, teachers_of
 from rnow.project.dataset import oversized_rows_error, place_of
+from rnow.project.rows import Privileged
 from rnow.protocols import Tokenizer
 from rnow.rollout.environment import Dialogue
 from rnow.rollout.rendering import (
     BROKEN,
+    THINKING_OFF,
     ToolDescription,
     local_time,
     render,
@@ -36,7 +40,7 @@ from rnow.rollout.rendering import (
     template_date,
 )
 from rnow.rollout.template_process import TemplateFault
-from rnow.types import Prompt
+from rnow.types import Message, Prompt
 
 ToolSchemas = Mapping[str, ToolDescription]
 """Name of a tool -> its description as chat templates take it, in the order in which they are shown."""
@@ -63,6 +67,8 @@ class Rendered:
         vocabulary: ids that all models know; at or above it are padding rows.
         window: tokens of a whole conversation.
         prompt_token_ids: prompt id -> its rendered ids, so that the run need not render again.
+        teacher_token_ids: prompt id -> what the teacher reads in its place, where that is something else.
+        teacher_window: tokens of a whole conversation after the teacher's prompt.
         template_date: the date that chat templates wrote into the prompts; None when none reads it.
         dialogues: the tools a prompt may use, by name -> how they are shown and called; empty without tools.
         warnings: what the user should know, each one sentence.
@@ -74,6 +80,8 @@ class Rendered:
     vocabulary: int
     window: int
     prompt_token_ids: Mapping[str, tuple[int, ...]]
+    teacher_token_ids: Mapping[str, tuple[int, ...]] = field(repr=False)
+    teacher_window: int
     template_date: datetime | None
     dialogues: Mapping[tuple[str, ...], Dialogue]
     warnings: tuple[str, ...]
@@ -89,12 +97,26 @@ class Rendered:
 
     def window_of(self, role: str) -> int:
         """The most tokens that a model reads at once."""
-        return self.crossed[role].window if role in self.crossed else self.window
+        if role in self.crossed:
+            return self.crossed[role].window
+        return self.window if role == STUDENT else self.teacher_window
 
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt."""
         return max(map(len, self.prompt_token_ids.values()), default=0)
+
+    @property
+    def longest_told(self) -> int:
+        """Tokens of the longest prompt that is the teacher's alone."""
+        return max(map(len, self.teacher_token_ids.values()), default=0)
+
+    @property
+    def teacher_extra(self) -> int:
+        """By how many tokens a prompt of the teacher may be longer than the student's."""
+        own = self.prompt_token_ids
+        more = (len(ids) - len(own[name]) for name, ids in self.teacher_token_ids.items())
+        return max(0, max(more, default=0))
 
 
 def render_prompts(
@@ -104,6 +126,7 @@ def render_prompts(
     tools: ToolSchemas | None = None,
     *,
     now: datetime | None = None,
+    privileged: Mapping[str, Privileged] | None = None,
 ) -> Rendered:
     """Render and encode every prompt, and check the models against each other and the prompts against the window.
 
@@ -112,6 +135,7 @@ def render_prompts(
         models: with their tokenizer files on this machine; weights are not read.
         tools: what the student can call, by name; None for a run without tools.
         now: what chat templates read as the date; None: now.
+        privileged: what rows tell their teacher alone, by prompt id.
 
     Raises:
         ModelError: the tokenizers or end-of-turn ids differ, or the student has no chat template.
@@ -124,30 +148,32 @@ def render_prompts(
     tokenizer = _load_tokenizer(student, now)
     require_chat_template(tokenizer, path=student.resolved.path, key=f"{student.role.key}.path")
     alike = {name: model for name, model in models.items() if not model.role.crosses}
-    window = choose_window(config.rollout.max_context_window, alike)
     mode = config.rollout.reasoning_mode
-    texts, altered = _render(tokenizer, prompts, mode, tools)
-    ids = encode_texts(tokenizer, list(texts.values()))
+    own = _read(tokenizer, [(prompt, prompt.messages) for prompt in prompts], mode, tools)
+    others = teacher_conversations(models, prompts, privileged or {})
+    told = _read(tokenizer, others, mode, tools, whose="the teacher's ")
+    refuse_told(models, told.ids)
+    window, teacher_window = _fit_windows(config, alike, prompts, own, told, tools=bool(tools))
 
-    found = _compare(tokenizer, alike, prompts, texts, ids, mode, tools, now)
-    warnings = [*altered, *_rope_warnings(alike, window), *found.warnings]
+    found = _compare(tokenizer, alike, prompts, own, told, mode, tools, now)
+    warnings = [*own.warnings, *told.warnings, *_rope_warnings(alike, window), *found.warnings]
     vocabulary = _cut_to_rows(found.vocabulary, alike, warnings)
-    crossed = _cross(tokenizer, models, prompts, texts, found.stop_token_ids, mode, window, now)
+    crossed = _cross(tokenizer, models, prompts, own.texts, found.stop_token_ids, mode, window, now)
     warnings += [note for view in crossed.values() for note in view.notes]
-    token_ids = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
     dialogues = _load_dialogues(tokenizer, prompts, tools or {}, found.stop_token_ids, mode)
-    _check_known(prompts, token_ids, vocabulary)
-    warnings += _check_window(config.rollout.max_tokens, prompts, token_ids, window)
-    if mode is not None and prompts and _ignores_reasoning(tokenizer, prompts[0]):
-        warnings.append(
-            f"rollout.reasoning_mode {mode} has no effect: the student's chat template knows no such switch"
-        )
+    _check_known(prompts, [own, told], vocabulary)
+    warnings += _check_window(config.rollout.max_tokens, prompts, own.ids, window)
+    warnings += _reasoning_warnings(tokenizer, prompts, mode)
+    thinks = bool(prompts) and mode not in THINKING_OFF and _thinks(tokenizer, prompts[0])
+    warnings += own_base_warnings(config, models, prompts, told.ids, thinks=thinks)
     return Rendered(
         tokenizer=tokenizer,
         stop_ids=found.stop_token_ids,
         vocabulary=vocabulary,
         window=window,
-        prompt_token_ids=token_ids,
+        prompt_token_ids=own.ids,
+        teacher_token_ids=told.ids,
+        teacher_window=teacher_window,
         template_date=_date_in(tokenizer, *(view.crossing.tokenizer for view in crossed.values())),
         dialogues=dialogues,
         warnings=tuple(warnings),
@@ -162,12 +188,55 @@ def _load_tokenizer(model: RunModel, now: datetime) -> Tokenizer:
     return tokenizer
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompts:
+    """Prompts by id as text and as tokens, and what to say of those that could not stay as they are."""
+
+    texts: Mapping[str, str]
+    ids: Mapping[str, tuple[int, ...]]
+    warnings: tuple[str, ...]
+
+
+def _read(
+    tokenizer: Tokenizer,
+    conversations: Sequence[tuple[Prompt, Sequence[Message]]],
+    mode: str | None,
+    tools: ToolSchemas | None,
+    *,
+    whose: str = "",
+) -> _Prompts:
+    """What a model reads. ``whose``: said of it in errors."""
+    texts, warnings = _render(tokenizer, conversations, mode, tools, whose=whose)
+    ids = encode_texts(tokenizer, list(texts.values()))
+    by_id = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
+    return _Prompts(texts=texts, ids=by_id, warnings=tuple(warnings))
+
+
+def _fit_windows(
+    config: Config,
+    models: Models,
+    prompts: Sequence[Prompt],
+    own: _Prompts,
+    told: _Prompts,
+    *,
+    tools: bool,
+) -> tuple[int, int]:
+    """See ``fit_windows``."""
+    asked = config.rollout.max_context_window
+    window = choose_window(asked, models)
+    readers = teachers_of(models) or [models[STUDENT]]
+    limits = [model_limit(model.resolved.local_dir) for model in readers]
+    cap = None if tools else config.rollout.max_tokens or DEFAULT_MAX_TOKENS
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    return fit_windows(asked, window, limit, prompts, own.ids, told.ids, cap=cap)
+
+
 def _compare(
     tokenizer: Tokenizer,
     models: Models,
     prompts: Sequence[Prompt],
-    texts: Mapping[str, str],
-    ids: Sequence[Sequence[int]],
+    own: _Prompts,
+    told: _Prompts,
     mode: str | None,
     tools: ToolSchemas | None,
     now: datetime,
@@ -176,15 +245,16 @@ def _compare(
     student_dir = models[STUDENT].resolved.local_dir
     vocabulary, stops = vocabulary_size(tokenizer), {*stop_token_ids(tokenizer, student_dir)}
     warnings: list[str] = []
-    for teacher in teachers_of(models):
+    teachers_own = {f"{name}, as the teacher reads it": text for name, text in told.texts.items()}
+    for teacher in (model for model in teachers_of(models) if not model.own_base):
         agreement = compare_tokenizers(
             tokenizer,
             _load_tokenizer(teacher, now),
-            texts,
+            {**own.texts, **teachers_own},
             student_dir=student_dir,
             teacher_dir=teacher.resolved.local_dir,
             conversations=[prompt.messages for prompt in prompts[:TEMPLATE_SAMPLES]],
-            student_ids=ids,
+            student_ids=[*own.ids.values(), *told.ids.values()],
             reasoning_mode=mode,
             tools=None if tools is None else list(tools.values()),
             where=f"{teacher.role.key}.path",
@@ -214,7 +284,8 @@ def _cross(
             continue
         own, key = _load_tokenizer(teacher, now), f"{teacher.role.key}.path"
         require_chat_template(own, path=teacher.resolved.path, key=key)
-        theirs, _ = _render(own, prompts, mode, None, whose=teacher.role.name)
+        asked = [(prompt, prompt.messages) for prompt in prompts]
+        theirs, _ = _render(own, asked, mode, None, reader=teacher.role.name)
         crossed[teacher.role.name] = cross_tokenizers(
             models[STUDENT],
             teacher,
@@ -261,6 +332,27 @@ def tool_names(prompt: Prompt, tools: ToolSchemas | None) -> tuple[str, ...]:
     return tuple(name for name in tools or () if allowed is None or name in allowed)
 
 
+def _reasoning_warnings(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], mode: str | None
+) -> list[str]:
+    if mode is None or not prompts or not _ignores_reasoning(tokenizer, prompts[0]):
+        return []
+    return [
+        f"rollout.reasoning_mode {mode} has no effect: the student's chat template knows no such switch"
+    ]
+
+
+def _thinks(tokenizer: Tokenizer, prompt: Prompt) -> bool:
+    """Whether the template knows a switch for thinking."""
+    try:
+        on, off = (
+            render_text(tokenizer, prompt.messages, reasoning_mode=m) for m in ("medium", "none")
+        )
+    except TemplateFault:
+        return False
+    return on != off
+
+
 def _ignores_reasoning(tokenizer: Tokenizer, prompt: Prompt) -> bool:
     """Whether the template renders the same text with thinking on, off, and unsaid."""
     modes = (None, "none", "low", "high")
@@ -297,7 +389,9 @@ def _rope_warnings(models: Models, window: int) -> list[str]:
         f"the {name} has other rotary factors beyond {switch} tokens (longrope): in a window of {window} every sequence is "
         f"read with the long ones, as vLLM does; rollout.max_context_window: {switch} uses the short ones"
         for name, model in models.items()
-        if (switch := rope_switch(model.resolved.local_dir)) is not None and window > switch
+        if not model.own_base
+        and (switch := rope_switch(model.resolved.local_dir)) is not None
+        and window > switch
     ]
 
 
@@ -308,36 +402,38 @@ def model_limit(local_dir: Path) -> int | None:
 
 def _render(
     tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
+    conversations: Sequence[tuple[Prompt, Sequence[Message]]],
     mode: str | None,
     tools: ToolSchemas | None,
     *,
-    whose: str = STUDENT,
+    whose: str = "",
+    reader: str = STUDENT,
 ) -> tuple[dict[str, str], list[str]]:
     """The prompts as text by id, and what to say of those that could not stay as they are."""
     texts: dict[str, str] = {}
     altered: list[str] = []
-    conversations = [
-        (prompt.messages, [tools[name] for name in tool_names(prompt, tools)] if tools else None)
-        for prompt in prompts
+    shown = [
+        (messages, [tools[name] for name in tool_names(prompt, tools)] if tools else None)
+        for prompt, messages in conversations
     ]
-    written = render(tokenizer, conversations, reasoning_mode=mode)
-    for prompt, found in zip(prompts, written, strict=True):
+    written = render(tokenizer, shown, reasoning_mode=mode)
+    for (prompt, messages), found in zip(conversations, written, strict=True):
         if isinstance(found, TemplateFault):
             raise InputError(
-                f"the {whose}'s chat template refuses this conversation: {one_line(found)}",
+                f"the {reader}'s chat template refuses this conversation{whose and ' of the teacher'}: {one_line(found)}",
                 title="Prompt does not fit the chat template",
                 where=place_of(prompt),
-                details=[f"roles: {', '.join(str(m.get('role')) for m in prompt.messages)}"],
-                fix=f"change the row to what the {whose}'s chat template accepts",
+                details=[f"roles: {', '.join(str(m.get('role')) for m in messages)}"],
+                fix=f"change {whose and 'what the teacher is told in '}the row to what the {reader}'s chat template accepts",
             )
         texts[prompt.id] = found.text
         if found.altered is not None:
             altered.append(f"{place_of(prompt)} spells {found.altered!r}")
     if not altered:
         return texts, []
-    rows = "a prompt spells" if len(altered) == 1 else f"{len(altered)} prompts spell"
-    return texts, [f"{rows} control tokens; {BROKEN} ({altered[0]})"]
+    noun = "prompt spells" if len(altered) == 1 else "prompts spell"
+    count = ("" if whose else "a ") if len(altered) == 1 else f"{len(altered)} "
+    return texts, [f"{whose}{count}{noun} control tokens; {BROKEN} ({altered[0]})"]
 
 
 def _cut_to_rows(vocabulary: int, models: Models, warnings: list[str]) -> int:
@@ -353,11 +449,9 @@ def _cut_to_rows(vocabulary: int, models: Models, warnings: list[str]) -> int:
     return vocabulary
 
 
-def _check_known(
-    prompts: Sequence[Prompt], token_ids: Mapping[str, tuple[int, ...]], vocabulary: int
-) -> None:
+def _check_known(prompts: Sequence[Prompt], read: Sequence[_Prompts], vocabulary: int) -> None:
     for prompt in prompts:
-        ids = token_ids[prompt.id]
+        ids = [token for one in read for token in one.ids.get(prompt.id, ())]
         if ids and max(ids) >= vocabulary:
             raise InputError(
                 f"the prompt holds the token {max(ids)}, which a model has no embedding for "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from rnow.config import Config, ModelSection, SamplerSection, TeacherSection
+from rnow.config.problems import dotted
+from rnow.config.teachers import TEACHER, find_teachers
 from rnow.errors import ModelError
 from rnow.models.loading import Quantization, choose_device, choose_dtype, stored_quantization
 from rnow.models.resolved import ResolvedModel
@@ -20,7 +22,6 @@ Stored = Quantization | Literal["fp8"]
 """How weights are stored: fp8 by a vLLM alone."""
 
 STUDENT = "student"
-TEACHER = "teacher"
 
 OWN_CARD = 0.9
 SHARED_CARD = 0.35
@@ -34,7 +35,7 @@ class Role:
     """What the config says of one model of the run.
 
     Attributes:
-        name: ``student`` or ``teacher``.
+        name: ``student``, ``teacher`` or ``teacher/<name>``.
         key: the config section that describes the model; ``model.path`` names the student.
         section: that section.
         serving_key: the config section that says what answers or scores with it.
@@ -123,10 +124,16 @@ class Role:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunModel:
-    """One model of the run: its role and its files."""
+    """One model of the run: its role and its files.
+
+    Attributes:
+        own_base: a teacher that is the student's base with the adapter switched off: the trainer holds it, and no other copy
+            is loaded.
+    """
 
     role: Role
     resolved: ResolvedModel
+    own_base: bool = False
 
     @property
     def quantization(self) -> Stored:
@@ -140,7 +147,7 @@ Models = Mapping[str, RunModel]
 
 
 def roles_of(config: Config) -> dict[str, Role]:
-    """The roles of a run by name, the student first."""
+    """The roles of a run by name, the student first, then every teacher that the config names."""
     student = Role(
         name=STUDENT,
         key="model",
@@ -151,24 +158,68 @@ def roles_of(config: Config) -> dict[str, Role]:
         device_map=None,
         part="sampler",
     )
-    if config.teacher is None:
-        return {STUDENT: student}
-    teacher = Role(
-        name=TEACHER,
-        key="teacher",
-        section=config.teacher,
-        serving_key="teacher",
-        serving=config.teacher,
-        backend=teacher_backend(config.teacher),
-        device_map=config.teacher.device_map,
-        part="teacher",
+    teachers = {
+        name: _teacher(name, dotted(key), _as_student(section, student))
+        for name, (key, section) in find_teachers(config).sections.items()
+    }
+    return {STUDENT: student, **teachers}
+
+
+def _teacher(name: str, key: str, section: TeacherSection) -> Role:
+    return Role(
+        name=name,
+        key=key,
+        section=section,
+        serving_key=key,
+        serving=section,
+        backend=teacher_backend(section),
+        device_map=section.device_map,
+        part=TEACHER,
     )
-    return {STUDENT: student, TEACHER: teacher}
+
+
+def _as_student(section: TeacherSection, student: Role) -> TeacherSection:
+    """``path: self`` as a section that loads what the student's base is, as it is loaded; any other as it is."""
+    if not section.own_base:
+        return section
+    mine = student.section
+    names = ("path", "revision", "dtype", "device", "attn_implementation", "trust_remote_code")
+    same = {name: getattr(mine, name) for name in names}
+    return section.model_copy(
+        update={**same, "quantization": student.quantization, "device_map": None}
+    )
+
+
+def used_roles(roles: Mapping[str, Role], judges: Collection[str | None]) -> dict[str, Role]:
+    """The student and those of the teachers that judge somebody. Where there are several, each has the card in its own turn."""
+    used = {name: role for name, role in roles.items() if role.trained or name in judges}
+    if len(used) <= 2:
+        return used
+    return {
+        name: role
+        if role.trained
+        else replace(role, part=f"{TEACHER}/{name.removeprefix(f'{TEACHER}/')}")
+        for name, role in used.items()
+    }
 
 
 def teachers_of(models: Models) -> list[RunModel]:
     """The models that judge the student."""
     return [model for model in models.values() if not model.role.trained]
+
+
+def shares_base(teacher: RunModel, student: RunModel) -> bool:
+    """Whether a teacher is what the trainer holds anyway: the student's files, loaded alike on the same device."""
+    mine, its = student.role, teacher.role
+    here = its.backend == "transformers" and its.device_map is None
+    return (
+        here
+        and student.resolved.local_dir.resolve() == teacher.resolved.local_dir.resolve()
+        and (student.quantization, mine.dtype, mine.card)
+        == (teacher.quantization, its.dtype, its.card)
+        and mine.section.attn_implementation == its.section.attn_implementation
+        and mine.section.trust_remote_code == its.section.trust_remote_code
+    )
 
 
 def engine_share(role: Role, student: Role, *, time_shared: bool) -> float:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from rnow.config import Config
+from collections.abc import Collection
+
+from rnow.config import Config, TeacherSection
 from rnow.config.keys import Reader
-from rnow.config.reserved import value_at
-from rnow.config.schema import KEYS, field_at
+from rnow.config.problems import dotted
+from rnow.config.schema import KEYS, Section
+from rnow.config.teachers import TEACHER, teacher_sections
 from rnow.plan.choices import sampler_backend, teacher_backend
 
 
 def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
     """The readers that this run has: its backends decide, and whether there are tools."""
     found: set[Reader] = {"every run"}
-    rollout, teacher = config.rollout, config.teacher
+    rollout = config.rollout
     if agentic:
         found |= {"tools", "several turns"}
     elif rollout.termination_policy == "max_turns" or rollout.max_turns == 1:
@@ -23,14 +26,18 @@ def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
         found.add("vllm sampler")
         if config.sampler.url is None:
             found.add("local vllm sampler")
-    if teacher is not None:
-        if teacher.url is None:
-            found.add("local teacher")
-        if teacher_backend(teacher) == "vllm":
-            found.add("vllm teacher")
-            if teacher.url is None:
-                found.add("local vllm teacher")
+    for _, section in teacher_sections(config):
+        found |= _readers_of(section)
     return frozenset(found)
+
+
+def _readers_of(teacher: TeacherSection) -> set[Reader]:
+    found: set[Reader] = {"every run"}
+    if teacher.url is None and not teacher.own_base:
+        found.add("local teacher")
+    if teacher_backend(teacher) == "vllm":
+        found |= {"vllm teacher"} if teacher.url else {"vllm teacher", "local vllm teacher"}
+    return found
 
 
 def unread_settings(config: Config, *, agentic: bool) -> list[str]:
@@ -38,24 +45,21 @@ def unread_settings(config: Config, *, agentic: bool) -> list[str]:
     backend = f"with sampler.backend {sampler_backend(config)}"
     given = "with a sampler at sampler.url"
     why = {"rollout": "without tools", "sampler": given if config.sampler.url else backend}
-    if config.teacher is not None:
-        backend = f"with teacher.backend {teacher_backend(config.teacher)}"
-        why["teacher"] = "with a teacher at teacher.url" if config.teacher.url else backend
     readers = find_readers(config, agentic=agentic)
-    lines = []
-    for section, reason in why.items():
-        names = [
-            key
-            for key, said in KEYS.items()
-            if key.startswith(f"{section}.") and said.reader not in readers and _is_set(config, key)
-        ]
-        if names:
-            lines.append(f"{', '.join(names)} has no effect {reason}")
-    return lines
+    found = [(_unread(name, getattr(config, name), readers, name), why[name]) for name in why]
+    for path, section in teacher_sections(config):
+        name = dotted(path)
+        backend = f"with {name}.backend {teacher_backend(section)}"
+        reason = f"with a teacher at {name}.url" if section.url else backend
+        reason = f"with {name}.path: self" if section.own_base else reason
+        found.append((_unread(TEACHER, section, _readers_of(section), name), reason))
+    return [f"{', '.join(names)} has no effect {reason}" for names, reason in found if names]
 
 
-def _is_set(config: Config, key: str) -> bool:
-    """Whether a key is not at its default."""
-    field = field_at(tuple(key.split(".")))
-    assert field is not None, key
-    return value_at(config, key) != field.default
+def _unread(kind: str, section: Section, readers: Collection[Reader], shown: str) -> list[str]:
+    """The keys of a section that are not at their default and that nobody reads, as keys of ``shown``."""
+    return [
+        f"{shown}.{name}"
+        for name, field in type(section).model_fields.items()
+        if KEYS[f"{kind}.{name}"].reader not in readers and getattr(section, name) != field.default
+    ]

@@ -25,6 +25,7 @@ _RESIDENCIES: dict[Residence, str] = {
 _BAR_WIDTH, _LEAST_BAR = 18, 6
 _GAP = 2
 """Columns between two cells of a table."""
+OWN_BASE = "the student's own base with the adapter off; there is one copy of it"
 
 
 def plan_view(plan: Plan, console: Console) -> RenderableType:
@@ -52,7 +53,9 @@ def _facts(plan: Plan) -> Table:
         table.add_row(name, Text(escape_control(text)))
 
     for role, model in plan.models.items():
-        row(role, _model(model))
+        judged = plan.judged.get(role) if len(plan.judged) > 1 else None
+        what = OWN_BASE if model.own_base else _model(model)
+        row(role, what + (f", judges {judged:,} prompts" if judged is not None else ""))
     share = plan.trainable_parameters / max(1, plan.models[STUDENT].parameters)
     row(
         "trainable",
@@ -62,6 +65,11 @@ def _facts(plan: Plan) -> Table:
         row("signal", plan.signal)
     held = f", {plan.held_out:,} held out" if plan.held_out else ""
     row("prompts", f"{plan.prompts:,}{held}; the longest has {plan.longest_prompt:,} tokens")
+    if plan.longest_told:
+        row(
+            "for teachers",
+            f"prompts in other words than the student's; the longest has {plan.longest_told:,} tokens",
+        )
     row(
         "steps",
         f"{plan.steps:,} of {plan.prompts_per_step} prompts x {plan.rollouts_per_prompt} rollouts, "

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.config.schema import DatasetSource
+from rnow.config.teachers import TEACHER
 from rnow.errors import MAX_SHOWN, DataError
 from rnow.project.faults import excerpt
-from rnow.project.rows import RowRules
+from rnow.project.rows import Privileged, RowRules
 from rnow.project.sources import read_source
 from rnow.types import Prompt
 
@@ -22,12 +23,14 @@ class Dataset:
     """All prompts of a run, in file order.
 
     ``prompts`` are trained on, ``held_out`` only evaluated. ``content_hash`` is a sha256 over all rows as the student sees
-    them (hexadecimal), the same whatever is held out. ``warnings`` are sentences for the user.
+    them (hexadecimal) and their teacher, the same whatever is held out. ``privileged``: prompt id -> what its teacher alone
+    is told. ``warnings`` are sentences for the user.
     """
 
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...] = ()
     content_hash: str = ""
+    privileged: Mapping[str, Privileged] = field(default_factory=dict, repr=False)
     warnings: tuple[str, ...] = ()
     shuffle: bool = True
     _epoch: tuple[tuple[int, int], tuple[int, ...]] | None = field(default=None, repr=False)
@@ -112,13 +115,15 @@ def load_dataset(
     """
     prompts: list[Prompt] = []
     held_out: list[Prompt] = []
+    privileged: dict[str, Privileged] = {}
     warnings: list[str] = []
     digest = hashlib.sha256()
     for index, source in enumerate(sources):
         file = read_source(source, rules, base_dir)
         warnings += file.warnings
         for row in file.rows:
-            digest.update(_canonical(index, row))
+            digest.update(_canonical(index, row, file.privileged.get(row.id)))
+        privileged |= file.privileged
         held = _held_out_rows(file.rows, val_split, seed)
         prompts += [prompt for prompt in file.rows if prompt.row not in held]
         held_out += [prompt for prompt in file.rows if prompt.row in held]
@@ -126,6 +131,7 @@ def load_dataset(
         prompts=tuple(prompts),
         held_out=tuple(held_out),
         content_hash=digest.hexdigest(),
+        privileged=privileged,
         warnings=tuple(warnings),
         shuffle=shuffle,
     )
@@ -158,7 +164,7 @@ def _shown(prompt: Prompt) -> str:
     return excerpt(content if isinstance(content, str) else json.dumps(content, default=str))
 
 
-def _canonical(dataset: int, prompt: Prompt) -> bytes:
+def _canonical(dataset: int, prompt: Prompt, privileged: Privileged | None) -> bytes:
     """The row as bytes that do not depend on its file's format, key order or blanks."""
     value: list[object] = [
         dataset,
@@ -170,6 +176,10 @@ def _canonical(dataset: int, prompt: Prompt) -> bytes:
     ]
     if prompt.docker is not None:
         value += [prompt.docker, prompt.docker_env]
+    if privileged is not None:
+        value += [privileged.context, privileged.messages]
+    if prompt.teacher not in (None, TEACHER):
+        value.append({"teacher": prompt.teacher})
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return text.encode() + b"\n"
 

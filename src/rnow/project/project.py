@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.config import Config
+from rnow.config.problems import dotted
+from rnow.config.teachers import find_teachers, teacher_sections
 from rnow.errors import InputError
 from rnow.project.dataset import Dataset, load_dataset
 from rnow.project.rows import RowRules
@@ -39,16 +41,17 @@ def is_agentic(folder: Path, config: Config) -> bool:
 
     Raises InputError where it says yes and there is neither.
     """
-    wanted = None if config.teacher is None else config.teacher.agentic
+    said = {f"{dotted(path)}.agentic": s.agentic for path, s in teacher_sections(config)}
     found = _has_tools(Path(folder), config)
-    if wanted and not found:
-        raise InputError(
-            "teacher.agentic is true, but there are no tools",
-            where="teacher.agentic",
-            why="there is neither a tools.py beside config.yml nor a rollout.mcp_url",
-            fix="write one of them, or remove teacher.agentic",
-        )
-    return found and wanted is not False
+    for key, wanted in said.items():
+        if wanted and not found:
+            raise InputError(
+                f"{key} is true, but there are no tools",
+                where=key,
+                why="there is neither a tools.py beside config.yml nor a rollout.mcp_url",
+                fix=f"write one of them, or remove {key}",
+            )
+    return found and False not in said.values()
 
 
 def _has_tools(folder: Path, config: Config) -> bool:
@@ -75,6 +78,7 @@ def load_project(folder: Path, config: Config, *, tools: Collection[str] = ()) -
         known_rewards=rewards,
         # With the tools switched off, the names in the rows are neither used nor checked.
         known_tools=tools if agentic or not _has_tools(folder, config) else None,
+        teachers=find_teachers(config),
         dockerfiles=[path.name.removeprefix("Dockerfile.") for path in folder.glob("Dockerfile.*")],
     )
     dataset = load_dataset(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError
 from rnow.project.faults import FaultList, excerpt
-from rnow.project.rows import ROW_KEYS, RowRules, check_row
+from rnow.project.rows import Privileged, Row, RowRules, check_row
 from rnow.text.strict_json import JsonPath, position_of
 from rnow.text.suggest import hint
 from rnow.types import Prompt
@@ -21,9 +21,11 @@ _QUESTIONS = ("prompt", "question")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFile:
-    """The rows of one file in order, and what should be told about them though it is no fault."""
+    """The rows of one file in order, by prompt id what some tell their teacher alone, and what should be told about them
+    though it is no fault."""
 
     rows: tuple[Prompt, ...]
+    privileged: Mapping[str, Privileged] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -35,6 +37,7 @@ class RowCollector:
     rules: RowRules
     faults: FaultList = field(default_factory=FaultList)
     _rows: list[Prompt] = field(default_factory=list)
+    _privileged: dict[str, Privileged] = field(default_factory=dict)
     _unknown: Counter[str] = field(default_factory=Counter)
     _questions: set[str] = field(default_factory=set)
 
@@ -51,11 +54,13 @@ class RowCollector:
         if question is not None:
             self._questions.add(question)
         if isinstance(value, dict):
-            self._unknown.update(value.keys() - ROW_KEYS)
+            self._unknown.update(value.keys() - self.rules.keys)
         row = check_row(value, self.rules, self.source, number=len(self._rows), line=line)
-        if isinstance(row, Prompt):
+        if isinstance(row, Row):
             if not self.faults.total:
-                self._rows.append(row)
+                self._rows.append(row.prompt)
+                if row.privileged is not None:
+                    self._privileged[row.prompt.id] = row.privileged
             return
         for fault in row:
             column = None if text is None else position_of(text, fault.path) + 1
@@ -87,10 +92,12 @@ class RowCollector:
         )
         if self._unknown:
             names = sorted(self._unknown)
-            shown = ", ".join(f'"{excerpt(name)}"{hint(name, ROW_KEYS)}' for name in names[:5])
+            shown = ", ".join(
+                f'"{excerpt(name)}"{hint(name, self.rules.keys)}' for name in names[:5]
+            )
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             notes = (*notes, f"{label}: these keys of its rows are ignored: {shown}{more}")
-        return RowFile(rows=tuple(self._rows), warnings=notes)
+        return RowFile(rows=tuple(self._rows), privileged=self._privileged, warnings=notes)
 
 
 def _with_messages(raw: object) -> tuple[object, str | None]:

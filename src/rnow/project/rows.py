@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import TypeVar
 
 from rnow.config.schema import DatasetSource
-from rnow.project.variables import substitute_message
+from rnow.config.teachers import Teachers
+from rnow.project.variables import substitute, substitute_message
 from rnow.text.json_values import NoJsonValue, read_arguments, to_json_value
 from rnow.text.strict_json import JsonPath
 from rnow.text.suggest import did_you_mean, hint
-from rnow.types import Prompt
+from rnow.types import Message, Prompt
 from rnow.usercode.images import LOCAL
 from rnow.usercode.text import escape
 
 _T = TypeVar("_T")
 
 ROLES = ("system", "user", "assistant", "tool")
+PRIVILEGED_KEYS = ("privileged_context", "teacher_messages")
 ROW_KEYS = frozenset(
-    ("messages", "rewards", "tools", "metadata", "variables", "docker", "docker_env", "text")
-)
+    (
+        "messages", "rewards", "tools", "metadata", "variables", "docker", "docker_env", "text", "teacher",
+        *PRIVILEGED_KEYS,
+    )
+)  # fmt: skip
 # What docker accepts as an image reference, so that no value can read as one of its options.
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -45,12 +50,24 @@ class RowRules:
 
     ``dataset_type`` (``distill``, ``sft`` or ``rl``) decides what a row must end with. ``known_rewards`` are the functions of rewards.py; ``known_tools`` those of tools.py, or None when they cannot be
     known before the run (an MCP server lists its own). ``dockerfiles`` are the x of the project's ``Dockerfile.x``.
+    ``teachers`` judge the rows; None where nobody does, or nobody asks.
     """
 
     dataset_type: str
     known_rewards: Collection[str] = ()
     known_tools: Collection[str] | None = ()
     dockerfiles: Collection[str] = ()
+    teachers: Teachers | None = None
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Those of a row that mean something."""
+        return ROW_KEYS if self.taught else ROW_KEYS - {"teacher", *PRIVILEGED_KEYS}
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher judges the rows."""
+        return self.dataset_type == "distill"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +80,27 @@ class RowFault:
     unsupported: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Privileged:
+    """What a row tells its teacher alone: a text to read beside the prompt, or messages to read in its place. Nothing that
+    samples, judges or writes is given it."""
+
+    context: str | None = field(default=None, repr=False)
+    messages: tuple[Message, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A row that passed its checks. ``privileged`` is kept out of ``prompt``, which user code and files see."""
+
+    prompt: Prompt
+    privileged: Privileged | None = None
+
+
 def check_row(
     value: object, rules: RowRules, source: DatasetSource, *, number: int, line: int | None = None
-) -> Prompt | list[RowFault]:
-    """The row as a prompt, its variables substituted, or everything that is wrong with it.
+) -> Row | list[RowFault]:
+    """The row, its variables substituted, or everything that is wrong with it.
 
     ``null`` stands for an absent key, at every depth and in every format; what a table holds beyond JSON becomes JSON (see
     ``to_json_value``). A null or missing ``content`` is read as "" beside ``tool_calls``. Keys of messages
@@ -95,8 +129,10 @@ def check_row(
         docker_env=check.docker_env(),
         source=source.path,
         line=line,
+        teacher=check.teacher(source.name),
     )
-    return check.faults or prompt
+    privileged = check.privileged(messages, variables) if rules.taught else None
+    return check.faults or Row(prompt=prompt, privileged=privileged)
 
 
 @dataclass(slots=True)
@@ -160,6 +196,41 @@ class _Checker:
         if kind == "sft" and all(message["role"] != "assistant" for message in messages):
             self.fault(("messages",), "the row has no assistant message to train on")
         return messages
+
+    def privileged(
+        self, messages: Sequence[Message], variables: Mapping[str, object]
+    ) -> Privileged | None:
+        context = self.optional("privileged_context", str, "a text")
+        given = self.optional("teacher_messages", list, "a list")
+        if context is None and given is None:
+            return None
+        if context is not None and given is not None:
+            fix = "teacher_messages is all that the teacher reads: write the context into it"
+            problem = 'the row has both "privileged_context" and "teacher_messages"'
+            self.fault(("teacher_messages",), problem, fix=fix)
+        if context is not None and not context.strip():
+            problem, fix = '"privileged_context" is empty', "leave it out of rows that have none"
+            self.fault(("privileged_context",), problem, fix=fix)
+        if context is not None and messages and all(m["role"] != "user" for m in messages):
+            problem = 'the row has no user message that its "privileged_context" could be put into'
+            fix = 'give the row the teacher\'s whole prompt as "teacher_messages" instead'
+            self.fault(("privileged_context",), problem, fix=fix)
+        if given == []:
+            self.fault(("teacher_messages",), '"teacher_messages" is empty')
+        told = [
+            self.message(item, ("teacher_messages", index))
+            for index, item in enumerate(given or ())
+        ]
+        if told and told[-1].get("role") == "assistant":
+            self.fault(
+                ("teacher_messages", len(told) - 1),
+                '"teacher_messages" ends with an assistant message; what follows is the student\'s answer',
+                fix="remove the last assistant message of these rows",
+            )
+        return Privileged(
+            context=None if context is None else substitute(context, variables),
+            messages=tuple(substitute_message(message, variables) for message in told),
+        )
 
     def message(self, value: object, path: JsonPath) -> dict[str, object]:
         if not isinstance(value, dict):
@@ -275,6 +346,32 @@ class _Checker:
             absent="the project has no tools",
             remedy='remove "tools" from these rows',
         )
+
+    def teacher(self, dataset: str) -> str | None:
+        """The role of the model that judges the row: the teacher it names, else that of its dataset."""
+        known = self.rules.teachers
+        if known is None or self.rules.dataset_type != "distill":
+            return None
+        listed = ", ".join(known.named)
+        if self.row.get("teacher") is None:
+            role = known.of_dataset[dataset]
+            if role is None:
+                self.fault(
+                    (),
+                    "the row names no teacher, and its dataset has none",
+                    fix=f'give it "teacher": "..." ({listed}), or all others one: data.train_file[].teacher, or teacher.path',
+                )
+            return role
+        name = self.optional("teacher", str, "the name of a teacher")
+        if name is not None and name not in known.named:
+            near = hint(name, known.named) if listed else ": config.yml has no teachers"
+            fix = (
+                f"teachers in config.yml has {listed}"
+                if listed
+                else 'write it under teachers in config.yml, or remove "teacher"'
+            )
+            self.fault(("teacher",), f'unknown teacher "{_short(name)}"{near}', fix=fix)
+        return None if name is None else known.named.get(name)
 
     def docker(self) -> str | None:
         image, known = self.row.get("docker"), self.rules.dockerfiles

@@ -11,12 +11,14 @@ from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
 from rnow.config import Config, full_address
+from rnow.config.problems import dotted
+from rnow.config.teachers import API_KEY, find_teachers, key_variable, teacher_sections
 from rnow.errors import InputError
 from rnow.text.redact import Redactor
 from rnow.text.user_files import is_present, read_regular
 from rnow.usercode.environment import SECRET, plainly_secret
 
-OWN_VARIABLES = ("RNOW_TEACHER_API_KEY", "RNOW_SAMPLER_API_KEY", "HF_TOKEN", "WANDB_API_KEY")
+OWN_VARIABLES = (API_KEY, "RNOW_SAMPLER_API_KEY", "HF_TOKEN", "WANDB_API_KEY")
 """Keys that rnow and its libraries send, in the environment."""
 
 _USER_INFO = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://)?([^\s/?#@]+)@")
@@ -48,7 +50,9 @@ def load_secrets(folder: Path) -> dict[str, str]:
 
 def writing_redactor(secrets: Mapping[str, str], config: Config) -> Redactor:
     """Takes the whole of ``.env``, and every key of the config and of ours, out of what a run writes and shows."""
-    own = {name: os.environ[name] for name in OWN_VARIABLES if os.environ.get(name)}
+    of_teachers = map(key_variable, find_teachers(config).sections)
+    names = dict.fromkeys((*OWN_VARIABLES, *of_teachers))
+    own = {name: os.environ[name] for name in names if os.environ.get(name)}
     return Redactor(own | dict(_in_config(config)) | dict(secrets))
 
 
@@ -62,7 +66,7 @@ def _in_config(config: Config) -> Iterator[tuple[str, str]]:
     """Names and values of the secrets that stand in the config's addresses and in the commands of MCP servers."""
     named = {
         "sampler.url": config.sampler.url,
-        "teacher.url": config.teacher and config.teacher.url,
+        **{f"{dotted(path)}.url": section.url for path, section in teacher_sections(config)},
     }
     named |= {f"mcp_url.{index}": url for index, url in enumerate(config.rollout.mcp_url)}
     for name, given in named.items():

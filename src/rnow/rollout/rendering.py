@@ -20,7 +20,8 @@ from rnow.rollout.template_process import PROCESS, TemplateFault, Written
 from rnow.text.strict_json import mend_surrogates
 from rnow.types import Message
 
-_THINKING_OFF = frozenset({"disabled", "none"})
+THINKING_OFF = frozenset({"disabled", "none"})
+"""Reasoning modes that switch thinking off."""
 
 BROKEN = "an invisible space is put into each, so that the student reads them as text"
 """What is done to control tokens that a conversation spells."""
@@ -343,6 +344,6 @@ def _reasoning_switches(reasoning_mode: str | None) -> dict[str, object]:
     # Qwen reads `enable_thinking`, DeepSeek V3.1 `thinking`, others the effort.
     if reasoning_mode is None:
         return {}
-    if reasoning_mode in _THINKING_OFF:
+    if reasoning_mode in THINKING_OFF:
         return {"enable_thinking": False, "thinking": False}
     return {"enable_thinking": True, "thinking": True, "reasoning_effort": reasoning_mode}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from rnow.algorithm.head import Head
+from rnow.config.teachers import TEACHER
 from rnow.disk.folder import RunFolder
+from rnow.errors import RnowError
 from rnow.models.card import CardWatch, ready_card
 from rnow.models.shape import build_empty, shape_of
-from rnow.plan.choices import teacher_answers
 from rnow.plan.memory import ENGINE_ASLEEP
-from rnow.plan.plan import taking_turns
+from rnow.plan.plan import answering_teachers, taking_turns
 from rnow.plan.prepare import Prepared
-from rnow.plan.roles import TEACHER, Role, RunModel
+from rnow.plan.roles import Role, RunModel, teachers_of
 from rnow.protocols import Policy, Sampler, Teacher
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.setup.models import (
@@ -33,7 +35,12 @@ from rnow.setup.vllm import (
     teacher_sampler,
     trainer_tolerance,
 )
+from rnow.teacher.privileged import PrivilegedTeacher
+from rnow.teacher.router import RoutedTeacher
+from rnow.training.evaluations import Answering
 from rnow.training.residency import Part, Residency, Sleeper
+
+_KEY = re.compile(r"(?<![\w./-])teacher\.(?=[a-z])")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +50,8 @@ class Backends:
     Attributes:
         student: what is said of the model that ``policy`` adapts.
         trainer_as_teacher: the student's own weights behind the Teacher protocol.
-        teacher_sampler: answers with the teacher, for evaluation; None where that is switched off.
+        teacher: of several, all of them: each sample is scored by its own.
+        answering: the teachers that answer held-out prompts, for evaluation; empty where that is switched off.
         gpu: has the part awake that works, where they take turns on one card.
         sampler_facts: what the summary says of the sampler.
         poll: raises when a stop was asked for.
@@ -54,7 +62,7 @@ class Backends:
     sampler: Sampler
     trainer_as_teacher: Teacher
     teacher: Teacher | None
-    teacher_sampler: Sampler | None
+    answering: Sequence[Answering]
     gpu: Residency
     sampler_facts: dict[str, str | None]
     poll: Callable[[], None]
@@ -103,18 +111,18 @@ async def load_backends(
     facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
     if loader.turns:
         facts["residency"] = "time_shared"
-    teacher, answering = None, None
-    if TEACHER in prepared.models:
-        teacher, answering = await loader.load_teacher(prepared.models[TEACHER])
-    elif config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
+    teacher, answering = await loader.load_teachers(student.reference)
+    if teacher is None and config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
         teacher = student.reference
+    if teacher is not None and prepared.rendered.teacher_token_ids:
+        teacher = PrivilegedTeacher(teacher, prepared.rendered.teacher_token_ids)
     return Backends(
         student=student.facts,
         policy=student.policy,
         sampler=sampler,
         trainer_as_teacher=student.as_teacher,
         teacher=teacher,
-        teacher_sampler=answering,
+        answering=answering,
         gpu=loader.gpu,
         sampler_facts=facts,
         poll=poll,
@@ -128,6 +136,18 @@ def _watched(prepared: Prepared, turns: frozenset[Part]) -> Residency:
     roles = [model.role for model in prepared.models.values()]
     engines = sum(role.starts_vllm and role.part in turns for role in roles)
     return Residency(CardWatch(device, allowed=engines * ENGINE_ASLEEP).check)
+
+
+@contextmanager
+def naming(role: Role) -> Iterator[None]:
+    """Errors that name a key of ``teacher`` name that of the teacher at work: ``teachers.math.url``."""
+    try:
+        yield
+    except RnowError as error:
+        for said in ("where", "fix"):
+            if text := getattr(error, said):
+                setattr(error, said, _KEY.sub(f"{role.key}.", text))
+        raise
 
 
 def _coming(role: Role) -> str:
@@ -175,19 +195,66 @@ class _Loader:
             gpu.add("trainer", student.policy)
             if vllm is None:
                 gpu.add("sampler", student.policy)  # which draws with the trainer's weights
-            if TEACHER not in prepared.models:
-                gpu.add("teacher", student.policy)  # whose own base is the reference
+            teachers = teachers_of(prepared.models)
+            # Whose own base is the reference, and may be a teacher.
+            for part in [m.role.part for m in teachers if m.own_base] if teachers else ["teacher"]:
+                gpu.add(part, student.policy)
         return student
 
-    async def load_teacher(self, model: RunModel) -> tuple[Teacher, Sampler | None]:
+    async def load_teachers(self, own_base: Teacher) -> tuple[Teacher | None, Sequence[Answering]]:
+        """What judges the student, and the teachers that are to be evaluated: all of them, or none where one cannot be.
+        ``own_base``: the student's, where that is one of them."""
+        roles = {model.role.name: model.role for model in teachers_of(self.prepared.models)}
+        evaluated = self._evaluated()
+        teachers: dict[str, Teacher] = {}
+        answering: list[Answering] = []
+        for name, role in roles.items():
+            model = self.prepared.models[name]
+            if model.own_base:
+                teachers[name] = own_base
+                continue
+            with naming(role):
+                teachers[name], sampler = await self._load_teacher(model, answers=name in evaluated)
+            if sampler is not None:
+                own = name if len(roles) > 1 else None
+                answering.append(Answering(sampler=sampler, part=role.part, role=own))
+        if len(answering) < len(evaluated):
+            if answering:
+                self.prepared.warn(
+                    "nor are the other teachers: half of the answers would be nobody's"
+                )
+            answering = []
+        if not teachers or [role.key for role in roles.values()] == [TEACHER]:
+            return next(iter(teachers.values()), None), answering
+        return RoutedTeacher(teachers, lambda name: self._turn(roles[name])), answering
+
+    @asynccontextmanager
+    async def _turn(self, role: Role) -> AsyncIterator[None]:
+        """The card for one of several teachers; its faults are those of its own section."""
+        with naming(role):
+            if role.part == TEACHER:  # alone, and awake already
+                yield
+                return
+            async with self.gpu.only(role.part):
+                yield
+
+    def _evaluated(self) -> frozenset[str]:
+        if not self.prepared.evaluated:
+            return frozenset()
+        shapes = {
+            model.role.name: shape_of(
+                build_empty(model.resolved, trust_remote_code=model.role.section.trust_remote_code)
+            )
+            for model in teachers_of(self.prepared.models)
+        }
+        return answering_teachers(self.prepared, shapes)
+
+    async def _load_teacher(
+        self, model: RunModel, *, answers: bool
+    ) -> tuple[Teacher, Sampler | None]:
         """A teacher, and what answers with it where it is to be evaluated."""
         prepared, name, part = self.prepared, model.role.name, model.role.part
         by_vllm, in_turns = model.role.backend == "vllm", part in self.turns
-        trust = model.role.section.trust_remote_code
-        evaluated = bool(prepared.project.dataset.held_out) and teacher_answers(
-            prepared.config,
-            shape_of(build_empty(model.resolved, trust_remote_code=trust)),
-        )
         self.stage(_coming(model.role) if by_vllm else f"loading the {name}")
         if in_turns:
             await self.gpu.clear()
@@ -200,16 +267,16 @@ class _Loader:
                 self.stack,
                 self.poll,
                 time_shared=in_turns,
-                answers=evaluated,
+                answers=answers,
             )
-            if evaluated:
+            if answers:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
             cards = prepared.cards.get(name, ())
             lm = load_model(model, prepared.rendered, cards=cards)
             teacher = score_with(prepared, lm, self.poll, role=name)
             self.heads[name] = lm.head
-            if evaluated:
+            if answers:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:
             assert isinstance(teacher, Sleeper), "only what runs here takes turns"

@@ -22,6 +22,7 @@ from rich.console import Console
 from rnow.config import Config, dump_yaml
 from rnow.config.keys import Reader
 from rnow.config.schema import KEYS
+from rnow.config.teachers import control_of
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.checkpoints import (
     Checkpoint,
@@ -47,9 +48,10 @@ from rnow.errors import (
 )
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
-from rnow.plan.choices import control_of, control_warning, sampler_backend, slow_paths, uses_vllm
+from rnow.plan.choices import control_warning, sampler_backend, slow_paths
 from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
+from rnow.plan.roles import Models, teachers_of
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Tokenizer
@@ -68,6 +70,7 @@ from rnow.setup.facts import (
     header_lines,
     redacted_config,
     repeat,
+    tracked_config,
 )
 from rnow.setup.objective import build_objective
 from rnow.setup.usercode import (
@@ -166,7 +169,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
         note=display.note,
     )
     _tell(prepared, display)
-    may_take_turns(config)  # refused before anything is written, as what follows
+    may_take_turns(prepared)  # refused before anything is written, as what follows
     measure(prepared)
     run_folder = prepared.run_folder(fresh=fresh)
     if fresh:
@@ -224,11 +227,11 @@ def _train_in(
             raise fault from error
 
 
-def _teacher_fault(error: TemporaryError, config: Config) -> ModelError | None:
+def _teacher_fault(error: TemporaryError, models: Models) -> ModelError | None:
     """What a teacher's server did wrong before the first step: a fault of the input. None for another fault, and where the
     server is our own."""
-    served = config.teacher is not None and config.teacher.url is not None
-    if not served or error.where != "teacher.url":
+    roles = [model.role for model in teachers_of(models)]
+    if error.where not in [f"{role.key}.url" for role in roles if role.serving.url is not None]:
         return None
     return ModelError(
         error.message,
@@ -367,7 +370,7 @@ class _Run:
         """The models, checked against each other. A fault of the input leaves no folder behind."""
         await check_addresses(self._prepared)
         made = not self._folder.path.exists()
-        if uses_vllm(self._config):
+        if any(model.role.backend == "vllm" for model in self._prepared.models.values()):
             self._make_folder()  # the engines log there
         try:
             backends = await load_backends(
@@ -381,7 +384,7 @@ class _Run:
             self._display.stage("checking the models against each other")
             await self._selfcheck(backends)
         except TemporaryError as error:
-            if (fault := _teacher_fault(error, self._config)) is None:
+            if (fault := _teacher_fault(error, self._prepared.models)) is None:
                 raise
             self._unmake_folder(made)
             raise fault from error
@@ -580,7 +583,7 @@ class _Run:
                 WandbSink(
                     redact_names(self._config.wandb_project),
                     redact_names(self._config.wandb_name or folder.path.name),
-                    redacted_config(self._prepared),
+                    tracked_config(self._prepared),
                     folder.path,
                     run_id=folder.wandb_id(),
                     warn=note,
@@ -596,6 +599,8 @@ class _Run:
             sinks=sinks,
             num_steps=self._prepared.num_steps,
             agentic=self._prepared.project.agentic,
+            by_dataset=len(self._config.data.sources) > 1,
+            by_teacher=self._prepared.several_teachers,
             settings=settings,
         )
 

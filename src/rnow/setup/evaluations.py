@@ -22,7 +22,7 @@ def build_evaluations(
 ) -> Evaluations:
     """The held-out prompts before and after training, and the config's ``evals`` in between."""
     section = prepared.config.evaluation
-    held_out = prepared.project.dataset.held_out[: section.max_prompts]
+    held_out = prepared.evaluated
     environments = build_episodes(prepared, code)
 
     def evaluator(samples: int, temperature: float, pass_at: tuple[int, ...]) -> Evaluator:
@@ -39,6 +39,7 @@ def build_evaluations(
             judged=temperature == prepared.config.rollout.temperature,
             pass_at=pass_at,
             agentic=code.toolbox is not None,
+            by_teacher=prepared.several_teachers,
             warn=recorder.warn,
         )
 
@@ -64,7 +65,7 @@ def build_evaluations(
         scheduled=[scheduled(index, entry) for index, entry in enumerate(prepared.config.evals)],
         sampler=backends.sampler,
         teacher=backends.teacher,
-        teacher_sampler=backends.teacher_sampler,
+        teachers=backends.answering,
         gpu=backends.gpu,
         recorder=recorder,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.config import config_hash, to_dict
+from rnow.config.teachers import TEACHER, control_of
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.files import sha256_of
 from rnow.disk.folder import RunFolder
@@ -19,9 +20,9 @@ from rnow.display.display import Display
 from rnow.display.terminal import one_line
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import config_fingerprint, weights_fingerprint
-from rnow.plan.choices import CONTROLS, DEFAULT_MAX_TURNS, control_of
+from rnow.plan.choices import CONTROLS, DEFAULT_MAX_TURNS
 from rnow.plan.prepare import Prepared
-from rnow.plan.roles import TEACHER, teachers_of
+from rnow.plan.roles import STUDENT, teachers_of
 from rnow.project.modules import imported_modules
 from rnow.project.project import TOOLS_FILE
 from rnow.setup.backends import Backends
@@ -29,6 +30,8 @@ from rnow.setup.objective import build_objective
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
+TOLD_TO_TEACHERS = ("template", "system_prompt")
+"""Keys of a teacher's section."""
 ANSWERS_SHOWN = 3
 ANSWER_WIDTH = 160
 """Letters of a prompt or an answer that are shown."""
@@ -44,19 +47,26 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
     folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
     redact = prepared.project.redact
     models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
+    teachers: dict[str, dict[str, str | None]] = {}
     for role, model in prepared.models.items():
-        models |= {role: redact(model.resolved.path), f"{role}_revision": model.resolved.revision}
-        models |= {f"{role}_config": config_fingerprint(model.resolved.local_dir)}
-        if model.role.crosses:
-            models |= {f"{role}_tokenizer": tokenizer_hash(model.resolved.local_dir)}
+        path, revision = redact(model.resolved.path), model.resolved.revision
+        config = config_fingerprint(model.resolved.local_dir)
         # Of a model at a server the weights here, if any, are not those that run.
         here = model.role.trained or model.role.serving.url is None
-        models[f"{role}_weights"] = weights_fingerprint(model.resolved.local_dir) if here else None
+        weights = weights_fingerprint(model.resolved.local_dir) if here else None
+        if role in (STUDENT, TEACHER):
+            own = {"revision": revision, "config": config, "weights": weights}
+            if model.role.crosses:
+                own["tokenizer"] = tokenizer_hash(model.resolved.local_dir)
+            models |= {role: path, **{f"{role}_{name}": value for name, value in own.items()}}
+        else:
+            teachers[role] = {"path": path, "config": config, "weights": weights}
     return {
         "config": redacted_config(prepared),
         "config_hash": config_hash(prepared.config),
         "seed": prepared.config.seed,
         **models,
+        "teachers": teachers,
         "stop_ids": list(prepared.rendered.stop_ids),
         "tokenizer_hash": tokenizer_hash(trained),
         "dataset_hash": prepared.source and prepared.source.content_hash,
@@ -89,6 +99,19 @@ def redacted_config(prepared: Prepared) -> dict[str, object]:
     return prepared.project.redact.data(to_dict(prepared.config))
 
 
+def tracked_config(prepared: Prepared) -> dict[str, object]:
+    """The same for a tracker, without what teachers alone are told."""
+    return {key: _without_told(value) for key, value in redacted_config(prepared).items()}
+
+
+def _without_told(value: object) -> object:
+    if isinstance(value, list):
+        return [_without_told(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_told(item) for key, item in value.items() if key not in TOLD_TO_TEACHERS}
+
+
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:
     """``label: value`` lines shown when training begins."""
     config = prepared.config
@@ -104,7 +127,7 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     control = [] if found is None else [f"control: {found.upper()}, {CONTROLS[found]}"]
     lines = [
         f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
-        f"teacher: {_teacher_name(prepared)}",
+        *_teacher_lines(prepared),
         *control,
         f"objective: {build_objective(prepared).describe()}, "
         f"learning rate {config.trainer.learning_rate:g}",
@@ -117,11 +140,20 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     return [*lines, f"continues: after step {done}"] if done else lines
 
 
-def _teacher_name(prepared: Prepared) -> str:
-    if teachers := teachers_of(prepared.models):
-        return ", ".join(model.resolved.name for model in teachers)
+def _teacher_lines(prepared: Prepared) -> list[str]:
+    """One for each; of several, with what they judge."""
+    teachers = {
+        model.role.name: "the student's own base, adapter off"
+        if model.own_base
+        else model.resolved.name
+        for model in teachers_of(prepared.models)
+    }
+    if prepared.several_teachers:
+        judged = prepared.judged
+        return [f"{role}: {name}, judges {judged[role]} prompts" for role, name in teachers.items()]
     held = prepared.config.dataset_type == "rl" and prepared.config.algorithm.kl_penalty_coef > 0
-    return "none; the rewards teach, and the base model holds the student near" if held else "none"
+    none = "none; the rewards teach, and the base model holds the student near" if held else "none"
+    return [f"teacher: {next(iter(teachers.values()), none)}"]
 
 
 def answer_lines(
@@ -219,7 +251,7 @@ def build_values(
     """Collect summary.json.
 
     ``teacher_kl`` first and last are means over the first and last tenth of the steps (at least one): a single step is
-    a handful of rollouts; ``averaged_steps`` says how many. Paths are absolute.
+    a handful of rollouts; ``averaged_steps`` says how many. ``teachers`` is there where others than ``teacher`` judge. Paths are absolute.
     """
     kls = (row.get("teacher_kl") for row in read_rows(folder.metrics))
     series = [kl for kl in kls if kl is not None]
@@ -244,6 +276,7 @@ def build_values(
         },
         "student": facts.get("student"),
         "teacher": facts.get("teacher"),
+        **({"teachers": facts["teachers"]} if facts.get("teachers") else {}),
         "control": control,
         "sampler": dict(sampler),
         "device": device,

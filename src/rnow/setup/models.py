@@ -50,7 +50,7 @@ class LocalStudent:
     Attributes:
         sampler: draws with the trainer's weights; None where something else draws.
         as_teacher: scores with the student as it is now.
-        reference: scores with the student's base, as it was before training.
+        reference: scores with the student's base, as it was before training: the teacher of itself, or of a run without one.
     """
 
     facts: StudentFacts

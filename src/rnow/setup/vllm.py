@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from rnow.config import TeacherSection, full_address
+from rnow.config.teachers import API_KEY, key_variable
 from rnow.disk.folder import RunFolder
 from rnow.errors import ModelError
 from rnow.models.loading import CausalLM, take_apart
@@ -21,7 +23,7 @@ from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import ServerBackend, padded_ids
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.setup.objective import build_objective
-from rnow.teacher.served import API_KEY_VARIABLE, Asking, ServedTeacher
+from rnow.teacher.served import Asking, ServedTeacher
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import VllmTeacher
 from rnow.teacher.vllm_sampler import VllmTeacherSampler
@@ -115,7 +117,7 @@ async def start_vllm_teacher(
             section.served_model,
             protocol=section.protocol,
             temperature=temperature,
-            api_key=prepared.secret(API_KEY_VARIABLE),
+            api_key=prepared.secret(key_variable(model.role.name)) or prepared.secret(API_KEY),
             asking=Asking(poll=poll, top_k=top_k),
         )
     else:
@@ -137,7 +139,7 @@ async def start_vllm_teacher(
         prepared.warn(text)
     if found.padding_mass:
         prepared.warn(
-            f"the served teacher gives {found.padding_mass:.2e} of its probability to padding ids on average; "
+            f"the served {model.role.name} gives {found.padding_mass:.2e} of its probability to padding ids on average; "
             "its log-probabilities are too low by about that much"
         )
     return teacher
@@ -157,7 +159,7 @@ def _teacher_settings(
     quantization, dtype = role.serving_format
     return TeacherServerSettings(
         local_dir=model.resolved.local_dir,
-        log=run_folder.path / "vllm-teacher.log",
+        log=run_folder.path / f"vllm-{re.sub(r'[^A-Za-z0-9_-]', '-', role.name)}.log",
         dtype=dtype,
         quantization=quantization,
         tensor_parallel_size=section.tensor_parallel_size,
@@ -181,7 +183,7 @@ def teacher_sampler(prepared: Prepared, model: RunModel, teacher: ServedTeacher)
             padding=padded_ids(model.resolved.local_dir, vocabulary),
         )
     except ModelError as error:
-        prepared.warn(f"the teacher itself is not evaluated: {error.message}")
+        prepared.warn(f"the {model.role.name} itself is not evaluated: {error.message}")
         return None
 
 

@@ -1,4 +1,5 @@
-"""The student's own base as the teacher: what keeps ``dataset_type: rl`` near the model it started from."""
+"""The student's own base as the teacher: of itself, where it is told more (``teacher.path: self``), and what keeps
+``dataset_type: rl`` near the model it started from."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from rnow.algorithm.batching import evidence_tensors
@@ -43,12 +44,13 @@ def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
     )
 
 
-def broken_evidence(data: StepData) -> int:
-    """How many samples the teacher judged with numbers that are not finite."""
-    return sum(
-        item.evidence is not None
+def broken_evidence(data: StepData) -> Counter[str]:
+    """By teacher, how many samples it judged with numbers that are not finite."""
+    return Counter(
+        item.sample.teacher or "teacher"
+        for item in data.training
+        if item.evidence is not None
         and not all(
             bool(tensor.isfinite().all()) for tensor in evidence_tensors(item.evidence).values()
         )
-        for item in data.training
     )

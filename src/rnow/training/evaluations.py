@@ -25,8 +25,18 @@ Keep = Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answering:
+    """Who answers: a sampler, whose weights it draws with, and the role of the teacher that it is, which answers the rows
+    that it judges; None: all rows."""
+
+    sampler: Sampler
+    part: Part = "sampler"
+    role: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluator:
-    """Evaluates a sampler on fixed prompts with fixed seeds, so that two evaluations differ by the weights only.
+    """Evaluates who answers on fixed prompts with fixed seeds, so that two evaluations differ by the weights only.
 
     Attributes:
         prompts: held out from training.
@@ -36,6 +46,7 @@ class Evaluator:
         judged: whether ``teacher_kl`` can be given: sampler and teacher must see the same temperature.
         pass_at: the k of pass@k to report, where there are enough samples.
         agentic: the student has tools; what it did with them is reported too.
+        by_teacher: there are several, and the numbers of each are reported besides.
         warn: told when most tool calls failed.
     """
 
@@ -48,15 +59,15 @@ class Evaluator:
     judged: bool = True
     pass_at: tuple[int, ...] = PASS_AT
     agentic: bool = False
+    by_teacher: bool = False
     warn: Callable[[str], None] = lambda text: None
 
     async def evaluate(
         self,
-        sampler: Sampler,
+        answering: Sequence[Answering],
         teacher: Teacher | None,
         gpu: Residency,
         *,
-        answering: Part = "sampler",
         keep: Keep = lambda groups, rewards: None,
     ) -> dict[str, float]:
         """Metrics of one evaluation: ``pass@k``, rewards, lengths, and ``teacher_kl`` when a teacher is given.
@@ -64,13 +75,10 @@ class Evaluator:
         ``teacher_kl`` is the mean over sampled tokens of sampler logprob minus teacher logprob.
 
         Args:
-            answering: whose weights ``sampler`` draws with.
+            answering: who answers; each prompt by one of them.
             keep: given the rollouts and their rewards.
         """
-        async with gpu.only(answering):
-            groups = await collect_rollouts(
-                self.prompts, sampler, self.environments, self.settings, step=0
-            )
+        groups = await self._answers(answering, gpu)
         rewards = await score_rewards(groups, self.rewarder, poll=self.settings.poll)
         self.reward_watch.look("of an evaluation", rewards)
         keep(groups, rewards)
@@ -80,8 +88,20 @@ class Evaluator:
             self.warn(f"in this evaluation {trouble}")
         if teacher is not None and self.judged:
             async with gpu.only("teacher"):
-                metrics["teacher_kl"] = await self._teacher_kl(groups, teacher)
+                metrics |= await self._teacher_kl(groups, teacher)
         return metrics
+
+    async def _answers(self, answering: Sequence[Answering], gpu: Residency) -> list[RolloutGroup]:
+        """One group for each prompt, in their order, whoever answered it."""
+        found: dict[str, RolloutGroup] = {}
+        for who in answering:
+            asked = [p for p in self.prompts if who.role is None or who.role == p.teacher]
+            async with gpu.only(who.part):
+                groups = await collect_rollouts(
+                    asked, who.sampler, self.environments, self.settings, step=0
+                )
+            found |= {group.prompt.id: group for group in groups}
+        return [found[prompt.id] for prompt in self.prompts]
 
     def _pass_at(
         self, groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult]
@@ -97,19 +117,25 @@ class Evaluator:
             if counts and all(n >= k for n, _ in counts)
         }
 
-    async def _teacher_kl(self, groups: Sequence[RolloutGroup], teacher: Teacher) -> float:
+    async def _teacher_kl(
+        self, groups: Sequence[RolloutGroup], teacher: Teacher
+    ) -> dict[str, float]:
         samples = build_samples(groups)
         evidence = await teacher.score(samples, SAMPLED)
-        gaps = [
-            ours - theirs
-            for sample in samples
-            for ours, theirs in zip(
-                at_loss_tokens(sample, sample.sampler_logprobs),
-                sampled_logprobs(evidence[sample.id]).tolist(),
-                strict=True,
-            )
-        ]
-        return math.fsum(gaps) / len(gaps) if gaps else math.nan
+        gaps: dict[str, list[float]] = {"teacher_kl": []}
+        for sample in samples:
+            found = [
+                ours - theirs
+                for ours, theirs in zip(
+                    at_loss_tokens(sample, sample.sampler_logprobs),
+                    sampled_logprobs(evidence[sample.id]).tolist(),
+                    strict=True,
+                )
+            ]
+            gaps["teacher_kl"] += found
+            if self.by_teacher:
+                gaps.setdefault(f"teacher_kl/{sample.teacher}", []).extend(found)
+        return {name: math.fsum(of) / len(of) if of else math.nan for name, of in gaps.items()}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -134,26 +160,26 @@ class Evaluations:
     Attributes:
         main: runs before and after training, or None when nothing is held out.
         scheduled: the ``evals`` of the config.
-        teacher_sampler: answers with the teacher, or None to leave the teacher out.
+        teachers: those that answer the prompts they judge; empty to leave the teacher out.
     """
 
     main: Evaluator | None
     scheduled: Sequence[Scheduled]
     sampler: Sampler
     teacher: Teacher | None
-    teacher_sampler: Sampler | None
+    teachers: Sequence[Answering]
     gpu: Residency
     recorder: Recorder
 
     async def before(self, done: int) -> None:
-        """Student and teacher before the first step. A resumed run has them already; what it may lack are those that
+        """Student and teachers before the first step. A resumed run has them already; what it may lack are those that
         were due after its last step, when the stop came during them."""
         if done > 0:
             await self.after_step(done)
             return
-        await self._run(BEFORE, 0, self.sampler, self.teacher)
-        if self.teacher_sampler is not None:
-            await self._run(TEACHER, 0, self.teacher_sampler, None, answering="teacher")
+        await self._run(BEFORE, 0, self._student, self.teacher)
+        if self.teachers:
+            await self._run(TEACHER, 0, self.teachers, None)
 
     async def after_step(self, step: int) -> None:
         """The scheduled ones that are due."""
@@ -163,12 +189,16 @@ class Evaluations:
             self.recorder.stage(f"evaluating {scheduled.name}")
             metrics: dict[str, float] = {}
             for evaluator in scheduled.evaluators:
-                metrics |= await evaluator.evaluate(self.sampler, self.teacher, self.gpu)
+                metrics |= await evaluator.evaluate(self._student, self.teacher, self.gpu)
             self.recorder.evaluated(scheduled.name, step, metrics)
 
     async def after(self, step: int) -> None:
         """The student after the last step, unless an earlier attempt got that far."""
-        await self._run(AFTER, step, self.sampler, self.teacher)
+        await self._run(AFTER, step, self._student, self.teacher)
+
+    @property
+    def _student(self) -> Sequence[Answering]:
+        return (Answering(sampler=self.sampler),)
 
     def _known(self, name: str, step: int) -> bool:
         return any((name, step) == (r["name"], r["step"]) for r in self.recorder.evaluations())
@@ -177,16 +207,12 @@ class Evaluations:
         self,
         name: str,
         step: int,
-        sampler: Sampler,
+        answering: Sequence[Answering],
         teacher: Teacher | None,
-        *,
-        answering: Part = "sampler",
     ) -> None:
         if self.main is None or self._known(name, step):
             return
         self.recorder.stage(f"evaluating: {name}")
         keep = partial(self.recorder.answered, name, step)
-        metrics = await self.main.evaluate(
-            sampler, teacher, self.gpu, answering=answering, keep=keep
-        )
+        metrics = await self.main.evaluate(answering, teacher, self.gpu, keep=keep)
         self.recorder.evaluated(name, step, metrics)

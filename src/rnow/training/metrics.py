@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rnow.types import Message, RewardResult, Rollout, RolloutGroup
+from rnow.types import Message, Prompt, RewardResult, Rollout, RolloutGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rnow.algorithm.records import TrainingSample
 
 TROUBLE = 8
 
@@ -63,6 +70,32 @@ def _agent_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "rollouts/turns": sum(len(rollout.turns) for rollout in rollouts) / count,
         "rollouts/last_tool_fraction": sum(r.end_reason == "answer" for r in rollouts) / count,
         "rollouts/max_turns_fraction": sum(r.end_reason == "max_turns" for r in rollouts) / count,
+    }
+
+
+def call_metrics(
+    groups: Sequence[RolloutGroup], of: Callable[[Prompt], str | None]
+) -> dict[str, float]:
+    """``tools/calls_per_rollout/<name>`` by what ``of`` names of a prompt: a teacher that teaches to call too often is lost in
+    the mean over all."""
+    answers: dict[str, list[int]] = {}
+    for group in groups:
+        usable = [r for r in group.rollouts if r.status != "failed"]
+        found = answers.setdefault(f"tools/calls_per_rollout/{of(group.prompt)}", [])
+        found += [len(_tool_answers([rollout])) for rollout in usable]
+    return {name: _mean(found) for name, found in sorted(answers.items()) if found}
+
+
+def teacher_metrics(
+    training: Sequence[TrainingSample], streams: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """``teacher_kl/<role>``: the mean over the loss tokens that each teacher judged."""
+    found: dict[str, list[float]] = {}
+    kls = streams.get("teacher_kl", {})
+    for sample in (item.sample for item in training if item.sample.id in kls):
+        found.setdefault(f"teacher_kl/{sample.teacher}", []).extend(kls[sample.id].tolist())
+    return {
+        name: math.fsum(values) / len(values) for name, values in sorted(found.items()) if values
     }
 
 

@@ -15,9 +15,11 @@ from rnow.display.display import Display
 from rnow.errors import SAME_COMMAND, RnowError
 from rnow.training.causes import broken_evidence, why_idle
 from rnow.training.metrics import (
+    call_metrics,
     memory_metrics,
     reward_metrics,
     rollout_metrics,
+    teacher_metrics,
     throughput_metrics,
     tool_trouble,
 )
@@ -36,6 +38,7 @@ class Recorder:
         sinks: receivers of the metrics.
         num_steps: of the whole run, for the display.
         agentic: the student has tools.
+        by_dataset, by_teacher: there are several, and what differs between them is recorded for each besides.
         settings: what this start evaluates with; evaluations made with other settings are kept and not looked at.
     """
 
@@ -49,6 +52,8 @@ class Recorder:
         sinks: Sequence[Sink],
         num_steps: int,
         agentic: bool = False,
+        by_dataset: bool = False,
+        by_teacher: bool = False,
         settings: str = "",
     ) -> None:
         self._folder = folder
@@ -58,6 +63,8 @@ class Recorder:
         self._sinks = list(sinks)
         self._num_steps = num_steps
         self._agentic = agentic
+        self._by_dataset = by_dataset
+        self._by_teacher = by_teacher
         self._settings = settings
         self._skipped = 0
         self._idle = 0
@@ -106,6 +113,12 @@ class Recorder:
         """
         metrics = dict(update.metrics) | reward_metrics(data.groups, data.rewards)
         metrics |= rollout_metrics(data.groups, agentic=self._agentic)
+        if self._by_teacher:
+            metrics |= teacher_metrics(data.training, update.streams)
+        if self._agentic and self._by_dataset:
+            metrics |= call_metrics(data.groups, lambda prompt: prompt.dataset)
+        if self._agentic and self._by_teacher:
+            metrics |= call_metrics(data.groups, lambda prompt: prompt.teacher)
         self._skipped = self._skipped + 1 if update.skipped else 0
         if update.skipped:
             metrics["skipped_updates"] = float(self._skipped)
@@ -179,12 +192,14 @@ class Recorder:
                 fix="look at the last file of transcripts/, and try `rnow test`",
             )
         if broken := broken_evidence(data):
+            role, count = broken.most_common(1)[0]
+            key = "teacher.dtype" if role == "teacher" else f"the dtype of {role}"
             raise RnowError(
                 f"{happened}; {self._newest()}",
                 title="Unusable teacher",
                 where=where,
-                why=f"the teacher's log-probabilities of {broken} of {len(data.training)} rollouts are not finite",
-                fix=f"set teacher.dtype: float32 (float16 overflows), or check the teacher's weights, and {SAME_COMMAND}",
+                why=f"the {role}'s log-probabilities of {count} of {len(data.training)} rollouts are not finite",
+                fix=f"set {key}: float32 (float16 overflows), or check the teacher's weights, and {SAME_COMMAND}",
             )
         raise diverged(happened, where=where, good=last_good(), otherwise=self._newest())
 

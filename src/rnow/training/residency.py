@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-Part = Literal["sampler", "teacher", "trainer"]
+Part = str
+"""``sampler``, ``teacher`` or ``trainer``; of several teachers ``teacher/<name>`` each."""
 
 
 class StageClock:
@@ -73,6 +74,7 @@ class Residency:
     def __init__(self, measure: Callable[[], Mapping[str, float]] = dict) -> None:
         self._sleepers: dict[Part, Sleeper] = {}
         self._user: Part | None = None
+        self._clock: StageClock | None = None
         self._measure = measure
         self._awake: Sleeper | None = None
 
@@ -84,18 +86,21 @@ class Residency:
 
     @asynccontextmanager
     async def only(self, part: Part, clock: StageClock | None = None) -> AsyncIterator[None]:
-        """Have ``part`` awake, alone, for the block.
+        """Have ``part`` awake, alone, for the block. Inside a block of ``teacher`` one of several teachers may be asked for,
+        ``teacher/<name>``, and another after it.
 
         Args:
-            clock: where ``time/sleep_<part>`` and ``time/wake_<part>`` go.
+            clock: where ``time/sleep_<part>`` and ``time/wake_<part>`` go; None: that of the block around this one.
 
         Raises:
-            RuntimeError: inside another such block.
+            RuntimeError: inside another block that this is no part of.
             RnowError: a part does not wake. Nothing of this is undone: the next ``only`` goes on from where it is.
         """
-        if self._user is not None:
-            raise RuntimeError(f"{part} asks for the card while {self._user} works on it")
-        self._user = part
+        user, noted = self._user, self._clock
+        if user is not None and not part.startswith(f"{user}/"):
+            raise RuntimeError(f"{part} asks for the card while {user} works on it")
+        clock = clock or noted
+        self._user, self._clock = part, clock
         try:
             wanted = self._sleepers.get(part)
             if wanted is not None:
@@ -109,7 +114,7 @@ class Residency:
                 self._awake = wanted
             yield
         finally:
-            self._user = None
+            self._user, self._clock = user, noted
 
     async def clear(self) -> None:
         """Put every part to sleep: the one that is about to be loaded needs the card."""

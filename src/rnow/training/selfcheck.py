@@ -49,7 +49,7 @@ async def run_selfcheck(
     vocabulary: int,
     gpu: Residency,
 ) -> SelfCheck:
-    """Sample a few answers; score them with the trainer's own weights, and twice with the teacher.
+    """Sample a few answers; score them with the trainer's own weights, and twice with the teacher: each of several.
 
     Args:
         trainer_as_teacher: the student's weights behind the Teacher protocol, so that the student is scored by the very
@@ -60,7 +60,7 @@ async def run_selfcheck(
         ModelError: the log-probabilities of the student, its sampler or the teacher cannot be used.
     """
     async with gpu.only("sampler"):
-        groups = await collect_rollouts(prompts[:PROMPTS], sampler, environments, settings, step=0)
+        groups = await collect_rollouts(_chosen(prompts), sampler, environments, settings, step=0)
     samples = build_samples(groups)
     async with gpu.only("trainer"):
         own = _loss_values(samples, await trainer_as_teacher.score(samples, SAMPLED))
@@ -78,15 +78,39 @@ async def run_selfcheck(
     teacher_kl = None
     if teacher is not None:
         async with gpu.only("teacher"):
-            judged = _loss_values(samples, await teacher.score(samples, SAMPLED))
-            again = _loss_values(samples, await teacher.score(samples, SAMPLED))
-        _check_teacher(judged, again, vocabulary)
+            first = await _judge(samples, teacher, vocabulary)
+        judged = _loss_values(samples, first)
         teacher_kl = sum(a - b for a, b in zip(own, judged, strict=True)) / max(1, len(own))
     return SelfCheck(
         max_gap=max(gaps, default=0.0),
         teacher_kl=teacher_kl,
         notes=tuple(notes),
     )
+
+
+def _chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first few, and the first of every teacher that judges none of those."""
+    chosen = [*prompts[:PROMPTS]]
+    for prompt in prompts[PROMPTS:]:
+        if all(prompt.teacher != other.teacher for other in chosen):
+            chosen.append(prompt)
+    return chosen
+
+
+async def _judge(
+    samples: Sequence[Sample], teacher: Teacher, vocabulary: int
+) -> dict[str, Evidence]:
+    """The evidence of all samples, that of each teacher asked for twice and checked."""
+    evidence: dict[str, Evidence] = {}
+    for role in dict.fromkeys(sample.teacher for sample in samples):
+        own = [sample for sample in samples if sample.teacher == role]
+        first = await teacher.score(own, SAMPLED)
+        again = await teacher.score(own, SAMPLED)
+        _check_teacher(
+            role or "teacher", _loss_values(own, first), _loss_values(own, again), vocabulary
+        )
+        evidence |= first
+    return evidence
 
 
 def _loss_values(samples: Sequence[Sample], evidence: Mapping[str, Evidence]) -> list[float]:
@@ -103,15 +127,17 @@ def _check_finite(who: str, values: Sequence[float]) -> None:
         )
 
 
-def _check_teacher(first: Sequence[float], second: Sequence[float], vocabulary: int) -> None:
-    fix = _FIX.format(who="teacher")
-    _check_finite("teacher", first)
+def _check_teacher(
+    who: str, first: Sequence[float], second: Sequence[float], vocabulary: int
+) -> None:
+    fix = _FIX.format(who=who)
+    _check_finite(who, first)
     if (highest := max(first, default=0.0)) > POSITIVE_TOLERANCE:
-        raise ModelError(f"the teacher gives a log-probability above 0 ({highest:.4g})", fix=fix)
+        raise ModelError(f"the {who} gives a log-probability above 0 ({highest:.4g})", fix=fix)
     constant = -math.log(vocabulary)
     if first and all(abs(value - constant) < CONSTANT_TOLERANCE for value in first):
         raise ModelError(
-            f"the teacher gives every token the same log-probability, -ln {vocabulary}",
+            f"the {who} gives every token the same log-probability, -ln {vocabulary}",
             why="its output does not depend on its input: the weights are not loaded",
             fix=fix,
         )
@@ -119,7 +145,7 @@ def _check_teacher(first: Sequence[float], second: Sequence[float], vocabulary: 
     change = math.fsum(changes) / max(1, len(changes))
     if not change <= REPEAT_TOLERANCE:
         raise ModelError(
-            f"the teacher gives other log-probabilities when asked twice (off by {change:.3g} on average)",
+            f"the {who} gives other log-probabilities when asked twice (off by {change:.3g} on average)",
             why="training would chase noise",
             fix="switch dropout and other randomness off, or use another dtype for the teacher",
         )
