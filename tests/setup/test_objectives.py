@@ -11,6 +11,7 @@ import torch
 from tests.setup.projects import Killed, Project, Watcher, die
 
 from rnow.config import Config
+from rnow.config.teachers import control_of
 from rnow.errors import ConfigError, RnowError
 from rnow.plan.choices import kl_estimator, reads_hidden_states
 from rnow.setup.build import run
@@ -204,6 +205,22 @@ def test_a_run_cannot_become_a_control_half_way(project: Project) -> None:
     with pytest.raises(ConfigError, match="cannot be continued") as caught:
         run(project.config(teacher={"control": "shuffled"}, **STEPS), folder=project.folder)
     assert caught.value.details == ("teacher.control: None -> shuffled",)
+
+
+def test_a_control_is_of_the_whole_run_and_said_once(project: Project) -> None:
+    def other(control: str | None) -> dict[str, Any]:
+        return {"other": {"path": str(project.teacher), "device": "cpu", "control": control}}
+
+    config = project.config(teachers=other("none"))
+    assert control_of(config) == "none"
+    assert kl_estimator(config) == "sampled"
+    with pytest.raises(ConfigError, match="another control") as caught:
+        project.config(teacher={"control": "shuffled"}, teachers=other("none"))
+    assert "teachers.other.control" in str(caught.value)
+    assert control_of(project.config(teacher={"control": "none"}, teachers=other(None))) == "none"
+    with pytest.raises(ConfigError, match="kl_estimator exact needs") as caught:
+        project.config(algorithm={"kl_estimator": "exact"}, teachers=other("none"))
+    assert "teachers.other.control" in str(caught.value)
 
 
 def test_a_shuffled_control_needs_two_prompts(project: Project) -> None:
