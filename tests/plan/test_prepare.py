@@ -11,7 +11,7 @@ from tests.setup.projects import REWARDS, Project
 
 from rnow.config import Config
 from rnow.config.notices import find_notices
-from rnow.errors import ConfigError
+from rnow.errors import ConfigError, InputError
 from rnow.plan import prepare as prepare_module
 from rnow.plan.prepare import Prepared, prepare
 from rnow.tools.build import ListedTools
@@ -61,6 +61,12 @@ def test_user_code_that_nothing_calls_is_named(project: Project) -> None:
     assert rewards.startswith("rewards.py has no function marked @reward")
     # With the tools switched off by hand there is nothing to say of them.
     assert prepared(project, teacher={"agentic": False}).notices == (rewards,)
+
+
+def test_an_agent_without_a_tool_is_refused(project: Project) -> None:
+    (project.folder / "tools.py").write_text("def add(a: int) -> int:\n    return a\n")
+    with pytest.raises(InputError, match="but there are no tools"):
+        prepared(project, teacher={"agentic": True})
 
 
 def test_rewards_that_no_row_names_are_told_of(project: Project) -> None:

@@ -277,6 +277,11 @@ def export_adapter(adapter: Adapter, folder: Path) -> None:
         replace_file(folder / name, data)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether there are an adapter's weights in ``folder``, whosever they are."""
+    return (folder / ADAPTER_WEIGHTS).is_file()
+
+
 def is_exported(folder: Path, *, checkpoint: Path) -> bool:
     """Whether ``folder`` holds the adapter of ``checkpoint``; any adapter, where there is no such checkpoint to tell."""
     try:
@@ -286,7 +291,7 @@ def is_exported(folder: Path, *, checkpoint: Path) -> bool:
     except _Damaged:
         return False
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return (folder / ADAPTER_WEIGHTS).is_file()
+        return is_adapter(folder)
     return True
 
 

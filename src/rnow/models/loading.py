@@ -85,7 +85,7 @@ def choose_device(name: str) -> torch.device:
     """``auto`` is CUDA when there is one, else the CPU; anything else is taken literally.
 
     Raises:
-        ModelError: CUDA asked for and absent, or a name torch does not know.
+        ModelError: one that this machine does not have, or a name torch does not know.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,7 +98,26 @@ def choose_device(name: str) -> torch.device:
             f"device '{name}' was asked for, but torch sees no GPU",
             fix="set the device to auto or cpu",
         )
+    if device.type == "cuda" and (device.index or 0) >= (cards := torch.cuda.device_count()):
+        raise ModelError(
+            f"device '{name}' was asked for, but torch sees {cards} GPU{'s' if cards > 1 else ''}",
+            fix=f"use auto, cpu, or cuda:N with N below {cards}",
+        )
+    if device.type not in ("cpu", "cuda"):
+        _refuse_unusable(device)
     return device
+
+
+def _refuse_unusable(device: torch.device) -> None:
+    """torch knows names of devices that this machine lacks, and ``meta``, which holds no numbers."""
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device has its own for not being there
+        raise ModelError(
+            f"device '{device}' cannot be used here",
+            why=one_line(error),
+            fix="use auto, cpu, cuda or cuda:N",
+        ) from error
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -257,6 +257,10 @@ def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
             key=f"{role.key}.path",
             sampled=answers and role.backend == "transformers",
             trust_remote_code=role.section.trust_remote_code,
+            # Of a teacher that vLLM serves, no kernel of transformers is used.
+            attention=role.section.attn_implementation
+            if role.trained or role.backend == "transformers"
+            else None,
         )
         shapes[name] = shape_of(empty)
         if role.trained:

@@ -117,6 +117,13 @@ def prepare(
     if is_agentic(folder, config):
         listed = list_tools(config, folder, load_secrets(folder))
     tools = None if listed is None else listed.schemas
+    if config.teacher is not None and config.teacher.agentic and not tools:
+        raise InputError(
+            "teacher.agentic is true, but there are no tools",
+            where="teacher.agentic",
+            why=f"no function of {TOOLS_FILE} is marked @tool, and no server of rollout.mcp_url offers one",
+            fix="write @tool above each function that the student may call, or remove teacher.agentic",
+        )
     project = load_project(folder, config, tools=tools or ())
     dataset = project.dataset
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]

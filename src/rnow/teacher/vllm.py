@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -128,6 +129,14 @@ class VllmTeacher:
             asking = replace(asking, max_concurrency=1, sampling_concurrency=8)
         server = teacher_server(settings, asking)
         return cls(server=server, model=SERVED_NAME, where="teacher.path", asking=asking)
+
+    def hurried(self, timeout: float) -> VllmTeacher:
+        """The same teacher, each request given up after ``timeout`` seconds at the latest. A managed one as it is."""
+        if self._server is not None or self._client is None:
+            return self
+        twin = copy.copy(self)
+        twin._client = self._client.hurried(timeout)
+        return twin
 
     # --- life -----------------------------------------------------------------------------------------------------
 
