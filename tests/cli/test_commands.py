@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -287,6 +288,25 @@ def test_an_error_at_a_key_gets_its_line(project: Path, build: Build, rnow_: Run
 def test_a_temporary_error_ends_with_75(project: Path, build: Build, rnow_: Run) -> None:
     build.error = TemporaryError("disk full")
     assert rnow_("run")[0] == 75
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("fault", "switch"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+    ],
+)
+def test_a_limit_of_the_system_is_no_fault_of_the_program(
+    build: Build, rnow_: Run, fault: Exception, switch: str
+) -> None:
+    build.error = fault
+    code, _, error = rnow_("run")
+    assert code == 75
+    assert "Traceback" not in error
+    assert switch in error
 
 
 def test_a_fault_of_the_program_shows_its_traceback(

@@ -69,6 +69,14 @@ def test_an_agent_without_a_tool_is_refused(project: Project) -> None:
         prepared(project, teacher={"agentic": True})
 
 
+def test_a_run_is_not_named_after_a_secret(project: Project) -> None:
+    (project.folder / ".env").write_text("API_KEY=sk-Zx91qTopSecretValue77\n")
+    with pytest.raises(ConfigError, match="named after a secret") as caught:
+        prepared(project, model={"name": "run-sk-Zx91qTopSecretValue77"})
+    assert "Zx91q" not in caught.value.render()
+    assert prepared(project, model={"name": "run"}).run_name == "run"
+
+
 def test_rewards_that_no_row_names_are_told_of(project: Project) -> None:
     project.write_rows([{"messages": [{"role": "user", "content": f"row {n}"}]} for n in range(4)])
     (told,) = prepared(project).notices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,15 @@ from rnow import __version__
 from rnow.cli import account, check, init, rehearse, run
 from rnow.cli.hosted import hosted_client_note
 from rnow.cli.output import clean, hide, print_error, print_note
-from rnow.errors import ALL_ERRORS, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RnowError
+from rnow.errors import (
+    ALL_ERRORS,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    SAME_COMMAND,
+    InputError,
+    RnowError,
+    TemporaryError,
+)
 from rnow.text.redact import Redactor
 from rnow.text.suggest import closest, did_you_mean
 
@@ -68,6 +77,22 @@ def _options(
     """Options that stand before a command."""
 
 
+def _limit_reached(error: Exception) -> TemporaryError | None:
+    """What the system refuses any program that has too much of it; it may meet any line of this one."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        what, switch = "open files", "-n"
+    elif number == errno.EAGAIN or "can't start new thread" in str(error):
+        what, switch = "processes and threads", "-u"
+    else:
+        return None
+    return TemporaryError(
+        f"this system allows no more {what}",
+        why=str(error),
+        fix=f"raise the limit (`ulimit {switch}` shows it), or end other programs, then {SAME_COMMAND}",
+    )
+
+
 def _refuse_unknown(given: Sequence[str]) -> None:
     """Typer would suggest a command for any word."""
     known = [str(command.name) for command in app.registered_commands]
@@ -84,7 +109,7 @@ def _refuse_unknown(given: Sequence[str]) -> None:
 def run_command_line(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give the exit code.
 
-    An RnowError becomes a short report on standard error and its own code; anything else that goes wrong is a fault
+    An RnowError becomes a short report on standard error and its own code, and so does a limit of the system; anything else that goes wrong is a fault
     of the program, shown with its traceback, and gives 1.
 
     Args:
@@ -108,7 +133,10 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if (limit := _limit_reached(error)) is not None:
+            print_error(limit)
+            return limit.exit_code
         sys.stderr.write(clean(traceback.format_exc()))
         print_note("This is a fault in rnow itself; please report it with the lines above.")
         return EXIT_FAILED

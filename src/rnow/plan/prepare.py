@@ -86,6 +86,17 @@ def _run_name(config: Config, folder: Path) -> str:
     return config.project_name or folder.resolve().name or "run"
 
 
+def _refuse_secret_name(name: str, project: Project) -> None:
+    """A folder's name cannot be redacted: it stands in every path of the run."""
+    if (redacted := project.redact_read(name)) != name:
+        raise ConfigError(
+            f"the run would be named after a secret of .env: {redacted}",
+            where="model.name",
+            why="its folder has that name, and every path in it shows it",
+            fix="choose another name with -n NAME",
+        )
+
+
 def _run_folder(config: Config, folder: Path, *, fresh: bool, writable: bool = True) -> RunFolder:
     place, name = folder / config.output_dir, _run_name(config, folder)
     return choose_run_folder(place, name, fresh=fresh) if writable else find_run_folder(place, name)
@@ -125,6 +136,7 @@ def prepare(
             fix="write @tool above each function that the student may call, or remove teacher.agentic",
         )
     project = load_project(folder, config, tools=tools or ())
+    _refuse_secret_name(_run_name(config, folder), project)
     dataset = project.dataset
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
