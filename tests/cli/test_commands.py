@@ -292,21 +292,22 @@ def test_a_temporary_error_ends_with_75(project: Path, build: Build, rnow_: Run)
 
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(
-    ("fault", "switch"),
+    ("fault", "expected", "words"),
     [
-        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
-        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
-        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (OSError(errno.EMFILE, "Too many open files"), 75, "ulimit -n"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 75, "ulimit -u"),
+        (RuntimeError("can't start new thread"), 75, "ulimit -u"),
+        (PermissionError(errno.EACCES, "Permission denied", "/far/file"), 2, "where: /far/file"),
     ],
 )
-def test_a_limit_of_the_system_is_no_fault_of_the_program(
-    build: Build, rnow_: Run, fault: Exception, switch: str
+def test_what_the_system_refuses_is_no_fault_of_the_program(
+    build: Build, rnow_: Run, fault: Exception, expected: int, words: str
 ) -> None:
     build.error = fault
     code, _, error = rnow_("run")
-    assert code == 75
+    assert code == expected
     assert "Traceback" not in error
-    assert switch in error
+    assert words in error
 
 
 def test_a_fault_of_the_program_shows_its_traceback(

@@ -228,7 +228,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="unknown device"):
         choose_device("gpu")
     with pytest.raises(ModelError, match="'meta' cannot be used here") as caught:
-        choose_device("meta")
+        choose_device("meta", key="model.device")
+    assert caught.value.where == "model.device"
     assert "auto" in str(caught.value.fix)
 
 

@@ -51,16 +51,16 @@ def project(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Project:
 
 
 def test_user_code_that_nothing_calls_is_named(project: Project) -> None:
-    assert prepared(project).notices == ()
+    assert prepared(project).warnings == ()
     (project.folder / "tools.py").write_text("def add(a: int) -> int:\n    return a\n")
     (project.folder / "rewards.py").write_text(REWARDS.replace("@reward", ""))
     rows = [{"messages": [{"role": "user", "content": f"row {n}"}]} for n in range(4)]
     project.write_rows(rows)
-    tools, rewards = prepared(project).notices
+    tools, rewards = prepared(project).warnings
     assert tools.startswith("tools.py has no function marked @tool")
     assert rewards.startswith("rewards.py has no function marked @reward")
     # With the tools switched off by hand there is nothing to say of them.
-    assert prepared(project, teacher={"agentic": False}).notices == (rewards,)
+    assert prepared(project, teacher={"agentic": False}).warnings == (rewards,)
 
 
 def test_an_agent_without_a_tool_is_refused(project: Project) -> None:
@@ -79,7 +79,7 @@ def test_a_run_is_not_named_after_a_secret(project: Project) -> None:
 
 def test_rewards_that_no_row_names_are_told_of(project: Project) -> None:
     project.write_rows([{"messages": [{"role": "user", "content": f"row {n}"}]} for n in range(4)])
-    (told,) = prepared(project).notices
+    (told,) = prepared(project).warnings
     assert told.startswith("no row names a reward, so none of rewards.py is run (short)")
     assert told.endswith('give rows "rewards": ["short"]')
 

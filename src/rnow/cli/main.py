@@ -13,7 +13,7 @@ import typer
 from rnow import __version__
 from rnow.cli import account, check, init, rehearse, run
 from rnow.cli.hosted import hosted_client_note
-from rnow.cli.output import clean, hide, print_error, print_note
+from rnow.cli.output import clean, hide, outlets, print_error, print_note
 from rnow.errors import (
     ALL_ERRORS,
     EXIT_FAILED,
@@ -77,9 +77,17 @@ def _options(
     """Options that stand before a command."""
 
 
-def _limit_reached(error: Exception) -> TemporaryError | None:
-    """What the system refuses any program that has too much of it; it may meet any line of this one."""
+def _refused_by_the_system(error: Exception) -> RnowError | None:
+    """What the system refuses any program, so that it may meet any line of this one: a file of another user, or more of what
+    it shares out."""
     number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return InputError(
+            "this user may not read or write what is needed",
+            where=str(error.filename),
+            why=error.strerror,
+            fix="change its permissions, or work in a folder of your own",
+        )
     if number in (errno.EMFILE, errno.ENFILE):
         what, switch = "open files", "-n"
     elif number == errno.EAGAIN or "can't start new thread" in str(error):
@@ -109,13 +117,17 @@ def _refuse_unknown(given: Sequence[str]) -> None:
 def run_command_line(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give the exit code.
 
-    An RnowError becomes a short report on standard error and its own code, and so does a limit of the system; anything else that goes wrong is a fault
-    of the program, shown with its traceback, and gives 1.
+    An RnowError becomes a short report on standard error and its own code, and so does what the system refuses; anything
+    else that goes wrong is a fault of the program, shown with its traceback, and gives 1.
 
     Args:
         arguments: without the program's name; those of this process when not given.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with outlets():
+        return _run_command_line(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run_command_line(given: list[str]) -> int:
     hide(Redactor())
     everything = ALL_ERRORS in given
     given = [argument for argument in given if argument != ALL_ERRORS]
@@ -134,9 +146,9 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
-        if (limit := _limit_reached(error)) is not None:
-            print_error(limit)
-            return limit.exit_code
+        if (refused := _refused_by_the_system(error)) is not None:
+            print_error(refused)
+            return refused.exit_code
         sys.stderr.write(clean(traceback.format_exc()))
         print_note("This is a fault in rnow itself; please report it with the lines above.")
         return EXIT_FAILED

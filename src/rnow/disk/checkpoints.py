@@ -125,7 +125,7 @@ class CheckpointStore:
         ``damaged-...`` and named, never deleted.
 
         Raises:
-            InputError: there are checkpoints, and every one is damaged.
+            InputError: there are checkpoints, and every one is damaged, or this user may not read one.
         """
         self._remove_leftovers()
         damaged = []
@@ -203,7 +203,7 @@ class CheckpointStore:
         )
 
     def _read(self, folder: Path) -> Checkpoint:
-        """Verify and load one checkpoint. Raises _Damaged."""
+        """Verify and load one checkpoint. Raises _Damaged, and InputError for one that this user may not read."""
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             self._check_binding(manifest, folder)
@@ -214,6 +214,12 @@ class CheckpointStore:
             raise _Damaged("no manifest") from None
         except (ValueError, KeyError, TypeError, RecursionError):
             raise _Damaged("unreadable manifest") from None
+        except PermissionError as error:
+            raise InputError(
+                f"this user may not read checkpoint {folder.name}",
+                where=str(error.filename or folder),
+                fix="change its permissions, or start over in a new folder with --fresh",
+            ) from error
         except OSError as error:
             raise _Damaged(f"it cannot be read: {error.strerror}") from None
         return Checkpoint(

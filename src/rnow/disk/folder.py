@@ -71,7 +71,13 @@ class RunFolder:
             InputError: the folder, or something in it, is read-only or of another kind than the run writes.
         """
         check_place(self.path)
-        for folder in (self.checkpoints, self.transcripts, self.journal, self.adapter):
+        for folder in (
+            self.checkpoints,
+            self.transcripts,
+            self.journal,
+            self.adapter,
+            self.answers,
+        ):
             check_place(folder)
         for file in (self.config, self.facts, self.metrics, self.evaluations, self.summary):
             try:

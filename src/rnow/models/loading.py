@@ -81,8 +81,8 @@ def stored_quantization(local_dir: Path) -> Quantization | None:
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA when there is one, else the CPU; anything else is taken literally.
+def choose_device(name: str, *, key: str | None = None) -> torch.device:
+    """``auto`` is CUDA when there is one, else the CPU; anything else is taken literally. ``key``: the setting that says so.
 
     Raises:
         ModelError: one that this machine does not have, or a name torch does not know.
@@ -92,29 +92,40 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(f"unknown device '{name}'", fix="use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
-            f"device '{name}' was asked for, but torch sees no GPU",
-            fix="set the device to auto or cpu",
-        )
-    if device.type == "cuda" and (device.index or 0) >= (cards := torch.cuda.device_count()):
-        raise ModelError(
-            f"device '{name}' was asked for, but torch sees {cards} GPU{'s' if cards > 1 else ''}",
-            fix=f"use auto, cpu, or cuda:N with N below {cards}",
-        )
-    if device.type not in ("cpu", "cuda"):
-        _refuse_unusable(device)
+            f"unknown device '{name}'", where=key, fix="use auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type == "cuda":
+        _refuse_missing_card(device, key)
+    elif device.type != "cpu":
+        _refuse_unusable(device, key)
     return device
 
 
-def _refuse_unusable(device: torch.device) -> None:
+def _refuse_missing_card(device: torch.device, key: str | None) -> None:
+    if not torch.cuda.is_available():
+        raise ModelError(
+            f"device '{device}' was asked for, but torch sees no GPU",
+            where=key,
+            fix="set the device to auto or cpu",
+        )
+    cards = torch.cuda.device_count()
+    if 0 < cards <= (device.index or 0):
+        raise ModelError(
+            f"device '{device}' was asked for, but torch sees {cards} GPU{'s' if cards > 1 else ''}",
+            where=key,
+            fix=f"use auto, cpu, or cuda:N with N below {cards}",
+        )
+
+
+def _refuse_unusable(device: torch.device, key: str | None) -> None:
     """torch knows names of devices that this machine lacks, and ``meta``, which holds no numbers."""
     try:
         torch.ones(1, device=device).item()
     except Exception as error:  # each kind of device has its own for not being there
         raise ModelError(
             f"device '{device}' cannot be used here",
+            where=key,
             why=one_line(error),
             fix="use auto, cpu, cuda or cuda:N",
         ) from error

@@ -49,6 +49,7 @@ from rnow.plan.roles import (
     roles_of,
     sharers,
 )
+from rnow.plan.unread import unread_settings
 from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
@@ -237,7 +238,13 @@ def build_plan(
         transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
         disk_free_bytes=free_disk(run_dir),
         notices=(*prepared.notices, *_teacher_notice(layout)),
-        warnings=(*dataset.warnings, *rendered.warnings, *slow_paths(config)),
+        warnings=(
+            *prepared.warnings,
+            *dataset.warnings,
+            *rendered.warnings,
+            *unread_settings(config, agentic=prepared.project.agentic),
+            *slow_paths(config),
+        ),
     )
 
 
@@ -304,7 +311,7 @@ def may_take_turns(config: Config) -> frozenset[Part]:
     Raises:
         ConfigError: turns are asked for on a CPU.
     """
-    if choose_device(config.model.device).type != "cuda":
+    if choose_device(config.model.device, key="model.device").type != "cuda":
         if config.residency == "time_shared":
             raise ConfigError(
                 "sampler, teacher and trainer can take turns on a CUDA card only",

@@ -37,7 +37,8 @@ class Prepared:
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
         images: those that rows name, each with the place of the first.
-        notices: where what is sandboxed runs, and what of the user's code is not used.
+        notices: where what is sandboxed runs, and what else is as it was asked for.
+        warnings: what of the user's code is not used.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Prepared:
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     warn: Callable[[str], None] = lambda text: None
 
     @property
@@ -140,7 +142,7 @@ def prepare(
     dataset = project.dataset
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
-    notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
+    notices = [*check_sandbox(functions, images, folder)]
     notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
     if images and listed is not None and config.rollout.mcp_url:
         notices.append(
@@ -168,6 +170,7 @@ def prepare(
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
+        warnings=tuple(_unused(project, functions, config)),
     )
 
 

@@ -194,6 +194,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
 def _tell(prepared: Prepared, display: Display) -> None:
     """What was found that is no fault."""
     found = (
+        prepared.warnings,
         prepared.project.dataset.warnings,
         prepared.rendered.warnings,
         unread_settings(prepared.config, agentic=prepared.project.agentic),
