@@ -2,6 +2,7 @@
 # make test         lint, types and the default test suite
 # make test-vllm    the tests against the real vLLM: its CPU build, in an environment of its own (about 3 GB)
 # make resolve      asks the package index whether constraints-cuda.txt still resolves; fetches metadata only
+# make test-real    the tests with a real language model: fetches SmolLM2-135M (93 MB) once; about five minutes
 # make test-agents  the tests with a real browser and real sandboxes; installs Chromium and bubblewrap from Debian
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter; PYTEST_ARGS='-n 4 -k config' goes to pytest.
@@ -17,7 +18,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-vllm run-test-vllm test-agents run-test-agents agents-packages resolve lint docs clean install install-dev
+.PHONY: help quickstart test test-real test-vllm run-test-vllm test-agents run-test-agents agents-packages resolve lint docs clean install install-dev
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -30,6 +31,13 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-real: $(VENV)/.installed-real real-models/student/config.json
+	$(BIN)/python -m pytest -m real tests/real $(PYTEST_ARGS)
+
+# The student appears last, and whole.
+real-models/student/config.json: | $(VENV)/.installed-real
+	$(BIN)/python scripts/fetch_smollm2.py
 
 test-vllm:
 	@$(MAKE) --no-print-directory VENV=$(VLLM_VENV) run-test-vllm
@@ -96,6 +104,11 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	@echo "installing rnow with its development tools"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-real: $(INPUTS) | $(BIN)/python
+	@echo "installing rnow with its development tools and what reads GGUF"
+	@$(PIP_INSTALL) -e '.[dev,real]'
+	@touch $(VENV)/.installed $(VENV)/.installed-dev $@
 
 $(VENV)/.installed-agents: pyproject.toml constraints-agents.txt | $(BIN)/python
 	@echo "installing rnow with its development tools and what the browser needs"

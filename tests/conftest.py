@@ -24,13 +24,20 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
 
 
+ASKED_FOR = {
+    "agents": "wants a browser or a sandbox: make test-agents",
+    "real": "wants a real language model: make test-real",
+}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked ``agents`` run when they are asked for; otherwise they are skipped and say so."""
-    if "agents" not in (config.option.markexpr or ""):
-        skip = pytest.mark.skip(reason="wants a browser or a sandbox: make test-agents")
-        for item in items:
-            if "agents" in item.keywords:
-                item.add_marker(skip)
+    """Some tests run when their mark is asked for; otherwise they are skipped and say so."""
+    for mark, reason in ASKED_FOR.items():
+        if mark not in (config.option.markexpr or ""):
+            skip = pytest.mark.skip(reason=reason)
+            for item in items:
+                if mark in item.keywords:
+                    item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,9 @@ class Tokenizer(Protocol):
         """``input_ids`` of several texts at once."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]: ...
 
     def decode(
         self,

@@ -185,6 +185,11 @@ def rollout_id(prompt_id: str, index: int) -> str:
     return f"{prompt_id}#{index}"
 
 
+def prompt_id_of(rollout_id: str) -> str:
+    """The prompt of a rollout, by its id."""
+    return rollout_id.rpartition("#")[0]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
     """All rollouts of one prompt in one step."""

@@ -110,9 +110,8 @@ CASES: dict[str, Case] = {
     "override_below_a_value": yml(BASE, "seed.x=1"),
     # reserved
     "reserved_sft": yml("dataset_type: sft\nmodel:\n  path: Qwen/Qwen3-8B\n"),
-    "reserved_gae": yml(BASE.replace("loss_fn: ppo", "adv_estimator: gae")),
     "reserved_students": yml(BASE.replace("Qwen/Qwen3-8B", "[Qwen/Qwen3-8B, Qwen/Qwen3-4B]")),
-    "reserved_override": yml(BASE, "algorithm.adv_estimator=gae"),
+    "reserved_override": yml(BASE, "data.train_file=[{path: a, teacher: b}]"),
     # legacy keys keep their place
     "legacy_wrong_value": more("rollout:\n  thinking_mode: sometimes\n"),
     # config.json

@@ -199,6 +199,33 @@ def test_a_group_of_one_is_enough_for_a_teacher() -> None:
     make(data={"group_size": 1})
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("algorithm", "kl_estimator", "exact"),
+        ("algorithm", "kl_estimator", "topk"),
+        ("algorithm", "kl_baseline", "optimal"),
+        ("algorithm", "kl_discount", 0.5),
+        ("rollout", "temperature", 0.7),
+        ("evaluation", "teacher", True),
+    ],
+)
+def test_what_needs_tokens_that_student_and_teacher_share(
+    section: str, key: str, value: Any
+) -> None:
+    cross = {"path": "teacher", "tokenizer": "cross"}
+    with pytest.raises(
+        ConfigError, match=f"{key} cannot go with teacher.tokenizer cross"
+    ) as caught:
+        make(teacher=cross, **{section: {key: value}})
+    assert f"{section}.{key}" in caught.value.render()
+    assert "a teacher with the student's tokenizer" in caught.value.render()
+    make(teacher=cross, algorithm={"kl_estimator": "sampled"})
+    with pytest.raises(ConfigError, match="forward needs those that the teacher would write"):
+        make(teacher=cross, algorithm={"divergence": "forward"})
+    make(**{section: {key: value}})
+
+
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 20}])
 def test_a_truncated_distribution_is_refused_with_ppo(cut: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(cut))} .* cannot go with ppo") as caught:

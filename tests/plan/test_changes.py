@@ -179,6 +179,7 @@ TABLE: dict[Change, str] = {
         evaluation.teacher model.name model.description teacher.url rollout.reward_timeout
         trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints
         trainer.micro_batch_tokens trainer.gradient_checkpointing trainer.max_billing
+        teacher.protocol|vllm teacher
         teacher.device|local teacher
         teacher.device_map|local teacher
         teacher.tensor_parallel_size|local vllm teacher
@@ -195,6 +196,7 @@ TABLE: dict[Change, str] = {
     "warn": """
         algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence
+        algorithm.gae_lambda algorithm.value_learning_rate
         algorithm.kl_clamp|kl clamp
         algorithm.teacher_top_k|top k
         algorithm.clip_ratio_low|surrogate
@@ -207,7 +209,7 @@ TABLE: dict[Change, str] = {
         evaluation.num_samples evaluation.max_prompts evaluation.temperature evaluation.success_reward
     """,
     "evaluates": """
-        teacher.path teacher.revision teacher.trust_remote_code teacher.backend rollout.include_thinking
+        teacher.path teacher.revision teacher.trust_remote_code teacher.tokenizer teacher.backend rollout.include_thinking
         teacher.quantization|local teacher
         teacher.dtype|local teacher
         teacher.attn_implementation|local teacher
@@ -426,3 +428,8 @@ def test_a_key_that_an_older_run_did_not_have_is_no_change_at_its_default() -> N
     del old["model"]["lora_targets"]
     assert compared(old, config()) == Changes()
     assert len(compared(old, config(model__lora_targets="q_proj")).refused) == 1
+    del old["teacher"]["tokenizer"]
+    assert compared(old, config()) == Changes()
+    assert len(compared(old, config(teacher__tokenizer="cross")).warned) == 1
+    without = {"dataset_type": "rl", "model": {"path": "student"}}
+    assert compared(to_dict(Config(**without)), to_dict(Config(**without))) == Changes()

@@ -31,7 +31,7 @@ def config(**sections: Any) -> Config:
 @pytest.mark.parametrize("section", ["sampler", "teacher"])
 def test_a_url_is_a_vllm_server(tmp_path: Any, section: str) -> None:
     wrong = config(**{section: {"url": "http://h:1", "backend": "transformers"}})
-    with pytest.raises(ConfigError, match=f"{section}.url names a vLLM server"):
+    with pytest.raises(ConfigError, match=f"{section}.url names a server"):
         prepare(wrong, tmp_path, weights=False)
 
 

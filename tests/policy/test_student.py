@@ -14,6 +14,7 @@ import torch
 from tests.fakes import FakePolicy
 from tests.policy.batches import (
     MASKS,
+    VOCABULARY,
     assert_equal,
     assert_same_gradients,
     gradients,
@@ -23,11 +24,14 @@ from tests.policy.batches import (
 from tests.policy.conftest import MakePolicy
 
 from rnow.algorithm.batching import build_batch
+from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.records import Batch, MicroBatch, SampledEvidence
+from rnow.algorithm.value import Valued, ValueHead
 from rnow.disk.checkpoints import CheckpointStore, export_adapter
 from rnow.errors import RnowError
+from rnow.models.loading import take_apart
 from rnow.policy import student
-from rnow.policy.student import LoraPolicy
+from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.protocols import Policy
 
 TEACHER_ONLY: dict[str, Any] = {"kl_penalty_coef": 1.0}
@@ -527,3 +531,91 @@ def test_conforms_to_the_policy_protocol(make_policy: MakePolicy, kind: str) -> 
     assert state["updates"] == 1
     policy.load_state_dict(state)
     assert policy.state_dict()["updates"] == 1
+
+
+def test_after_running_out_the_largest_pass_is_half_as_large(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(micro_batch_tokens=10_000)
+    batch = make_batch()
+    longest = max(len(item.sample.token_ids) for item in batch.samples)
+    whole = longest * len(batch.samples)
+    tries = _run_out_of_memory_above(monkeypatch, whole - 1)
+    policy.update(batch)
+    assert tries[0] == whole
+    assert max(tries[1:]) <= whole // 2, "10,000 halved would be tried in vain eight times"
+    assert sum(tries[1:]) >= sum(len(item.sample.token_ids) for item in batch.samples)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_what_checkpoints_is_in_training_mode(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    policy = make_policy(gradient_checkpointing=checkpointing)
+    seen: dict[str, bool] = {}
+    original = student.hidden_rows
+
+    def watched(lm: Any, micro: MicroBatch) -> torch.Tensor:
+        seen.update((name, module.training) for name, module in policy.model.named_modules())
+        return original(lm, micro)
+
+    monkeypatch.setattr(student, "hidden_rows", watched)
+    policy.update(make_batch())
+    training = {name for name, on in seen.items() if on}
+    assert bool(training) is checkpointing
+    assert not any("attn" in name or "mlp" in name or "lora" in name for name in training)
+    assert not any(module.training for module in policy.model.modules()), "and none afterwards"
+
+
+# ---- what is trained beside the adapter -----------------------------------------------------------------------------
+
+
+def valued_policy(make_policy: MakePolicy, **optimizer: Any) -> LoraPolicy:
+    plain = make_policy()
+    hidden = plain.lm.head.weight.shape[1]
+    inner = PolicyGradient(reward_coef=1.0, kl_penalty_coef=0.0)
+    objective = Valued(objective=inner, head=ValueHead(hidden, "cpu"))
+    lm = take_apart(plain.model.unload(), vocabulary=VOCABULARY)
+    settings = OptimizerSettings(learning_rate=1e-3, value_learning_rate=1e-2, **optimizer)
+    return LoraPolicy(
+        lm, rank=4, alpha=8, seed=0, base_name="tiny", objective=objective, optimizer=settings
+    )
+
+
+def rewarded_batch(reward: float = 0.7) -> Batch:
+    batch = make_batch()
+    samples = [replace(item, reward_advantage=reward, evidence=None) for item in batch.samples]
+    return build_batch(samples)
+
+
+def test_a_value_head_learns_what_to_expect(make_policy: MakePolicy) -> None:
+    policy = valued_policy(make_policy)
+    batch = rewarded_batch()
+    first = policy.update(batch).metrics
+    for _ in range(60):
+        last = policy.update(batch).metrics
+    assert first["value/mean"] == 0.0
+    assert last["value/mean"] == pytest.approx(0.7, abs=0.1)
+    assert last["value/loss"] < 0.05 * first["value/loss"]
+
+
+def test_it_is_saved_with_the_optimizer_and_not_in_the_adapter(make_policy: MakePolicy) -> None:
+    policy = valued_policy(make_policy)
+    batch = rewarded_batch()
+    policy.update(batch)
+    assert not any("value" in name for name in policy.adapter().tensors)
+    state = {
+        "updates": policy.updates,
+        "moments": {name: t.clone() for name, t in policy.state_dict()["moments"].items()},
+    }
+    adapter = {name: t.clone() for name, t in policy.adapter().tensors.items()}
+    assert state["moments"]["value_head.weight"].any()
+    expected = policy.update(batch).metrics
+    again = valued_policy(make_policy)
+    again.load_adapter(adapter)
+    again.load_state_dict(state)
+    assert again.update(batch).metrics == expected
+    assert_equal(weights(again), weights(policy))
+    del state["moments"]["value_head.weight"]
+    with pytest.raises(ValueError, match=r"no value_head\.weight"):
+        again.load_state_dict(state)

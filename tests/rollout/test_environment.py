@@ -10,8 +10,8 @@ import pytest
 from tests.rollout.families import BY_NAME, TOOLS, Family
 
 from rnow.errors import TemporaryError
-from rnow.rollout.environment import RunCall, SingleTurn, ToolEnvironment
-from rnow.types import Completion, EnvironmentStep, ToolCall, ToolResult
+from rnow.rollout.environment import Episodes, RunCall, SingleTurn, ToolEnvironment
+from rnow.types import Completion, EnvironmentStep, Prompt, ToolCall, ToolResult
 
 QWEN = BY_NAME["qwen3"]
 CALL = '<tool_call>\n{"name": "look_up", "arguments": {"q": "x"}}\n</tool_call>'
@@ -341,3 +341,24 @@ def test_a_single_turn_says_why_it_ended(cut: bool, reason: str) -> None:
 
 def test_a_dialogue_knows_its_format() -> None:
     assert QWEN.dialogue(TOOLS).format.name == "hermes"
+
+
+@pytest.mark.parametrize("sandboxed", [True, False])
+def test_the_episodes_of_a_project_close_what_they_hold(sandboxed: bool) -> None:
+    released: list[str] = []
+
+    async def release(rollout: str) -> None:
+        released.append(rollout)
+
+    prompt = Prompt(id="d/3", dataset="d", row=3, messages=[{"role": "user", "content": "x"}])
+    episodes = Episodes(
+        prompt_token_ids={"d/3": PROMPT},
+        decode=lambda ids: "",
+        dialogues={"d/3": QWEN.dialogue()},
+        run_call=lambda prompt, index: Tools(),
+        release=release if sandboxed else None,
+    )
+    environment = episodes(prompt, 2)
+    assert isinstance(environment, ToolEnvironment)
+    play(environment, completion("done"))
+    assert released == (["d/3#2"] if sandboxed else [])

@@ -239,8 +239,16 @@ def test_out_of_memory_at_one_request_is_an_error(
 ) -> None:
     batches = Batches(monkeypatch)
     batches.fail = {0: torch.OutOfMemoryError("full")}
-    with pytest.raises(RnowError, match="out of memory in sampling with one sequence"):
+    with pytest.raises(RnowError, match="out of memory in sampling with one sequence of 10 tokens"):
         complete_all(sampler_of(lm), [(prompt(4), OPEN, 1)])
+
+
+def test_what_a_token_of_the_cache_takes(lm: CausalLM) -> None:
+    """The budget of a sub-batch is kept by this figure: against a cache that was really filled."""
+    with torch.no_grad():
+        cache = lm.body(input_ids=torch.tensor([prompt(11)]), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kv_bytes_per_token(lm) == held / 11
 
 
 def test_a_rollout_that_waits_on_a_tool_holds_the_batch(

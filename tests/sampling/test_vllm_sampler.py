@@ -27,7 +27,7 @@ from rnow.sampling.vllm_probe import EXACT, QUANTISED, ROUNDED, gap_between, tol
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_settings import LORA_RANKS, VllmSettings
 from rnow.sampling.vllm_worker import fitted
-from rnow.serving.client import Refused
+from rnow.serving.http import Refused
 from rnow.types import Adapter, Completion, SamplingParams
 
 STAND_IN = Path(__file__).with_name("vllm_stand_in.py")

@@ -20,7 +20,7 @@ from rnow.sampling.adapter_files import AdapterFiles
 from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import ServerBackend, padded_ids
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.serving.client import Refused, ServerDown
+from rnow.serving.http import Refused, ServerDown
 from rnow.types import Adapter, SamplingParams
 
 KEY = "k3y"

@@ -78,12 +78,30 @@ def test_what_no_adapter_touches_is_not_copied(student: CausalLM) -> None:
     assert merged.lm.model.get_input_embeddings().weight.data_ptr() == shared
 
 
+def test_nothing_of_the_copy_is_trained(student: CausalLM) -> None:
+    merged = MergedWeights(student)
+    merged.load(make_policy(student).adapter())
+    own = [p for p in merged.lm.model.parameters() if p.data_ptr() not in pointers(student)]
+    assert own, "the merged layers have weights of their own"
+    assert not any(parameter.requires_grad for parameter in own)
+
+
+def pointers(student: CausalLM) -> set[int]:
+    return {parameter.data_ptr() for parameter in student.model.parameters()}
+
+
 def test_the_head_stays_cut(student: CausalLM) -> None:
     assert MergedWeights(student).lm.head.vocabulary == VOCABULARY
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_dora": True}, {"rank_pattern": {"x": 2}}, {"alpha_pattern": {"x": 2}}]
+    "change",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"rank_pattern": {"x": 2}},
+        {"alpha_pattern": {"x": 2}},
+    ],
 )
 def test_adapters_that_are_no_plain_product_are_refused(
     student: CausalLM, change: dict[str, Any]

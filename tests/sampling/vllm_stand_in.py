@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.sampling.vllm_worker import VllmEngine, Worker, send
-from rnow.serving.client import Refused, ServerDown
+from rnow.serving.http import Refused, ServerDown
 
 
 class StandIn(VllmEngine):

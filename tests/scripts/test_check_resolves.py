@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 FILES = {
-    "constraints.txt": ["dev"],
+    "constraints.txt": ["dev", "real"],
     "constraints-cuda.txt": ["vllm", "dev"],
     "constraints-agents.txt": ["agents", "dev"],
 }

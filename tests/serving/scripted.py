@@ -1,4 +1,4 @@
-"""A loopback server that speaks vLLM's API by rote, with faults on demand.
+"""A loopback server that speaks the API of vLLM, SGLang or an OpenAI-compatible server by rote, with faults on demand.
 
 In a test: ``with ScriptedServer() as server: server.faults.append(status(429))``; each request takes one fault off the
 list. As a program (``python scripted.py --model M --served-model-name N --host H --port P``) it stands in for vLLM's.
@@ -27,7 +27,7 @@ Fault = Callable[["Handler", dict[str, Any]], bool]
 
 def logprob(token: int, position: int) -> float:
     """What the scripted model says of ``token`` at ``position``."""
-    return -0.1 - ((token * 7 + position * 3) % 29) / 10
+    return -4.2 - ((token * 7 + position * 3) % 29) / 10
 
 
 def tokenize(text: str) -> list[int]:
@@ -138,11 +138,48 @@ def changed(change: Callable[[dict[str, Any]], None]) -> Fault:
 
 
 def prompt_value(value: object) -> Fault:
-    def change(choice: dict[str, Any]) -> None:
-        for entry in choice["prompt_logprobs"][-1].values():
-            entry["logprob"] = value
+    """The log-probability of a prompt's last token is ``value``, in each protocol."""
 
-    return changed(change)
+    def apply(handler: Handler, answer: dict[str, Any]) -> bool:
+        if "meta_info" in answer:
+            answer["meta_info"]["input_token_logprobs"][-1][0] = value
+        elif "choices" in answer:
+            choice = answer["choices"][0]
+            if choice.get("prompt_logprobs") is not None:
+                for entry in choice["prompt_logprobs"][-1].values():
+                    entry["logprob"] = value
+            elif choice["logprobs"] is not None and len(choice["logprobs"]["tokens"]) > 1:
+                choice["logprobs"]["token_logprobs"][-2] = value
+        return False
+
+    return apply
+
+
+def one_fewer(handler: Handler, answer: dict[str, Any]) -> bool:
+    """The last token of a prompt is not listed."""
+    if "meta_info" in answer:
+        answer["meta_info"]["input_token_logprobs"].pop()
+    elif "choices" in answer:
+        choice = answer["choices"][0]
+        if choice.get("prompt_logprobs") is not None:
+            choice["prompt_logprobs"].pop()
+        elif choice["logprobs"] is not None and len(choice["logprobs"]["tokens"]) > 1:
+            for listed in choice["logprobs"].values():
+                del listed[-2]
+    return False
+
+
+def first_judged(handler: Handler, answer: dict[str, Any]) -> bool:
+    """The very first token has a log-probability, so something stands before it."""
+    if "meta_info" in answer:
+        answer["meta_info"]["input_token_logprobs"][0][0] = -4.0
+    elif "choices" in answer:
+        choice = answer["choices"][0]
+        if choice.get("prompt_logprobs") is not None:
+            choice["prompt_logprobs"][0] = {str(choice["prompt_token_ids"][0]): {"logprob": -4.0}}
+        elif choice["logprobs"] is not None:
+            choice["logprobs"]["token_logprobs"][0] = -4.0
+    return False
 
 
 # ---- the server -----------------------------------------------------------------------------------------------------
@@ -211,12 +248,22 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {}
         if path == "/v1/models":
             entries = [
-                {"id": name, "root": root, "parent": parent, "max_model_len": WINDOW}
+                {
+                    "id": name,
+                    "root": root,
+                    "parent": parent,
+                    "max_model_len": server.window,
+                    "owned_by": server.owned_by,
+                }
                 for name, (root, parent) in server.models.items()
             ]
             return 200, {"object": "list", "data": entries}
-        if path == "/tokenize":
+        if path == "/tokenize" and server.protocol in ("vllm", "sglang"):
             return 200, {"tokens": tokenize(body["prompt"])}
+        if path == "/generate" and server.protocol == "sglang":
+            return self._generate(body)
+        if path == "/generate" and server.protocol == "tgi":
+            return 422, {"error": "missing field `inputs`"}
         if path == "/v1/load_lora_adapter":
             if body["lora_name"] in server.models:
                 return 400, _error("The lora adapter has already been loaded.")
@@ -229,9 +276,97 @@ class Handler(BaseHTTPRequestHandler):
         if path in ("/sleep", "/wake_up") and server.can_sleep:
             server.asleep = path == "/sleep"
             return 200, {}
-        if path == "/v1/completions":
+        if path == "/v1/completions" and server.protocol == "vllm":
             return self._complete(body)
+        if path == "/v1/completions" and server.protocol == "sglang":
+            return 200, {"model": body["model"], "choices": [{"text": "", "logprobs": None}]}
+        if path == "/v1/completions" and server.protocol == "tgi":
+            return 422, {"error": "prompt: data did not match any variant"}
+        if path == "/v1/completions":
+            return self._echo(body)
         return 404, {"detail": "Not Found"}
+
+    def _judged(self, ids: list[int], most: int, listed: int) -> tuple[list[Any], list[Any]]:
+        """What is said of each token of a prompt: its log-probability, and the ``listed`` likeliest ids with theirs."""
+        server = self.server
+        with server.lock:
+            offset = server.replicas[0]
+            server.replicas.append(server.replicas.pop(0))
+        begun = 0 if server.bos is None or ids[:1] == [server.bos] else 1
+        values: list[Any] = [None]
+        top: list[Any] = [None]
+        for position in range(1, len(ids)):
+            place = min(max(position + server.shift, 0), len(ids) - 1)
+            values.append(logprob(ids[place], place + begun) - offset)
+            table = {t: logprob(t, position + begun) - offset for t in range(VOCABULARY)}
+            best = sorted(table, key=lambda t: -table[t])[: min(listed, most)]
+            top.append({t: table[t] for t in best})
+        return values, top
+
+    def _generate(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """As SGLang."""
+        server, ids = self.server, body["input_ids"]
+        if len(ids) >= (server.window or WINDOW):
+            return 400, _error("longer than the model's context length")
+        values, top = self._judged(ids, server.max_listed, body.get("top_logprobs_num", 0))
+        text = body.get("return_text_in_logprobs")
+        start = body["logprob_start_len"] % (len(ids) + 1)
+        meta: dict[str, Any] = {
+            "prompt_tokens": len(ids),
+            "completion_tokens": body["sampling_params"]["max_new_tokens"],
+            "finish_reason": {"type": "length", "length": 0},
+            "input_token_logprobs": [
+                [value, token, server.text(token) if text else None]
+                for value, token in zip(values, ids, strict=True)
+            ][start:],
+            "output_token_logprobs": [],
+        }
+        if body.get("top_logprobs_num"):
+            meta["input_top_logprobs"] = [
+                [[value, t, None] for t, value in entry.items()] if entry else None for entry in top
+            ]
+        if wanted := body.get("token_ids_logprob"):
+            if max(wanted) >= ROWS:
+                self.server.read_past_the_head = True
+            meta["output_token_ids_logprobs"] = [[[math.log(0.01), t, None] for t in wanted]]
+        return 200, {"text": "", "meta_info": meta}
+
+    def _echo(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """As an OpenAI-compatible server; as llama.cpp's, which echoes nothing."""
+        server, ids = self.server, body["prompt"]
+        if body["model"] not in server.models:
+            return 404, _error(f"The model `{body['model']}` does not exist.")
+        strict = server.protocol == "openai-text"
+        known = {"model", "prompt", "max_tokens", "temperature", "echo", "logprobs"}
+        if strict and set(body) - known:
+            return 400, _error("Extra inputs are not permitted")
+        if server.protocol == "llamacpp":
+            if body.get("echo"):
+                return 500, _error("Only no echo is supported")
+            return 200, {"model": body["model"], "choices": [{"text": "", "logprobs": None}]}
+        if len(ids) + body["max_tokens"] > server.limit:
+            return 400, _error("longer than the maximum model length")
+        if not body.get("echo"):
+            return 200, {"model": body["model"], "choices": [{"text": "", "logprobs": None}]}
+        values, top = self._judged(ids, server.max_listed, body["logprobs"])
+
+        def name(token: int) -> str:
+            if body.get("return_tokens_as_token_ids"):
+                return f"token_id:{token}"
+            return server.text(token)
+
+        drawn = (ids[-1] + 1) % VOCABULARY
+        listed = {
+            "tokens": [name(token) for token in [*ids, drawn]],
+            "token_logprobs": [*values, -4.5],
+            "top_logprobs": [
+                entry and {name(t): value for t, value in entry.items()}
+                for entry in [*top, {0: -4.5}]
+            ],
+        }
+        choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": listed}
+        usage = {"prompt_tokens": len(ids), "completion_tokens": 1}
+        return 200, {"model": body["model"], "choices": [choice], "usage": usage}
 
     def _complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         ids = body["prompt"]
@@ -256,13 +391,12 @@ class Handler(BaseHTTPRequestHandler):
             "prompt_logprobs": None,
         }
         if body.get("prompt_logprobs") is not None:
-            top = range(body["prompt_logprobs"])
+            if body["prompt_logprobs"] > self.server.max_listed:
+                return 400, _error("Requested prompt logprobs of more than max_logprobs")
+            values, top = self._judged(ids, len(ids) + VOCABULARY, body["prompt_logprobs"])
             choice["prompt_logprobs"] = [None] + [
-                {
-                    str(t): {"logprob": logprob(t, position), "rank": 1}
-                    for t in {ids[position], *top}
-                }
-                for position in range(1, len(ids))
+                {str(t): {"logprob": one, "rank": 1} for t, one in {**best, token: value}.items()}
+                for token, value, best in zip(ids[1:], values[1:], top[1:], strict=True)
             ]
         if body.get("logprobs") is not None:
             choice["logprobs"] = {
@@ -279,23 +413,54 @@ def _error(message: str) -> dict[str, Any]:
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """``key``: a bearer token, or a whole header. ``faults``: for the next requests, in order; ``always``: for all others. ``pause``: seconds before each answer."""
+    """A server.
+
+    Attributes:
+        protocol: vllm, sglang, openai (tokens named by id where that is asked for), openai-text (only by text), and, for what
+            cannot be a teacher, llamacpp and tgi.
+        key: a bearer token, or a whole header.
+        faults: for the next requests, in order; ``always``: for all others.
+        pause: seconds before each answer.
+        window: what it says of its window; ``limit``: the tokens that it takes where it says nothing.
+        max_listed: how many of the likeliest tokens it lists at most.
+        replicas: nats by which each of the models behind it is off, in turn.
+        shift: by how many positions its log-probabilities are off.
+        bos: an id that it puts before every prompt that lacks it, without telling.
+        names: other texts of tokens.
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int = 0, key: str | None = None) -> None:
+    def __init__(self, port: int = 0, key: str | None = None, protocol: str = "vllm") -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.key = key
         self.faults: list[Fault] = []
         self.always: Fault | None = None
         self.pause = 0.0
+        self.protocol = protocol
+        self.owned_by: str | None = {"openai": None, "openai-text": None}.get(protocol, protocol)
+        self.window: int | None = WINDOW if protocol in ("vllm", "sglang") else None
+        self.limit = 512
+        self.max_listed = VOCABULARY
+        self.replicas = [0.0]
+        self.shift = 0
+        self.bos: int | None = None
+        self.read_past_the_head = False
+        self.names: dict[int, str] = {}
         self.models: dict[str, tuple[str, str | None]] = {"base": ("/models/base", None)}
         self.can_sleep = True
         self.asleep = False
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
+
+    def text(self, token: int) -> str:
+        """What a token stands for."""
+        if token in self.names:
+            return self.names[token]
+        controls = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>", "\n"]
+        return controls[token] if token < 5 else chr(token + 27)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass

@@ -43,6 +43,11 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str, set[str]]] = {
         "forward KL over the teacher's 100 likeliest tokens, a lower bound",
         set(),
     ),
+    "gae": (
+        {"adv_estimator": "gae", "reward_coef": 0.1, "kl_estimator": "sampled"},
+        "ppo, kl_penalty_coef 0.1, gae with lambda 0.95",
+        {"value/mean", "value/loss"},
+    ),
     "with rewards": (
         {"kl_estimator": "exact", "reward_coef": 0.1},
         "reverse KL over the whole vocabulary, and rewards by ppo",

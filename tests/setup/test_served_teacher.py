@@ -14,7 +14,7 @@ from tests.setup.projects import Project, Watcher
 from rnow.errors import ModelError, TemporaryError
 from rnow.setup import build
 from rnow.setup.build import run
-from rnow.teacher.vllm import API_KEY_VARIABLE
+from rnow.teacher.served import API_KEY_VARIABLE
 
 KEY = "k3y-of-the-teacher"
 
@@ -51,12 +51,32 @@ def test_the_key_of_the_projects_env_file(project: Project, server: ScriptedServ
     assert not [name for name in display.stages if name.startswith("starting")]
     assert len(project.numbers) == 2
     for row in project.numbers:
-        # The scripted teacher gives every token -0.1 to -2.9, the untrained student about -4.6.
-        assert -5.5 < row["teacher_kl"] < -0.5
+        # The scripted teacher gives every token -4.2 to -7.0, the untrained student about -4.6.
+        assert -0.5 < row["teacher_kl"] < 3
     judged = [body for body in server.asked("/v1/completions") if "prompt_logprobs" in body]
     assert len(judged) >= 2 * 4 * 2
     for text in (path.read_text() for path in project.run_dir.rglob("*.json*")):
         assert KEY not in text
+
+
+@pytest.mark.parametrize(
+    ("protocol", "estimator"), [("sglang", "topk"), ("openai", "topk"), ("openai-text", "sampled")]
+)
+def test_a_server_of_another_kind(project: Project, protocol: str, estimator: str) -> None:
+    """Found by asking; it judges, and does not answer the held-out prompts."""
+    sections = {
+        "data": {"val_split": 0.25},
+        "evaluation": {"num_samples": 2, "max_prompts": 3, "teacher": True},
+        "trainer": {"max_steps": 1},
+        "algorithm": {"kl_estimator": estimator},
+    }
+    display = Watcher()
+    with ScriptedServer(key=KEY, protocol=protocol) as server:
+        run(config_of(project, server, **sections), folder=project.folder, display=display)
+    (row,) = project.numbers
+    assert -0.5 < row["teacher_kl"] < 3
+    assert [row["name"] for row in project.evaluations] == ["before", "after"]
+    assert any(note.startswith("the teacher's server: asked by") for note in display.notes)
 
 
 def test_the_teacher_answers_the_held_out_prompts(project: Project, server: ScriptedServer) -> None:

@@ -81,13 +81,14 @@ def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
     return Candidate(make=make, logits=logits, tolerance=1e-5)
 
 
-def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], Candidate]:
-    """The vLLM teacher on a server of its own, or on one that was started before."""
+def vllm(how: Literal["managed", "served", "openai"]) -> Callable[[Callable[..., Path]], Candidate]:
+    """The vLLM teacher on a server of its own, or on one that was started before: as vLLM, or as an OpenAI-compatible one."""
 
     def build(tiny_model_dir: Callable[..., Path]) -> Candidate:
         from rnow.serving.server import VllmServer
-        from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
-        from rnow.teacher.vllm_server import Asking, TeacherServerSettings
+        from rnow.teacher.served import API_KEY_VARIABLE, Asking, ServedTeacher
+        from rnow.teacher.vllm import VllmTeacher
+        from rnow.teacher.vllm_server import TeacherServerSettings
 
         folder = tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=1)
         log = folder.parent / f"teacher-{how}.log"
@@ -133,9 +134,12 @@ def vllm(how: Literal["managed", "served"]) -> Callable[[Callable[..., Path]], C
         asyncio.run(server.start())
         patch.setenv(API_KEY_VARIABLE, server._key)
 
-        def served(temperature: float, micro_batch_tokens: int | None) -> VllmTeacher:
+        def served(temperature: float, micro_batch_tokens: int | None) -> ServedTeacher:
             asking = Asking(max_concurrency=min(micro_batch_tokens or 1, 4))
-            return VllmTeacher.served(server.url, temperature=temperature, asking=asking)
+            protocol = "openai" if how == "openai" else "auto"
+            return ServedTeacher.at(
+                server.url, protocol=protocol, temperature=temperature, asking=asking
+            )
 
         def stop() -> None:
             server.stop()
@@ -156,6 +160,7 @@ CANDIDATES = [
     pytest.param(embedded, id="transformers"),
     pytest.param(vllm("managed"), id="vllm-managed", marks=pytest.mark.vllm),
     pytest.param(vllm("served"), id="vllm-served", marks=pytest.mark.vllm),
+    pytest.param(vllm("openai"), id="vllm-openai", marks=pytest.mark.vllm),
 ]
 
 

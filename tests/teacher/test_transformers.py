@@ -15,12 +15,13 @@ from tests.teacher.conformance import VOCABULARY, make_sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnow.algorithm import head
-from rnow.algorithm.batching import build_batch, build_training_samples
-from rnow.algorithm.records import TeacherNeeds
-from rnow.errors import ModelError, StopRequested
+from rnow.algorithm.batching import build_batch, build_training_samples, evidence_tensors
+from rnow.algorithm.records import SAMPLED, TeacherNeeds
+from rnow.errors import ModelError, RnowError, StopRequested
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.sampling.transformers import TransformersSampler
 from rnow.teacher import load_teacher
+from rnow.teacher import transformers as teacher_module
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.types import Completion, Sample
 
@@ -205,3 +206,57 @@ def test_prompt_rows_never_reach_the_head(lm: CausalLM) -> None:
     with watch(VOCABULARY) as tall:
         TransformersTeacher(lm).score_now([make_sample("a", 60, loss=[50, 51, 52])])
     assert tall.rows == 3
+
+
+# ---- out of memory --------------------------------------------------------------------------------------------------
+
+
+def run_out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """Refuse passes of more padded tokens; the list fills with the size of each try."""
+    tries: list[int] = []
+    original = teacher_module.hidden_rows
+
+    def limited(lm: Any, micro: Any) -> torch.Tensor:
+        tries.append(micro.token_ids.numel())
+        if tries[-1] > tokens:
+            raise torch.OutOfMemoryError(f"{tries[-1]} tokens\nsecond line")
+        return original(lm, micro)
+
+    monkeypatch.setattr(teacher_module, "hidden_rows", limited)
+    return tries
+
+
+@pytest.mark.parametrize(
+    "needs", [SAMPLED, TeacherNeeds(top_k=5), TeacherNeeds(hidden=True)], ids=str
+)
+def test_out_of_memory_halves_the_pass_and_says_the_same(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch, needs: TeacherNeeds
+) -> None:
+    samples = [make_sample(str(index), 20, first=index) for index in range(5)]
+    teacher = TransformersTeacher(lm)
+    expected = {name: evidence_tensors(e) for name, e in teacher.score_now(samples, needs).items()}
+    tries = run_out_of_memory_above(monkeypatch, 40)
+    found = teacher.score_now(samples, needs)
+    assert tries == [100, 40, 60, 20, 40], "halves of halves, each once"
+    assert found.keys() == expected.keys()
+    for name, evidence in found.items():
+        for field, tensor in evidence_tensors(evidence).items():
+            torch.testing.assert_close(tensor, expected[name][field], atol=1e-5, rtol=0)
+
+
+def test_one_sample_that_does_not_fit_is_an_error(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_out_of_memory_above(monkeypatch, 19)
+    with pytest.raises(RnowError, match="teacher scoring with one sequence of 20 tokens") as caught:
+        TransformersTeacher(lm).score_now([make_sample("a", 20), make_sample("b", 20)])
+    assert "teacher.quantization" in (caught.value.fix or "")
+
+
+def test_other_faults_are_not_taken_for_it(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(lm: Any, micro: Any) -> torch.Tensor:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(teacher_module, "hidden_rows", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        TransformersTeacher(lm).score_now([make_sample("a", 20), make_sample("b", 20)])

@@ -1,11 +1,8 @@
-"""The served teacher against a scripted server: what it scores, what it checks, and the faults it survives."""
+"""A teacher on a scripted vLLM: one that rnow starts, its deaths, and answering as vLLM does."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
-import math
 import os
 import signal
 import sys
@@ -19,43 +16,30 @@ import torch
 from tests.conftest import character_tokenizer
 from tests.serving import scripted
 from tests.serving.scripted import (
-    DEEP,
-    DIGITS,
     VOCABULARY,
     ScriptedServer,
-    body,
-    bomb,
     changed,
-    cut,
-    drip,
-    flood,
-    hang_up,
-    html,
     logprob,
-    prompt_value,
-    slow,
-    status,
 )
 from tests.teacher.conformance import make_sample, pids
 
-from rnow.algorithm.records import TeacherNeeds, TopKEvidence
 from rnow.errors import (
     EXIT_TEMPORARY,
     ConfigError,
     ModelError,
-    StopRequested,
     TemporaryError,
 )
 from rnow.processes.process import StartFailed
-from rnow.protocols import Sampler, Teacher
-from rnow.serving import client as client_module
+from rnow.protocols import Sampler
+from rnow.serving import http as http_module
 from rnow.serving import server as server_module
-from rnow.serving.client import BadAnswer, Refused, ServerDown
+from rnow.serving.http import BadAnswer, ServerDown
 from rnow.serving.server import VllmServer
 from rnow.teacher import vllm, vllm_server
+from rnow.teacher.served import API_KEY_VARIABLE, Asking, ServedTeacher
 from rnow.teacher.vllm import VllmTeacher
 from rnow.teacher.vllm_sampler import VllmTeacherSampler
-from rnow.teacher.vllm_server import Asking, TeacherServerSettings
+from rnow.teacher.vllm_server import TeacherServerSettings
 from rnow.types import Adapter, Completion, Sample, SamplingParams
 
 SAMPLES = [make_sample(f"dataset_0/{i}#0", 6 + i, first=i) for i in range(12)]
@@ -69,9 +53,9 @@ def server() -> Iterator[ScriptedServer]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(http_module, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(server_module, "START_TIMEOUT", 20.0)
-    monkeypatch.delenv(vllm.API_KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +63,9 @@ def tokenizer() -> Any:
     return character_tokenizer()
 
 
-def served(
-    server: ScriptedServer, model: str | None = "base", api_key: str | None = None, **asking: Any
-) -> VllmTeacher:
-    return VllmTeacher.served(
-        server.url, model, api_key=api_key, asking=Asking(**{"timeout": 2.0} | asking)
+def served(server: ScriptedServer, **asking: Any) -> ServedTeacher:
+    return ServedTeacher.at(
+        server.url, "base", protocol="vllm", asking=Asking(**{"timeout": 2.0} | asking)
     )
 
 
@@ -106,339 +88,6 @@ def assert_right(found: Any, samples: list[Sample]) -> None:
         torch.testing.assert_close(found[sample.id].teacher_logprobs, torch.tensor(expected))
 
 
-# ---- scoring --------------------------------------------------------------------------------------------------------
-
-
-def test_only_loss_tokens_by_sample_id(server: ScriptedServer) -> None:
-    teacher = served(server)
-    assert isinstance(teacher, Teacher)
-    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
-    asked = server.asked("/v1/completions")
-    assert sorted(body["prompt"] for body in asked) == sorted(
-        list(sample.token_ids) for sample in SAMPLES
-    )
-
-
-def test_what_follows_the_last_loss_token_is_not_sent(server: ScriptedServer) -> None:
-    sample = make_sample("a", 20, loss=[4, 5, 9])
-    assert_right(run(served(server).score([sample])), [sample])
-    (body,) = server.asked("/v1/completions")
-    assert body["prompt"] == list(sample.token_ids[:10])
-
-
-def test_a_sample_without_loss_tokens_costs_no_request(server: ScriptedServer) -> None:
-    sample = make_sample("a", 5, loss=[])
-    assert_right(run(served(server).score([sample])), [sample])
-    assert server.requests == []
-
-
-@pytest.mark.parametrize("most", [1, 4])
-def test_concurrency_is_bounded(server: ScriptedServer, most: int) -> None:
-    server.pause = 0.03
-    assert_right(run(served(server, max_concurrency=most).score(SAMPLES)), SAMPLES)
-    assert server.most_in_flight == most
-
-
-def test_the_only_model_needs_no_name(server: ScriptedServer) -> None:
-    assert_right(run(served(server, model=None).score(SAMPLES)), SAMPLES)
-
-
-def test_the_key_is_given_or_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    with ScriptedServer(key="k3y") as server:
-        with pytest.raises(TemporaryError, match="Unauthorized"):
-            run(served(server).score(SAMPLES))
-        monkeypatch.setenv(vllm.API_KEY_VARIABLE, "k3y")
-        assert_right(run(served(server).score(SAMPLES)), SAMPLES)
-        with pytest.raises(TemporaryError, match="Unauthorized"):
-            run(served(server, api_key="wrong").score(SAMPLES))
-        monkeypatch.delenv(vllm.API_KEY_VARIABLE)
-        assert_right(run(served(server, api_key="k3y").score(SAMPLES)), SAMPLES)
-
-
-@pytest.mark.parametrize("temperature", [0.7, 2.0])
-def test_a_temperature_is_refused(temperature: float, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="temperature"):
-        VllmTeacher.served("http://127.0.0.1:1", temperature=temperature)
-    with pytest.raises(ConfigError, match="temperature"):
-        VllmTeacher.managed(settings_of(tmp_path), temperature=temperature)
-
-
-# ---- faults while training ------------------------------------------------------------------------------------------
-
-
-def test_a_server_that_is_unwell_for_a_while(server: ScriptedServer) -> None:
-    server.faults += [status(429), status(500), hang_up, html, slow(0.2), status(503), status(429)]
-    assert_right(run(served(server).score(SAMPLES)), SAMPLES)
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        status(500),
-        status(429),
-        status(401),
-        slow(2),
-        hang_up,
-        html,
-        prompt_value(math.nan),
-        prompt_value(0.1),
-        changed(lambda choice: choice["prompt_logprobs"].pop()),
-        cut,
-        bomb,
-        flood,
-        drip,
-        body(DEEP),
-        body(DIGITS),
-        body("\x00\xff garbage"),
-        prompt_value(-(10**400)),
-        prompt_value([[]]),
-    ],
-    ids=[
-        "500",
-        "429",
-        "401",
-        "slow",
-        "hang-up",
-        "html",
-        "nan",
-        "positive",
-        "count",
-        "cut",
-        "bomb",
-        "flood",
-        "drip",
-        "deep",
-        "digits",
-        "garbage",
-        "huge",
-        "lists",
-    ],
-)
-def test_a_server_that_stays_unwell_stops_the_run_for_now(
-    server: ScriptedServer, fault: scripted.Fault
-) -> None:
-    """Exit 75 with the state saved, not 2: training is under way."""
-    server.faults += [slow(0)] * 3
-    server.always = fault
-    before = time.monotonic()
-    with pytest.raises(TemporaryError) as caught:
-        run(served(server, timeout=0.5).score(SAMPLES))
-    assert caught.value.exit_code == 75
-    assert server.url in caught.value.message
-    assert time.monotonic() - before < 5
-
-
-def test_samples_that_fail_together_are_one_error(
-    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """asyncio shows a traceback of every failure that nobody looked at."""
-
-    async def fail(*given: object) -> None:
-        raise BadAnswer("no")
-
-    monkeypatch.setattr(VllmTeacher, "_judge", fail)
-    with pytest.raises(TemporaryError):
-        run(served(server).score(SAMPLES))
-    gc.collect()
-    assert not [record for record in caplog.records if record.name == "asyncio"]
-
-
-def test_nobody_there() -> None:
-    with pytest.raises(ServerDown):
-        run(
-            VllmTeacher.served("http://127.0.0.1:9", "base", asking=Asking(timeout=0.3)).score(
-                SAMPLES
-            )
-        )
-
-
-def test_a_stop_is_noticed_while_waiting(
-    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vllm, "_POLL", 0.05)
-    server.always = slow(3)
-    seen = []
-
-    def poll() -> None:
-        seen.append(1)
-        if len(seen) == 3:
-            raise StopRequested
-
-    before = time.monotonic()
-    with pytest.raises(StopRequested):
-        run(served(server, timeout=30, poll=poll).score(SAMPLES))
-    assert time.monotonic() - before < 2
-
-
-# ---- checks before training -----------------------------------------------------------------------------------------
-
-
-def test_a_good_server_passes(server: ScriptedServer, tokenizer: Any) -> None:
-    found = run(served(server, model=None).check(tokenizer, VOCABULARY, longest=63))
-    assert found.warnings == ()
-    assert found.padding_mass == pytest.approx(0.04), "four ids of one hundredth each"
-
-
-def test_no_padding(server: ScriptedServer, tokenizer: Any) -> None:
-    found = run(served(server).check(tokenizer, scripted.ROWS))
-    assert found.padding_mass == 0.0
-
-
-def test_an_old_server_cannot_say_how_much_padding(server: ScriptedServer, tokenizer: Any) -> None:
-    server.always = changed(
-        lambda choice: choice["logprobs"] and choice["logprobs"].update(top_logprobs=[{}])
-    )
-    found = run(served(server).check(tokenizer, VOCABULARY))
-    assert found.padding_mass is None
-    assert len(found.warnings) == 1
-
-
-def test_another_model(server: ScriptedServer, tokenizer: Any) -> None:
-    with pytest.raises(ModelError, match="no model 'Qwen/Qwen3-4B'") as caught:
-        run(served(server, model="Qwen/Qwen3-4B").check(tokenizer, VOCABULARY))
-    assert caught.value.details == ("served: base",)
-    server.models["more"] = ("/models/more", None)
-    with pytest.raises(ModelError, match="serves 2 models"):
-        run(served(server, model=None).check(tokenizer, VOCABULARY))
-
-
-def test_another_tokenizer(server: ScriptedServer, tokenizer: Any) -> None:
-    server.faults += [slow(0), slow(0), status(200, '{"tokens": [57, 1, 2]}')]
-    with pytest.raises(ModelError, match="reads text differently from token 1 on") as caught:
-        run(served(server).check(tokenizer, VOCABULARY))
-    assert caught.value.title == "Student and teacher tokenizers differ"
-    assert caught.value.where == "teacher.url"
-
-
-def test_no_tokenize_is_a_warning(server: ScriptedServer, tokenizer: Any) -> None:
-    server.faults += [slow(0), slow(0), status(404)]
-    found = run(served(server).check(tokenizer, VOCABULARY))
-    assert len(found.warnings) == 1
-    assert "/tokenize" in found.warnings[0]
-
-
-def test_sequences_that_do_not_fit(server: ScriptedServer, tokenizer: Any) -> None:
-    with pytest.raises(ModelError, match="up to 63 tokens, the run has up to 64") as caught:
-        run(served(server).check(tokenizer, VOCABULARY, longest=64))
-    assert "--max-model-len 65" in (caught.value.fix or "")
-
-
-def test_answers_that_change(server: ScriptedServer, tokenizer: Any) -> None:
-    server.models["adapter"] = ("/a", "base")
-    answers = iter(range(1, 1000))
-    server.always = changed(
-        lambda choice: (
-            choice["prompt_logprobs"]
-            and choice["prompt_logprobs"][-1].update(
-                {str(choice["prompt_token_ids"][-1]): {"logprob": -1.0 * next(answers)}}
-            )
-        )
-    )
-    with pytest.raises(BadAnswer, match="differ by 1 nats"):
-        run(served(server).check(tokenizer, VOCABULARY))
-
-
-def test_rounding_that_goes_with_the_batch_is_no_change(
-    server: ScriptedServer, tokenizer: Any
-) -> None:
-    """A bfloat16 server that others use as well."""
-    answers = iter(range(1, 1000))
-    server.always = changed(
-        lambda choice: (
-            choice["prompt_logprobs"]
-            and choice["prompt_logprobs"][-1].update(
-                {str(choice["prompt_token_ids"][-1]): {"logprob": -9.0 - 0.1 * (next(answers) % 2)}}
-            )
-        )
-    )
-    run(served(server).check(tokenizer, VOCABULARY))
-    assert next(answers) > 2, "it was asked twice"
-
-
-def test_a_server_with_adapters_is_asked_one_at_a_time(
-    server: ScriptedServer, tokenizer: Any
-) -> None:
-    server.models["adapter"] = ("/a", "base")
-    teacher = served(server, max_concurrency=8)
-    run(teacher.check(tokenizer, VOCABULARY))
-    server.pause, server.most_in_flight = 0.02, 0
-    assert_right(run(teacher.score(SAMPLES)), SAMPLES)
-    assert server.most_in_flight == 1
-
-
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
-        (status(500), ModelError),
-        (status(401), Refused),
-        (hang_up, ModelError),
-        (html, BadAnswer),
-        (prompt_value(math.nan), BadAnswer),
-        (slow(4), ModelError),
-        (cut, ModelError),
-        (bomb, BadAnswer),
-        (flood, BadAnswer),
-        (drip, ModelError),
-        (body(DEEP), BadAnswer),
-        (prompt_value(-(10**400)), BadAnswer),
-    ],
-    ids=[
-        "500",
-        "401",
-        "hang-up",
-        "html",
-        "nan",
-        "slow",
-        "cut",
-        "bomb",
-        "flood",
-        "drip",
-        "deep",
-        "huge",
-    ],
-)
-def test_a_bad_server_before_training_is_bad_input(
-    server: ScriptedServer, tokenizer: Any, fault: scripted.Fault, error: type[Exception]
-) -> None:
-    def only_scores(handler: Any, answer: dict[str, Any]) -> bool:
-        scores = "choices" in answer and answer["choices"][0]["prompt_logprobs"]
-        return bool(scores) and fault(handler, answer)
-
-    server.always = only_scores
-    with pytest.raises(error) as caught:
-        run(served(server, timeout=1.5).check(tokenizer, VOCABULARY))
-    assert caught.value.exit_code == 2  # type: ignore[attr-defined]
-    assert caught.value.where == "teacher.url"  # type: ignore[attr-defined]
-    assert caught.value.fix, "what to do next"  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("fault", [slow(5), hang_up, cut, drip, html, status(503)])
-def test_who_does_not_say_what_it_serves_is_given_ten_seconds(
-    server: ScriptedServer, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, fault: scripted.Fault
-) -> None:
-    """However long an answer may take later."""
-    assert vllm.CONNECT_SECONDS == 10
-    monkeypatch.setattr(vllm, "CONNECT_SECONDS", 0.4)
-    server.always = fault
-    before = time.monotonic()
-    with pytest.raises(ModelError) as caught:
-        run(served(server, timeout=600.0).check(tokenizer, VOCABULARY))
-    assert caught.value.exit_code == 2
-    assert server.url in caught.value.message
-    assert time.monotonic() - before < 4
-
-
-@pytest.mark.parametrize(
-    "entry", [{"id": 5}, {"id": "base", "max_model_len": "60"}, {"id": "base", "root": []}, 7]
-)
-def test_a_list_of_models_that_is_none(
-    server: ScriptedServer, tokenizer: Any, entry: object
-) -> None:
-    server.always = body(json.dumps({"data": [entry]}))
-    with pytest.raises(BadAnswer, match="list of models"):
-        run(served(server).check(tokenizer, VOCABULARY))
-
-
 # ---- a server that rnow starts --------------------------------------------------------------------------------------------
 
 
@@ -458,11 +107,7 @@ def managed(tmp_path: Path) -> Iterator[Callable[..., VllmTeacher]]:
             arguments=arguments,
             command=(sys.executable, scripted.__file__),
         )
-        made.append(
-            VllmTeacher(
-                server=server, model="teacher", where="teacher.path", asking=Asking(timeout=10)
-            )
-        )
+        made.append(VllmTeacher(server, asking=Asking(timeout=10)))
         return made[-1]
 
     yield make
@@ -592,6 +237,11 @@ def test_a_teacher_that_answers_too_prefills_prompts_whole_on_a_cpu(
         assert f"--max-num-seqs {64 if on_gpu else 8}" in line
 
 
+def test_a_temperature_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="temperature"):
+        VllmTeacher.managed(settings_of(tmp_path), temperature=0.7)
+
+
 def test_without_vllm_a_managed_teacher_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -638,7 +288,7 @@ class Server:
 
 
 def on(server: Any) -> VllmTeacher:
-    return VllmTeacher(server=server, model="teacher", where="teacher.path", asking=Asking())
+    return VllmTeacher(server, asking=Asking())
 
 
 def nap(server: Server, times: int = 1, *, down: tuple[str, ...] = ()) -> None:
@@ -699,58 +349,13 @@ def test_a_server_told_to_change_when_cancelled_is_told_again() -> None:
     assert server.events == ["start", "wake_up", "sleep"]
 
 
-# ---- the likeliest tokens -------------------------------------------------------------------------------------------
-
-
-def test_top_k_evidence(server: ScriptedServer) -> None:
-    sample = make_sample("a", 8, loss=[3, 6, 7])
-    evidence = run(served(server).score([sample], TeacherNeeds(top_k=3)))["a"]
-    assert isinstance(evidence, TopKEvidence)
-    (body,) = server.asked("/v1/completions")
-    assert body["prompt_logprobs"] == 3
-    for row, position in enumerate((3, 6, 7)):
-        token = sample.token_ids[position]
-        # The scripted server lists ids 0 to 2 and the given one.
-        listed = {t: logprob(t, position) for t in {0, 1, 2, token}}
-        best = sorted(listed, key=lambda t: -listed[t])[:3]
-        assert evidence.ids[row].tolist() == best
-        assert evidence.logprobs[row].tolist() == pytest.approx([listed[t] for t in best])
-        assert evidence.teacher_logprobs[row] == pytest.approx(logprob(token, position))
-
-
-def test_a_server_that_lists_too_few_is_told_from_its_check(
-    server: ScriptedServer, tokenizer: Any
-) -> None:
-    def refuses(handler: Any, answer: dict[str, Any]) -> bool:
-        asked = handler.server.requests[-1][1].get("prompt_logprobs")
-        return bool(asked) and status(400, '{"error": {"message": "too many"}}')(handler, answer)
-
-    server.always = refuses
-    with pytest.raises(Refused) as caught:
-        run(served(server, top_k=50).check(tokenizer, VOCABULARY))
-    assert "--max-logprobs 50" in (caught.value.fix or "")
-    assert caught.value.where == "teacher.url"
-
-
-def test_a_padding_id_among_the_likeliest_is_an_error(
-    server: ScriptedServer, tokenizer: Any
-) -> None:
-    teacher = served(server, top_k=2)
-    run(teacher.check(tokenizer, VOCABULARY))
-    server.always = changed(
-        lambda choice: choice["prompt_logprobs"][-1].update({str(VOCABULARY): {"logprob": -0.01}})
-    )
-    with pytest.raises(TemporaryError, match=f"id {VOCABULARY} among its 2 likeliest"):
-        run(teacher.score(SAMPLES, TeacherNeeds(top_k=2)))
-
-
 # ---- the teacher answers itself -------------------------------------------------------------------------------------
 
 PROMPT = (5, 9, 77)
 PADDING = range(VOCABULARY, scripted.ROWS)
 
 
-def answer(teacher: VllmTeacher, count: int = 1, **changes: Any) -> list[Completion]:
+def answer(teacher: ServedTeacher, count: int = 1, **changes: Any) -> list[Completion]:
     sampler = VllmTeacherSampler(teacher, vocabulary=VOCABULARY, padding=PADDING)
     params = SamplingParams(**{"max_tokens": 5, "stop_token_ids": (80,), "top_k": 7} | changes)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from tests.teacher.conformance import VOCABULARY, make_sample, pids
 import rnow
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.processes import leash
+from rnow.serving.find import ServerProtocol
+from rnow.teacher.served import Asking, ServedTeacher
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.teacher.vllm import VllmTeacher
 from rnow.teacher.vllm_server import TeacherServerSettings
@@ -67,7 +70,7 @@ def teacher(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     made.close()
 
 
-def assert_like_transformers(teacher: VllmTeacher, lm: CausalLM, samples: list[Sample]) -> None:
+def assert_like_transformers(teacher: ServedTeacher, lm: CausalLM, samples: list[Sample]) -> None:
     found = asyncio.run(teacher.score(samples))
     expected = TransformersTeacher(lm).score_now(samples)
     assert found.keys() == expected.keys()
@@ -103,6 +106,36 @@ def test_the_same_numbers_as_transformers(teacher: VllmTeacher, lm: CausalLM) ->
     lengths = [2, 3, 50, 127, 128, 129, 300, WINDOW]
     samples = [make_sample(f"s{length}", length, first=length) for length in lengths]
     assert_like_transformers(teacher, lm, samples)
+
+
+@pytest.mark.parametrize("way", ["vllm", "openai by id", "openai by text"])
+def test_both_endpoints_of_a_server(
+    teacher: VllmTeacher, lm: CausalLM, folder: Path, way: str
+) -> None:
+    """vLLM's own question and the OpenAI-compatible one, with tokens named by id and by text: one answer."""
+    from transformers import AutoTokenizer
+
+    asyncio.run(teacher.start())
+    protocol, _, named = way.partition(" ")
+    by_text = named == "by text"
+    served = ServedTeacher.at(
+        teacher._server.url,
+        protocol=cast(ServerProtocol, protocol),
+        api_key=teacher._server._key,
+        asking=Asking(top_k=0 if by_text else 20, max_concurrency=1),
+    )
+    if by_text:
+        served._use(served._clients[1])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = asyncio.run(served.check(tokenizer, VOCABULARY, longest=WINDOW, rows=ROWS))
+    assert [text for text in found.warnings if "padding" not in text] == []
+    assert found.noise < TOLERANCE
+    assert "does not reach a prompt" in found.summary
+    if not by_text:
+        ids = list(range(5, 25))
+        assert asyncio.run(served._clients[0].prompt_top_logprobs(ids, model="teacher", top_k=20))
+    samples = [make_sample(f"s{length}", length, first=length) for length in (2, 50, 129, WINDOW)]
+    assert_like_transformers(served, lm, samples)
 
 
 def test_the_key_is_in_no_log_and_no_command_line(teacher: VllmTeacher) -> None:

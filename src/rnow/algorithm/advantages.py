@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ from rnow.types import RewardResult, RolloutGroup
 
 STD_EPSILON = 1e-6
 
-AdvantageEstimator = Literal["grpo", "reinforce"]
+AdvantageEstimator = Literal["grpo", "reinforce", "gae"]
 
 
 def reward_advantages(
@@ -23,12 +24,15 @@ def reward_advantages(
     Args:
         rewards: one inner sequence per group; groups may differ in size.
         estimator: ``grpo`` centres by the group mean and, with ``scale``, divides by the group's population standard
-            deviation plus 1e-6 (Shao et al. 2024, eq. 3); ``reinforce`` centres by the mean of the whole batch.
+            deviation plus 1e-6 (Shao et al. 2024, eq. 3); ``reinforce`` centres by the mean of the whole batch; ``gae`` leaves
+            them as they are, for ``value.Valued``.
         scale: the division of ``grpo``; ``reinforce`` ignores it.
 
     Returns:
         Advantages in the shape of ``rewards``.
     """
+    if estimator == "gae":
+        return [list(group) for group in rewards]
     groups = [torch.tensor(list(group), dtype=torch.float64) for group in rewards]
     if estimator == "reinforce":
         sizes = [group.numel() for group in groups]
@@ -44,14 +48,15 @@ def rollout_advantages(
     *,
     scale: bool,
 ) -> dict[str, float]:
-    """Advantage by rollout id: 0 without a reward. A rollout that failed, of which no reward worked, or of which one failed
+    """Advantage by rollout id: 0 without a reward (NaN with ``gae``, where 0 is a reward like others). A rollout that failed, of which no reward worked, or of which one failed
     that worked for others of its group, says nothing about those: it has 0 too, and does not count in its group's mean. A
     reward that failed for all of a group is 0 for all, which is no difference between them."""
     judged = [_comparable(group, rewards) for group in groups]
     values = reward_advantages(
         [[rewards[key].total for key in group] for group in judged], estimator, scale=scale
     )
-    advantages = {rollout.id: 0.0 for group in groups for rollout in group.rollouts}
+    none = math.nan if estimator == "gae" else 0.0
+    advantages = {rollout.id: none for group in groups for rollout in group.rollouts}
     for keys, found in zip(judged, values, strict=True):
         advantages |= zip(keys, found, strict=True)
     return advantages

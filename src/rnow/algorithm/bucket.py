@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnow.algorithm.exact import SUMMARIES as DIRECT_SUMMARIES
 from rnow.algorithm.head import Head
@@ -65,6 +65,11 @@ class TopKDivergence:
     def summaries(self) -> Mapping[str, Summary]:
         """See ``Objective.summaries``."""
         return {**SUMMARIES, **(REWARD_SUMMARIES if self.rewarded.reward_coef else {})}
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """See ``Objective.parameters``."""
+        return {}
 
     def describe(self) -> str:
         """See ``Objective.describe``."""

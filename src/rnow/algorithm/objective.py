@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnow.algorithm.head import Head
 from rnow.algorithm.records import MicroBatch, TeacherNeeds
@@ -62,6 +62,11 @@ class Objective(Protocol):
     def summaries(self) -> Mapping[str, Summary]:
         """Metric name -> the stream it sums up, in the order in which they are logged. ``loss`` is among them: an update
         whose loss is not finite is skipped."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What it trains beside the adapter, by name."""
         ...
 
     def describe(self) -> str:

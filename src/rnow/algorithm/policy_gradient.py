@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnow.algorithm.baseline import SUMMARIES as BASELINE_SUMMARIES
 from rnow.algorithm.baseline import KlBaseline, OptimalBaseline
+from rnow.algorithm.chunks import SUMMARIES as CHUNK_SUMMARIES
+from rnow.algorithm.chunks import Chunks
 from rnow.algorithm.head import Head, selected_logprobs
 from rnow.algorithm.objective import Summary, Terms
 from rnow.algorithm.records import MicroBatch, TeacherNeeds
-from rnow.algorithm.surrogate import LossName, token_losses
+from rnow.algorithm.surrogate import LossName, discounted_sum, token_losses
 
 K3_EXPONENT_LIMIT = 20.0
 
@@ -35,6 +37,7 @@ SUMMARIES: Mapping[str, Summary] = {
     "teacher_kl/k3": Summary(stream="teacher_kl/k3"),
     "kl_clamp_fraction": Summary(stream="kl_clamped", over_updates="largest"),
     "teacher_kl/{dataset}": Summary(stream="teacher_kl", by_dataset=True),
+    **CHUNK_SUMMARIES,
 }
 
 
@@ -64,6 +67,11 @@ class PolicyGradient:
         """See ``Objective.summaries``."""
         return SUMMARIES if self.baseline is None else {**SUMMARIES, **BASELINE_SUMMARIES}
 
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """See ``Objective.parameters``."""
+        return {}
+
     def describe(self) -> str:
         """See ``Objective.describe``."""
         parts = [self.loss_fn, f"kl_penalty_coef {self.kl_penalty_coef:g}"]
@@ -79,13 +87,14 @@ class PolicyGradient:
         selected = selected_logprobs(
             hidden, head, micro.tokens.targets, temperature=self.temperature, look=baseline
         )
-        teacher = micro.evidence.get("teacher_logprobs")
+        teacher, chunks = micro.evidence.get("teacher_logprobs"), Chunks.of(micro.evidence)
         if baseline is not None:
             teacher = baseline.teacher_logprobs
         shaped = shape_advantages(
             micro.reward_advantages,
             selected.logprobs,
             teacher,
+            chunks=chunks,
             kl_penalty_coef=self.kl_penalty_coef,
             reward_coef=self.reward_coef,
             kl_clamp=self.kl_clamp,
@@ -115,8 +124,11 @@ class PolicyGradient:
         if teacher is not None and shaped.teacher_kl is not None:
             streams["teacher_logprobs"] = teacher
             streams["teacher_kl"] = shaped.teacher_kl
-            streams["teacher_kl/k3"] = k3(live, teacher)
             streams["kl_clamped"] = shaped.clamped
+            if chunks is None:
+                streams["teacher_kl/k3"] = k3(live, teacher)
+            else:
+                streams |= chunks.streams()
         if baseline is not None:
             streams["kl_baseline"] = baseline.values
         return Terms(losses=found.losses, streams=streams)
@@ -140,14 +152,16 @@ def shape_advantages(
     kl_penalty_coef: float,
     reward_coef: float,
     kl_clamp: float,
+    chunks: Chunks | None = None,
     baseline: Tensor | None = None,
     kl_discount: float = 0.0,
     counts: Sequence[int] = (),
 ) -> ShapedAdvantages:
     """``A_t = reward_coef * A_reward - kl_penalty_coef * KL_t`` of R loss tokens, detached.
 
-    With ``kl_discount`` g, KL_t is the sum over s >= t of g^(s-t) KL_s within its rollout, the ``counts`` of whose loss tokens
-    make up the R. ``baseline`` ``[R]`` is subtracted from it.
+    With ``chunks``, KL_t is that of the token's whole chunk, and so is what the clamp bounds; the ``teacher_kl`` returned is
+    the token's share, whose mean is the KL per token. With ``kl_discount`` g, KL_t is the sum over s >= t of g^(s-t) KL_s
+    within its rollout, the ``counts`` of whose loss tokens make up the R. ``baseline`` ``[R]`` is subtracted from it.
 
     The student's logprobs are the trainer's own at the time of the update: they are there anyway, carry no sampler
     error, and stay fresh when one batch is used for several updates. The KL term is neither centred nor divided by a
@@ -161,7 +175,8 @@ def shape_advantages(
             clamped=torch.zeros_like(advantages, dtype=torch.bool),
         )
     teacher_kl = logprobs.detach() - teacher_logprobs
-    signal = teacher_kl.clamp(-kl_clamp, kl_clamp)
+    credit = teacher_kl if chunks is None else chunks.credit(teacher_kl)
+    signal = credit.clamp(-kl_clamp, kl_clamp)
     if kl_discount:
         signal = torch.cat([discounted_sum(part, kl_discount) for part in signal.split([*counts])])
     if baseline is not None:
@@ -169,18 +184,8 @@ def shape_advantages(
     return ShapedAdvantages(
         advantages=advantages - kl_penalty_coef * signal,
         teacher_kl=teacher_kl,
-        clamped=teacher_kl.abs() > kl_clamp,
+        clamped=credit.abs() > kl_clamp,
     )
-
-
-def discounted_sum(values: Tensor, discount: float) -> Tensor:
-    """``[L]``: at t the sum over s >= t of discount^(s-t) values_s, in log2(L) additions."""
-    total, step = values, 1
-    while step < len(values):
-        following = torch.nn.functional.pad(total[step:], (0, step))
-        total = total + discount**step * following
-        step *= 2
-    return total
 
 
 def k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:

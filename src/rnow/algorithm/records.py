@@ -58,7 +58,24 @@ class HiddenEvidence:
     teacher: str
 
 
-Evidence = SampledEvidence | TopKEvidence | HiddenEvidence
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkEvidence:
+    """What a teacher with another tokenizer says: a probability of each chunk of an answer, the shortest stretches that the
+    tokens of both cut out.
+
+    Attributes:
+        teacher_logprobs: float32 ``[L]``, natural log; over the tokens of a chunk they add up to the teacher's of it, in
+            equal shares. A token in no chunk has its sampler's own, so that it counts as no difference.
+        chunk_starts: bool ``[L]``, where a chunk begins, or tokens without one. True at the first token.
+        teacher_tokens: int64 ``[L]``, how many tokens of the teacher's the token's chunk has; 0 of a token in no chunk.
+    """
+
+    teacher_logprobs: Tensor
+    chunk_starts: Tensor
+    teacher_tokens: Tensor
+
+
+Evidence = SampledEvidence | TopKEvidence | HiddenEvidence | ChunkEvidence
 """What a teacher returns per sample, as its caller needs it."""
 
 

@@ -55,3 +55,13 @@ def token_losses(
 def importance_ratio(logprobs: Tensor, sampler_logprobs: Tensor) -> Tensor:
     """exp(clamp(log p_now - log p_sampler, -20, 20)) of R tokens."""
     return torch.exp((logprobs - sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def discounted_sum(values: Tensor, discount: float) -> Tensor:
+    """``[L]``: at t the sum over s >= t of discount^(s-t) values_s, in log2(L) additions."""
+    total, step = values, 1
+    while step < len(values):
+        following = torch.nn.functional.pad(total[step:], (0, step))
+        total = total + discount**step * following
+        step *= 2
+    return total

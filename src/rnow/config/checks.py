@@ -26,6 +26,7 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from _out_of_range(config, ())
     yield from _without_its_teacher(config)
     yield from _unknown_to_its_engine(config)
+    yield from _across_tokenizers(config)
     yield from _without_signal(config)
     yield from _unknown_to_its_estimator(config)
     yield from _truncated(config)
@@ -63,6 +64,51 @@ def _unknown_to_its_engine(config: Schema) -> Iterator[Problem]:
             )
 
 
+def _across_tokenizers(config: Schema) -> Iterator[Problem]:
+    """What only works on tokens that student and teacher share."""
+    if config.teacher is None or config.teacher.tokenizer != "cross":
+        return
+    algorithm, rollout = config.algorithm, config.rollout
+    for key, holds, why, hint in (
+        (
+            "algorithm.kl_estimator",
+            algorithm.kl_estimator in ("auto", "sampled"),
+            "its distribution over tokens is one over other tokens than the student's",
+            "set kl_estimator: sampled",
+        ),
+        (
+            "algorithm.kl_baseline",
+            algorithm.kl_baseline == "none",
+            "its distribution over tokens is one over other tokens than the student's",
+            "set kl_baseline: none",
+        ),
+        (
+            "algorithm.kl_discount",
+            algorithm.kl_discount == 0,
+            "the KL of a chunk belongs to all of its tokens, and has no order within",
+            "set kl_discount: 0",
+        ),
+        (
+            "rollout.temperature",
+            rollout.temperature == 1,
+            "tempering token by token is another distribution of texts in other tokens",
+            "set temperature: 1",
+        ),
+        (
+            "evaluation.teacher",
+            config.evaluation.teacher is not True,
+            "held-out prompts are answered in the student's tokens",
+            "set teacher: auto",
+        ),
+    ):
+        if not holds:
+            yield Problem(
+                path=tuple(key.split(".")),
+                message=f"{key.rpartition('.')[2]} cannot go with teacher.tokenizer cross: {why}",
+                hint=f"{hint}, or use a teacher with the student's tokenizer",
+            )
+
+
 def _without_signal(config: Schema) -> Iterator[Problem]:
     """Settings under which every advantage is 0, or the rewards' part of it."""
     algorithm, data = config.algorithm, config.data
@@ -80,6 +126,8 @@ def _without_signal(config: Schema) -> Iterator[Problem]:
             message="reward_coef is 0, so nothing would be learned: the KL of rl is that to the student's own start",
             hint="set reward_coef above 0, or follow a teacher with dataset_type: distill",
         )
+    if algorithm.adv_estimator == "gae":
+        return  # judged against what the value head expects
     in_group = algorithm.adv_estimator == "grpo"
     compared = data.group_size if in_group else data.group_size * data.batch_size
     if algorithm.reward_coef > 0 and compared == 1:
@@ -96,7 +144,9 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
     """What only another way of estimating the KL can do."""
     algorithm, teacher = config.algorithm, config.teacher
     estimator, divergence = algorithm.kl_estimator, algorithm.divergence
-    if estimator == "auto" and (algorithm.kl_baseline != "none" or algorithm.kl_discount > 0):
+    crossed = teacher is not None and teacher.tokenizer == "cross"
+    of_sampled = algorithm.kl_baseline != "none" or algorithm.kl_discount > 0
+    if estimator == "auto" and (crossed or of_sampled):
         estimator = "sampled"  # the only one that knows them
     served = teacher is not None and (teacher.url is not None or teacher.backend == "vllm")
     if estimator == "exact" and served:

@@ -174,6 +174,11 @@ class TeacherSection(Section):
     )
     revision: Text | None = key(None, REVISION)
     trust_remote_code: bool = key(False, REMOTE_CODE)
+    tokenizer: Literal["same", "cross"] = key(
+        "same",
+        "`cross`: the teacher reads prompt and answer with its own tokenizer and chat template, and judges chunks of text; one "
+        "turn, `kl_estimator: sampled`, temperature 1.",
+    )
     attn_implementation: Text | None = key(
         None, KERNEL, "transformers' choice", reader="local teacher"
     )
@@ -182,9 +187,15 @@ class TeacherSection(Section):
     )
     url: Url | None = key(
         None,
-        "Address of a vLLM server that serves the teacher; its key in RNOW_TEACHER_API_KEY. `path` still names the model.",
+        "Address of a server that serves the teacher; its key in RNOW_TEACHER_API_KEY. `path` still names the model.",
         "none",
         change="free",
+    )
+    protocol: Literal["auto", "vllm", "sglang", "openai"] = key(
+        "auto",
+        "How the server at `url` is asked: `auto` takes the first that it answers. openai: /v1/completions with echo and logprobs.",
+        change="free",
+        reader="vllm teacher",
     )
     served_model: Text | None = key(
         None, "Name of the teacher at `url`.", "the only one it serves", reader="vllm teacher"
@@ -217,10 +228,14 @@ class AlgorithmSection(Section):
     )
     adv_estimator: Literal["grpo", "gae", "reinforce"] = key(
         "grpo",
-        "How rewards become advantages: against the group, or against the batch.",
+        "How rewards become advantages: against the group (`grpo`), the batch (`reinforce`), or a value head that learns beside "
+        "the adapter (`gae`).",
         change="refuse",
-        reserved=reserved("gae", instead="use adv_estimator: grpo or reinforce"),
     )
+    gae_lambda: float = key(
+        0.95, "gae: 1 judges a token by the reward, 0 by the value of the next state.", ge=0, le=1
+    )
+    value_learning_rate: Above0 = key(1e-3, "gae: constant learning rate of the value head.")
     kl_penalty_coef: AtLeast0 = key(
         0.1,
         "Weight of the teacher KL. With `reward_coef: 0` it only scales the loss, which Adam cancels.",

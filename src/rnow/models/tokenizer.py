@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rnow.errors import ModelError
+from rnow.models.ids import role_of
 from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
 from rnow.protocols import Tokenizer
@@ -102,7 +103,7 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
 
 
 def require_chat_template(tokenizer: Tokenizer, *, path: str, key: str) -> None:
-    """Refuse a student without a chat template.
+    """Refuse a model without a chat template. ``key`` names it in the config.
 
     Raises:
         ModelError: with the two ways to get one.
@@ -112,7 +113,7 @@ def require_chat_template(tokenizer: Tokenizer, *, path: str, key: str) -> None:
             f"'{path}' has no chat template",
             title="No chat template",
             where=key,
-            why="the template turns the messages of train.jsonl into the student's prompt",
+            why=f"the template turns the messages of train.jsonl into the {role_of(key)}'s prompt",
             fix="use the instruct variant of the model, or put its chat_template.jinja into a local copy of the folder",
         )
 
@@ -336,7 +337,8 @@ class _Pair:
             where=self.where,
             details=details,
             why="the teacher scores the student's token ids, so every id must mean the same to both",
-            fix="use a teacher of the student's family (Qwen/Qwen3-32B for Qwen/Qwen3-8B)",
+            fix="use a teacher of the student's family (Qwen/Qwen3-32B for Qwen/Qwen3-8B), or let it read with its own "
+            "tokenizer: teacher.tokenizer: cross",
         )
 
 

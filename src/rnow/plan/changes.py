@@ -26,6 +26,7 @@ FACTS: Mapping[str, tuple[str, Change]] = {
     "student_config": ("the student's config.json", "refuse"),
     "teacher_weights": ("the teacher's weights", "evaluates"),
     "teacher_config": ("the teacher's config.json", "evaluates"),
+    "teacher_tokenizer": ("the teacher's tokenizer", "evaluates"),
     "tokenizer_hash": ("the tokenizer", "refuse"),
     "stop_ids": ("what ends an answer (the stop ids of student and teacher)", "shapes"),
     "template_date": ("the date that chat templates print", "shapes"),
@@ -40,8 +41,8 @@ FACTS: Mapping[str, tuple[str, Change]] = {
 }
 ADDED = frozenset(
     {
-        "student_config", "teacher_weights", "teacher_config", "stop_ids", "template_date", "rewards_modules",
-        "tools_modules", "threads",
+        "student_config", "teacher_weights", "teacher_config", "teacher_tokenizer", "stop_ids", "template_date",
+        "rewards_modules", "tools_modules", "threads",
     }
 )  # fmt: skip
 """Facts that runs of earlier versions do not state (nor all others: the weights of a served teacher). None is unknown, and no
@@ -49,7 +50,10 @@ change."""
 # Nothing to warn of when a run continues, but what an earlier start sampled or measured may have other numbers.
 SILENT: Mapping[str, Change] = {"teacher_revision": "evaluates", "versions": "shapes"}
 
-ADDED_KEYS: Mapping[str, object] = {"model.lora_targets": ["all-linear"]}
+ADDED_KEYS: Mapping[str, object] = {
+    "model.lora_targets": ["all-linear"],
+    "teacher.tokenizer": "same",
+}
 """Keys that earlier versions did not have, as those behaved."""
 
 
@@ -118,7 +122,7 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
         if before.get(dotted(path)) == kept:
             del before[dotted(path)]  # written by a version that still had the key
     if before:
-        before = {**ADDED_KEYS, **before}
+        before = {key: ADDED_KEYS[key] for key in ADDED_KEYS.keys() & after.keys()} | before
     falling = after.get("trainer.lr_schedule", "constant") != "constant"
     lines: list[tuple[Change, str]] = [
         (_kind(key, readers, falling=falling), f"{key}: {before.get(key)} -> {after.get(key)}")

@@ -46,6 +46,8 @@ def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
 def teacher_answers(config: Config, shape: ModelShape) -> bool:
     """``evaluation.teacher`` with ``auto`` decided: whether the teacher, of this shape, answers the held-out prompts too."""
     asked, teacher = config.evaluation.teacher, config.teacher
+    if teacher is not None and teacher.tokenizer == "cross":
+        return False  # it cannot answer in the student's tokens
     if asked != "auto":
         return asked
     served = teacher is not None and teacher_backend(teacher) == "vllm"
@@ -61,9 +63,24 @@ def kl_estimator(config: Config) -> Estimator:
     if algorithm.kl_estimator != "auto":
         return algorithm.kl_estimator
     of_sampled = algorithm.kl_baseline != "none" or algorithm.kl_discount > 0
-    if teacher is None or of_sampled or algorithm.kl_penalty_coef == 0:
+    crossed = teacher is not None and teacher.tokenizer == "cross"
+    if teacher is None or crossed or of_sampled or algorithm.kl_penalty_coef == 0:
         return "sampled"
     return "exact" if teacher_backend(teacher) == "transformers" else "topk"
+
+
+def describe_signal(config: Config) -> str:
+    """What the teacher says of each token, in a line; empty where nobody is asked."""
+    algorithm = config.algorithm
+    if config.teacher is None and (config.dataset_type != "rl" or algorithm.kl_penalty_coef == 0):
+        return ""
+    estimator = kl_estimator(config)
+    if estimator == "sampled":
+        return "sampled: the teacher's log-probability of each sampled token"
+    kind = "jsd" if algorithm.divergence == "jsd" else f"{algorithm.divergence} KL"
+    if estimator == "exact":
+        return f"exact: {kind} over the teacher's whole distribution"
+    return f"topk: {kind} over its {algorithm.teacher_top_k} likeliest tokens and a bucket for the rest"
 
 
 def reads_hidden_states(config: Config) -> bool:

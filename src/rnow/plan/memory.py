@@ -288,7 +288,7 @@ def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
 def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple[int, Stage]:
     """The same where the parts in ``turns`` are on the card one at a time; the others are always there."""
     found: list[tuple[int, Stage]] = []
-    owners = {part.owner for part in parts if part.owner is not None}
+    owners: set[Part] = {part.owner for part in parts if part.owner is not None}
     for owner in owners.intersection(turns):
         there = [part for part in parts if part.owner == owner or part.owner not in turns]
         most, stage = peak(there)

@@ -18,6 +18,7 @@ from rnow.plan.choices import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_MAX_TURNS,
     LAYER_SECONDS,
+    describe_signal,
     reads_hidden_states,
     slow_paths,
     teacher_answers,
@@ -128,6 +129,7 @@ class Plan:
     """
 
     dataset_type: str
+    signal: str
     tools: tuple[str, ...]
     max_turns: int
     run_dir: str
@@ -209,6 +211,7 @@ def build_plan(
     checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
+        signal=describe_signal(config),
         tools=tuple(prepared.tools),
         max_turns=(config.rollout.max_turns or DEFAULT_MAX_TURNS) if prepared.tools else 1,
         run_dir=str(run_dir),
@@ -279,7 +282,7 @@ def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
     """What the teacher's own answers to the held-out prompts cost, or that there are none."""
     prepared, shape = layout.prepared, layout.shapes.get(TEACHER)
     config, held_out = prepared.config, len(prepared.project.dataset.held_out)
-    if shape is None or not held_out:
+    if shape is None or not held_out or layout.prepared.models[TEACHER].role.crosses:
         return ()
     section = config.evaluation
     answers = min(held_out, section.max_prompts) * section.num_samples

@@ -15,6 +15,7 @@ from rnow.errors import ConfigError, InputError
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
+from rnow.plan.crossed import refuse_tools
 from rnow.plan.engines import cards_of, check_engines
 from rnow.plan.rendered import Rendered, ToolSchemas, render_prompts
 from rnow.plan.roles import STUDENT, Models, Role, RunModel, roles_of
@@ -52,6 +53,7 @@ class Prepared:
     notices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     warn: Callable[[str], None] = lambda text: None
+    note: Callable[[str], None] = lambda text: None
 
     @property
     def student(self) -> RunModel:
@@ -123,6 +125,7 @@ def prepare(
     roles = roles_of(config)
     if training:  # what is not trained is rehearsed, by transformers alone
         check_engines(roles)
+        refuse_tools(roles.values(), agentic=is_agentic(folder, config))
     for role in roles.values():
         key = f"{role.key}.path"
         check_model_id(role.section.path, key=key, base_dir=folder)
@@ -246,7 +249,7 @@ def _check_served(config: Config) -> None:
     for key, section in (("sampler", config.sampler), ("teacher", teacher)):
         if section is not None and section.url is not None and section.backend == "transformers":
             raise ConfigError(
-                f"{key}.url names a vLLM server, but {key}.backend is transformers",
+                f"{key}.url names a server, but {key}.backend is transformers",
                 where=f"{key}.backend",
                 fix=f"set {key}.backend: vllm, or remove {key}.url",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from rnow.models.tokenizer import (
     stop_token_ids,
     vocabulary_size,
 )
+from rnow.plan.crossed import Crossed, cross_tokenizers
 from rnow.plan.roles import STUDENT, Models, RunModel, teachers_of
 from rnow.project.dataset import oversized_rows_error, place_of
 from rnow.protocols import Tokenizer
@@ -65,6 +66,7 @@ class Rendered:
         template_date: the date that chat templates wrote into the prompts; None when none reads it.
         dialogues: the tools a prompt may use, by name -> how they are shown and called; empty without tools.
         warnings: what the user should know, each one sentence.
+        crossed: by role, how a teacher with another tokenizer reads them. ``vocabulary`` and ``window`` are not its.
     """
 
     tokenizer: Tokenizer
@@ -75,6 +77,19 @@ class Rendered:
     template_date: datetime | None
     dialogues: Mapping[tuple[str, ...], Dialogue]
     warnings: tuple[str, ...]
+    crossed: Mapping[str, Crossed] = field(default_factory=dict)
+
+    def tokenizer_of(self, role: str) -> Tokenizer:
+        """What a model reads with."""
+        return self.crossed[role].crossing.tokenizer if role in self.crossed else self.tokenizer
+
+    def vocabulary_of(self, role: str) -> int:
+        """Ids of a model that count: above are padding rows."""
+        return self.crossed[role].vocabulary if role in self.crossed else self.vocabulary
+
+    def window_of(self, role: str) -> int:
+        """The most tokens that a model reads at once."""
+        return self.crossed[role].window if role in self.crossed else self.window
 
     @property
     def longest_prompt(self) -> int:
@@ -108,14 +123,17 @@ def render_prompts(
     now = now or local_time()
     tokenizer = _load_tokenizer(student, now)
     require_chat_template(tokenizer, path=student.resolved.path, key=f"{student.role.key}.path")
-    window = choose_window(config.rollout.max_context_window, models)
+    alike = {name: model for name, model in models.items() if not model.role.crosses}
+    window = choose_window(config.rollout.max_context_window, alike)
     mode = config.rollout.reasoning_mode
     texts, altered = _render(tokenizer, prompts, mode, tools)
     ids = encode_texts(tokenizer, list(texts.values()))
 
-    found = _compare(tokenizer, models, prompts, texts, ids, mode, tools, now)
-    warnings = [*altered, *_rope_warnings(models, window), *found.warnings]
-    vocabulary = _cut_to_rows(found.vocabulary, models, warnings)
+    found = _compare(tokenizer, alike, prompts, texts, ids, mode, tools, now)
+    warnings = [*altered, *_rope_warnings(alike, window), *found.warnings]
+    vocabulary = _cut_to_rows(found.vocabulary, alike, warnings)
+    crossed = _cross(tokenizer, models, prompts, texts, found.stop_token_ids, mode, window, now)
+    warnings += [note for view in crossed.values() for note in view.notes]
     token_ids = {name: tuple(row) for name, row in zip(texts, ids, strict=True)}
     dialogues = _load_dialogues(tokenizer, prompts, tools or {}, found.stop_token_ids, mode)
     _check_known(prompts, token_ids, vocabulary)
@@ -130,9 +148,10 @@ def render_prompts(
         vocabulary=vocabulary,
         window=window,
         prompt_token_ids=token_ids,
-        template_date=template_date(tokenizer),
+        template_date=_date_in(tokenizer, *(view.crossing.tokenizer for view in crossed.values())),
         dialogues=dialogues,
         warnings=tuple(warnings),
+        crossed=crossed,
     )
 
 
@@ -176,6 +195,43 @@ def _compare(
     return TokenizerAgreement(
         vocabulary=vocabulary, stop_token_ids=tuple(sorted(stops)), warnings=tuple(warnings)
     )
+
+
+def _cross(
+    tokenizer: Tokenizer,
+    models: Models,
+    prompts: Sequence[Prompt],
+    texts: Mapping[str, str],
+    stops: Sequence[int],
+    mode: str | None,
+    window: int,
+    now: datetime,
+) -> dict[str, Crossed]:
+    """How the teachers with tokenizers of their own read the prompts, by role."""
+    crossed = {}
+    for teacher in teachers_of(models):
+        if not teacher.role.crosses:
+            continue
+        own, key = _load_tokenizer(teacher, now), f"{teacher.role.key}.path"
+        require_chat_template(own, path=teacher.resolved.path, key=key)
+        theirs, _ = _render(own, prompts, mode, None, whose=teacher.role.name)
+        crossed[teacher.role.name] = cross_tokenizers(
+            models[STUDENT],
+            teacher,
+            (tokenizer, own),
+            prompts,
+            (texts, theirs),
+            stop_ids=stops,
+            window=window,
+            limit=model_limit(teacher.resolved.local_dir),
+        )
+    return crossed
+
+
+def _date_in(*tokenizers: Tokenizer) -> datetime | None:
+    """The date that one of their templates wrote."""
+    dates = map(template_date, tokenizers)
+    return next((date for date in dates if date is not None), None)
 
 
 def _load_dialogues(
@@ -256,7 +312,12 @@ def model_limit(local_dir: Path) -> int | None:
 
 
 def _render(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], mode: str | None, tools: ToolSchemas | None
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    mode: str | None,
+    tools: ToolSchemas | None,
+    *,
+    whose: str = STUDENT,
 ) -> tuple[dict[str, str], list[str]]:
     """The prompts as text by id, and what to say of those that could not stay as they are."""
     texts: dict[str, str] = {}
@@ -269,11 +330,11 @@ def _render(
     for prompt, found in zip(prompts, written, strict=True):
         if isinstance(found, TemplateFault):
             raise InputError(
-                f"the chat template refuses this conversation: {one_line(found)}",
+                f"the {whose}'s chat template refuses this conversation: {one_line(found)}",
                 title="Prompt does not fit the chat template",
                 where=place_of(prompt),
                 details=[f"roles: {', '.join(str(m.get('role')) for m in prompt.messages)}"],
-                fix="change the row to what the student's chat template accepts",
+                fix=f"change the row to what the {whose}'s chat template accepts",
             )
         texts[prompt.id] = found.text
         if found.altered is not None:

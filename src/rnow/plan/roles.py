@@ -63,6 +63,11 @@ class Role:
         return self.backend == "vllm" and self.serving.url is None
 
     @property
+    def crosses(self) -> bool:
+        """Whether it reads with a tokenizer of its own: its ids are not the student's."""
+        return isinstance(self.section, TeacherSection) and self.section.tokenizer == "cross"
+
+    @property
     def device(self) -> torch.device:
         """Where it is loaded. Raises ModelError for a device that does not exist."""
         return choose_device(self.section.device, key=f"{self.key}.device")

@@ -37,7 +37,6 @@ def plan_source(config: Config, project: Project) -> SourcePlan:
     """
     data, trainer, algorithm = config.data, config.trainer, config.algorithm
     dataset = project.dataset
-    assert algorithm.adv_estimator != "gae", "refused by refuse_reserved"
     steps = dataset.num_steps(data.batch_size, trainer.num_epochs)
     steps = min(steps, trainer.max_steps or steps)
     prompts_of = partial(dataset.batch, batch_size=data.batch_size, seed=config.seed)

@@ -58,6 +58,8 @@ def _facts(plan: Plan) -> Table:
         "trainable",
         f"{_count(plan.trainable_parameters)} LoRA parameters ({share:.2%} of the student)",
     )
+    if plan.signal:
+        row("signal", plan.signal)
     held = f", {plan.held_out:,} held out" if plan.held_out else ""
     row("prompts", f"{plan.prompts:,}{held}; the longest has {plan.longest_prompt:,} tokens")
     row(

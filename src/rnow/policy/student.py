@@ -28,7 +28,8 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW and its learning rate; ``total_updates`` is where a falling schedule reaches 0."""
+    """AdamW and its learning rate; ``total_updates`` is where a falling schedule reaches 0. ``value_learning_rate``: constant, of
+    what the objective trains beside the adapter."""
 
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -38,6 +39,7 @@ class OptimizerSettings:
     schedule: ScheduleName = "constant"
     total_updates: int = 1
     updates_per_batch: int = 1
+    value_learning_rate: float = 1e-3
 
     def rate_of(self, update: int) -> float:
         """Learning rate of the ``update``-th optimizer step (from 0): linear warm-up over ``warmup_updates``, then constant,
@@ -93,12 +95,16 @@ class LoraPolicy:
         self._poll = poll
         self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
         self._parameters = dict(trainable_parameters(self.model))
+        self._beside = dict(objective.parameters)
         self._float16 = any(p.dtype == torch.float16 for p in self.model.parameters())
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        groups = [{"params": list(self._parameters.values())}]
+        if self._beside:
+            groups.append({"params": list(self._beside.values())})
         self._adamw = torch.optim.AdamW(
-            list(self._parameters.values()),
+            groups,
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
@@ -126,9 +132,9 @@ class LoraPolicy:
         for _ in range(self._settings.updates_per_batch):
             # A stop between two updates would leave a step half done: only the first can be interrupted.
             found = self._accumulate(batch, interruptible=first is None)
-            norm = torch.nn.utils.clip_grad_norm_(
-                self._parameters.values(), self._settings.max_grad_norm
-            ).item()
+            norm = self._clip(self._parameters)
+            # On its own: a value far off must not shrink the adapter's step.
+            beside = self._clip(self._beside)
             zero_gradient = zero_gradient and norm == 0.0
             rate = self._settings.rate_of(self._updates)
             current = found.metrics(self._objective.summaries, datasets)
@@ -138,12 +144,14 @@ class LoraPolicy:
                 if summary.over_updates == "largest" and name in current:
                     metrics[name] = max(metrics[name], current[name])
             metrics |= {"grad_norm": norm, "lr": rate}
-            if not (math.isfinite(norm) and math.isfinite(current.get("loss", 0.0))):
+            if not all(map(math.isfinite, (norm, beside, current.get("loss", 0.0)))):
                 skipped = "non-finite"
                 self._adamw.zero_grad(set_to_none=True)
                 break
-            for group in self._adamw.param_groups:
-                group["lr"] = rate
+            adapter, *others = self._adamw.param_groups
+            adapter["lr"] = rate
+            for group in others:
+                group["lr"] = self._settings.value_learning_rate
             self._adamw.step()
             self._adamw.zero_grad(set_to_none=True)
             self._updates += 1
@@ -175,6 +183,11 @@ class LoraPolicy:
             finally:
                 self.model.eval()
 
+    def _clip(self, parameters: Mapping[str, torch.nn.Parameter]) -> float:
+        """Bound the norm of their gradient; the norm before."""
+        limit = self._settings.max_grad_norm
+        return torch.nn.utils.clip_grad_norm_(parameters.values(), limit).item()
+
     def _plan(self, batch: Batch, lengths: Sequence[int]) -> list[list[int]]:
         """Micro-batches of indices, each read by one teacher's head."""
         by_head: dict[str | None, list[int]] = {}
@@ -196,7 +209,7 @@ class LoraPolicy:
         if micro.tokens.targets.numel() == 0:
             return
         if self._float16:
-            parameters = list(self._parameters.values())
+            parameters = [*self._parameters.values(), *self._beside.values()]
             terms = add_gradients(partial(self._terms, micro), parameters, num_loss_tokens)
         else:
             terms = self._terms(micro)
@@ -247,9 +260,10 @@ class LoraPolicy:
         return self._updates
 
     def state_dict(self) -> PolicyState:
-        """See ``Policy.state_dict``. Moments are named ``<parameter>.<exp_avg | exp_avg_sq>``."""
-        moments = {}
-        for name, parameter in self._parameters.items():
+        """See ``Policy.state_dict``. Moments are named ``<parameter>.<exp_avg | exp_avg_sq>``; what is trained beside the adapter
+        is among them by its own name."""
+        moments = {name: parameter.detach() for name, parameter in self._beside.items()}
+        for name, parameter in self._trained.items():
             state = self._adamw.state.get(parameter, {})
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state:
@@ -266,7 +280,12 @@ class LoraPolicy:
         self._updates = state["updates"]
         self._adamw.state.clear()
         moments = state["moments"]
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._beside.items():
+            if name not in moments or moments[name].shape != parameter.shape:
+                raise ValueError(f"it holds no {name} of this model's size")
+            with torch.no_grad():
+                parameter.copy_(moments[name])
+        for name, parameter in self._trained.items():
             saved = _saved_name(name)
             if f"{saved}.exp_avg" in moments:
                 for key in ("exp_avg", "exp_avg_sq"):
@@ -297,8 +316,12 @@ class LoraPolicy:
         """Move these too: what a sampler made of the base, and keeps for itself."""
         self._offload.take_along(tensors)
 
+    @property
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return self._parameters | self._beside
+
     def _live(self) -> Iterator[Tensor]:
-        yield from self._parameters.values()
+        yield from self._trained.values()
         for state in self._adamw.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 

@@ -20,7 +20,8 @@ from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_link import Message, WorkerLink
 from rnow.sampling.vllm_padding import EXTENSION
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.serving.client import Generated, Refused, ServerDown
+from rnow.serving.client import Generated
+from rnow.serving.http import Refused, ServerDown
 from rnow.serving.server import START_TIMEOUT, card_environment, require_vllm
 from rnow.types import SamplingParams
 

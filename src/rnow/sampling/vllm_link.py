@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 from rnow import progress
-from rnow.serving.client import Refused, ServerDown
+from rnow.serving.http import Refused, ServerDown
 
 _CHUNK = 1 << 20
 _POLL = 1.0

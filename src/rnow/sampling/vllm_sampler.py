@@ -22,7 +22,8 @@ from rnow.errors import (
 from rnow.sampling.adapter_files import AdapterFiles, StoredAdapter
 from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_probe import WRONG, Gap, Reference, gap_between, tolerance_of
-from rnow.serving.client import Generated, Refused, ServerDown
+from rnow.serving.client import Generated
+from rnow.serving.http import Refused, ServerDown
 from rnow.tasks import ask_again
 from rnow.types import Adapter, Completion, FinishReason, SamplingParams
 

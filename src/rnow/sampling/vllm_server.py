@@ -12,7 +12,8 @@ from rnow.models.tokenizer import config_value
 from rnow.sampling.adapter_files import StoredAdapter
 from rnow.sampling.vllm_backend import Backend
 from rnow.sampling.vllm_settings import VllmSettings
-from rnow.serving.client import Generated, Refused, ServerDown, VllmClient
+from rnow.serving.client import Generated, VllmClient
+from rnow.serving.http import Refused, ServerDown
 from rnow.serving.reach import CONNECT_SECONDS
 from rnow.tasks import run_anywhere
 from rnow.types import SamplingParams

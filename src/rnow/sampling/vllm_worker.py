@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from rnow.sampling.gate import Gate
 from rnow.sampling.vllm_link import Message
-from rnow.serving.client import Refused, ServerDown
+from rnow.serving.http import Refused, ServerDown
 
 if TYPE_CHECKING:
     from vllm.logprobs import SampleLogprobs  # pyright: ignore[reportMissingImports]

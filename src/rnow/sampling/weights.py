@@ -32,6 +32,10 @@ def sampling_mode(student: CausalLM) -> SamplingMode:
     return "shared"
 
 
+OTHER_FORMS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+"""What PEFT's config says of an adapter that is not ``lora_alpha / r * B A`` in every layer."""
+
+
 class MergedWeights:
     """A second set of module objects over the student's base in which every LoRA target has a weight of its own.
 
@@ -51,13 +55,12 @@ class MergedWeights:
         """Merge ``adapter`` into this copy.
 
         Raises:
-            ModelError: the adapter is of a kind that has no plain product form (DoRA, per-layer ranks).
+            ModelError: the adapter is of a kind that has no plain product form (DoRA, rsLoRA, per-layer ranks).
         """
         config = adapter.config
-        if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        if any(config.get(name) for name in OTHER_FORMS):
             raise ModelError("only plain LoRA adapters can be merged for sampling")
-        rank = config["r"]
-        scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+        scale = config["lora_alpha"] / config["r"]
         for name, down in adapter.tensors.items():
             if not name.endswith(_DOWN):
                 continue

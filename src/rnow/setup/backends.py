@@ -23,6 +23,7 @@ from rnow.setup.models import (
     answer_with,
     build_student,
     load_model,
+    read_across,
     score_with,
 )
 from rnow.setup.vllm import (
@@ -32,7 +33,7 @@ from rnow.setup.vllm import (
     teacher_sampler,
     trainer_tolerance,
 )
-from rnow.training.residency import Part, Residency
+from rnow.training.residency import Part, Residency, Sleeper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,5 +212,6 @@ class _Loader:
             if evaluated:
                 answering = answer_with(prepared, lm, self.poll)
         if in_turns:
+            assert isinstance(teacher, Sleeper), "only what runs here takes turns"
             self.gpu.add(part, teacher)
-        return teacher, answering
+        return read_across(prepared, model, teacher), answering

@@ -56,7 +56,7 @@ from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Tokenizer
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
-from rnow.serving.client import LOOK_AT_SERVER
+from rnow.serving.http import LOOK_AT_SERVER
 from rnow.setup.addresses import check_addresses
 from rnow.setup.backends import Backends, load_backends
 from rnow.setup.evaluations import build_evaluations
@@ -79,7 +79,8 @@ from rnow.setup.usercode import (
     single_turns,
 )
 from rnow.tasks import run_anywhere
-from rnow.teacher.vllm import CHECK_SECONDS, VllmTeacher
+from rnow.teacher.cross import CrossTeacher
+from rnow.teacher.served import CHECK_SECONDS, ServedTeacher
 from rnow.training.loop import Parts, Workers, train
 from rnow.training.recorder import Recorder
 from rnow.training.saver import Saver
@@ -164,6 +165,7 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
     prepared = replace(
         prepare(config, folder, weights=True, fresh=fresh),
         warn=display.warn,
+        note=display.note,
     )
     _tell(prepared, display)
     may_take_turns(config)  # refused before anything is written, as what follows
@@ -554,7 +556,7 @@ class _Run:
             backends.sampler.load_policy(backends.policy.adapter(), version=0)
         settings = rollout_settings(self._prepared, "test", group_size=1)
         teacher = backends.teacher
-        if isinstance(teacher, VllmTeacher):
+        if isinstance(teacher, ServedTeacher | CrossTeacher):
             teacher = teacher.hurried(CHECK_SECONDS)
         found = await run_selfcheck(
             self._prepared.project.dataset.prompts,

@@ -47,6 +47,8 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
     for role, model in prepared.models.items():
         models |= {role: redact(model.resolved.path), f"{role}_revision": model.resolved.revision}
         models |= {f"{role}_config": config_fingerprint(model.resolved.local_dir)}
+        if model.role.crosses:
+            models |= {f"{role}_tokenizer": tokenizer_hash(model.resolved.local_dir)}
         # Of a model at a server the weights here, if any, are not those that run.
         here = model.role.trained or model.role.serving.url is None
         models[f"{role}_weights"] = weights_fingerprint(model.resolved.local_dir) if here else None

@@ -15,9 +15,11 @@ from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import Rendered
 from rnow.plan.roles import STUDENT, RunModel, dtype_name
 from rnow.policy.student import LoraPolicy, OptimizerSettings
+from rnow.protocols import Teacher
 from rnow.sampling.transformers import TransformersSampler
 from rnow.setup.objective import build_objective
 from rnow.teacher.base import ReferenceTeacher
+from rnow.teacher.cross import CrossTeacher
 from rnow.teacher.transformers import TransformersTeacher
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class LocalStudent:
 
 
 def load_model(model: RunModel, rendered: Rendered, *, cards: Sequence[int] = ()) -> CausalLM:
-    """A model of the run, frozen, with its head cut to the ids that all models know and made for the run's window.
+    """A model of the run, frozen, with its head cut to the ids that count and made for the run's window.
 
     Args:
         cards: over which its device map may spread it.
@@ -69,7 +71,7 @@ def load_model(model: RunModel, rendered: Rendered, *, cards: Sequence[int] = ()
     assert quantization != "fp8", "refused with the config: only vLLM has it"
     return load_causal_lm(
         model.resolved.local_dir,
-        vocabulary=rendered.vocabulary,
+        vocabulary=rendered.vocabulary_of(role.name),
         dtype=role.dtype,
         device=role.device,
         quantization=quantization,
@@ -77,7 +79,7 @@ def load_model(model: RunModel, rendered: Rendered, *, cards: Sequence[int] = ()
         cards=cards if role.device_map is not None else (),
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
-        window=rendered.window,
+        window=rendered.window_of(role.name),
     )
 
 
@@ -131,6 +133,20 @@ def score_with(
         temperature=prepared.config.rollout.temperature,
         micro_batch_tokens=prepared.config.trainer.micro_batch_tokens,
         poll=poll,
+    )
+
+
+def read_across(prepared: Prepared, model: RunModel, teacher: Teacher) -> Teacher:
+    """A teacher as it is, or behind its own tokenizer where that is another than the student's."""
+    crossed = prepared.rendered.crossed.get(model.role.name)
+    if crossed is None:
+        return teacher
+    return CrossTeacher(
+        teacher,
+        crossing=crossed.crossing,
+        prompts=crossed.prompt_token_ids,
+        window=crossed.window,
+        where=f"{model.role.key}.tokenizer",
     )
 
 
@@ -193,6 +209,7 @@ def build_policy(
             schedule=trainer.lr_schedule,
             total_updates=prepared.num_steps * trainer.updates_per_batch,
             updates_per_batch=trainer.updates_per_batch,
+            value_learning_rate=config.algorithm.value_learning_rate,
         ),
         micro_batch_tokens=trainer.micro_batch_tokens,
         gradient_checkpointing=(

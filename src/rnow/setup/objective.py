@@ -11,9 +11,11 @@ from rnow.algorithm.head import Head
 from rnow.algorithm.objective import Objective
 from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.rewarded import RewardTerm
+from rnow.algorithm.value import Valued, ValueHead
 from rnow.config import Config
 from rnow.plan.choices import kl_estimator, reads_hidden_states
 from rnow.plan.prepare import Prepared
+from rnow.plan.roles import STUDENT
 
 NO_HEADS: Mapping[str, Head] = {}
 
@@ -22,8 +24,22 @@ def build_objective(prepared: Prepared, heads: Mapping[str, Head] = NO_HEADS) ->
     """The objective of the config's ``algorithm`` section.
 
     Args:
-        heads: the heads of models in this process by role, for objectives that read hidden states. It may be filled later.
+        heads: the heads of models in this process by role, for objectives that read hidden states. Teachers' may be added later.
+            Without the student's an objective with a value head can be described, not trained.
     """
+    objective, algorithm = _without_value(prepared, heads), prepared.config.algorithm
+    if algorithm.adv_estimator != "gae" or algorithm.reward_coef == 0:
+        return objective
+    student = heads.get(STUDENT)
+    hidden, device = (
+        (1, "cpu") if student is None else (student.weight.shape[1], student.weight.device)
+    )
+    return Valued(
+        objective=objective, head=ValueHead(hidden, device), gae_lambda=algorithm.gae_lambda
+    )
+
+
+def _without_value(prepared: Prepared, heads: Mapping[str, Head]) -> Objective:
     config, algorithm = prepared.config, prepared.config.algorithm
     # A vocabulary smaller than k is listed whole.
     top_k = min(algorithm.teacher_top_k, prepared.rendered.vocabulary)

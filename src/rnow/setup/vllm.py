@@ -10,6 +10,7 @@ from rnow.config import TeacherSection, full_address
 from rnow.disk.folder import RunFolder
 from rnow.errors import ModelError
 from rnow.models.loading import CausalLM, take_apart
+from rnow.models.tokenizer import config_value
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import STUDENT, RunModel, dtype_name, engine_share
 from rnow.protocols import Sampler
@@ -20,10 +21,11 @@ from rnow.sampling.vllm_sampler import VllmSampler
 from rnow.sampling.vllm_server import ServerBackend, padded_ids
 from rnow.sampling.vllm_settings import VllmSettings
 from rnow.setup.objective import build_objective
+from rnow.teacher.served import API_KEY_VARIABLE, Asking, ServedTeacher
 from rnow.teacher.transformers import TransformersTeacher
-from rnow.teacher.vllm import API_KEY_VARIABLE, VllmTeacher
+from rnow.teacher.vllm import VllmTeacher
 from rnow.teacher.vllm_sampler import VllmTeacherSampler
-from rnow.teacher.vllm_server import Asking, TeacherServerSettings
+from rnow.teacher.vllm_server import TeacherServerSettings
 
 
 def start_vllm_sampler(
@@ -95,9 +97,9 @@ async def start_vllm_teacher(
     *,
     time_shared: bool,
     answers: bool,
-) -> VllmTeacher:
-    """The vLLM that scores with the teacher, started or reached, and checked; ``stack`` closes one of ours. Raises ModelError
-    when it cannot be used.
+) -> ServedTeacher:
+    """The server that scores with the teacher, a vLLM of ours or one that runs already, checked; ``stack`` closes one of ours.
+    Raises ModelError when it cannot be used.
 
     Args:
         time_shared: it takes turns on its card, and must be able to sleep.
@@ -108,35 +110,29 @@ async def start_vllm_teacher(
     temperature = prepared.config.rollout.temperature
     top_k = build_objective(prepared).needs.top_k
     if section.url is not None:
-        teacher = VllmTeacher.served(
+        teacher = ServedTeacher.at(
             full_address(section.url),
             section.served_model,
+            protocol=section.protocol,
             temperature=temperature,
             api_key=prepared.secret(API_KEY_VARIABLE),
             asking=Asking(poll=poll, top_k=top_k),
         )
     else:
-        quantization, dtype = role.serving_format
-        settings = TeacherServerSettings(
-            local_dir=model.resolved.local_dir,
-            log=run_folder.path / "vllm-teacher.log",
-            dtype=dtype,
-            quantization=quantization,
-            tensor_parallel_size=section.tensor_parallel_size,
-            gpu_memory_utilization=engine_share(
-                role, prepared.student.role, time_shared=time_shared
-            ),
-            cards=prepared.cards.get(role.name, ()),
-            enable_sleep=time_shared,
-            max_num_batched_tokens=section.max_num_batched_tokens,
-            max_model_len=rendered.window,
-            trust_remote_code=section.trust_remote_code,
-            samples=answers,
+        settings = _teacher_settings(
+            prepared, model, run_folder, time_shared=time_shared, answers=answers
         )
         teacher = VllmTeacher.managed(settings, temperature=temperature, top_k=top_k, poll=poll)
         stack.callback(teacher.close)
-    await teacher.start()
-    found = await teacher.check(rendered.tokenizer, rendered.vocabulary, longest=rendered.window)
+        await teacher.start()
+    found = await teacher.check(
+        rendered.tokenizer_of(role.name),
+        rendered.vocabulary_of(role.name),
+        longest=rendered.window_of(role.name),
+        rows=config_value(model.resolved.local_dir, "vocab_size"),
+    )
+    if section.url is not None:
+        prepared.note(f"the teacher's server: {found.summary}")
     for text in found.warnings:
         prepared.warn(text)
     if found.padding_mass:
@@ -147,7 +143,35 @@ async def start_vllm_teacher(
     return teacher
 
 
-def teacher_sampler(prepared: Prepared, model: RunModel, teacher: VllmTeacher) -> Sampler | None:
+def _teacher_settings(
+    prepared: Prepared,
+    model: RunModel,
+    run_folder: RunFolder,
+    *,
+    time_shared: bool,
+    answers: bool,
+) -> TeacherServerSettings:
+    """What the config says to a teacher's vLLM that this run starts."""
+    role, section = model.role, model.role.serving
+    assert isinstance(section, TeacherSection)
+    quantization, dtype = role.serving_format
+    return TeacherServerSettings(
+        local_dir=model.resolved.local_dir,
+        log=run_folder.path / "vllm-teacher.log",
+        dtype=dtype,
+        quantization=quantization,
+        tensor_parallel_size=section.tensor_parallel_size,
+        gpu_memory_utilization=engine_share(role, prepared.student.role, time_shared=time_shared),
+        cards=prepared.cards.get(role.name, ()),
+        enable_sleep=time_shared,
+        max_num_batched_tokens=section.max_num_batched_tokens,
+        max_model_len=prepared.rendered.window_of(role.name),
+        trust_remote_code=section.trust_remote_code,
+        samples=answers,
+    )
+
+
+def teacher_sampler(prepared: Prepared, model: RunModel, teacher: ServedTeacher) -> Sampler | None:
     """Answers with a served teacher; None, and a warning, where its server cannot."""
     vocabulary = prepared.rendered.vocabulary
     try:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from rnow.errors import ModelError
-from rnow.serving.client import BadAnswer, Generated
-from rnow.teacher.vllm import VllmTeacher
+from rnow.serving.client import Generated
+from rnow.serving.http import BadAnswer
+from rnow.teacher.served import ServedTeacher
 from rnow.types import Adapter, Completion, SamplingParams
 
 MAX_BIASED = 1024
@@ -27,10 +28,16 @@ class VllmTeacherSampler:
         padding: the ids above them that the teacher's head has; they are never drawn.
 
     Raises:
-        ModelError: more padding ids than a request can bias.
+        ModelError: more padding ids than a request can bias, or a server of another kind.
     """
 
-    def __init__(self, teacher: VllmTeacher, *, vocabulary: int, padding: Sequence[int]) -> None:
+    def __init__(self, teacher: ServedTeacher, *, vocabulary: int, padding: Sequence[int]) -> None:
+        if not teacher.answers:
+            raise ModelError(
+                "only a vLLM server is asked for answers, with token ids in and out",
+                where="evaluation.teacher",
+                fix="set evaluation.teacher: false, or serve the teacher with vLLM",
+            )
         if len(padding) > MAX_BIASED:
             raise ModelError(
                 f"the teacher has {len(padding)} ids that no tokenizer produces, and vLLM can leave out {MAX_BIASED}",

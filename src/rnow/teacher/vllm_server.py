@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,31 +12,13 @@ from rnow.serving.client import MAX_LOGPROBS
 from rnow.serving.nf4 import ARGUMENT as BITSANDBYTES
 from rnow.serving.nf4 import require_nf4
 from rnow.serving.server import VllmServer, card_environment, require_vllm
+from rnow.teacher.served import Asking
 
 MAX_NUM_BATCHED_TOKENS = 1024
 """Prompt tokens per forward pass. vLLM materialises the logits of a whole chunk of the prompt: at 8,192 tokens and 151,936
 ids that is 5 GB in float32, several times over; at 1,024 it is 0.6 GB."""
 
 SERVED_NAME = "teacher"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asking:
-    """How a teacher's server is asked. The defaults suit a teacher on a GPU.
-
-    Attributes:
-        timeout: seconds per request, retries included.
-        max_concurrency: samples scored at once.
-        sampling_concurrency: completions in flight when the teacher answers prompts itself.
-        top_k: how many of the likeliest tokens the evidence lists besides the sampled one.
-        poll: called while the server starts and scores; may raise to stop.
-    """
-
-    timeout: float = 600.0
-    max_concurrency: int = 4
-    sampling_concurrency: int = 64
-    top_k: int = 0
-    poll: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

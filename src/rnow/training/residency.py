@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Part = Literal["sampler", "teacher", "trainer"]
 
@@ -44,6 +44,7 @@ class StageClock:
         return self._noted | stages | {"time/step": time.perf_counter() - self._started}
 
 
+@runtime_checkable
 class Sleeper(Protocol):
     """Something that can leave the card and come back. Both calls do nothing where there is nothing to do, and after a
     failure or a cancellation either may be called again."""
