@@ -374,7 +374,10 @@ class BrokenTeacher:
             evidence = await score(teacher, samples, needs)
             if first + 3 <= self.asked < first + 3 + times:
                 return {
-                    name: SampledEvidence(teacher_logprobs=found.teacher_logprobs * float("nan"))
+                    name: replace(
+                        found,
+                        **{key: t * float("nan") for key, t in evidence_tensors(found).items()},
+                    )
                     for name, found in evidence.items()
                 }
             return evidence

@@ -241,13 +241,18 @@ def build_plan(
         transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
         disk_free_bytes=free_disk(run_dir),
         notices=(*prepared.notices, *_teacher_notice(layout)),
-        warnings=(
-            *prepared.warnings,
-            *dataset.warnings,
-            *rendered.warnings,
-            *unread_settings(config, agentic=prepared.project.agentic),
-            *slow_paths(config),
-        ),
+        warnings=_warnings(prepared),
+    )
+
+
+def _warnings(prepared: Prepared) -> tuple[str, ...]:
+    config, project = prepared.config, prepared.project
+    return (
+        *prepared.warnings,
+        *project.dataset.warnings,
+        *prepared.rendered.warnings,
+        *unread_settings(config, agentic=project.agentic),
+        *slow_paths(config),
     )
 
 

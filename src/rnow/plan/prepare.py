@@ -90,6 +90,25 @@ def _run_name(config: Config, folder: Path) -> str:
     return config.project_name or folder.resolve().name or "run"
 
 
+def _told_of_servers(config: Config, images: Mapping[str, str], *, agentic: bool) -> list[str]:
+    if not (images and agentic and config.rollout.mcp_url):
+        return []
+    return [
+        "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
+        "containers: localhost is this machine"
+    ]
+
+
+def _refuse_toolless(config: Config, tools: ToolSchemas | None) -> None:
+    if config.teacher is not None and config.teacher.agentic and not tools:
+        raise InputError(
+            "teacher.agentic is true, but there are no tools",
+            where="teacher.agentic",
+            why=f"no function of {TOOLS_FILE} is marked @tool, and no server of rollout.mcp_url offers one",
+            fix="write @tool above each function that the student may call, or remove teacher.agentic",
+        )
+
+
 def _refuse_secret_name(name: str, project: Project) -> None:
     """A folder's name cannot be redacted: it stands in every path of the run."""
     if (redacted := project.redact_read(name)) != name:
@@ -133,13 +152,7 @@ def prepare(
     if is_agentic(folder, config):
         listed = list_tools(config, folder, load_secrets(folder))
     tools = None if listed is None else listed.schemas
-    if config.teacher is not None and config.teacher.agentic and not tools:
-        raise InputError(
-            "teacher.agentic is true, but there are no tools",
-            where="teacher.agentic",
-            why=f"no function of {TOOLS_FILE} is marked @tool, and no server of rollout.mcp_url offers one",
-            fix="write @tool above each function that the student may call, or remove teacher.agentic",
-        )
+    _refuse_toolless(config, tools)
     project = load_project(folder, config, tools=tools or ())
     _refuse_secret_name(_run_name(config, folder), project)
     dataset = project.dataset
@@ -147,11 +160,7 @@ def prepare(
     images = _images(dataset)
     notices = [*check_sandbox(functions, images, folder)]
     notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
-    if images and listed is not None and config.rollout.mcp_url:
-        notices.append(
-            "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
-            "containers: localhost is this machine"
-        )
+    notices += _told_of_servers(config, images, agentic=listed is not None)
     source = None
     if training:
         source = plan_source(config, project)

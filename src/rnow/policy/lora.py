@@ -121,7 +121,10 @@ def _wrap(model: Any, config: LoraConfig) -> Any:
         TypeError,
         RuntimeError,
     ) as error:  # all that PEFT raises for a layer it does not know, and torch for numbers that no memory holds
-        widest = max((max(layer.weight.shape) for _, layer in linear_layers(model)), default=0)
+        widest = max(
+            (max(layer.get_parameter("weight").shape) for _, layer in linear_layers(model)),
+            default=0,
+        )
         if config.r > widest or ran_out_of_memory(error):
             raise ModelError(
                 f"an adapter of rank {config.r} cannot be made for {type(model).__name__}",
