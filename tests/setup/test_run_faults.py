@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.setup.projects import Project, Watcher
 from transformers.utils import logging as transformers_logging
 
 from rnow import progress
-from rnow.algorithm.records import SampledEvidence
+from rnow.algorithm.batching import evidence_tensors
 from rnow.config import to_yaml
 from rnow.disk import checkpoints
 from rnow.errors import (
