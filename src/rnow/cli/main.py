@@ -88,6 +88,10 @@ def _refused_by_the_system(error: Exception) -> RnowError | None:
             why=error.strerror,
             fix="change its permissions, or work in a folder of your own",
         )
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # only getcwd names no file
+        return InputError(
+            "the working directory is gone", fix="go to a folder that exists, and start again"
+        )
     if number in (errno.EMFILE, errno.ENFILE):
         what, switch = "open files", "-n"
     elif number == errno.EAGAIN or "can't start new thread" in str(error):
