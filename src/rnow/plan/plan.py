@@ -50,6 +50,7 @@ from rnow.plan.roles import (
     sharers,
     teachers_of,
 )
+from rnow.plan.unread import unread_settings
 from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
@@ -246,7 +247,18 @@ def build_plan(
         transcripts_bytes=rollouts * (completion * TRANSCRIPT_TOKEN + rendered.longest_prompt),
         disk_free_bytes=free_disk(run_dir),
         notices=(*prepared.notices, *_teacher_notice(layout)),
-        warnings=(*dataset.warnings, *rendered.warnings, *slow_paths(config)),
+        warnings=_warnings(prepared),
+    )
+
+
+def _warnings(prepared: Prepared) -> tuple[str, ...]:
+    config, project = prepared.config, prepared.project
+    return (
+        *prepared.warnings,
+        *project.dataset.warnings,
+        *prepared.rendered.warnings,
+        *unread_settings(config, agentic=project.agentic),
+        *slow_paths(config),
     )
 
 
@@ -266,6 +278,10 @@ def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
             key=f"{role.key}.path",
             sampled=answers and role.backend == "transformers",
             trust_remote_code=role.section.trust_remote_code,
+            # Of a teacher that vLLM serves, no kernel of transformers is used.
+            attention=role.section.attn_implementation
+            if role.trained or role.backend == "transformers"
+            else None,
         )
         shapes[name] = shape_of(empty)
         if role.trained:
@@ -329,7 +345,7 @@ def may_take_turns(prepared: Prepared) -> frozenset[Part]:
         ConfigError: turns are asked for on a CPU.
     """
     config = prepared.config
-    if choose_device(config.model.device).type != "cuda":
+    if choose_device(config.model.device, key="model.device").type != "cuda":
         if config.residency == "time_shared":
             raise ConfigError(
                 "sampler, teacher and trainer can take turns on a CUDA card only",
