@@ -240,13 +240,13 @@ def test_the_table_goes_between_the_marks_of_the_page(script: ModuleType, tmp_pa
     machine = {"cpu": "some core", "torch": "2", "date": "2026-01-01"}
     results = json.loads(json.dumps({"machine": machine, "rows": rows}))
     page = tmp_path / "algorithm.md"
-    page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    page.write_text(f"before\n{script.BEGIN}\nof an earlier run\n{script.END}\nafter\n")
     for _ in range(2):
         script.write_docs(results, page)
     text = page.read_text()
     assert text.startswith(f"before\n{script.BEGIN}\nsome core, torch 2, 2026-01-01")
     assert text.endswith(f"{script.END}\nafter\n")
-    assert "old" not in text
+    assert "of an earlier run" not in text
     assert "| exact | 0.001 | 0.1000 (" in text
     assert (
         "| exact | the reference | the reference | 2.000 (1.900 to 2.100) | the reference |" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -287,6 +288,27 @@ def test_an_error_at_a_key_gets_its_line(project: Path, build: Build, rnow_: Run
 def test_a_temporary_error_ends_with_75(project: Path, build: Build, rnow_: Run) -> None:
     build.error = TemporaryError("disk full")
     assert rnow_("run")[0] == 75
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("fault", "expected", "words"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), 75, "ulimit -n"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 75, "ulimit -u"),
+        (RuntimeError("can't start new thread"), 75, "ulimit -u"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), 2, "working directory is gone"),
+        (PermissionError(errno.EACCES, "Permission denied", "/far/file"), 2, "where: /far/file"),
+    ],
+)
+def test_what_the_system_refuses_is_no_fault_of_the_program(
+    build: Build, rnow_: Run, fault: Exception, expected: int, words: str
+) -> None:
+    build.error = fault
+    code, _, error = rnow_("run")
+    assert code == expected
+    assert "Traceback" not in error
+    assert words in error
 
 
 def test_a_fault_of_the_program_shows_its_traceback(

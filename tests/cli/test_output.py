@@ -13,13 +13,13 @@ from collections.abc import Callable
 
 import pytest
 
-from rnow.cli.output import Outlet
+from rnow.cli.output import Outlet, print_json
 from rnow.display.display import Harmless, QuietDisplay
 
 SAY = """
 import sys
 from rnow.cli.leave import leave
-from rnow.cli.output import Outlet
+from rnow.cli.output import Outlet, print_json
 
 for number in range(3):
     Outlet(sys.stdout).write(f"line {number}\\n")
@@ -62,6 +62,20 @@ def test_a_stream_that_takes_nothing_is_no_fault(make: Callable[[], int]) -> Non
     )
     os.close(shown_on)
     assert ended.returncode == 7
+
+
+@pytest.mark.parametrize("words", ["--help", "run --help", "--version", "nonsense"])
+@pytest.mark.parametrize("to", [">&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_nor_is_it_for_what_a_library_prints(words: str, to: str) -> None:
+    expected = 2 if words == "nonsense" else 0
+    command = f"{sys.executable} -m rnow {words} {to}"
+    assert subprocess.run(command, shell=True, timeout=60).returncode == expected
+
+
+def test_a_document_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has no stream where the program was started without one."""
+    monkeypatch.setattr(sys, "stdout", None)
+    print_json({"steps": 2})
 
 
 def test_what_wants_something_at_exit_is_not_waited_for() -> None:

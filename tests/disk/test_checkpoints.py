@@ -184,6 +184,20 @@ def test_a_manifest_that_says_nothing_is_no_manifest(shelf: Shelf, text: str) ->
     assert found.step == 1
 
 
+def test_what_this_user_may_not_read_is_not_damaged(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.save(1, 2)
+
+    def refused(path: Path) -> str:  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(module, "sha256_of", refused)
+    with pytest.raises(InputError, match="may not read checkpoint step-000002"):
+        shelf.store.latest()
+    assert sorted(path.name for path in shelf.folder.iterdir()) == ["step-000001", "step-000002"]
+
+
 def test_all_damaged_is_an_input_error_that_names_each(shelf: Shelf) -> None:
     shelf.save(1, 2)
     flip(shelf.step(1) / ADAPTER_WEIGHTS)

@@ -125,7 +125,7 @@ def test_an_output_folder_that_cannot_be(
     assert "output_dir" in str(caught.value.fix)
 
 
-FOLDERS = ["checkpoints", "transcripts", "journal", "adapter"]
+FOLDERS = ["checkpoints", "transcripts", "journal", "adapter", "answers"]
 FILES = ["config.yml", "run.json", "metrics.jsonl", "evaluations.jsonl", "summary.json"]
 
 

@@ -238,6 +238,20 @@ def test_end_of_a_run(live: tuple[LiveTable, Console], clock: Clock) -> None:
     assert "adapter     runs/quickstart/adapter" in lines
 
 
+def test_the_end_of_a_run_breaks_no_word_and_no_path(clock: Clock) -> None:
+    console = recorder(60)
+    display = LiveTable(console, clock=clock)
+    said = "held-out answers, 5 of 256 prompts, changed ones first; all are in runs/q/answers"
+    path = "adapter: /home/someone/my projects/" + "deep/" * 12 + "adapter"
+    display.finish([said, path, *CODE])
+    lines = [line.strip() for line in written(console).splitlines()]
+    at = next(i for i, line in enumerate(lines) if line.startswith("held-out"))
+    assert " ".join(lines[at : at + 2]) == said
+    assert max(map(len, lines[at : at + 2])) <= 60
+    assert lines[at + 2].endswith(path.removeprefix("adapter: "))
+    assert lines[-2:] == [line.strip() for line in CODE]
+
+
 def test_bars_are_to_scale() -> None:
     console = recorder(120, color_system=None)
     console.print(result_table({"before": {"acc": 0.5}, "after": {"acc": 1.0}}, console))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,19 @@ def test_shards_are_added_up(tmp_path: Path) -> None:
     one = (folder / "model.safetensors").stat().st_size
     write_shards(folder, 3, [1, 2, 3])
     assert resolve("m", tmp_path).weights_bytes == 3 * one
+
+
+@pytest.mark.parametrize("name", ["m", "model.safetensors", "tokenizer.json", "config.json"])
+def test_what_this_user_may_not_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model_folder(tmp_path / "m")
+    # Root may read everything: the answer is scripted.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name)
+    error = refused("m", tmp_path)
+    assert "this user may not read" in error.message
+    assert "chmod" in str(error.fix)
+    assert "damaged" not in error.render()
 
 
 def no_config(folder: Path) -> None:

@@ -227,6 +227,18 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda")
     with pytest.raises(ModelError, match="unknown device"):
         choose_device("gpu")
+    with pytest.raises(ModelError, match="'meta' cannot be used here") as caught:
+        choose_device("meta", key="model.device")
+    assert caught.value.where == "model.device"
+    assert "auto" in str(caught.value.fix)
+
+
+def test_a_card_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ModelError, match="torch sees 2 GPUs"):
+        choose_device("cuda:2")
 
 
 @pytest.mark.parametrize(

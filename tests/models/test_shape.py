@@ -75,3 +75,24 @@ def test_what_is_no_causal_model_is_a_report(tmp_path: Path, config: dict[str, s
     write_json(folder / "config.json", config)
     with pytest.raises(ModelError, match="not a causal language model"):
         measured(folder)
+
+
+@pytest.mark.parametrize("section", ["model", "teacher"])
+def test_an_attention_kernel_that_is_not_there(
+    tiny_model_dir: Callable[..., Path], section: str
+) -> None:
+    folder, key = tiny_model_dir(), f"{section}.path"
+    resolved = resolve_model(folder.name, key=key, base_dir=folder.parent)
+    assert build_empty(resolved, key=key, attention="eager") is not None
+    with pytest.raises(ModelError, match="attn_implementation 'fast'") as caught:
+        build_empty(resolved, key=key, attention="fast")
+    assert caught.value.where == f"{section}.attn_implementation"
+    assert "sdpa" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("rank", [2**40, 2**62])
+def test_a_rank_that_nothing_holds_is_named(tiny_model_dir: Callable[..., Path], rank: int) -> None:
+    with pytest.raises(ModelError, match=f"rank {rank} cannot be made") as caught:
+        count_adapter(empty(tiny_model_dir()), rank=rank, targets=("all-linear",))
+    assert caught.value.where == "model.qlora_rank"
+    assert "128 at most" in str(caught.value.fix), "the widest layer of the tiny model"

@@ -195,9 +195,13 @@ TABLE: dict[Change, str] = {
     "length": "trainer.num_epochs trainer.max_steps",
     "warn": """
         algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
-        algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.kl_clamp
-        algorithm.divergence algorithm.teacher_top_k algorithm.gae_lambda algorithm.value_learning_rate
-        algorithm.clip_ratio_low algorithm.clip_ratio_high algorithm.ratio_cap
+        algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence
+        algorithm.gae_lambda algorithm.value_learning_rate
+        algorithm.kl_clamp|kl clamp
+        algorithm.teacher_top_k|top k
+        algorithm.clip_ratio_low|surrogate
+        algorithm.clip_ratio_high|surrogate
+        algorithm.ratio_cap|importance ratio
         trainer.learning_rate trainer.updates_per_batch trainer.weight_decay trainer.adam_beta1 trainer.adam_beta2
         trainer.max_grad_norm trainer.warmup_steps trainer.lr_schedule
     """,
@@ -212,8 +216,9 @@ TABLE: dict[Change, str] = {
         teacher.attn_implementation|local teacher
         teacher.served_model|vllm teacher
     """,
+    "samples": "algorithm.kl_horizon",
     "shapes": """
-        teacher.agentic algorithm.kl_horizon rollout.max_tokens rollout.termination_policy rollout.mcp_url rollout.rollout_timeout
+        teacher.agentic rollout.max_tokens rollout.termination_policy rollout.mcp_url rollout.rollout_timeout
         rollout.temperature rollout.top_p rollout.top_k sampler.backend sampler.url
         rollout.max_turns|several turns
         rollout.tool_timeout|tools
@@ -265,11 +270,11 @@ def test_a_change_means_what_the_key_says(key: str, readers: frozenset[Reader]) 
     said = KEYS[key]
     change = said.change if said.reader in readers else "free"
     assert len(found.free) == (change in ("free", "length"))
-    assert len(found.warned) == (change in ("warn", "evaluates", "shapes"))
+    assert len(found.warned) == (change in ("warn", "samples", "evaluates", "shapes"))
     assert len(found.measured) == (change == "measures")
     assert len(found.refused) == (change in ("refuse", "judges"))
-    assert found.rollouts_hold == (change not in ("shapes", "refuse"))
-    assert found.evaluations_hold == (change in ("free", "length", "warn"))
+    assert found.rollouts_hold == (change not in ("samples", "shapes", "refuse"))
+    assert found.evaluations_hold == (change in ("free", "length", "warn", "samples"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tests.setup.projects import REWARDS, Project
 
 from rnow.config import Config
 from rnow.config.notices import find_notices
-from rnow.errors import ConfigError
+from rnow.errors import ConfigError, InputError
 from rnow.plan import prepare as prepare_module
 from rnow.plan.prepare import Prepared, prepare
 from rnow.tools.build import ListedTools
@@ -51,21 +51,35 @@ def project(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Project:
 
 
 def test_user_code_that_nothing_calls_is_named(project: Project) -> None:
-    assert prepared(project).notices == ()
+    assert prepared(project).warnings == ()
     (project.folder / "tools.py").write_text("def add(a: int) -> int:\n    return a\n")
     (project.folder / "rewards.py").write_text(REWARDS.replace("@reward", ""))
     rows = [{"messages": [{"role": "user", "content": f"row {n}"}]} for n in range(4)]
     project.write_rows(rows)
-    tools, rewards = prepared(project).notices
+    tools, rewards = prepared(project).warnings
     assert tools.startswith("tools.py has no function marked @tool")
     assert rewards.startswith("rewards.py has no function marked @reward")
     # With the tools switched off by hand there is nothing to say of them.
-    assert prepared(project, teacher={"agentic": False}).notices == (rewards,)
+    assert prepared(project, teacher={"agentic": False}).warnings == (rewards,)
+
+
+def test_an_agent_without_a_tool_is_refused(project: Project) -> None:
+    (project.folder / "tools.py").write_text("def add(a: int) -> int:\n    return a\n")
+    with pytest.raises(InputError, match="but there are no tools"):
+        prepared(project, teacher={"agentic": True})
+
+
+def test_a_run_is_not_named_after_a_secret(project: Project) -> None:
+    (project.folder / ".env").write_text("API_KEY=sk-Zx91qTopSecretValue77\n")
+    with pytest.raises(ConfigError, match="named after a secret") as caught:
+        prepared(project, model={"name": "run-sk-Zx91qTopSecretValue77"})
+    assert "Zx91q" not in caught.value.render()
+    assert prepared(project, model={"name": "run"}).run_name == "run"
 
 
 def test_rewards_that_no_row_names_are_told_of(project: Project) -> None:
     project.write_rows([{"messages": [{"role": "user", "content": f"row {n}"}]} for n in range(4)])
-    (told,) = prepared(project).notices
+    (told,) = prepared(project).warnings
     assert told.startswith("no row names a reward, so none of rewards.py is run (short)")
     assert told.endswith('give rows "rewards": ["short"]')
 

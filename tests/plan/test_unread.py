@@ -85,10 +85,9 @@ def test_one_warning_for_each_section(sections: dict[str, Any], words: list[str]
 
 def test_readers_of_a_run_without_a_teacher() -> None:
     alone = Config(dataset_type="rl", model={"path": "s", "device": "cpu"})
-    assert find_readers(alone, agentic=False) == {"every run", "embedded sampler"}
-    assert find_readers(alone, agentic=True) == {
-        "every run", "embedded sampler", "tools", "several turns",
-    }  # fmt: skip
+    own = {"every run", "embedded sampler", "kl clamp", "importance ratio", "surrogate"}
+    assert find_readers(alone, agentic=False) == own
+    assert find_readers(alone, agentic=True) == own | {"tools", "several turns"}
 
 
 def test_each_teacher_has_a_warning_of_its_own() -> None:
@@ -103,4 +102,30 @@ def test_each_teacher_has_a_warning_of_its_own() -> None:
     ]
     assert find_readers(config(teachers=teachers), agentic=False) == {
         "every run", "embedded sampler", "local teacher", "vllm teacher",
+        "top k", "kl clamp", "importance ratio",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "unread"),
+    [
+        ({}, "teacher_top_k kl_clamp clip_ratio_low ratio_cap"),
+        ({"kl_estimator": "topk"}, "clip_ratio_low"),
+        ({"kl_estimator": "sampled"}, "teacher_top_k"),
+        ({"reward_coef": 1.0}, "teacher_top_k kl_clamp"),
+        ({"kl_baseline": "optimal"}, "teacher_top_k"),
+    ],
+)
+def test_settings_of_another_objective(algorithm: dict[str, Any], unread: str) -> None:
+    given = {"teacher_top_k": 3, "kl_clamp": 1.0, "clip_ratio_low": 0.1, "ratio_cap": 3.0}
+    (warning,) = unread_settings(config(algorithm=given | algorithm), agentic=False)
+    names, _, why = warning.partition(" has no effect ")
+    assert names == ", ".join(f"algorithm.{name}" for name in unread.split())
+    assert why.startswith("with kl_estimator ")
+
+
+def test_a_served_teacher_lists_its_likeliest_tokens_for_the_baseline() -> None:
+    served = config(
+        teacher={"url": "http://h:1"}, algorithm={"kl_baseline": "optimal", "teacher_top_k": 3}
+    )
+    assert "top k" in find_readers(served, agentic=False)

@@ -239,8 +239,19 @@ def test_prompts_longer_than_the_window(check_golden: Any, tmp_path: Path) -> No
     (tmp_path / "train.jsonl").write_bytes(lines(*rows))
     dataset = load(tmp_path)
     oversized = [(prompt, 3000 + prompt.row) for prompt in dataset.prompts]
-    check_golden("oversized_rows", oversized_rows_error(oversized, 2048))
-    check_golden("oversized_row", oversized_rows_error(oversized[:1], 2048))
+    reading = {"student": 4096}
+    check_golden("oversized_rows", oversized_rows_error(oversized, 2048, reading=reading))
+    check_golden("oversized_row", oversized_rows_error(oversized[:1], 2048, reading={}))
+
+
+def test_prompts_longer_than_a_model_reads(tmp_path: Path) -> None:
+    """No window that a user could ask for would help."""
+    (tmp_path / "train.jsonl").write_bytes(lines(GOOD))
+    oversized = [(prompt, 3000) for prompt in load(tmp_path).prompts]
+    reading = {"student": 3000, "teacher": 9000}
+    error = oversized_rows_error(oversized, 2999, reading=reading)
+    assert error.why == "the student reads at most 3000 tokens"
+    assert error.fix == "shorten or remove these rows, or name a student with a longer window"
 
 
 def test_a_dataset_that_cannot_be_fetched(

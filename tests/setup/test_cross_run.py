@@ -13,10 +13,10 @@ import pytest
 from tests.conftest import CHARACTERS, SPECIAL_TOKENS
 from tests.rollout.tokenizers import byte_level
 from tests.serving.scripted import ScriptedServer, tokenize
-from tests.setup.projects import Project, Watcher, read_jsonl
+from tests.setup.projects import Project, read_jsonl
 
 from rnow.config import Config
-from rnow.errors import InputError, RnowError
+from rnow.errors import ConfigError, InputError, RnowError
 from rnow.setup.build import check, run
 from rnow.teacher.served import API_KEY_VARIABLE
 
@@ -120,19 +120,13 @@ def test_a_student_learns_from_a_teacher_of_another_tokenizer(project: Project) 
     assert math.fsum(kls) / len(kls) == pytest.approx(first["teacher_kl"], abs=1e-5)
 
 
-def test_another_tokenizer_of_the_teachers_is_told(project: Project, tmp_path: Path) -> None:
+def test_another_tokenizer_of_the_teachers_is_refused(project: Project) -> None:
     run(config_of(project, trainer={"max_steps": 1}), folder=project.folder)
     facts = json.loads((project.run_dir / "run.json").read_text())
     assert facts["teacher_tokenizer"] != facts["tokenizer_hash"]
     byte_level(merges=19).save_pretrained(project.teacher)
-    warned: list[str] = []
-
-    class Listener(Watcher):
-        def warn(self, text: str) -> None:
-            warned.append(text)
-
-    run(config_of(project), folder=project.folder, display=Listener())
-    assert any("the teacher's tokenizer changed" in text for text in warned)
+    with pytest.raises(ConfigError, match="the teacher's tokenizer changed"):
+        run(config_of(project), folder=project.folder)
 
 
 def test_tools_are_refused(project: Project) -> None:

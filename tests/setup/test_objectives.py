@@ -35,8 +35,8 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     ),
     "exact jsd": ({"divergence": "jsd"}, "jsd over the whole vocabulary", set()),
     "topk": (
-        {"kl_estimator": "topk", "teacher_top_k": 8},
-        "reverse KL over the teacher's 8 likeliest tokens",
+        {"kl_estimator": "topk", "teacher_top_k": 40},
+        "reverse KL over the teacher's 40 likeliest tokens",
         {"topk_outside_fraction"},
     ),
     "topk forward": (

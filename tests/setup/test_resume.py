@@ -632,6 +632,22 @@ def test_a_lost_or_damaged_adapter_is_written_anew(
     assert (finished.run_dir / "adapter" / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize("steps", [6, 7])
+def test_an_adapter_that_was_changed_is_kept(finished: Project, steps: int) -> None:
+    adapter = finished.run_dir / "adapter"
+    (adapter / "mine.txt").write_text("notes")
+    change_a_bit(adapter / "adapter_model.safetensors")
+    changed = (adapter / "adapter_model.safetensors").read_bytes()
+    watcher = Watcher()
+    config = finished.config(**SIX_STEPS | {"trainer": SIX_STEPS["trainer"] | {"max_steps": steps}})
+    run(config, folder=finished.folder, display=watcher)
+    kept = finished.run_dir / "damaged-adapter"
+    assert (kept / "adapter_model.safetensors").read_bytes() == changed
+    assert (kept / "mine.txt").exists()
+    assert (adapter / "adapter_model.safetensors").read_bytes() != changed
+    assert [text for text in watcher.notes if "was changed since this run wrote it" in text]
+
+
 @pytest.mark.parametrize("content", [b'{"steps": "six"}', b"[]", b"\xff", b"[" * 100_000])
 def test_a_damaged_summary_is_written_anew(
     finished: Project, whole: Project, content: bytes

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.setup.projects import Project, Watcher
 from transformers.utils import logging as transformers_logging
 
 from rnow import progress
-from rnow.algorithm.records import SampledEvidence
+from rnow.algorithm.batching import evidence_tensors
 from rnow.config import to_yaml
 from rnow.disk import checkpoints
 from rnow.errors import (
@@ -350,6 +351,15 @@ def test_check_refuses_an_output_folder_that_cannot_be(project: Project, value: 
             refuse(project.config(output_dir=value), folder=project.folder)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux shows its kernel there")
+def test_check_refuses_an_output_folder_on_a_file_system_that_takes_none(
+    project: Project,
+) -> None:
+    for refuse in (check, run):
+        with pytest.raises(InputError, match="cannot write to the run folder"):
+            refuse(project.config(output_dir="/proc/x"), folder=project.folder)
+
+
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +375,10 @@ class BrokenTeacher:
             evidence = await score(teacher, samples, needs)
             if first + 3 <= self.asked < first + 3 + times:
                 return {
-                    name: SampledEvidence(teacher_logprobs=found.teacher_logprobs * float("nan"))
+                    name: replace(
+                        found,
+                        **{key: t * float("nan") for key, t in evidence_tensors(found).items()},
+                    )
                     for name, found in evidence.items()
                 }
             return evidence
@@ -444,6 +457,21 @@ def test_three_steps_of_nan_end_the_run(project: Project, monkeypatch: pytest.Mo
     assert saved is not None
     assert all(torch.isfinite(tensor).all() for tensor in saved.adapter.values())
     assert saved.state["updates"] == 1
+
+
+def test_a_run_that_only_skipped_has_failed_however_often_it_is_started(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BrokenTeacher(monkeypatch, first=1, times=2)
+    config = project.config(trainer={"max_steps": 2})
+    for fault in ("not finite", None):
+        with pytest.raises(RnowError, match="nothing was trained") as caught:
+            run(config, folder=project.folder)
+        assert caught.value.exit_code == EXIT_FAILED
+        assert fault is None or fault in str(caught.value.why)
+        assert not (project.run_dir / "adapter").exists()
+    run(project.config(trainer={"max_steps": 3}), folder=project.folder)
+    assert (project.run_dir / "adapter").is_dir()
 
 
 def test_ten_steps_of_nothing_end_the_run_and_are_saved(project: Project) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving.scripted import ScriptedServer, html, status
+from tests.serving.scripted import ScriptedServer, html, slow, status
 from tests.setup.projects import Project, Watcher
 
 from rnow.errors import ModelError, TemporaryError
+from rnow.setup import build
 from rnow.setup.build import run
 from rnow.teacher.served import API_KEY_VARIABLE
 
@@ -107,6 +109,23 @@ def test_a_teacher_that_goes_ends_the_run_with_its_state_saved(
     server.always = None
     run(config_of(project, server), folder=project.folder)
     assert [row["step"] for row in project.metrics] == [1, 2]
+
+
+def test_a_teacher_that_hangs_before_the_first_step_is_given_up_sooner(
+    project: Project, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "CHECK_SECONDS", 0.5)
+
+    def hang() -> None:
+        server.always = slow(20.0)
+
+    display = Watcher().at("checking the models against each other", 1, hang)
+    began = time.monotonic()
+    with pytest.raises(ModelError) as caught:
+        run(config_of(project, server), folder=project.folder, display=display)
+    assert time.monotonic() - began < 15
+    assert caught.value.exit_code == 2
+    assert caught.value.where == "teacher.url"
 
 
 def test_a_teacher_that_fails_before_the_first_step_is_a_fault_of_the_input(

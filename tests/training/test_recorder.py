@@ -242,6 +242,19 @@ def test_steps_without_a_rollout_do_not_count_as_divergence(desk: Desk) -> None:
     assert "learning_rate" not in caught.value.render()
 
 
+@pytest.mark.parametrize(
+    ("skipped", "fix"), [(NON_FINITE, "learning_rate"), ("no tokens", "transcripts")]
+)
+def test_a_run_whose_every_step_was_skipped_has_failed(desk: Desk, skipped: str, fix: str) -> None:
+    desk.record(1, skipped=skipped)
+    with pytest.raises(RnowError, match="nothing was trained") as caught:
+        desk.recorder.end_if_untrained(0)
+    assert caught.value.exit_code == EXIT_FAILED
+    assert fix in str(caught.value.fix)
+    assert "--fresh" in str(caught.value.fix)
+    desk.recorder.end_if_untrained(1)
+
+
 def test_nothing_saved_is_said(desk: Desk) -> None:
     desk.record(1, skipped=NON_FINITE)
     desk.record(2, skipped=NON_FINITE)

@@ -97,6 +97,12 @@ def test_a_broken_teacher_is_refused(teacher: FakeTeacher, message: str) -> None
     assert caught.value.fix
 
 
+def test_a_student_that_gives_every_token_the_same_is_refused() -> None:
+    with pytest.raises(ModelError, match="the student gives every token the same") as caught:
+        check(FakeTeacher(-0.75), student=FakeTeacher(-math.log(VOCABULARY)))
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_student_or_a_sampler_without_numbers_is_refused(value: float) -> None:
     """Not taken for one that agrees: every comparison with NaN is false."""

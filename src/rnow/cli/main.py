@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,8 +13,16 @@ import typer
 from rnow import __version__
 from rnow.cli import account, check, init, rehearse, run
 from rnow.cli.hosted import hosted_client_note
-from rnow.cli.output import clean, hide, print_error, print_note
-from rnow.errors import ALL_ERRORS, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RnowError
+from rnow.cli.output import clean, hide, outlets, print_error, print_note
+from rnow.errors import (
+    ALL_ERRORS,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    SAME_COMMAND,
+    InputError,
+    RnowError,
+    TemporaryError,
+)
 from rnow.text.redact import Redactor
 from rnow.text.suggest import closest, did_you_mean
 
@@ -68,6 +77,34 @@ def _options(
     """Options that stand before a command."""
 
 
+def _refused_by_the_system(error: Exception) -> RnowError | None:
+    """What the system refuses any program, so that it may meet any line of this one: a file of another user, or more of what
+    it shares out."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return InputError(
+            "this user may not read or write what is needed",
+            where=str(error.filename),
+            why=error.strerror,
+            fix="change its permissions, or work in a folder of your own",
+        )
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # only getcwd names no file
+        return InputError(
+            "the working directory is gone", fix="go to a folder that exists, and start again"
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        what, switch = "open files", "-n"
+    elif number == errno.EAGAIN or "can't start new thread" in str(error):
+        what, switch = "processes and threads", "-u"
+    else:
+        return None
+    return TemporaryError(
+        f"this system allows no more {what}",
+        why=str(error),
+        fix=f"raise the limit (`ulimit {switch}` shows it), or end other programs, then {SAME_COMMAND}",
+    )
+
+
 def _refuse_unknown(given: Sequence[str]) -> None:
     """Typer would suggest a command for any word."""
     known = [str(command.name) for command in app.registered_commands]
@@ -84,13 +121,17 @@ def _refuse_unknown(given: Sequence[str]) -> None:
 def run_command_line(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give the exit code.
 
-    An RnowError becomes a short report on standard error and its own code; anything else that goes wrong is a fault
-    of the program, shown with its traceback, and gives 1.
+    An RnowError becomes a short report on standard error and its own code, and so does what the system refuses; anything
+    else that goes wrong is a fault of the program, shown with its traceback, and gives 1.
 
     Args:
         arguments: without the program's name; those of this process when not given.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with outlets():
+        return _run_command_line(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run_command_line(given: list[str]) -> int:
     hide(Redactor())
     everything = ALL_ERRORS in given
     given = [argument for argument in given if argument != ALL_ERRORS]
@@ -108,7 +149,10 @@ def run_command_line(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if (refused := _refused_by_the_system(error)) is not None:
+            print_error(refused)
+            return refused.exit_code
         sys.stderr.write(clean(traceback.format_exc()))
         print_note("This is a fault in rnow itself; please report it with the lines above.")
         return EXIT_FAILED

@@ -10,7 +10,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, TextIO, TypeVar, cast
 
 from rnow.disk.files import to_json
@@ -87,6 +87,18 @@ class Outlet:
                 send_nowhere(self._stream)
 
 
+@contextlib.contextmanager
+def outlets() -> Iterator[None]:
+    """Standard output and error as ``Outlet``, for all that is printed by others too (the help). Python has no stream at all
+    where the program was started without one."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast("TextIO", Outlet(stream or io.StringIO())) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 def send_nowhere(stream: TextIO) -> None:
     """Let what is written to a stream that takes nothing more, and what waits in its buffer, vanish."""
     with contextlib.suppress(OSError, ValueError):
@@ -116,7 +128,6 @@ def console(*, stderr: bool = False, aside: bool = False) -> Console:
     """A console on standard output, or on standard error, written to as ``Outlet`` does."""
     from rich.console import Console
 
-    # Python has no stream at all where the program was started without one.
     stream = (sys.stderr if stderr else sys.stdout) or io.StringIO()
     return Console(file=cast("IO[str]", Outlet(stream, aside=aside)), stderr=stderr)
 
@@ -160,4 +171,4 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_json(data: Mapping[str, object]) -> None:
     """One JSON document on standard output, for scripts."""
-    Outlet(sys.stdout).write(to_json(redacted(data), indent=2) + "\n")
+    Outlet(sys.stdout or io.StringIO()).write(to_json(redacted(data), indent=2) + "\n")

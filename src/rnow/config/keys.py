@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-Change = Literal["free", "length", "warn", "measures", "evaluates", "shapes", "judges", "refuse"]
+Change = Literal[
+    "free", "length", "warn", "samples", "measures", "evaluates", "shapes", "judges", "refuse"
+]
 """What another value means for a run that was started before.
 
 free: no trained number depends on it (names, saving, placement, deadlines of rewards).
 length: free under a constant learning rate; under another one, which ends where the run does, as warn.
 warn: training goes on differently; what was sampled and evaluated already holds.
+samples: as warn, and what was sampled already does not hold; evaluations do.
 measures: training is untouched; what was evaluated already does not hold.
 evaluates: as warn, and what was evaluated already does not hold.
 shapes: as evaluates, and what was sampled already does not hold either.
@@ -23,11 +26,12 @@ refuse: the checkpoint would be meaningless.
 
 Reader = Literal[
     "every run", "tools", "several turns", "vllm sampler", "local vllm sampler", "embedded sampler",
-    "local teacher", "vllm teacher", "local vllm teacher",
+    "local teacher", "vllm teacher", "local vllm teacher", "top k", "kl clamp", "importance ratio", "surrogate",
 ]  # fmt: skip
 """Who reads a key. ``plan.unread`` tells which of them a run has; to the others a key makes no difference.
 
 several turns: rollouts that can have more than one. local: loaded or started by this run, not behind a given url.
+top k, kl clamp, importance ratio, surrogate: parts of objectives; which has which is what ``setup.objective`` builds.
 """
 
 

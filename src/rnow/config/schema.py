@@ -305,7 +305,9 @@ class AlgorithmSection(Section):
         "exact: the mean KL to the mixture of both.",
     )
     teacher_top_k: Positive = key(
-        20, "How many of the teacher's likeliest tokens `topk` asks for at each position."
+        20,
+        "How many of the teacher's likeliest tokens `topk` asks for at each position.",
+        reader="top k",
     )
     kl_baseline: Literal["none", "optimal"] = key(
         "none",
@@ -321,12 +323,16 @@ class AlgorithmSection(Section):
         None,
         "Sample and judge only the first so many tokens of each answer; evaluations are not cut.",
         "whole answers",
-        change="shapes",
+        change="samples",
     )
-    kl_clamp: Above0 = key(20.0, "Largest |KL| of one sampled token, in nats.")
-    clip_ratio_low: float = key(0.2, "ppo clips the ratio below 1 minus this.", gt=0, lt=1)
-    clip_ratio_high: Above0 = key(0.2, "ppo clips the ratio above 1 plus this.")
-    ratio_cap: float = key(10.0, "Largest importance ratio.", gt=1)
+    kl_clamp: Above0 = key(
+        20.0, "Largest |KL| of one sampled token, in nats; sampled and topk.", reader="kl clamp"
+    )
+    clip_ratio_low: float = key(
+        0.2, "ppo clips the ratio below 1 minus this.", gt=0, lt=1, reader="surrogate"
+    )
+    clip_ratio_high: Above0 = key(0.2, "ppo clips the ratio above 1 plus this.", reader="surrogate")
+    ratio_cap: float = key(10.0, "Largest importance ratio.", gt=1, reader="importance ratio")
 
 
 class RolloutSection(Section):

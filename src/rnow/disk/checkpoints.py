@@ -125,7 +125,7 @@ class CheckpointStore:
         ``damaged-...`` and named, never deleted.
 
         Raises:
-            InputError: there are checkpoints, and every one is damaged.
+            InputError: there are checkpoints, and every one is damaged, or this user may not read one.
         """
         self._remove_leftovers()
         damaged = []
@@ -203,7 +203,7 @@ class CheckpointStore:
         )
 
     def _read(self, folder: Path) -> Checkpoint:
-        """Verify and load one checkpoint. Raises _Damaged."""
+        """Verify and load one checkpoint. Raises _Damaged, and InputError for one that this user may not read."""
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             self._check_binding(manifest, folder)
@@ -214,6 +214,12 @@ class CheckpointStore:
             raise _Damaged("no manifest") from None
         except (ValueError, KeyError, TypeError, RecursionError):
             raise _Damaged("unreadable manifest") from None
+        except PermissionError as error:
+            raise InputError(
+                f"this user may not read checkpoint {folder.name}",
+                where=str(error.filename or folder),
+                fix="change its permissions, or start over in a new folder with --fresh",
+            ) from error
         except OSError as error:
             raise _Damaged(f"it cannot be read: {error.strerror}") from None
         return Checkpoint(
@@ -277,6 +283,11 @@ def export_adapter(adapter: Adapter, folder: Path) -> None:
         replace_file(folder / name, data)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether there are an adapter's weights in ``folder``, whosever they are."""
+    return (folder / ADAPTER_WEIGHTS).is_file()
+
+
 def is_exported(folder: Path, *, checkpoint: Path) -> bool:
     """Whether ``folder`` holds the adapter of ``checkpoint``; any adapter, where there is no such checkpoint to tell."""
     try:
@@ -286,7 +297,7 @@ def is_exported(folder: Path, *, checkpoint: Path) -> bool:
     except _Damaged:
         return False
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return (folder / ADAPTER_WEIGHTS).is_file()
+        return is_adapter(folder)
     return True
 
 

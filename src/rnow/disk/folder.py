@@ -71,7 +71,13 @@ class RunFolder:
             InputError: the folder, or something in it, is read-only or of another kind than the run writes.
         """
         check_place(self.path)
-        for folder in (self.checkpoints, self.transcripts, self.journal, self.adapter):
+        for folder in (
+            self.checkpoints,
+            self.transcripts,
+            self.journal,
+            self.adapter,
+            self.answers,
+        ):
             check_place(folder)
         for file in (self.config, self.facts, self.metrics, self.evaluations, self.summary):
             try:
@@ -132,7 +138,7 @@ class RunFolder:
 
 
 def check_place(path: Path, *, what: str = "the run folder", fix: str = ANOTHER_PLACE) -> None:
-    """Whether a folder is there or could be made, and written to. Writes nothing.
+    """Whether a folder is there or could be made, and written to. Leaves nothing behind.
 
     Raises:
         InputError: it cannot; naming the part of the path that is in the way.
@@ -145,8 +151,23 @@ def check_place(path: Path, *, what: str = "the run folder", fix: str = ANOTHER_
             raise _NotWritable(f"{place} is no folder")
         if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
             raise _NotWritable(f"{place} is read-only")
+        _try_unreal(place)
     except _NotWritable as error:
         raise _cannot_write(path, str(error), what=what, fix=fix) from error.__cause__
+
+
+def _try_unreal(place: Path) -> None:
+    """A file system without a block (``/proc``, ``/sys``) shows permissions that it does not keep: only trying tells."""
+    try:
+        if os.statvfs(place).f_blocks:
+            return
+        probe = place / f".write-test-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise _NotWritable(
+            f"{place} is of a file system that takes no folders ({error.strerror})"
+        ) from error
 
 
 class _NotWritable(Exception):

@@ -47,6 +47,8 @@ class _Column:
 
 _GAP = 2
 _LONGEST_LABEL = 16
+_CODE = "    "
+"""What a line of code begins with."""
 _STAGES = ("rollout", "teacher", "update", "other")
 
 
@@ -101,7 +103,11 @@ class LiveTable:
         self._console.print()
         self._console.print(Rule(Text("done", style="bold green"), align="left", style="green"))
         for line in lines:
-            self._console.print(_closing_line(line), soft_wrap=True, highlight=False)
+            # Code, paths and whatever else is longer than a line stay whole, to be copied; the rest breaks between words.
+            whole = line.startswith((_CODE, "adapter: ")) or any(
+                len(word) > self._console.width for word in line.split()
+            )
+            self._console.print(_closing_line(line), soft_wrap=whole, highlight=False)
 
     def close(self) -> None:
         live, self._live = self._live, None
@@ -256,7 +262,7 @@ def _header(plan_lines: Sequence[str]) -> Panel:
 
 
 def _closing_line(line: str) -> Text:
-    if line.startswith("    "):
+    if line.startswith(_CODE):
         return Text(escape_control(line), style="bold cyan")
     label, value = _labelled(line)
     return Text.assemble((f"{label:<10}", "dim"), "  ", value) if label else Text(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 def check_folder(folder: Path, refusal: Refusal) -> int:
     """Bytes of the folder's weights, after checking that it holds a whole model."""
+    _refuse_unreadable(folder, refusal)
     names = {entry.name for entry in folder.iterdir()}
     for entry in folder.iterdir():  # libraries open them by name
         if not entry.is_dir():
@@ -34,6 +36,19 @@ def check_folder(folder: Path, refusal: Refusal) -> int:
             fix="save it beside the weights: AutoTokenizer.from_pretrained(<the original id>).save_pretrained(<folder>)",
         )
     return check_weights(folder, names, refusal)
+
+
+def _refuse_unreadable(folder: Path, refusal: Refusal) -> None:
+    """A file that this user may not read is neither damaged nor missing, as it would look later."""
+    whole = os.access(folder, os.R_OK | os.X_OK)
+    files = [entry for entry in folder.iterdir() if entry.is_file()] if whole else [folder]
+    blocked = [path for path in files if not (whole and os.access(path, os.R_OK))]
+    if blocked:
+        what = f"{blocked[0].name} of '{refusal.path}'" if whole else f"the folder '{refusal.path}'"
+        raise refusal.error(
+            f"this user may not read {what}",
+            fix=f"give it the permission: chmod -R a+rX {folder}",
+        )
 
 
 def _not_a_model(folder: Path, names: set[str], refusal: Refusal) -> ModelError:

@@ -81,24 +81,54 @@ def stored_quantization(local_dir: Path) -> Quantization | None:
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA when there is one, else the CPU; anything else is taken literally.
+def choose_device(name: str, *, key: str | None = None) -> torch.device:
+    """``auto`` is CUDA when there is one, else the CPU; anything else is taken literally. ``key``: the setting that says so.
 
     Raises:
-        ModelError: CUDA asked for and absent, or a name torch does not know.
+        ModelError: one that this machine does not have, or a name torch does not know.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(f"unknown device '{name}'", fix="use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
-            f"device '{name}' was asked for, but torch sees no GPU",
+            f"unknown device '{name}'", where=key, fix="use auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type == "cuda":
+        _refuse_missing_card(device, key)
+    elif device.type != "cpu":
+        _refuse_unusable(device, key)
+    return device
+
+
+def _refuse_missing_card(device: torch.device, key: str | None) -> None:
+    if not torch.cuda.is_available():
+        raise ModelError(
+            f"device '{device}' was asked for, but torch sees no GPU",
+            where=key,
             fix="set the device to auto or cpu",
         )
-    return device
+    cards = torch.cuda.device_count()
+    if 0 < cards <= (device.index or 0):
+        raise ModelError(
+            f"device '{device}' was asked for, but torch sees {cards} GPU{'s' if cards > 1 else ''}",
+            where=key,
+            fix=f"use auto, cpu, or cuda:N with N below {cards}",
+        )
+
+
+def _refuse_unusable(device: torch.device, key: str | None) -> None:
+    """torch knows names of devices that this machine lacks, and ``meta``, which holds no numbers."""
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device has its own for not being there
+        raise ModelError(
+            f"device '{device}' cannot be used here",
+            where=key,
+            why=one_line(error),
+            fix="use auto, cpu, cuda or cuda:N",
+        ) from error
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -53,17 +53,20 @@ def build_empty(
     key: str = "model.path",
     sampled: bool = False,
     trust_remote_code: bool = False,
+    attention: str | None = None,
 ) -> Any:
     """The model without its weights; takes well under a second.
 
     Args:
         key: the setting that names it.
         sampled: the embedded sampler is to answer with it.
+        attention: the attention kernel that it is to be built with; transformers' choice when None.
 
     Raises:
-        ModelError: the configuration is not one of a causal language model, or is of a family that cannot be used.
+        ModelError: the configuration is not one of a causal language model, or is of a family that cannot be used, or
+            cannot be built with that attention kernel.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     # Before transformers reads it: of some families it does not even make a config.
     family = read_json(
@@ -74,15 +77,34 @@ def build_empty(
         config = AutoConfig.from_pretrained(
             str(resolved.local_dir), local_files_only=True, trust_remote_code=trust_remote_code
         )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = _build(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the code of an architecture makes of a config
         raise ModelError(
             f"'{resolved.path}' is not a causal language model that transformers can build",
             why=one_line(error),
             fix="name a model whose config.json has an architecture ending in ForCausalLM",
         ) from error
-    return model
+    if attention is None:
+        return model
+    try:
+        return _build(config, trust_remote_code=trust_remote_code, attn_implementation=attention)
+    except (
+        Exception
+    ) as error:  # an unknown name, a package that is not there, a kernel that the family cannot use
+        section = key.partition(".")[0]
+        raise ModelError(
+            f"'{resolved.path}' cannot be built with attn_implementation {attention!r}",
+            where=f"{section}.attn_implementation",
+            why=one_line(error),
+            fix=f"remove {section}.attn_implementation (transformers chooses), or set it to sdpa or eager",
+        ) from error
+
+
+def _build(config: Any, **arguments: object) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **arguments)
 
 
 def shape_of(model: Any) -> ModelShape:

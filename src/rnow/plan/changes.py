@@ -81,7 +81,7 @@ class Changes:
     @property
     def warned(self) -> tuple[str, ...]:
         """What shapes the numbers from here on."""
-        return self._of("warn", "evaluates", "shapes")
+        return self._of("warn", "samples", "evaluates", "shapes")
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ class Changes:
     @property
     def rollouts_hold(self) -> bool:
         """Whether this start would sample the rollouts of the earlier one, so that they can be used."""
-        return not self._kinds & {"shapes", "refuse"}
+        return not self._kinds & {"samples", "shapes", "refuse"}
 
     @property
     def evaluations_hold(self) -> bool:

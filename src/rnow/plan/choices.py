@@ -36,7 +36,7 @@ def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
         return section.backend
     if section.url is not None:
         return "vllm"
-    on_gpu = choose_device(config.model.device).type == "cuda"
+    on_gpu = choose_device(config.model.device, key="model.device").type == "cuda"
     return "vllm" if on_gpu and find_spec("vllm") is not None else "transformers"
 
 
@@ -106,7 +106,7 @@ def control_warning(config: Config) -> list[str]:
 
 def slow_paths(config: Config) -> list[str]:
     """What this machine could do faster and does not, with the reason; one sentence each."""
-    device, found = choose_device(config.model.device), []
+    device, found = choose_device(config.model.device, key="model.device"), []
     sections = [section for _, section in teacher_sections(config) if not section.own_base]
     here = [section for section in sections if section.url is None]
     if device.type == "cpu" and "auto" in (section.device for section in (config.model, *here)):

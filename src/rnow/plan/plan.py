@@ -51,6 +51,7 @@ from rnow.plan.roles import (
     sharers,
     teachers_of,
 )
+from rnow.plan.unread import unread_settings
 from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
@@ -252,9 +253,15 @@ def build_plan(
 
 
 def _warnings(prepared: Prepared) -> tuple[str, ...]:
-    config = prepared.config
-    found = (*prepared.project.dataset.warnings, *prepared.rendered.warnings)
-    return (*control_warning(config), *found, *slow_paths(config))
+    config, project = prepared.config, prepared.project
+    return (
+        *control_warning(config),
+        *prepared.warnings,
+        *project.dataset.warnings,
+        *prepared.rendered.warnings,
+        *unread_settings(config, agentic=project.agentic),
+        *slow_paths(config),
+    )
 
 
 def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
@@ -273,6 +280,10 @@ def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
             key=f"{role.key}.path",
             sampled=answers and role.backend == "transformers",
             trust_remote_code=role.section.trust_remote_code,
+            # Of a teacher that vLLM serves, no kernel of transformers is used.
+            attention=role.section.attn_implementation
+            if role.trained or role.backend == "transformers"
+            else None,
         )
         shapes[name] = shape_of(empty)
         if role.trained:
@@ -336,7 +347,7 @@ def may_take_turns(prepared: Prepared) -> frozenset[Part]:
         ConfigError: turns are asked for on a CPU.
     """
     config = prepared.config
-    if choose_device(config.model.device).type != "cuda":
+    if choose_device(config.model.device, key="model.device").type != "cuda":
         if config.residency == "time_shared":
             raise ConfigError(
                 "sampler, teacher and trainer can take turns on a CUDA card only",

@@ -52,7 +52,8 @@ class Prepared:
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
         images: those that rows name, each with the place of the first.
-        notices: where what is sandboxed runs, and what of the user's code is not used.
+        notices: where what is sandboxed runs, and what else is as it was asked for.
+        warnings: what of the user's code is not used.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class Prepared:
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     warn: Callable[[str], None] = lambda text: None
     note: Callable[[str], None] = lambda text: None
 
@@ -118,6 +120,36 @@ def _run_name(config: Config, folder: Path) -> str:
     return config.project_name or folder.resolve().name or "run"
 
 
+def _told_of_servers(config: Config, images: Mapping[str, str], *, agentic: bool) -> list[str]:
+    if not (images and agentic and config.rollout.mcp_url):
+        return []
+    return [
+        "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
+        "containers: localhost is this machine"
+    ]
+
+
+def _refuse_toolless(config: Config, tools: ToolSchemas | None) -> None:
+    if config.teacher is not None and config.teacher.agentic and not tools:
+        raise InputError(
+            "teacher.agentic is true, but there are no tools",
+            where="teacher.agentic",
+            why=f"no function of {TOOLS_FILE} is marked @tool, and no server of rollout.mcp_url offers one",
+            fix="write @tool above each function that the student may call, or remove teacher.agentic",
+        )
+
+
+def _refuse_secret_name(name: str, project: Project) -> None:
+    """A folder's name cannot be redacted: it stands in every path of the run."""
+    if (redacted := project.redact_read(name)) != name:
+        raise ConfigError(
+            f"the run would be named after a secret of .env: {redacted}",
+            where="model.name",
+            why="its folder has that name, and every path in it shows it",
+            fix="choose another name with -n NAME",
+        )
+
+
 def _run_folder(config: Config, folder: Path, *, fresh: bool, writable: bool = True) -> RunFolder:
     place, name = folder / config.output_dir, _run_name(config, folder)
     return choose_run_folder(place, name, fresh=fresh) if writable else find_run_folder(place, name)
@@ -146,7 +178,9 @@ def prepare(
     if is_agentic(folder, config):
         listed = list_tools(config, folder, load_secrets(folder))
     tools = None if listed is None else listed.schemas
+    _refuse_toolless(config, tools)
     project = load_project(folder, config, tools=tools or ())
+    _refuse_secret_name(_run_name(config, folder), project)
     dataset = project.dataset
     prompts = [*dataset.prompts, *dataset.held_out]
     configured, roles = roles, used_roles(roles, {prompt.teacher for prompt in prompts})
@@ -155,11 +189,9 @@ def prepare(
         refuse_tools(roles.values(), agentic=listed is not None)
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
-    notices = [*check_sandbox(functions, images, folder), *_unused(project, functions, config)]
-    notices += _idle(configured, roles)
+    notices = [*check_sandbox(functions, images, folder), *_idle(configured, roles)]
     notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
-    if listed is not None:
-        notices += _outside(images, config)
+    notices += _told_of_servers(config, images, agentic=listed is not None)
     source = None
     if training:
         source = plan_source(config, project)
@@ -182,6 +214,7 @@ def prepare(
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
+        warnings=tuple(_unused(project, functions, config)),
     )
 
 
@@ -262,15 +295,6 @@ def _idle(configured: Mapping[str, Role], used: Mapping[str, Role]) -> Iterator[
     for name, role in configured.items():
         if name not in used:
             yield f"no row is judged by {role.key}, which is not loaded"
-
-
-def _outside(images: Mapping[str, str], config: Config) -> Iterator[str]:
-    """Tools that are not where the rows' containers are."""
-    if images and config.rollout.mcp_url:
-        yield (
-            "rows name images, but the servers of rollout.mcp_url are reached from this machine, not from inside their "
-            "containers: localhost is this machine"
-        )
 
 
 def _images(dataset: Dataset) -> dict[str, str]:

@@ -162,7 +162,7 @@ def render_prompts(
     warnings += [note for view in crossed.values() for note in view.notes]
     dialogues = _load_dialogues(tokenizer, prompts, tools or {}, found.stop_token_ids, mode)
     _check_known(prompts, [own, told], vocabulary)
-    warnings += _check_window(config.rollout.max_tokens, prompts, own.ids, window)
+    warnings += _check_window(config.rollout.max_tokens, prompts, own.ids, window, alike)
     warnings += _reasoning_warnings(tokenizer, prompts, mode)
     thinks = bool(prompts) and mode not in THINKING_OFF and _thinks(tokenizer, prompts[0])
     warnings += own_base_warnings(config, models, prompts, told.ids, thinks=thinks)
@@ -369,8 +369,7 @@ def choose_window(asked: int | None, models: Models) -> int:
     Raises:
         InputError: the configured window is larger than a model's limit.
     """
-    limits = {name: model_limit(model.resolved.local_dir) for name, model in models.items()}
-    known = {name: limit for name, limit in limits.items() if limit is not None}
+    known = _limits(models)
     if asked is None:
         return min([DEFAULT_WINDOW, *known.values()])
     for name, limit in known.items():
@@ -381,6 +380,12 @@ def choose_window(asked: int | None, models: Models) -> int:
                 fix=f"set it to {min(known.values())} or less, or leave it out",
             )
     return asked
+
+
+def _limits(models: Models) -> dict[str, int]:
+    """What each model reads at most, of those that say."""
+    limits = {name: model_limit(model.resolved.local_dir) for name, model in models.items()}
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def _rope_warnings(models: Models, window: int) -> list[str]:
@@ -467,10 +472,11 @@ def _check_window(
     prompts: Sequence[Prompt],
     token_ids: Mapping[str, tuple[int, ...]],
     window: int,
+    models: Models,
 ) -> list[str]:
     too_long = [(p, len(token_ids[p.id])) for p in prompts if len(token_ids[p.id]) + 1 > window]
     if too_long:
-        raise oversized_rows_error(too_long, window - 1)
+        raise oversized_rows_error(too_long, window - 1, reading=_limits(models))
     tight = [p for p in prompts if cap is not None and len(token_ids[p.id]) + cap > window]
     if not tight:
         return []

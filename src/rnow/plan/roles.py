@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 from rnow.config import Config, ModelSection, SamplerSection, TeacherSection
 from rnow.config.problems import dotted
 from rnow.config.teachers import TEACHER, find_teachers
-from rnow.errors import ModelError
 from rnow.models.loading import Quantization, choose_device, choose_dtype, stored_quantization
 from rnow.models.resolved import ResolvedModel
 from rnow.plan.choices import sampler_backend, teacher_backend
@@ -72,11 +71,7 @@ class Role:
     @property
     def device(self) -> torch.device:
         """Where it is loaded. Raises ModelError for a device that does not exist."""
-        try:
-            return choose_device(self.section.device)
-        except ModelError as error:
-            error.where = f"{self.key}.device"
-            raise
+        return choose_device(self.section.device, key=f"{self.key}.device")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,7 +9,7 @@ from rnow.config.keys import Reader
 from rnow.config.problems import dotted
 from rnow.config.schema import KEYS, Section
 from rnow.config.teachers import TEACHER, teacher_sections
-from rnow.plan.choices import sampler_backend, teacher_backend
+from rnow.plan.choices import kl_estimator, reads_hidden_states, sampler_backend, teacher_backend
 
 
 def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
@@ -28,7 +28,19 @@ def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
             found.add("local vllm sampler")
     for _, section in teacher_sections(config):
         found |= _readers_of(section)
-    return frozenset(found)
+    return frozenset(found | _objective_readers(config))
+
+
+def _objective_readers(config: Config) -> set[Reader]:
+    algorithm, estimator = config.algorithm, kl_estimator(config)
+    found: set[Reader] = set()
+    if estimator == "topk" or (algorithm.kl_baseline != "none" and not reads_hidden_states(config)):
+        found.add("top k")
+    if estimator in ("sampled", "topk"):
+        found |= {"kl clamp", "importance ratio"}
+    if estimator == "sampled" or algorithm.reward_coef > 0:
+        found |= {"importance ratio", "surrogate"}
+    return found
 
 
 def _readers_of(teacher: TeacherSection) -> set[Reader]:
@@ -44,7 +56,11 @@ def unread_settings(config: Config, *, agentic: bool) -> list[str]:
     """One warning for each section with settings that nothing reads: the chosen backend does not, or there are no tools."""
     backend = f"with sampler.backend {sampler_backend(config)}"
     given = "with a sampler at sampler.url"
+    objective = f"with kl_estimator {kl_estimator(config)}"
+    if config.algorithm.reward_coef == 0:
+        objective += " and reward_coef 0"
     why = {"rollout": "without tools", "sampler": given if config.sampler.url else backend}
+    why["algorithm"] = objective
     readers = find_readers(config, agentic=agentic)
     found = [(_unread(name, getattr(config, name), readers, name), why[name]) for name in why]
     for path, section in teacher_sections(config):

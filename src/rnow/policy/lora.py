@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rnow.errors import ModelError
-from rnow.models.loading import CausalLM
+from rnow.models.loading import CausalLM, ran_out_of_memory
 from rnow.models.parts import adapted_by_default, linear_layers
 from rnow.models.refusal import one_line, shorten
 
@@ -120,7 +120,19 @@ def _wrap(model: Any, config: LoraConfig) -> Any:
         ValueError,
         TypeError,
         RuntimeError,
-    ) as error:  # all that PEFT raises for a layer it does not know
+    ) as error:  # all that PEFT raises for a layer it does not know, and torch for numbers that no memory holds
+        widest = max(
+            (max(layer.get_parameter("weight").shape) for _, layer in linear_layers(model)),
+            default=0,
+        )
+        if config.r > widest or ran_out_of_memory(error):
+            raise ModelError(
+                f"an adapter of rank {config.r} cannot be made for {type(model).__name__}",
+                where="model.qlora_rank",
+                why=one_line(error),
+                fix=f"set model.qlora_rank to a smaller number, {min(config.r, widest)} at most: its widest layer has no "
+                "more rows or columns",
+            ) from error
         raise ModelError(
             f"PEFT cannot adapt these layers of {type(model).__name__}",
             where="model.lora_targets",

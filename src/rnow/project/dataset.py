@@ -137,16 +137,28 @@ def load_dataset(
     )
 
 
-def oversized_rows_error(rows: Sequence[tuple[Prompt, int]], limit: int) -> DataError:
-    """The error for prompts of more than ``limit`` tokens: ``rows`` are (prompt, its tokens)."""
+def oversized_rows_error(
+    rows: Sequence[tuple[Prompt, int]], limit: int, *, reading: Mapping[str, int]
+) -> DataError:
+    """The error for prompts of more than ``limit`` tokens: ``rows`` are (prompt, its tokens), ``reading`` what each model of
+    the run reads at most, as far as that is known."""
     longest = max(tokens for _, tokens in rows)
     lines = [f"{place_of(prompt)}: {tokens} tokens | {_shown(prompt)}" for prompt, tokens in rows]
+    # With the prompt there must be room for one token of an answer.
+    short = {name: reads for name, reads in reading.items() if reads <= longest}
+    why = ", and ".join(f"the {name} reads at most {reads} tokens" for name, reads in short.items())
+    otherwise = (
+        f"name a {' and a '.join(short)} with a longer window"
+        if short
+        else f"raise rollout.max_context_window above {longest}"
+    )
     prompts = "1 prompt does" if len(rows) == 1 else f"{len(rows)} prompts do"
     return DataError(
         f"{prompts} not fit the window: at most {limit} tokens leave room for an answer",
         title="Prompts too long",
         where=place_of(rows[0][0]),
-        fix=f"shorten or remove these rows, or raise rollout.max_context_window above {longest}",
+        why=why or None,
+        fix=f"shorten or remove these rows, or {otherwise}",
         details=lines[:MAX_SHOWN],
         more=lines[MAX_SHOWN:],
     )

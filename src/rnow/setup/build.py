@@ -29,9 +29,10 @@ from rnow.disk.checkpoints import (
     CheckpointStore,
     export_adapter,
     folder_name,
+    is_adapter,
     is_exported,
 )
-from rnow.disk.files import read_json_object, readable_json, replace_file, to_json
+from rnow.disk.files import read_json_object, readable_json, replace_file, to_json, unused
 from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
 from rnow.disk.sinks import JsonlSink, Sink, WandbSink, read_rows
@@ -82,6 +83,8 @@ from rnow.setup.usercode import (
 )
 from rnow.tasks import run_anywhere
 from rnow.teacher.control import controlled
+from rnow.teacher.cross import CrossTeacher
+from rnow.teacher.served import CHECK_SECONDS, ServedTeacher
 from rnow.training.loop import Parts, Workers, train
 from rnow.training.recorder import Recorder
 from rnow.training.saver import Saver
@@ -198,6 +201,7 @@ def _tell(prepared: Prepared, display: Display) -> None:
     """What was found that is no fault."""
     found = (
         control_warning(prepared.config),
+        prepared.warnings,
         prepared.project.dataset.warnings,
         prepared.rendered.warnings,
         unread_settings(prepared.config, agentic=prepared.project.agentic),
@@ -306,13 +310,13 @@ def _refuse_another_label(found: changes.Changes, folder: RunFolder, name: str) 
         return
     keys = [key for key, _, value in (line.partition(": ") for line in shaping) if key in KEYS]
     by_value = "".join(f"-{{{key}}}" for key in keys[:MAX_IN_NAME])
-    suggested = f"-n '{name}{by_value}'" if keys else "-n NAME"
+    suggested = f"-n '{name}{by_value}' (any -n NAME)" if keys else "-n NAME"
     raise ConfigError(
         "this run is finished: what shapes or measures its result cannot be changed any more",
         title="Changed run",
         details=shaping,
         where=str(folder.path),
-        fix=f"give the new settings a run of their own with {suggested} (any -n NAME), or start over with --fresh",
+        fix=f"give the new settings a run of their own with {suggested}, or start over with --fresh",
     )
 
 
@@ -363,6 +367,7 @@ class _Run:
             checkpoint = self._find_checkpoint()
             backends = await self._load()
             self._make_folder()  # from here on the run writes
+            self._keep_changed_adapter(checkpoint)
             async with open_user_code(self._prepared, self._folder.path) as code:
                 return await self._train(backends, checkpoint, code)
 
@@ -528,6 +533,21 @@ class _Run:
             self._written = {**name, **self._facts}
             replace_file(self._folder.facts, readable_json(self._written))
 
+    def _keep_changed_adapter(self, checkpoint: Checkpoint | None) -> None:
+        """Move an adapter aside that no longer is what this run wrote: another one will be written in its place."""
+        steps = read_json_object(self._folder.summary).get("steps")
+        if checkpoint is None or not isinstance(steps, int) or not is_adapter(self._folder.adapter):
+            return
+        written = (self._folder.checkpoints / folder_name(steps), checkpoint.folder)
+        if any(is_exported(self._folder.adapter, checkpoint=folder) for folder in written):
+            return
+        aside = unused(self._folder.path / "damaged-adapter")
+        self._folder.adapter.rename(aside)
+        self._display.warn(
+            f"{self._folder.adapter} was changed since this run wrote it: it is kept as {aside.name}, and the run writes "
+            "its own again"
+        )
+
     def _forget_outdated(self, journals: JournalFolder, checkpoint: Checkpoint | None) -> None:
         """Delete what an earlier start sampled and measured, and this one would not."""
         found = _compare(self._earlier, self._facts, self._prepared)
@@ -541,11 +561,14 @@ class _Run:
         async with backends.gpu.only("trainer"):
             backends.sampler.load_policy(backends.policy.adapter(), version=0)
         settings = rollout_settings(self._prepared, "test", group_size=1)
+        teacher = backends.teacher
+        if isinstance(teacher, ServedTeacher | CrossTeacher):
+            teacher = teacher.hurried(CHECK_SECONDS)
         found = await run_selfcheck(
             self._prepared.project.dataset.prompts,
             backends.sampler,
             backends.trainer_as_teacher,
-            backends.teacher,
+            teacher,
             # One turn tells; the tools are for the run.
             single_turns(self._prepared),
             # A truncated distribution is another than the trainer's, as it should be.

@@ -165,7 +165,8 @@ def _prepare(config: Config, folder: Path, console: Console) -> Prepared:
     prepared = replace(
         prepared, warn=lambda text: _tell(console, redact(text), mark="[yellow]warning:[/] ")
     )
-    for warning in (*prepared.project.dataset.warnings, *prepared.rendered.warnings):
+    dataset = prepared.project.dataset
+    for warning in (*prepared.warnings, *dataset.warnings, *prepared.rendered.warnings):
         prepared.warn(warning)
     tell_of_alterations(prepared.rendered.tokenizer, prepared.warn)
     for notice in prepared.notices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from rnow.algorithm.records import (
 from rnow.errors import RnowError
 from rnow.protocols import Teacher
 from rnow.rollout.crossing import NO_CHUNK, Aligned, Crossing, measure_coverage
+from rnow.teacher.served import ServedTeacher
 from rnow.types import Sample, prompt_id_of
 
 
@@ -50,6 +52,14 @@ class CrossTeacher:
         self._prompts = prompts
         self._window = window
         self._where = where
+
+    def hurried(self, timeout: float) -> CrossTeacher:
+        """The same teacher, each request to a server given up after ``timeout`` seconds at the latest."""
+        if not isinstance(self._teacher, ServedTeacher):
+            return self
+        twin = copy.copy(self)
+        twin._teacher = self._teacher.hurried(timeout)
+        return twin
 
     async def score(
         self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED

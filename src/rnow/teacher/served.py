@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,13 @@ class ServedTeacher:
         key = api_key or os.environ.get(API_KEY_VARIABLE)
         clients = scoring_clients(protocol, url, key, asking.timeout)
         return ServedTeacher(clients, model=model, where="teacher.url", asking=asking)
+
+    def hurried(self, timeout: float) -> ServedTeacher:
+        """The same teacher, once it is checked, each request given up after ``timeout`` seconds at the latest."""
+        twin = copy.copy(self)
+        if self._client is not None:
+            twin._client = self._client.hurried(timeout)
+        return twin
 
     # --- the server -----------------------------------------------------------------------------------------------
 

@@ -69,6 +69,10 @@ class VllmTeacher(ServedTeacher):
         """True."""
         return True
 
+    def hurried(self, timeout: float) -> VllmTeacher:
+        """Itself: a server of ours that hangs is started again."""
+        return self
+
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:

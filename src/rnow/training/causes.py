@@ -44,6 +44,29 @@ def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
     )
 
 
+def why_skipped(
+    data: StepData, *, broken: Counter[str], non_finite: bool
+) -> tuple[str | None, str]:
+    """Why a step brought no update, as far as that is known, and what to do about it. ``broken``: of ``broken_evidence``."""
+    if not non_finite:
+        errors = [r.error for group in data.groups for r in group.rollouts if r.error]
+        return (
+            next(iter(errors), None),
+            "look at the last file of transcripts/, and try `rnow test`",
+        )
+    if broken:
+        role, count = broken.most_common(1)[0]
+        key = "teacher.dtype" if role == "teacher" else f"the dtype of {role}"
+        return (
+            f"the {role}'s log-probabilities of {count} of {len(data.training)} rollouts are not finite",
+            f"set {key}: float32 (float16 overflows), or check the teacher's weights",
+        )
+    return (
+        "the loss or its gradient is not finite",
+        "lower trainer.learning_rate, or set model.dtype: float32",
+    )
+
+
 def broken_evidence(data: StepData) -> Counter[str]:
     """By teacher, how many samples it judged with numbers that are not finite."""
     return Counter(

@@ -55,6 +55,7 @@ async def train(parts: Parts, done: int) -> None:
             parts.recorder.end_if_idle()
             await parts.evaluations.after_step(step)
         parts.saver.save(done)
+        parts.recorder.end_if_untrained(parts.policy.updates)
         await parts.evaluations.after(done)
     except Exception:
         parts.saver.rescue(done)

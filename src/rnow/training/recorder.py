@@ -13,7 +13,7 @@ from rnow.disk.sinks import Sink, read_evaluations, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display
 from rnow.errors import SAME_COMMAND, RnowError
-from rnow.training.causes import broken_evidence, why_idle
+from rnow.training.causes import broken_evidence, why_idle, why_skipped
 from rnow.training.metrics import (
     call_metrics,
     memory_metrics,
@@ -69,6 +69,10 @@ class Recorder:
         self._skipped = 0
         self._idle = 0
         self._idle_because = ("", "")
+        self._skipped_because: tuple[str | None, str] = (
+            None,
+            "look at what the run said of its steps",
+        )
         self._in_trouble = False
         self.completion_tokens = 0
 
@@ -150,6 +154,23 @@ class Recorder:
                 fix=fix,
             )
 
+    def end_if_untrained(self, updates: int) -> None:
+        """At the end of a run that has made so many updates.
+
+        Raises:
+            RnowError: it made none: every step was skipped, and the adapter is as it began.
+        """
+        if updates:
+            return
+        why, fix = self._skipped_because
+        raise RnowError(
+            "every step was skipped, so nothing was trained and no adapter is written",
+            title="Nothing was trained",
+            where=str(self._folder.path),
+            why=why,
+            fix=f"{fix}, then start over with --fresh",
+        )
+
     def _tell_trouble(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Once, and again after a step without trouble."""
         trouble = tool_trouble(groups)
@@ -178,28 +199,21 @@ class Recorder:
         non_finite = update.skipped == "non-finite"
         what = "brought no finite update" if non_finite else "had no rollout to learn from"
         self._display.note(f"step {step} {what} and was skipped ({self._skipped} in a row)")
+        broken = broken_evidence(data)
+        why, fix = self._skipped_because = why_skipped(data, broken=broken, non_finite=non_finite)
         if self._skipped < MAX_SKIPPED:
             return
         happened = f"{MAX_SKIPPED} steps in a row were skipped, the last because it {what}"
         where = str(self._folder.path)
         if not non_finite:
-            errors = [r.error for group in data.groups for r in group.rollouts if r.error]
-            raise RnowError(
-                happened,
-                title="No rollout succeeds",
-                where=where,
-                why=next(iter(errors), None),
-                fix="look at the last file of transcripts/, and try `rnow test`",
-            )
-        if broken := broken_evidence(data):
-            role, count = broken.most_common(1)[0]
-            key = "teacher.dtype" if role == "teacher" else f"the dtype of {role}"
+            raise RnowError(happened, title="No rollout succeeds", where=where, why=why, fix=fix)
+        if broken:
             raise RnowError(
                 f"{happened}; {self._newest()}",
                 title="Unusable teacher",
                 where=where,
-                why=f"the {role}'s log-probabilities of {count} of {len(data.training)} rollouts are not finite",
-                fix=f"set {key}: float32 (float16 overflows), or check the teacher's weights, and {SAME_COMMAND}",
+                why=why,
+                fix=f"{fix}, and {SAME_COMMAND}",
             )
         raise diverged(happened, where=where, good=last_good(), otherwise=self._newest())
 

@@ -54,7 +54,7 @@ async def run_selfcheck(
     Args:
         trainer_as_teacher: the student's weights behind the Teacher protocol, so that the student is scored by the very
             path the teacher takes.
-        vocabulary: V, to recognise a teacher that answers -ln V whatever it is asked.
+        vocabulary: V, to recognise a model that answers -ln V whatever it is asked.
 
     Raises:
         ModelError: the log-probabilities of the student, its sampler or the teacher cannot be used.
@@ -67,6 +67,7 @@ async def run_selfcheck(
     drawn = [v for sample in samples for v in at_loss_tokens(sample, sample.sampler_logprobs)]
     _check_finite("student", own)
     _check_finite("sampler", drawn)
+    _check_constant("student", own, vocabulary)
     gaps = [abs(a - b) for a, b in zip(drawn, own, strict=True)]
     mean_gap = sum(gaps) / len(gaps) if gaps else 0.0
     notes = []
@@ -127,6 +128,16 @@ def _check_finite(who: str, values: Sequence[float]) -> None:
         )
 
 
+def _check_constant(who: str, values: Sequence[float], vocabulary: int) -> None:
+    constant = -math.log(vocabulary)
+    if values and all(abs(value - constant) < CONSTANT_TOLERANCE for value in values):
+        raise ModelError(
+            f"the {who} gives every token the same log-probability, -ln {vocabulary}",
+            why="its output does not depend on its input: the weights are zero, or were not loaded",
+            fix=_FIX.format(who=who),
+        )
+
+
 def _check_teacher(
     who: str, first: Sequence[float], second: Sequence[float], vocabulary: int
 ) -> None:
@@ -134,13 +145,7 @@ def _check_teacher(
     _check_finite(who, first)
     if (highest := max(first, default=0.0)) > POSITIVE_TOLERANCE:
         raise ModelError(f"the {who} gives a log-probability above 0 ({highest:.4g})", fix=fix)
-    constant = -math.log(vocabulary)
-    if first and all(abs(value - constant) < CONSTANT_TOLERANCE for value in first):
-        raise ModelError(
-            f"the {who} gives every token the same log-probability, -ln {vocabulary}",
-            why="its output does not depend on its input: the weights are not loaded",
-            fix=fix,
-        )
+    _check_constant(who, first, vocabulary)
     changes = [abs(a - b) for a, b in zip(first, second, strict=True)]
     change = math.fsum(changes) / max(1, len(changes))
     if not change <= REPEAT_TOLERANCE:
