@@ -233,7 +233,7 @@ def test_requirements_are_pointed_at(tmp_path: Path) -> None:
         ("import no_such_package_anywhere", "other==1\n# no-such-package-anywhere\n", "no_such_package_anywhere"),
         ("raise ModuleNotFoundError('gone', name='sklearn.svm')", "sklearns", "scikit-learn"),
         ("raise ModuleNotFoundError('gone', name='PIL')", None, "pillow"),
-        ("raise ModuleNotFoundError('gone', name='crawl4ai')", None, f"'{ROOT}[agents]'"),
+        ("raise ModuleNotFoundError('gone', name='crawl4ai')", None, f"-c {ROOT / 'constraints-agents.txt'} '{ROOT}[agents]'"),
         ("raise ModuleNotFoundError('gone', name='yaml')", "requests\n PyYAML>=6 # config\n", None),
     ],
 )  # fmt: skip

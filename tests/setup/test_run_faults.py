@@ -165,7 +165,7 @@ FAULTS = [
     (broken_rewards, "no_such_module_anywhere"),
     (a_file_for_output, "cannot write to the run folder"),
     (lambda project: {"data": {"batch_size": 17}}, "only 16 prompts"),
-    (lambda project: {"algorithm": {"adv_estimator": "gae"}}, "gae"),
+    (lambda project: {"algorithm": {"kl_horizon": 5, "reward_coef": 1}}, "cuts the answers"),
     (lambda project: {"evals": [{"step": 2}]}, "held out"),
     (lambda project: {"model": {"path": "nowhere"}}, "nowhere"),
     (lambda project: {"model": {"device": "cuda:0"}}, "no GPU"),
@@ -174,7 +174,7 @@ FAULTS = [
 NAMES = [
     "api-teacher", "empty-teacher", "wrong-tokenizer", "truncated-weights", "nan-teacher", "zero-teacher",
     "unknown-reward", "oversized-prompt", "broken-line", "no-data", "broken-rewards", "output-is-a-file",
-    "large-batch", "reserved", "evals-without-prompts", "no-student", "no-gpu", "large-window",
+    "large-batch", "horizon-with-rewards", "evals-without-prompts", "no-student", "no-gpu", "large-window",
 ]  # fmt: skip
 
 

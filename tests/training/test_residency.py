@@ -252,6 +252,7 @@ class Watched:
         recorder: Any = SimpleNamespace(
             clock=self.make_clock, record=self.record, evaluated=self.evaluated,
             evaluations=lambda: self.rows, stage=lambda name: None, end_if_idle=lambda: None,
+            end_if_untrained=lambda updates: None,
             answered=lambda name, step, groups, rewards: self.answered.append(name),
         )  # fmt: skip
         saver: Any = SimpleNamespace(

@@ -192,9 +192,8 @@ def prepare(
     notices = [*check_sandbox(functions, images, folder), *_idle(configured, roles)]
     notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
     notices += _told_of_servers(config, images, agentic=listed is not None)
-    source = None
+    source = plan_source(config, project) if training else None
     if training:
-        source = plan_source(config, project)
         _check_evals(config, held_out=len(dataset.held_out))
     models = _models(roles, folder, weights=weights, training=training)
     return Prepared(
