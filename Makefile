@@ -1,5 +1,5 @@
 # make quickstart   install into .venv, then train the tiny student of templates/quickstart (a CPU is enough)
-# make test         lint, types and the default test suite
+# make test         lint, types and the default test suite, on two cores
 # make test-vllm    the tests against the real vLLM: its CPU build, in an environment of its own (about 3 GB)
 # make resolve      asks the package index whether constraints-cuda.txt still resolves; fetches metadata only
 # make test-real    the tests with a real language model: fetches SmolLM2-135M (93 MB) once; about five minutes
@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/rnow run --dir "$(QUICKSTART)"
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-real: $(VENV)/.installed-real real-models/student/config.json
 	$(BIN)/python -m pytest -m real tests/real $(PYTEST_ARGS)

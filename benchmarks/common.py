@@ -59,8 +59,9 @@ def _vllm() -> dict[str, str]:
     return {}
 
 
-def write_results(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+def write_results(name: str, rows: list[dict[str, Any]], folder: Path | None = None) -> Path:
     """Put the rows and the machine into ``<folder>/<name>.json``."""
+    folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")

@@ -496,6 +496,10 @@ def step(what: str) -> str:
 '''
 
 
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def test_cancelling_a_call_that_has_just_ended_harms_no_other(tmp_path: Path) -> None:
     """The cancellation is read before the answer, when the worker is at the next call already."""
     with make_host(tmp_path, STOPS, limits=HostLimits(workers=1)) as host:
@@ -506,7 +510,8 @@ def test_cancelling_a_call_that_has_just_ended_harms_no_other(tmp_path: Path) ->
                 asyncio.ensure_future(host.call("step", {"arguments": {"what": what}}, timeout=20))
                 for what in ("stop", "long")
             )
-            await asyncio.sleep(0.15)
+            while not stopped(supervisor):  # as it is once the first call has begun
+                await asyncio.sleep(0.02)
             first.cancel()
             await asyncio.sleep(0.35)
             os.kill(supervisor, signal.SIGCONT)
