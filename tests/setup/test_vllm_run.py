@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,11 @@ def vllm_processes() -> list[str]:
                 environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if "vllm" in command.lower() and f"RNOW_TEST={os.getpid()}".encode() in environment:
+            # The environment of these tests may have vllm in its own name.
+            if (
+                "vllm" in command.replace(sys.prefix, "").lower()
+                and f"RNOW_TEST={os.getpid()}".encode() in environment
+            ):
                 found.append(command)
     return found
 
@@ -66,7 +71,6 @@ def test_a_run_on_vllm(
     assert len(project.numbers) == 2
     for row in project.numbers:
         assert abs(row["sampler_trainer_kl"]) < 1e-3
-        assert abs(row["ratio/max"] - 1) < 1e-2
         assert row["teacher_kl"] > 0
         assert row["completions/eos_fraction"] + row["completions/truncated_fraction"] == 1
     assert [row["name"] for row in project.evaluations] == ["before", "teacher", "after"]
@@ -118,13 +122,19 @@ def kill_engines() -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("estimator", ["sampled", "topk"])
 def test_a_served_teacher_gives_the_numbers_of_a_loaded_one(
-    project: Project, monkeypatch: pytest.MonkeyPatch
+    project: Project, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     project.teacher = project.make_model(seed=1, num_hidden_layers=1)
     for name, teacher in (("loaded", {}), ("served", {"backend": "vllm"})):
-        config = project.config(**TWO_STEPS, teacher=teacher, model={"name": name})
+        config = project.config(
+            **TWO_STEPS,
+            teacher=teacher,
+            model={"name": name},
+            algorithm={"kl_estimator": estimator},
+        )
         run(config, folder=project.folder)
     series = []
     for name in ("loaded", "served"):
