@@ -19,7 +19,7 @@ from typing import Any
 
 SEQUENCE = 256
 VOCABULARY = 151_936
-SIZES = {"narrow": (256, 4), "wide": (1024, 4)}
+SIZES = {"narrow": (256, 4), "wide": (512, 4)}
 """Hidden size and layers: the narrower the model, the more of the time is the head's."""
 
 
