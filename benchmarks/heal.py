@@ -38,12 +38,12 @@ from torch import Tensor
 import rnow
 from rnow.algorithm.batching import build_samples, pad, plan_micro_batches
 from rnow.config import load_config
+from rnow.config.estimator import kl_estimator
 from rnow.display.display import QuietDisplay
 from rnow.errors import RnowError, StopRequested
 from rnow.models.adapter import find_adapter
 from rnow.models.loading import CausalLM, quiet_libraries
 from rnow.models.scoring import hidden_rows
-from rnow.plan.choices import kl_estimator
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.roles import TEACHER
 from rnow.rollout.collect import collect_rollouts

@@ -17,7 +17,7 @@ import pytest
 import torch
 from tests.benchmarks.scripts import BENCHMARKS, load_benchmark
 
-from rnow.plan.choices import kl_estimator
+from rnow.config.estimator import kl_estimator
 
 
 @pytest.fixture(scope="module")

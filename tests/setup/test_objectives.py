@@ -11,9 +11,10 @@ import torch
 from tests.setup.projects import Killed, Project, Watcher, die
 
 from rnow.config import Config
+from rnow.config.estimator import kl_estimator
 from rnow.config.teachers import control_of
 from rnow.errors import ConfigError, RnowError
-from rnow.plan.choices import kl_estimator, reads_hidden_states
+from rnow.plan.choices import reads_hidden_states
 from rnow.setup.build import run
 
 MakeModel = Callable[..., Path]
@@ -280,6 +281,13 @@ def test_what_auto_means(
     config = project.config(algorithm=algorithm, teacher=teacher)
     assert kl_estimator(config) == estimator
     assert reads_hidden_states(config) is hidden
+
+
+@pytest.mark.parametrize("divergence", ["forward", "jsd"])
+def test_a_divergence_that_auto_in_rl_would_not_compute_is_refused(divergence: str) -> None:
+    with pytest.raises(RnowError, match=r"forward needs those|jsd needs the teacher") as caught:
+        Config(dataset_type="rl", model={"path": "s"}, algorithm={"divergence": divergence})
+    assert "algorithm.divergence" in (caught.value.where or "")
 
 
 def test_auto_in_rl_is_sampled() -> None:

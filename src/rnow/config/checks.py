@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from rnow.config.estimator import kl_estimator
 from rnow.config.names import name_problems
 from rnow.config.problems import KeyPath, Problem, dotted
 from rnow.config.teachers import (
@@ -243,9 +244,7 @@ def _without_signal(config: Schema) -> Iterator[Problem]:
 def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
     """What only another way of estimating the KL can do."""
     algorithm, served = config.algorithm, any_served(config)
-    estimator, divergence = algorithm.kl_estimator, algorithm.divergence
-    if estimator == "auto" and knows_only_sampled(config):
-        estimator = "sampled"
+    estimator, divergence = kl_estimator(config), algorithm.divergence
     if estimator == "exact" and served:
         yield Problem(
             path=("algorithm", "kl_estimator"),
@@ -285,13 +284,6 @@ def _unknown_to_its_estimator(config: Schema) -> Iterator[Problem]:
             message="kl_horizon cuts the answers that rewards would have to judge",
             hint="remove kl_horizon, or set algorithm.reward_coef: 0",
         )
-
-
-def knows_only_sampled(config: Schema) -> bool:
-    """Whether a setting chooses ``kl_estimator: sampled``, since no other knows it."""
-    algorithm = config.algorithm
-    of_teacher = any_crossed(config) or control_of(config) == "none"
-    return algorithm.kl_baseline != "none" or algorithm.kl_discount > 0 or of_teacher
 
 
 def _uncontrolled(config: Schema) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rnow.config import Config, TeacherSection
-from rnow.config.checks import knows_only_sampled
+from rnow.config.estimator import kl_estimator
 from rnow.config.schema import Control
 from rnow.config.teachers import any_served, control_of, teacher_sections
 from rnow.models.loading import choose_device
@@ -47,19 +47,6 @@ def teacher_answers(config: Config, shape: ModelShape, *, served: bool) -> bool:
     if asked != "auto":
         return asked
     return served or (shape.sampled and shape.parameters <= SMALL_TEACHER)
-
-
-Estimator = Literal["sampled", "exact", "topk"]
-
-
-def kl_estimator(config: Config) -> Estimator:
-    """``algorithm.kl_estimator`` with ``auto`` decided. Settings that only ``sampled`` knows choose it."""
-    algorithm, taught = config.algorithm, any(teacher_sections(config))
-    if algorithm.kl_estimator != "auto":
-        return algorithm.kl_estimator
-    if not taught or knows_only_sampled(config) or algorithm.kl_penalty_coef == 0:
-        return "sampled"
-    return "topk" if any_served(config) else "exact"
 
 
 CONTROLS: Mapping[Control, str] = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from rnow.config import Config, TeacherSection
+from rnow.config.estimator import kl_estimator
 from rnow.config.keys import Reader
 from rnow.config.problems import dotted
 from rnow.config.schema import KEYS, Section
 from rnow.config.teachers import TEACHER, teacher_sections
-from rnow.plan.choices import kl_estimator, reads_hidden_states, sampler_backend, teacher_backend
+from rnow.plan.choices import reads_hidden_states, sampler_backend, teacher_backend
 
 
 def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:

@@ -13,7 +13,8 @@ from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.rewarded import RewardTerm
 from rnow.algorithm.value import Valued, ValueHead
 from rnow.config import Config
-from rnow.plan.choices import kl_estimator, reads_hidden_states
+from rnow.config.estimator import kl_estimator
+from rnow.plan.choices import reads_hidden_states
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import STUDENT
 
