@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rnow.algorithm.batching import pad_right
 from rnow.algorithm.head import Head
+from rnow.sampling.cache import build_cache
 from rnow.types import SamplingParams
 
 RANDOM_BLOCK = 64
@@ -170,8 +171,6 @@ def _prefill(
 
     Returns the cache, the last hidden states ``[B, H]``, the attention mask ``[B, T]`` and the last position ids ``[B]``.
     """
-    from transformers import DynamicCache
-
     distinct: dict[tuple[int, ...], int] = {}
     source = [distinct.setdefault(request.prompt_token_ids, len(distinct)) for request in requests]
     prompts = list(distinct)
@@ -182,7 +181,8 @@ def _prefill(
     columns = torch.arange(width, device=device)[None, :]
     attention = (columns >= (width - lengths)[:, None]).long()
     position_ids = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    cache: Any = DynamicCache(config=body.config)
+    longest = max(request.params.max_tokens for request in requests)
+    cache = build_cache(body.config, width + longest)
     hidden = _read(body, token_ids, attention, position_ids, cache)
     index = torch.tensor(source, device=device)
     if len(prompts) < len(requests):
