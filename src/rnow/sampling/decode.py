@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from rnow.sampling.cache import build_cache
 from rnow.types import SamplingParams
 
 RANDOM_BLOCK = 64
+BLOCK, UNBLOCKED = 512, 4096
+BELOW_ONE = math.nextafter(1.0, 0.0)
 COMPACT_BELOW = 0.7
 
 
@@ -118,12 +121,47 @@ def draw(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tenso
     if params.temperature != 1.0:
         logits = logits / params.temperature
     logits = _truncate(logits, params)
-    logprobs = torch.log_softmax(logits, dim=-1)
-    cumulative = logprobs.double().exp_().cumsum_(dim=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    # right=True: the first id whose cumulative mass exceeds the threshold, so an id of probability 0 is never drawn.
-    chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
-    return chosen.squeeze(1), logprobs.gather(1, chosen).squeeze(1)
+    probabilities = torch.softmax(logits, dim=-1)
+    chosen = _invert(probabilities, uniform[:, None])
+    return chosen.squeeze(1), probabilities.gather(1, chosen).log_().squeeze(1)
+
+
+def _invert(mass: Tensor, uniform: Tensor) -> Tensor:
+    """The first index whose cumulative mass exceeds the share ``uniform`` of the whole.
+
+    A long row is cut into blocks: one is chosen by the blocks' sums, then an index within it by the share that is left. So
+    the cumulative sums, in float64, are over a few hundred numbers each, and the row is read once.
+
+    Args:
+        mass: ``[B, V]``, not negative, with something in each row.
+        uniform: float64 ``[B, 1]`` in [0, 1).
+
+    Returns:
+        int64 ``[B, 1]``; never an index of mass 0.
+    """
+    width = mass.shape[1]
+    blocked = width > UNBLOCKED
+    weights = _block_sums(mass) if blocked else mass
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+    threshold = uniform * cumulative[:, -1:]
+    # right=True: one that exceeds the threshold, not one that reaches it, so mass 0 is never chosen.
+    chosen = torch.searchsorted(cumulative, threshold, right=True)
+    chosen.clamp_(max=weights.shape[1] - 1)
+    if not blocked:
+        return chosen
+    held = weights.gather(1, chosen)
+    left = (threshold - (cumulative.gather(1, chosen) - held)) / held
+    columns = chosen * BLOCK + torch.arange(BLOCK, device=mass.device)
+    inside = mass.gather(1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, 0.0)
+    return chosen * BLOCK + _invert(inside, left.clamp_(0.0, BELOW_ONE))
+
+
+def _block_sums(mass: Tensor) -> Tensor:
+    """float64 ``[B, ceil(V / BLOCK)]``."""
+    whole = mass.shape[1] // BLOCK * BLOCK
+    sums = mass[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1)
+    rest = mass[:, whole:].sum(dim=1, keepdim=True)
+    return torch.cat([sums, rest], dim=1).double()
 
 
 def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
