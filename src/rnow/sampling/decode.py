@@ -246,7 +246,7 @@ def _prefill(
     if any(len(prompt) < width for prompt in prompts):
         attention = (positions >= 0).long()
     longest = max(request.params.max_tokens for request in requests)
-    cache = build_cache(body.config, width + longest)
+    cache: Any = build_cache(body.config, width + longest)
     hidden = _read(body, token_ids, attention, positions.clamp(min=0), cache)
     index = torch.tensor(source, device=device)
     if len(prompts) < len(requests):
