@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import estimators_runs as runs
-from common import RESULTS, write_results
+from common import RESULTS, put_between, write_results
 from estimators_runs import Probe, Run, Start
 
 DOCS = Path(__file__).parents[1] / "docs" / "algorithm.md"
@@ -167,18 +167,18 @@ def best_rates(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float
 
 
 class Pool:
-    """Two workers, each on a core; what they finish is told as it comes."""
+    """Workers, each on a core; what they finish is told as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = WORKERS) -> None:
         # What the workers inherit, and what they start.
         os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         context = get_context("spawn")
         cores = context.SimpleQueue()
         mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
-        for index in range(WORKERS):
+        for index in range(workers):
             cores.put(mine[index % len(mine)])
         self._executor = ProcessPoolExecutor(
-            WORKERS, context, initializer=runs.begin, initargs=(cores,)
+            workers, context, initializer=runs.begin, initargs=(cores,)
         )
         self._began = time.monotonic()
 
@@ -317,8 +317,10 @@ def kl_at_tokens(
     return before["kl"]
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line of the table per template and arm, in the order of ``ARMS``.
+def summarise(
+    rows: Sequence[Mapping[str, Any]], arms: Iterable[str] = tuple(ARMS)
+) -> list[dict[str, Any]]:
+    """A line of the table per template and arm, in the order of ``arms``.
 
     ``kl`` and ``accuracy`` are at the end of the same seconds, ``kl_at_tokens`` where the arm of its template that sampled the
     least ended, with ``tokens`` and ``steps`` as means.
@@ -329,7 +331,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for template, start in starts.items():
         by_arm = {
             arm: [row for row in taken if (row["template"], row["arm"]) == (template, arm)]
-            for arm in ARMS
+            for arm in arms
         }
         by_arm = {arm: mine for arm, mine in by_arm.items() if mine}
         ends = {arm: [row["points"][-1] for row in mine] for arm, mine in by_arm.items()}
@@ -458,15 +460,9 @@ def _shown(value: Estimate, digits: int) -> str:
 
 def write_docs(results: Mapping[str, Any], path: Path = DOCS) -> None:
     """Put the table between the marks of a page."""
-    text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{path} has no place for the table: put {BEGIN} and {END} where it should go")
     machine = results["machine"]
     made = f"{machine['cpu']}, torch {machine['torch']}, {machine['date']}"
-    body = f"{made}; 95 % intervals.\n\n{table(results['rows'])}"
-    path.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+    put_between(path, BEGIN, END, f"{made}; 95 % intervals.\n\n{table(results['rows'])}")
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
