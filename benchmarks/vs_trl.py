@@ -461,7 +461,7 @@ def measure_learning(
         for run, points in pool.all(work, bench.folder, asked):
             yield {**run_row(run, points), "asked_seconds": seconds}
 
-    with Pool(min(size.workers, len(os.sched_getaffinity(0)))) as pool:
+    with Pool(size.workers) as pool:
         asked = [run_of(side, rate, CHOOSING_SEED) for side in sides for rate in plan.rates]
         rows += gather(dice.sample(asked, len(asked)))
         rates = best_rates(rows)
