@@ -48,7 +48,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -521,8 +521,13 @@ def _learn(
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
-def measure(given: argparse.Namespace, pythons: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Every row. The first says how it was measured."""
+def measure(
+    given: argparse.Namespace,
+    pythons: Mapping[str, Path],
+    keep: Callable[[list[dict[str, Any]]], object],
+) -> list[dict[str, Any]]:
+    """Every row; the first says how it was measured. ``keep`` takes those so far after each size: a fault in the second hour should
+    not cost the first."""
     sides = [side for side in SIDES if side in given.sides]
     rows: list[dict[str, Any]] = [
         {"what": "plan", "busy": given.busy, "pairs": given.pairs, "dropped": DROPPED}
@@ -539,12 +544,14 @@ def measure(given: argparse.Namespace, pythons: Mapping[str, Path]) -> list[dict
         for size in given.sizes:
             steps = DROPPED + 1 if given.quick else None
             rows += measure_speed(bench, size, sides, given.pairs, steps)
+            keep(rows)
         for size in given.learning:
             mine = [row for row in rows if row["what"] == "speed" and row["size"] == size]
             cuts = mine[0]["accumulation"] if mine else 1
             with Others() as others:
                 rows += measure_learning(bench, size, sides, plan, cuts)
             rows.append({"what": "learning", "template": size, "others": others.cores})
+            keep(rows)
     return rows
 
 
@@ -565,7 +572,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trl-python", type=Path, help=f"an interpreter that has trl {TRL_VERSION}"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for table and plot")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for results, table and plot"
+    )
     given = parser.parse_args(arguments)
     if given.quick:
         given.pairs = 1
@@ -602,13 +611,13 @@ def main() -> None:
     trl = (given.trl_python or trl_python()) if TRL in given.sides else Path(sys.executable)
     pythons = {side: trl if side == TRL else Path(sys.executable) for side in SIDES}
     try:
-        rows = measure(given, pythons)
+        if given.quick:
+            print(shown.table(measure(given, pythons, keep=lambda rows: None)))
+            return
+        rows = measure(given, pythons, keep=lambda rows: write_results("vs_trl", rows, given.out))
     except RuntimeError as error:
         sys.exit(str(error))
-    if given.quick:
-        print(shown.table(rows))
-        return
-    print(f"written to {write_results('vs_trl', rows, given.out)}")
+    print(f"written to {kept}")
     results = json.loads(kept.read_text())
     page = given.out / "vs_trl.md"
     page.write_text(shown.page(results))

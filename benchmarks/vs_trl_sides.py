@@ -143,6 +143,8 @@ class Watch:
         over = len(self.steps) >= task.steps if task.steps else elapsed >= task.seconds
         if not task.steps and elapsed >= task.seconds * (len(self.points) + 1) / task.marks:
             self._keep(elapsed, adapter())
+        if over:
+            self._stack.close()  # what is written after the last step is none of a step's memory
         self._before = time.perf_counter()
         self._aside += self._before - now
         return over
@@ -162,7 +164,6 @@ class Watch:
 
     def result(self) -> dict[str, Any]:
         """Everything that was seen, as JSON."""
-        self._stack.close()
         return {
             **self.facts,
             "peak_mb": self._memory.extra / 1e6,

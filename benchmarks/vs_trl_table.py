@@ -197,7 +197,7 @@ def _learning_table(plan: Row, start: Row, lines: Sequence[Row]) -> list[str]:
     first = lines[0]
     answers = any(line["accuracy"].value for line in lines)
     return [
-        f"**({first['template']})** {plan['titles'][first['template']].split(',')[0]}, held-out prompts after "
+        f"**({first['template']})** {plan['titles'][first['template']].rpartition(', ')[0]}, held-out prompts after "
         f"{first['seconds']:.0f} s of training, {first['seeds']} seeds, 95 % intervals; before training KL "
         f"{start['kl']:.4f}{', accuracy ' + format(start['accuracy'], '.3f') if answers else ''}.",
         "",

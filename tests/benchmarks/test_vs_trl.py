@@ -70,7 +70,7 @@ def test_the_command_measures_nothing_on_a_busy_machine(
     monkeypatch.setattr(script.time, "sleep", lambda seconds: None)
     moments = iter([(0.0, 0.0), (2.0, 2.0)])
     monkeypatch.setattr(script.Others, "_now", staticmethod(lambda: next(moments)))
-    monkeypatch.setattr(script, "measure", lambda *given: pytest.fail("it measured"))
+    monkeypatch.setattr(script, "measure", lambda *given, **named: pytest.fail("it measured"))
     monkeypatch.setattr(sys, "argv", ["vs_trl.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"1\.00 cores busy"):
         script.main()
@@ -264,7 +264,7 @@ def test_learning_is_compared_at_exactly_equal_seconds_and_tokens(shown: Any) ->
 
 def results_of(*, busy: bool) -> dict[str, Any]:
     plan = {"what": "plan", "busy": busy, "pairs": 3, "dropped": 2, "trl": "1.16.0"}
-    plan["titles"] = {"a": "small, 4 x 25 tokens"}
+    plan["titles"] = {"a": "small, of 1,000 ids, 4 x 25 tokens"}
     trial = process("trl", 0, 2.0, 400.0) | {"what": "trial", "accumulation": 2}
     names = ("torch", "transformers", "peft", "python", "date")
     machine = {"cpu": "some core", **dict.fromkeys(names, "2")}
@@ -280,6 +280,7 @@ def test_the_page_has_every_figure(shown: Any) -> None:
     assert (
         "| exact | 100 (50 to 200) | 2.00 (2.00 to 2.00) | 1.000 (0.500 to 2.000) | 0.500 |" in text
     )
+    assert "**(a)** small, of 1,000 ids, held-out prompts after 4 s of training, 5 seeds" in text
     assert "| exact | 0.001 | 0.010" in text
     tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert tables == [15] * 4 + [8] * 4
@@ -292,7 +293,7 @@ def test_the_short_table_goes_into_the_readme(script: ModuleType, tmp_path: Path
     for _ in range(2):
         script.write_docs(results_of(busy=False), readme)
     text = readme.read_text()
-    assert text.startswith(f"before\n{script.BEGIN}\n(a) small, 4 x 25 tokens. some core, one core; TRL 1.16.0")  # fmt: skip
+    assert text.startswith(f"before\n{script.BEGIN}\n(a) small, of 1,000 ids, 4 x 25 tokens. some core, one core; TRL 1.16.0")  # fmt: skip
     assert text.endswith(f"{script.END}\nafter\n")
     assert "| a | exact | 100 | 2.00 (2.00 to 2.00) | 100 | 0.25 | 9.0 |" in text
     assert "| a, 4 s | trl | 0.100" in text
