@@ -78,8 +78,6 @@ DROPPED = 2
 SPEED_RATE = 1e-4
 RANK, ALPHA = 32, 64
 CHOOSING_SEED = 100
-QUIET = 0.1
-"""Cores that others may keep busy before a measurement is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +174,9 @@ def refuse_busy(cores: float, *, anyway: bool) -> None:
     Raises:
         SystemExit: others work here, and it is not to be measured ``anyway``.
     """
-    if cores <= QUIET:
+    if cores <= shown.QUIET:
         return
-    told = f"other processes keep {cores:.2f} cores busy (allowed: {QUIET:g})"
+    told = f"other processes keep {cores:.2f} cores busy (allowed: {shown.QUIET:g})"
     if not anyway:
         sys.exit(
             f"{told}: nothing that is measured now would mean anything.\n"

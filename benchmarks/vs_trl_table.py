@@ -78,7 +78,11 @@ def _is(row: Row, size: str, side: str) -> bool:
     return (row["size"], row["side"]) == (size, side)
 
 
-def disturbances(rows: Sequence[Row], quiet: float) -> list[str]:
+QUIET = 0.1
+"""Cores that others may keep busy beside a measurement."""
+
+
+def disturbances(rows: Sequence[Row], quiet: float = QUIET) -> list[str]:
     """The measurements during which others kept more than ``quiet`` cores busy."""
     return [
         f"{row.get('size') or row['template']} {row.get('side', 'learning')}"
@@ -223,6 +227,8 @@ def machine(results: Row) -> str:
     )
     if rates:
         said += f"; a float32 product ran at {min(rates):.0f} to {max(rates):.0f} GFLOP/s"
+    if found := disturbances(rows):
+        said += f"; others worked beside {len(found)} of {sum('others' in row for row in rows)} measurements"
     return (
         f"**Measured on a busy machine: these figures mean nothing.** {said}."
         if plan["busy"]
@@ -232,7 +238,7 @@ def machine(results: Row) -> str:
 
 def page(results: Row) -> str:
     """results/vs_trl.md."""
-    found = disturbances(results["rows"], 0.1)
+    found = disturbances(results["rows"])
     told = [f"Others kept cores busy during: {'; '.join(found)}.", ""] if found else []
     head = "# TRL's DistillationTrainer against rnow\n\nMade by `python benchmarks/vs_trl.py`, which says how."
     return "\n".join([head, "", machine(results), "", *told, table(results["rows"])])

@@ -221,7 +221,7 @@ def test_disturbed_measurements_are_told(shown: Any) -> None:
     rows = speed_rows()
     rows[3]["others"] = 0.7
     rows.append({"what": "learning", "template": "b", "others": 0.2})
-    assert shown.disturbances(rows, 0.1) == ["a exact pair 2: 0.70 cores", "b learning: 0.20 cores"]
+    assert shown.disturbances(rows) == ["a exact pair 2: 0.70 cores", "b learning: 0.20 cores"]
 
 
 def learning_rows() -> list[dict[str, Any]]:
@@ -285,6 +285,9 @@ def test_the_page_has_every_figure(shown: Any) -> None:
     tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert tables == [15] * 4 + [8] * 4
     assert "mean nothing" in shown.page(results_of(busy=True))
+    disturbed = results_of(busy=False)
+    disturbed["rows"][2]["others"] = 0.7
+    assert "; others worked beside 1 of 7 measurements." in shown.short(disturbed)
 
 
 def test_the_short_table_goes_into_the_readme(script: ModuleType, tmp_path: Path) -> None:
