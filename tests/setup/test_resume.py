@@ -20,6 +20,7 @@ from tests.setup.projects import Killed, Project, Watcher, die
 
 from rnow.disk import folder as folder_module
 from rnow.disk.folder import RunFolder
+from rnow.disk.transcripts import step_file
 from rnow.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -76,6 +77,8 @@ def assert_same_run(project: Project, whole: Project) -> None:
             read_transcripts(one.run_dir / "transcripts", row["step"]) for one in (project, whole)
         )
         assert mine == theirs
+        files = [step_file(one.run_dir / "transcripts", row["step"]) for one in (project, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
     name = Path("adapter") / "adapter_model.safetensors"
     assert (project.run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes()
 

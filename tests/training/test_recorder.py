@@ -15,6 +15,7 @@ from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample, Up
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import JsonlSink
+from rnow.disk.transcript_rows import steps_of
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import QuietDisplay
 from rnow.errors import EXIT_FAILED, RnowError
@@ -113,7 +114,8 @@ def test_a_step_is_written_everywhere(desk: Desk) -> None:
     assert {"time/step", "throughput/completion_tokens_per_s"} <= row.keys()
     assert desk.sink.by_step[1]["loss"] == 0.5
     assert desk.display.steps == [(1, 9)]
-    assert len(list(desk.folder.transcripts.iterdir())) == 1
+    desk.recorder.settle()
+    assert list(steps_of(desk.folder.transcripts)) == [1]
     assert desk.recorder.completion_tokens == 4
 
 
