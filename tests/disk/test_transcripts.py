@@ -112,6 +112,7 @@ def test_all_fields(tmp_path: Path) -> None:
         "status": "completed",
         "end_reason": "answer",
         "error": None,
+        "completion_tokens": 2,
         "reward": 0.5,
         "rewards": {"accuracy": 0.5},
         "reward_errors": {"style": "KeyError: 'x'"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from rnow.errors import InputError
 Row = dict[str, Any]
 """The columns of ``transcripts.schema()`` by name, ``messages`` and ``answer`` as they were, ``rewards`` and ``reward_errors`` as
 dicts. What an earlier version did not keep is None."""
+
+SORTS = {
+    "kl": "teacher_kl",
+    "reward": "reward",
+    "advantage": "advantage",
+    "tokens": "completion_tokens",
+}
+"""What rollouts can be sorted by, and the column."""
 
 _JSON = ("messages", "answer")
 _OLD_LISTS = {
@@ -53,6 +62,17 @@ def read_step(
         ) from error
 
 
+def ordered(rows: Sequence[Row], by: str | None = None, *, reverse: bool = False) -> list[int]:
+    """Indices of rows, the largest of ``SORTS[by]`` first, or in the order of the file; ``reverse``: the other way round. Those
+    without that number come last."""
+    if by is None:
+        return list(range(len(rows)))[:: -1 if reverse else 1]
+    values = [row[SORTS[by]] for row in rows]
+    known = [i for i, value in enumerate(values) if value is not None and not math.isnan(value)]
+    found = sorted(known, key=lambda index: values[index], reverse=not reverse)
+    return found + [index for index in range(len(rows)) if index not in set(known)]
+
+
 def _read_table(path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | None) -> list[Row]:
     import pyarrow.parquet as pq
 
@@ -80,7 +100,7 @@ def _read_lines(path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | N
 
 def _from_line(line: Row) -> Row:
     tokens = line.pop("tokens")
-    row: Row = dict.fromkeys(schema().names) | line
+    row: Row = dict.fromkeys(schema().names) | line | {"completion_tokens": len(tokens)}
     for name, key in _OLD_LISTS.items():
         values = [token[key] for token in tokens]
         unknown = name in FLOAT_LISTS and values and all(value is None for value in values)

@@ -201,6 +201,7 @@ class _Step:
                     "step": self.step,
                     "dataset": prompt.dataset,
                     "teacher": prompt.teacher,
+                    "completion_tokens": rollout.completion_tokens,
                     "advantage": self.advantages.get(rollout.id),
                     "teacher_kl": float(kl.mean(dtype=np.float64)) if judged else None,
                 }
@@ -243,6 +244,7 @@ def schema() -> pa.Schema:
             "status": text,
             "end_reason": text,
             "error": text,
+            "completion_tokens": pa.int32(),
             "reward": number,
             "rewards": pa.map_(text, number),
             "reward_errors": pa.map_(text, text),
