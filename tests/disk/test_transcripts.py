@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.benchmarks.scripts import load_benchmark
 from tests.rollouts import read_transcripts, turns_of
 
 from rnow.algorithm.batching import build_samples
@@ -358,16 +357,7 @@ def test_killed_while_writing_a_step_is_not_there(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["step-000001.parquet"]
 
 
-# ---- size and reading --------------------------------------------------------------------------------------------------
-
-
-def test_a_token_costs_less_than_25_bytes(tmp_path: Path) -> None:
-    """Of rollouts like those of a language model, all their numbers and texts included; and a small part of it in time."""
-    script = load_benchmark("transcripts")
-    work = script.make_work(prompts=2, group=4, prompt_tokens=200, tokens=512, vocabulary=50_000)
-    found = script.measure(work, tmp_path, repeats=1)
-    assert found["columns"]["bytes"] < 25
-    assert found["json"]["bytes"] > 120
+# ---- reading --------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_chosen_before_their_tokens_are_read(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_steps_without_a_rollout_do_not_count_as_divergence(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    ("skipped", "fix"), [(NON_FINITE, "learning_rate"), ("no tokens", "transcripts")]
+    ("skipped", "fix"), [(NON_FINITE, "learning_rate"), ("no tokens", "rnow rollouts")]
 )
 def test_a_run_whose_every_step_was_skipped_has_failed(desk: Desk, skipped: str, fix: str) -> None:
     desk.record(1, skipped=skipped)
