@@ -299,12 +299,20 @@ def as_journal_of_lists(work: Work) -> bytes:
     return b"".join(
         json_line(
             {
+                "prompt_id": rollout.prompt_id,
+                "index": rollout.index,
+                "status": rollout.status,
+                "end_reason": rollout.end_reason,
+                "error": rollout.error,
+                "unanswered_token_ids": rollout.unanswered_token_ids,
                 "messages": rollout.messages,
                 "turns": [
                     {
                         "observation_token_ids": turn.observation_token_ids,
                         "token_ids": turn.completion.token_ids,
                         "logprobs": turn.completion.logprobs,
+                        "finish_reason": turn.completion.finish_reason,
+                        "policy_version": turn.completion.policy_version,
                     }
                     for turn in rollout.turns
                 ],

@@ -13,7 +13,10 @@ from rnow.text.suggest import closest
 from rnow.text.user_files import place_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rnow.disk.folder import RunFolder
+    from rnow.disk.transcript_rows import Row
 
 DEFAULT_COUNT = 5
 RUNS = "runs"
@@ -67,7 +70,7 @@ def show_rollouts(
         )
     total = 0
 
-    def choose(rows: list[dict[str, object]]) -> list[int]:
+    def choose(rows: Sequence[Row]) -> list[int]:
         nonlocal total
         total = len(rows)
         return ordered(rows, sort, reverse=reverse)[:count]

@@ -193,7 +193,7 @@ class _Step:
         rows: list[dict[str, object]] = []
         for (prompt, rollout, reward), kl in zip(self.rows, kls, strict=True):
             fields = rollout_fields(prompt, rollout, reward, redact)
-            judged = kl is not None and kl.size > 0
+            mean = float(kl.mean(dtype=np.float64)) if kl is not None and kl.size else None
             rows.append(
                 fields
                 | {name: to_json(fields[name]) for name in ("messages", "answer")}
@@ -203,7 +203,7 @@ class _Step:
                     "teacher": prompt.teacher,
                     "completion_tokens": rollout.completion_tokens,
                     "advantage": self.advantages.get(rollout.id),
-                    "teacher_kl": float(kl.mean(dtype=np.float64)) if judged else None,
+                    "teacher_kl": mean,
                 }
             )
         names = [name for name in schema().names if name not in TOKEN_LISTS]
@@ -266,15 +266,14 @@ def to_parquet(table: pa.Table) -> bytes:
     leaves = {
         name: f"{name}.list.element" if name in TOKEN_LISTS else name for name in table.column_names
     }
+    # Of the longest texts no statistics, which would hold them once more.
+    options: dict[str, Any] = {
+        "use_dictionary": [leaf for name, leaf in leaves.items() if name not in FLOAT_LISTS],
+        "use_byte_stream_split": [leaves[name] for name in FLOAT_LISTS],
+        "write_statistics": ["step", "reward", "advantage", "teacher_kl"],
+    }
     sink = io.BytesIO()
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        use_dictionary=[leaf for name, leaf in leaves.items() if name not in FLOAT_LISTS],
-        use_byte_stream_split=[leaves[name] for name in FLOAT_LISTS],
-        write_statistics=["step", "reward", "advantage", "teacher_kl"],  # not the longest texts
-    )
+    pq.write_table(table, sink, compression="zstd", **options)
     return sink.getvalue()
 
 
