@@ -100,7 +100,8 @@ def _read_lines(path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | N
 
 def _from_line(line: Row) -> Row:
     tokens = line.pop("tokens")
-    row: Row = dict.fromkeys(schema().names) | line | {"completion_tokens": len(tokens)}
+    row: Row = dict.fromkeys(schema().names) | {"rewards": {}, "reward_errors": {}} | line
+    row["completion_tokens"] = len(tokens)
     for name, key in _OLD_LISTS.items():
         values = [token[key] for token in tokens]
         unknown = name in FLOAT_LISTS and values and all(value is None for value in values)
