@@ -57,8 +57,8 @@ from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
 MOMENTS_AND_ADAPTER = 3
-TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 150, 30
-"""Bytes of JSON for one token: its id, text and three log-probabilities; its id and one."""
+TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 25, 24
+"""Bytes for one token: compressed, its id, text and five numbers; its id, one number and its part of the messages."""
 MAX_ADVICE = 4
 HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server of its own, or free main memory"
 
