@@ -234,6 +234,24 @@ def test_float32_over_many_tiles_is_as_close_as_a_full_softmax() -> None:
     torch.testing.assert_close(ours.grad.double(), gradient, rtol=1e-5, atol=1e-5)
 
 
+def test_the_gradient_of_a_token_that_is_almost_certain() -> None:
+    """1 - p is far below what float32 can tell from 1: the others' probabilities still say where to go."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(30, 8, generator=generator)
+    hidden = 12 * weight[:5]
+    exact = torch.softmax(hidden.double() @ weight.double().T, -1)
+    targets = exact.argmax(1)
+    rest = exact.scatter(1, targets[:, None], 0.0)
+    assert 0 < rest.sum(1).min() < 1e-8
+    expected = rest.sum(1, keepdim=True) * weight.double()[targets] - rest @ weight.double()
+    ours = hidden.clone().requires_grad_()
+    found = selected_logprobs(ours, Head(weight=weight), targets, tiling=Tiling(rows=2, width=7))
+    found.logprobs.sum().backward()
+    assert ours.grad is not None
+    error = (ours.grad.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 1e-3
+
+
 def test_a_tile_follows_neither_the_tokens_nor_the_vocabulary() -> None:
     threads = torch.get_num_threads()
     for vocabulary in (1_000, 151_936, 1_000_000):

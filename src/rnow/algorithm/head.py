@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rnow.algorithm.products import wide_product
+
 CPU_TILE_BYTES = 2**20
 """Of one core: a tile of logits and one of probabilities stay in its caches."""
 CPU_BUFFER_BYTES = 64 * 2**20
@@ -63,7 +65,12 @@ class Head:
         the tiles avoid."""
         weight = self.weight[columns]
         bias = None if self.bias is None else self.bias[columns]
-        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).to(self.dtype)
+        if hidden.is_cuda and hidden.ndim == 2:
+            logits = wide_product(hidden.to(weight.dtype), weight.t())
+            logits = logits if bias is None else logits.add_(bias)
+        else:
+            logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+            logits = logits.to(self.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -182,6 +189,14 @@ class Picked:
         found = logits.gather(1, own.clamp_(0, logits.shape[1] - 1))
         self.values = torch.where(here, found, self.values)
 
+    def drop_first(self, columns: slice, probabilities: Tensor) -> None:
+        """Set the probability of each row's first id to 0 where this tile holds it."""
+        own = self._ids[:, :1] - columns.start
+        here = (own >= 0) & (own < probabilities.shape[1])
+        own = own.clamp_(0, probabilities.shape[1] - 1)
+        kept = probabilities.gather(1, own).masked_fill_(here, 0.0)
+        probabilities.scatter_(1, own, kept)
+
 
 class Look(Protocol):
     """Sees every tile of every chunk, read-only, and is told when a chunk is through."""
@@ -273,7 +288,7 @@ class MeanRow:
         if rows.dtype == self.value.dtype:
             self.value.addmm_(weights, rows)
         else:
-            self.value += weights.to(rows.dtype) @ rows
+            self.value += wide_product(weights.to(rows.dtype), rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,12 +303,16 @@ class _Pass:
 
     def __call__(
         self, hidden: Tensor, ids: Tensor, at: slice, *, gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits ``[r, m]`` at ``ids``, normalisers and entropies ``[r]``, and the mean row of the head ``[r, H]``; the latter two
-        mean nothing where they are not asked for."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Logits ``[r, m]`` at ``ids``, normalisers and entropies ``[r]``, and of all tokens but the first of the ids their
+        probability ``[r]`` and the sum of their probabilities times the head's rows ``[r, H]``; the latter three mean nothing
+        where they are not asked for. Without the first id, since W[x] - sum_v p(v) W[v] would leave nothing but rounding of a
+        token that is almost certain.
+        """
         head, softmax = self.head, TiledSoftmax()
         picked, mean = Picked(ids, head.dtype), MeanRow(hidden.shape[0] if gradient else 0, head)
         expected: list[Tensor] = []
+        rests: list[Tensor] = []
         for columns in self.tiling.columns(head.vocabulary):
             logits = head.tempered(hidden, columns, self.temperature)
             picked.look(columns, logits)
@@ -303,6 +322,8 @@ class _Pass:
             if self.look is not None:
                 self.look.tile(at, columns, logits, probabilities)
             if gradient:
+                picked.drop_first(columns, probabilities)
+                rests.append(probabilities.sum(-1))
                 slope = head.slope(logits, self.temperature)
                 weights = probabilities if slope is None else probabilities.mul_(slope)
                 mean.add(weights, columns, softmax.last)
@@ -310,7 +331,8 @@ class _Pass:
             self.look.done(at, softmax)
         normaliser = softmax.normaliser
         entropies = normaliser - softmax.expect(expected) if self.entropy else normaliser
-        return picked.values, normaliser, entropies, mean.value
+        rest = softmax.expect(rests) if gradient else normaliser
+        return picked.values, normaliser, entropies, rest, mean.value
 
 
 class _Select(torch.autograd.Function):
@@ -321,21 +343,24 @@ class _Select(torch.autograd.Function):
             one_pass(hidden[at], ids[at], at, gradient=gradient)
             for at in one_pass.tiling.chunks(hidden.shape[0])
         ]
-        logits, normalisers, entropies, means = map(torch.cat, zip(*chunks, strict=True))
+        logits, normalisers, entropies, rests, means = map(torch.cat, zip(*chunks, strict=True))
         dtype = one_pass.head.dtype
         if gradient:
             ctx.one_pass, ctx.dtype = one_pass, hidden.dtype
-            ctx.save_for_backward(means, ids, logits)
+            ctx.save_for_backward(means, rests.to(dtype), ids, logits)
         entropies = entropies.to(dtype)
         ctx.mark_non_differentiable(entropies)
         return (logits - normalisers[:, None]).to(dtype), entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        means, ids, logits = ctx.saved_tensors
+        means, rests, ids, logits = ctx.saved_tensors
         head, temperature = ctx.one_pass.head, ctx.one_pass.temperature
         upstream = gradients[0].to(means.dtype)
+        others = upstream[:, 1:].sum(1)
+        first = upstream[:, 0] * rests - others * (1.0 - rests)
+        chosen = torch.cat([first[:, None], upstream[:, 1:]], 1)
         slope = head.slope(logits, temperature)
-        chosen = upstream if slope is None else upstream * slope
+        chosen = chosen if slope is None else chosen * slope
         found = head.pull(chosen, ids) - upstream.sum(1, keepdim=True) * means
         return (found * (head.scale / temperature)).to(ctx.dtype), None, None
