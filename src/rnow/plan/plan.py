@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
+from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, cpu_tile_bytes
 from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
@@ -499,7 +499,8 @@ def _settings(
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
         gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
         cache_budget=cache,
-        head_buffer=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
+        head_tile=GPU_BUFFER_BYTES if on_gpu else cpu_tile_bytes(),
+        head_kept=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
         hidden_states=reads_hidden_states(config),
     )
 
