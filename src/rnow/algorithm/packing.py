@@ -15,7 +15,7 @@ from itertools import pairwise
 Pass = tuple[tuple[int, ...], ...]
 """The rows of one forward pass, each the indices of the samples in it."""
 
-PASS_OVERHEAD = 64
+PASS_OVERHEAD = 128
 """Tokens that a model computes in the time that one more pass costs whatever is in it."""
 MAX_ROW_TOKENS = 4096
 """A row of several samples is no longer: the mask of a pass has as many entries for each of its tokens."""
@@ -193,7 +193,7 @@ def _fill(
             break
         most += 1
     best: tuple[float, int, list[list[int]]] | None = None
-    for count in _halves(most):
+    for count in _fewer(most):
         tokens = sum(sizes[:count])
         for rows in dict.fromkeys(-(-count // each) for each in _SAMPLES_A_ROW):
             bins, width = _spread(sizes[:count], rows)
@@ -212,10 +212,10 @@ def _fill(
     return best[1], best[2]
 
 
-def _halves(most: int) -> Iterator[int]:
+def _fewer(most: int) -> Iterator[int]:
     while most:
         yield most
-        most //= 2
+        most = most * 4 // 5
 
 
 def _spread(sizes: Sequence[int], rows: int) -> tuple[list[list[int]], int]:

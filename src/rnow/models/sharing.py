@@ -116,7 +116,7 @@ def _sees(branches: Branches, window: int | None) -> Callable[..., Tensor]:
         inside = (key <= query) & (query < ends[batch, key])
         if window is None:
             return inside
-        return inside & (positions[batch, query] - positions[batch, key] < window)
+        return inside & (positions[batch, query] < positions[batch, key] + window)
 
     return sees
 
