@@ -160,7 +160,6 @@ def draw_samples(size: Size) -> list[Any]:
 
 def load(name: str, size: Size) -> dict[str, Any]:
     import torch
-    from random_models import HUNDRED_MILLION, write_model
 
     from rnow.models.loading import load_causal_lm
 
@@ -172,6 +171,8 @@ def load(name: str, size: Size) -> dict[str, Any]:
     roles = ("student", "teacher")
     if name.startswith("quickstart"):
         return {role: read(QUICKSTART / role) for role in roles}
+    from random_models import HUNDRED_MILLION, write_model
+
     with tempfile.TemporaryDirectory() as folder:
         for role, shape in zip(roles, (HUNDRED_MILLION, WIDE), strict=True):
             write_model(Path(folder, role), shape, ids=size.ids)

@@ -31,7 +31,6 @@ INT8_APART = "LLM.int8 picks its outlier columns over all tokens of a pass"
 _WINDOW = "sliding_window"
 _PROBE_WINDOW = 4
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_MASKED = frozenset({"sdpa", "eager", "flex_attention"})
 _KEYS = {
     "attention_chunk_size": "its attention is cut into chunks at fixed places of a row",
     "index_topk": "its attention picks some of the tokens of a row",
@@ -70,9 +69,16 @@ def why_separate(config: Any) -> str | None:
     if strange:
         return f"it has layers that read a row in order ({', '.join(strange)})"
     attention = text._attn_implementation
-    if attention not in _MASKED:
+    if not _takes_masks(attention):
         return f"its attention ({attention}) takes no mask of ours"
     return None
+
+
+def _takes_masks(attention: str) -> bool:
+    """Whether transformers makes masks for an attention kernel that say of each pair whether it counts."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return attention in ALL_MASK_ATTENTION_FUNCTIONS and "flash" not in attention
 
 
 def find_sharing(model: Any, body: Any, device: torch.device) -> Sharing | str:
@@ -148,7 +154,7 @@ def _agrees(model: Any, body: Any, device: torch.device, found: Sharing) -> bool
     plain, packed = pad(samples, device), pad(samples, device, per_row)
     windowed = any(found.windows.values())
     try:
-        wide = _states(body, plain)
+        wide = _states(body, plain) if windowed else None
         with _short_window(model, body, windowed):
             alone = _states(body, plain)
             short = {kind: _PROBE_WINDOW if w else None for kind, w in found.windows.items()}
@@ -161,7 +167,7 @@ def _agrees(model: Any, body: Any, device: torch.device, found: Sharing) -> bool
     exact = dtype == torch.float32 and not getattr(model, "is_quantized", False)
     tolerance = TOLERANCE if exact else HALF_TOLERANCE
     # A window that is read elsewhere than in the config cannot be tried.
-    cut = not windowed or _gap(wide, alone) > tolerance
+    cut = wide is None or _gap(wide, alone) > tolerance
     return cut and _gap(shared, alone) <= tolerance
 
 
