@@ -608,6 +608,27 @@ def test_the_view_fits_its_width(
     assert ("gradient_checkpointing: true" in text) == (device is CRAMPED)
 
 
+def test_the_view_says_for_whom_a_prompt_is_computed_once(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    plan = plan_of(models)
+    assert "computed once (student, teacher)" in shown(plan)
+    why = "its attention goes by distances"
+    teacher = replace(plan.models["teacher"], separate=why)
+    apart = shown(replace(plan, models={**plan.models, "teacher": teacher}))
+    assert f"computed once (student); once for each answer (teacher): {why}" in apart
+    served = replace(teacher, separate=None)
+    alone = shown(replace(plan, models={**plan.models, "teacher": served}))
+    assert "computed once (student)" in alone
+    assert why not in alone
+
+
+def test_int8_has_a_row_for_each_sample(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    plan = plan_of(models, teacher={"quantization": "int8"})
+    assert "LLM.int8" in (plan.models["teacher"].separate or "")
+    assert plan.models["student"].separate == ""
+
+
 def test_text_from_the_config_cannot_control_the_terminal(
     models: tuple[ResolvedModel, ResolvedModel],
 ) -> None:

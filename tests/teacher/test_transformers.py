@@ -238,7 +238,8 @@ def test_out_of_memory_halves_the_pass_and_says_the_same(
     expected = {name: evidence_tensors(e) for name, e in teacher.score_now(samples, needs).items()}
     tries = run_out_of_memory_above(monkeypatch, 40)
     found = teacher.score_now(samples, needs)
-    assert tries == [100, 40, 60, 20, 40], "halves of halves, each once"
+    # A sample's last token predicts nothing.
+    assert tries == [95, 38, 57, 19, 38], "halves of halves, each once"
     assert found.keys() == expected.keys()
     for name, evidence in found.items():
         for field, tensor in evidence_tensors(evidence).items():

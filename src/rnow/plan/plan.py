@@ -15,6 +15,7 @@ from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
 from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
 from rnow.models.shape import ModelShape, build_empty, shape_of
+from rnow.models.sharing import INT8_APART
 from rnow.plan.choices import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_MAX_TURNS,
@@ -66,7 +67,8 @@ HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server o
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """One model of the run. ``weights_bytes`` is the size of its files, ``dtype`` that of unquantised numbers; ``own_base``: it
-    is the student's base, of which there is one copy."""
+    is the student's base, of which there is one copy. ``separate``: why each of its samples is computed in a row of its own, empty
+    where what several begin with is computed once, None where a server does as it likes."""
 
     path: str
     revision: str | None
@@ -77,6 +79,7 @@ class ModelPlan:
     quantization: str
     device: str
     own_base: bool = False
+    separate: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -415,8 +418,15 @@ def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[s
             quantization=model.quantization,
             device=_placement(role, cards),
             own_base=model.own_base,
+            separate=_why_separate(model, shape),
         )
     return found
+
+
+def _why_separate(model: RunModel, shape: ModelShape) -> str | None:
+    if not model.role.trained and model.role.backend != "transformers":
+        return None
+    return INT8_APART if model.quantization == "int8" else shape.separate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
