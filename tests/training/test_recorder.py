@@ -227,6 +227,8 @@ ZERO = {"loss": 0.0, "advantage/mean": 0.0, "advantage/std": 0.0}
         ({"rewards": {}}, ZERO, "no token has an advantage"),
         ({}, {"advantage/mean": -0.1, "advantage/std": 0.2, "clip_fraction": 0.9}, "clipped"),
         ({}, {"advantage/mean": -0.1, "advantage/std": 0.2, "clip_fraction": 0.0}, "number format"),
+        ({}, {"teacher_kl": 0.0}, "that its reference gives them"),
+        ({}, {"teacher_kl": 0.1}, "number format"),
     ],
 )  # fmt: skip
 def test_why_there_was_nothing_to_learn(
