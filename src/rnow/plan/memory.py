@@ -447,7 +447,7 @@ def _training_activations(settings: MemorySettings) -> float:
     shape, width = settings.student.shape, settings.student.width
     kept = sum((inputs + outputs) * width for inputs, outputs in shape.linear)
     if width != FLOAT32:
-        # PEFT casts each input to the adapter's float32 and keeps that copy.
+        # With a float16 base PEFT casts each input to float32 and keeps that copy. bfloat16 does without: this is above it.
         kept += sum(inputs * FLOAT32 for inputs, _ in shape.linear)
     kept += len(shape.linear) * settings.rank * FLOAT32
     kept += shape.layers * LAYER_NORM_COPIES * shape.hidden * FLOAT32
