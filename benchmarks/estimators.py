@@ -5,10 +5,11 @@
     python benchmarks/estimators.py --write-docs    # trains nothing: the table of results/estimators.json into docs/algorithm.md
 
 Each estimator gets the best of three learning rates (lowest held-out KL on a seed that is not measured), which its control and its
-variant with two updates per batch share, and is then trained with five seeds. Two runs go side by side, each on a core of its own, in blocks of one
-seed whose order is drawn anew: no arm always has the same company. The clock is the trainer's, evaluations outside; the adapters
-are judged afterwards on prompts that were kept from training: accuracy at temperature 1, and the exact KL(student || teacher) per
-completion token. Then each estimator's gradient is measured against that of ``exact`` on the same answers.
+variant with two updates per batch share, and is then trained with five seeds. Two runs go side by side, each on a core of its own
+(one run, where taskset leaves one core), in blocks of one seed whose order is drawn anew: no arm always has the same company. The
+clock is the trainer's, evaluations outside; the adapters are judged afterwards on prompts that were kept from training: accuracy
+at temperature 1, and the exact KL(student || teacher) per completion token. Then each estimator's gradient is measured against
+that of ``exact`` on the same answers.
 """
 
 from __future__ import annotations
@@ -31,12 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import estimators_runs as runs
-from common import RESULTS, write_results
+from common import RESULTS, put_between, write_results
 from estimators_runs import Probe, Run, Start
 
 DOCS = Path(__file__).parents[1] / "docs" / "algorithm.md"
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
-WORKERS = 2
 CHOOSING_SEED = 100
 RATES = (3e-4, 1e-3, 3e-3)
 REFERENCE = "exact"
@@ -166,19 +166,24 @@ def best_rates(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float
     return {key: rate for key, (_, rate) in found.items()}
 
 
-class Pool:
-    """Two workers, each on a core; what they finish is told as it comes."""
+def cores() -> list[int]:
+    """The cores of the workers: the first two that this process may use, or the only one."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
+    return allowed[:2]
 
-    def __init__(self) -> None:
+
+class Pool:
+    """A worker on each of ``cores``, or on the first ``most`` of them; what they finish is told as it comes."""
+
+    def __init__(self, most: int | None = None) -> None:
         # What the workers inherit, and what they start.
         os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         context = get_context("spawn")
-        cores = context.SimpleQueue()
-        mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
-        for index in range(WORKERS):
-            cores.put(mine[index % len(mine)])
+        chosen, places = cores()[:most], context.SimpleQueue()
+        for core in chosen:
+            places.put(core)
         self._executor = ProcessPoolExecutor(
-            WORKERS, context, initializer=runs.begin, initargs=(cores,)
+            len(chosen), context, initializer=runs.begin, initargs=(places,)
         )
         self._began = time.monotonic()
 
@@ -317,8 +322,10 @@ def kl_at_tokens(
     return before["kl"]
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line of the table per template and arm, in the order of ``ARMS``.
+def summarise(
+    rows: Sequence[Mapping[str, Any]], arms: Iterable[str] = tuple(ARMS)
+) -> list[dict[str, Any]]:
+    """A line of the table per template and arm, in the order of ``arms``.
 
     ``kl`` and ``accuracy`` are at the end of the same seconds, ``kl_at_tokens`` where the arm of its template that sampled the
     least ended, with ``tokens`` and ``steps`` as means.
@@ -329,7 +336,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for template, start in starts.items():
         by_arm = {
             arm: [row for row in taken if (row["template"], row["arm"]) == (template, arm)]
-            for arm in ARMS
+            for arm in arms
         }
         by_arm = {arm: mine for arm, mine in by_arm.items() if mine}
         ends = {arm: [row["points"][-1] for row in mine] for arm, mine in by_arm.items()}
@@ -458,15 +465,9 @@ def _shown(value: Estimate, digits: int) -> str:
 
 def write_docs(results: Mapping[str, Any], path: Path = DOCS) -> None:
     """Put the table between the marks of a page."""
-    text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{path} has no place for the table: put {BEGIN} and {END} where it should go")
     machine = results["machine"]
     made = f"{machine['cpu']}, torch {machine['torch']}, {machine['date']}"
-    body = f"{made}; 95 % intervals.\n\n{table(results['rows'])}"
-    path.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+    put_between(path, BEGIN, END, f"{made}; 95 % intervals.\n\n{table(results['rows'])}")
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -539,7 +540,7 @@ def main() -> None:
     if no_plot:
         print("there will be no plot without matplotlib: pip install matplotlib")
     plan = QUICK if arguments.quick else make_plan(arguments.seconds, arguments.seeds)
-    print(f"about {expected_minutes(plan):.0f} minutes on two idle cores")
+    print(f"about {expected_minutes(plan):.0f} minutes on {len(cores())} idle cores")
     with tempfile.TemporaryDirectory() as folder:
         rows = study(plan, Path(folder))
     print(table(rows))
@@ -576,7 +577,7 @@ def expected_minutes(plan: Plan) -> float:
     for run in every:
         besides, judgement = OVERHEAD[run.template]
         total += run.seconds + besides + run.marks * judgement
-    return total / WORKERS / 60
+    return total / len(cores()) / 60
 
 
 if __name__ == "__main__":

@@ -476,7 +476,7 @@ class TrainerSection(Section):
     updates_per_batch: Positive = key(1, "Optimizer steps on each batch.")
     micro_batch_tokens: Positive | None = key(
         None,
-        "Tokens in one forward and backward pass.",
+        "Tokens in one forward and backward pass, padding included; what several samples begin with counts once.",
         "4096 on a CPU, 16384 on a GPU",
         change="free",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from rnow.algorithm.head import Head
 from rnow.errors import ModelError, RnowError
+from rnow.models.attention import register_grouped_attention
 from rnow.models.parts import body_of, output_layer
 from rnow.models.refusal import one_line
 from rnow.models.rope import fix_rope
+from rnow.models.sharing import Sharing, find_sharing
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -38,6 +40,8 @@ class CausalLM:
         head: the frozen head, cut to ``vocabulary`` rows.
         device: where inputs go.
         quantization: how the linear layers are stored.
+        sharing: how it takes rows of several samples; None where each sample has a row of its own, and then ``separate`` says
+            why.
     """
 
     model: Any
@@ -45,6 +49,8 @@ class CausalLM:
     head: Head
     device: torch.device
     quantization: Quantization
+    sharing: Sharing | None = None
+    separate: str = ""
 
 
 def quiet_libraries() -> None:
@@ -191,7 +197,15 @@ def load_causal_lm(
     loaded = take_apart(model, vocabulary=vocabulary, quantization=stored or quantization)
     _refuse_non_finite(loaded, local_dir)
     _probe_head(loaded, local_dir)
-    return loaded
+    return with_sharing(loaded)
+
+
+def with_sharing(loaded: CausalLM) -> CausalLM:
+    """The same model, sharing rows if a try shows that it may."""
+    found = find_sharing(loaded.model, loaded.body, loaded.device)
+    if isinstance(found, str):
+        return replace(loaded, sharing=None, separate=found)
+    return replace(loaded, sharing=found, separate="")
 
 
 def _room_on(card: int) -> int:
@@ -289,6 +303,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "none") -> CausalLM:
     """Find body and head of a HuggingFace causal LM already in memory."""
+    register_grouped_attention()
     output = output_layer(model)
     weight: Tensor = output.weight.detach()
     rows = min(vocabulary, weight.shape[0])

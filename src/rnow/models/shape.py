@@ -13,6 +13,7 @@ from rnow.models.families import UNSAMPLED, check_family
 from rnow.models.parts import linear_layers, output_layer, routes_tokens
 from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
+from rnow.models.sharing import why_separate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class ModelShape:
         vocabulary_rows: rows of the head, padding included.
         routed: a mixture of experts.
         sampled: the embedded sampler can answer with it.
+        query_width: values of one token's queries in one layer.
+        separate: why each sample has a row of its own when it scores or is trained; empty where samples share them.
     """
 
     architecture: str
@@ -40,6 +43,8 @@ class ModelShape:
     vocabulary_rows: int
     routed: bool = False
     sampled: bool = True
+    query_width: int = 0
+    separate: str = ""
 
     @property
     def linear_parameters(self) -> int:
@@ -121,6 +126,8 @@ def shape_of(model: Any) -> ModelShape:
         vocabulary_rows=output_layer(model).weight.shape[0],
         routed=routes_tokens(model),
         sampled=config.model_type not in UNSAMPLED,
+        query_width=_query_width(config),
+        separate=why_separate(model.config) or "",
     )
 
 
@@ -138,8 +145,14 @@ def _kv_width(config: Any) -> int:
     if not isinstance(queries, int) or not queries:
         return 0
     heads = getattr(config, "num_key_value_heads", None)
-    width = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return (heads if isinstance(heads, int) else queries) * width
+    return _query_width(config) // queries * (heads if isinstance(heads, int) else queries)
+
+
+def _query_width(config: Any) -> int:
+    queries = getattr(config, "num_attention_heads", None)
+    if not isinstance(queries, int) or not queries:
+        return 0
+    return queries * (getattr(config, "head_dim", None) or config.hidden_size // queries)
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:

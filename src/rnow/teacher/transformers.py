@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rnow import progress
-from rnow.algorithm.batching import pad, plan_micro_batches
+from rnow.algorithm.batching import pad
 from rnow.algorithm.head import selected_logprobs
 from rnow.algorithm.records import (
     SAMPLED,
@@ -23,7 +23,7 @@ from rnow.algorithm.records import (
 from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload, tensors_of
-from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
+from rnow.models.scoring import default_micro_batch_tokens, hidden_rows, plan_samples
 from rnow.types import Sample
 
 
@@ -79,29 +79,28 @@ class TransformersTeacher:
     ) -> dict[str, Evidence]:
         """``score`` for callers without an event loop."""
         evidence: dict[str, Evidence] = {}
-        for indices in plan_micro_batches(
-            [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
-        ):
+        for part in plan_samples(self.lm, samples, self._micro_batch_tokens):
             progress.moved()
             self._poll()
-            evidence.update(self._score_or_halve([samples[index] for index in indices], needs))
+            together = [samples[index] for index in part.indices]
+            evidence.update(self._score_or_halve(together, part.per_row, needs))
         return evidence
 
     def _score_or_halve(
-        self, samples: Sequence[Sample], needs: TeacherNeeds
+        self, samples: Sequence[Sample], per_row: Sequence[int] | None, needs: TeacherNeeds
     ) -> dict[str, Evidence]:
         try:
-            return self._score_micro_batch(samples, needs)
+            return self._score_micro_batch(samples, per_row, needs)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
             if len(samples) == 1:
                 raise out_of_memory("teacher scoring", len(samples[0].token_ids), error) from error
         torch.cuda.empty_cache()
-        half = len(samples) // 2
-        return self._score_or_halve(samples[:half], needs) | self._score_or_halve(
-            samples[half:], needs
-        )
+        evidence: dict[str, Evidence] = {}
+        for half, rows in _halves(samples, per_row):
+            evidence |= self._score_or_halve(half, rows, needs)
+        return evidence
 
     async def sleep(self) -> None:
         """Move the weights to main memory, quantised ones as they are."""
@@ -141,9 +140,9 @@ class TransformersTeacher:
         return [None, *sampled_logprobs(self.score_now([sample])["given"]).tolist()]
 
     def _score_micro_batch(
-        self, samples: Sequence[Sample], needs: TeacherNeeds
+        self, samples: Sequence[Sample], per_row: Sequence[int] | None, needs: TeacherNeeds
     ) -> dict[str, Evidence]:
-        tokens = pad(samples, self.lm.device)
+        tokens = pad(samples, self.lm.device, per_row)
         hidden = hidden_rows(self.lm, tokens)
         found = self._evidence(hidden, tokens, needs)
         return dict(zip(tokens.sample_ids, found, strict=True))
@@ -162,7 +161,9 @@ class TransformersTeacher:
             return
         head, targets = self.lm.head, tokens.targets.to(self.lm.head.weight.device)
         if not needs.top_k:
-            scored = selected_logprobs(hidden, head, targets, temperature=self._temperature)
+            scored = selected_logprobs(
+                hidden, head, targets, temperature=self._temperature, entropy=False
+            )
             for values in split(scored.logprobs.float()):
                 yield SampledEvidence(teacher_logprobs=values)
             return
@@ -170,3 +171,18 @@ class TransformersTeacher:
         parts = (split(best.selected.float()), split(best.ids), split(best.logprobs.float()))
         for selected, ids, logprobs in zip(*parts, strict=True):
             yield TopKEvidence(teacher_logprobs=selected, ids=ids, logprobs=logprobs)
+
+
+def _halves(
+    samples: Sequence[Sample], per_row: Sequence[int] | None
+) -> Iterator[tuple[Sequence[Sample], Sequence[int] | None]]:
+    """Half of the rows each, or of the samples of a single row."""
+    if per_row is None or len(per_row) == 1:
+        cut = len(samples) // 2
+        yield samples[:cut], per_row and [cut]
+        yield samples[cut:], per_row and [len(samples) - cut]
+        return
+    middle = len(per_row) // 2
+    cut = sum(per_row[:middle])
+    yield samples[:cut], per_row[:middle]
+    yield samples[cut:], per_row[middle:]
