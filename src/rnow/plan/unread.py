@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from rnow.config import Config, TeacherSection
-from rnow.config.estimator import kl_estimator
+from rnow.config.estimator import has_value_head, kl_estimator
 from rnow.config.keys import Reader
 from rnow.config.problems import dotted
 from rnow.config.schema import KEYS, Section
@@ -41,7 +41,7 @@ def _objective_readers(config: Config) -> set[Reader]:
         found |= {"kl clamp", "importance ratio"}
     if estimator == "sampled" or algorithm.reward_coef > 0:
         found |= {"importance ratio", "surrogate"}
-    if algorithm.reward_coef > 0 and algorithm.adv_estimator == "gae":
+    if has_value_head(config):
         found.add("value head")
     return found
 
