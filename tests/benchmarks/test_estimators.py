@@ -260,7 +260,7 @@ def test_the_documentation_has_a_place_for_it(script: ModuleType) -> None:
     text = script.DOCS.read_text()
     assert text.index(script.BEGIN) < text.index(script.END)
     with pytest.raises(SystemExit, match="no place for the table"):
-        script.write_docs({}, BENCHMARKS / "README.md")
+        script.put_between(BENCHMARKS / "README.md", script.BEGIN, script.END, "")
 
 
 def test_the_plot(script: ModuleType, tmp_path: Path) -> None:

@@ -157,6 +157,9 @@ def test_sampler_teacher_and_trainer_are_the_plain_forward(family: str, tmp_path
         )
         samples.append(item)
 
+    alone = sample(sampler, asked[:1])  # nothing is padded: no mask
+    close(torch.tensor(alone[0].logprobs), torch.tensor(answers[0].logprobs), "sampler alone")
+
     scored = TransformersTeacher(lm).score_now(samples)
     live = policy._accumulate(batch_of(samples)).by_sample()["logprobs"]
     for item, values in zip(samples, expected, strict=True):

@@ -196,7 +196,8 @@ TABLE: dict[Change, str] = {
     "warn": """
         algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence
-        algorithm.gae_lambda algorithm.value_learning_rate
+        algorithm.gae_lambda|value head
+        algorithm.value_learning_rate|value head
         algorithm.kl_clamp|kl clamp
         algorithm.teacher_top_k|top k
         algorithm.clip_ratio_low|surrogate

@@ -88,7 +88,8 @@ class Case:
             micro_batch_tokens=ROWS * self.tokens,
             gradient_checkpointing=checkpointing,
             cache_budget=10**12,
-            head_buffer=self.buffer,
+            head_tile=self.buffer,
+            head_kept=self.buffer,
             hidden_states=hidden_states,
         )
         return sum(part.bytes for part in memory_parts(settings) if part.stage == stage)
@@ -113,6 +114,8 @@ def case(
 ) -> Case:
     buffer = 256 * 1024  # several chunks of rows, as with a real vocabulary
     monkeypatch.setattr(head_module, "CPU_BUFFER_BYTES", buffer)
+    monkeypatch.setattr(head_module, "CPU_TILE_ROWS", 16)
+    monkeypatch.setattr(head_module, "cpu_tile_bytes", lambda: buffer)
     return Case(tiny_model_dir, SIZES[request.param], buffer)
 
 

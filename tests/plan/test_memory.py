@@ -71,7 +71,8 @@ def settings_of(
         micro_batch_tokens=16384,
         gradient_checkpointing=True,
         cache_budget=20 * GB,
-        head_buffer=256 * 2**20,
+        head_tile=256 * 2**20,
+        head_kept=256 * 2**20,
     )
     return replace(base, **changes)
 

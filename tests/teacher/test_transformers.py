@@ -167,8 +167,9 @@ def watch(vocabulary: int) -> Iterator[_Tall]:
 
 @pytest.fixture
 def odd(tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> CausalLM:
-    # The real buffer holds a whole batch of such a small head: shrink it to its least, 16 rows.
-    monkeypatch.setattr(head, "CPU_BUFFER_BYTES", 1)
+    # A real tile holds a whole batch of such a small head: shrink it to 16 rows.
+    monkeypatch.setattr(head, "CPU_TILE_ROWS", 16)
+    monkeypatch.setattr(head, "cpu_tile_bytes", lambda: 16 * ODD_VOCABULARY * 4)
     folder = tiny_model_dir(num_hidden_layers=1, vocab_size=ODD_VOCABULARY)
     return load(folder, vocabulary=ODD_VOCABULARY)
 

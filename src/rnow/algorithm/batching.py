@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,10 +106,10 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> Tensor:
     """int64 ``[B, T]``. Right padding needs no attention mask under causal attention: no real token sees a pad."""
     width = max(len(sequence) for sequence in sequences)
-    return torch.tensor(
-        [[*sequence, *([pad_id] * (width - len(sequence)))] for sequence in sequences],
-        dtype=torch.long,
-    )
+    padded = np.full((len(sequences), width), pad_id, np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return torch.from_numpy(padded)
 
 
 def predicting_rows(masks: Sequence[Sequence[bool]], width: int) -> Tensor:
@@ -120,10 +121,8 @@ def predicting_rows(masks: Sequence[Sequence[bool]], width: int) -> Tensor:
     """
     if any(mask[0] for mask in masks):
         raise ValueError("loss_mask is True on the first token, which no hidden state predicts")
-    return torch.tensor(
-        [b * width + t - 1 for b, mask in enumerate(masks) for t, on in enumerate(mask) if on],
-        dtype=torch.long,
-    )
+    on = [np.flatnonzero(np.frombuffer(bytes(mask), np.bool_)) for mask in masks]
+    return torch.from_numpy(np.concatenate([at + (b * width - 1) for b, at in enumerate(on)]))
 
 
 def pad(
@@ -141,7 +140,8 @@ def pad(
         ValueError: a loss mask is True on the first token, which no hidden state predicts.
     """
     masks = [sample.loss_mask for sample in samples]
-    targets = [token for sample in samples for token in at_loss_tokens(sample, sample.token_ids)]
+    counts = tuple(sum(mask) for mask in masks)
+    targets = chain.from_iterable(at_loss_tokens(sample, sample.token_ids) for sample in samples)
     if per_row is None:
         token_ids = pad_right([sample.token_ids for sample in samples])
         rows, branches = predicting_rows(masks, token_ids.shape[1]), None
@@ -150,9 +150,9 @@ def pad(
     return PaddedTokens(
         token_ids=token_ids.to(device),
         rows=rows.to(device),
-        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        targets=torch.from_numpy(np.fromiter(targets, np.int64, sum(counts))).to(device),
         sample_ids=tuple(sample.id for sample in samples),
-        counts=tuple(sum(mask) for mask in masks),
+        counts=counts,
         branches=branches,
     )
 
@@ -201,13 +201,12 @@ def collate(
     another head reads (``head_of``) cannot share one. ``per_row`` as in ``pad``."""
     samples = [item.sample for item in training]
     tokens = pad(samples, device, per_row)
-    sampler = [
-        value for sample in samples for value in at_loss_tokens(sample, sample.sampler_logprobs)
-    ]
+    drawn = chain.from_iterable(at_loss_tokens(one, one.sampler_logprobs) for one in samples)
+    sampler = np.fromiter(drawn, np.float32, sum(tokens.counts))
     advantages = torch.tensor([item.reward_advantage for item in training], dtype=torch.float32)
     return MicroBatch(
         tokens=tokens,
-        sampler_logprobs=torch.tensor(sampler, dtype=torch.float32, device=device),
+        sampler_logprobs=torch.from_numpy(sampler).to(device),
         reward_advantages=advantages.repeat_interleave(torch.tensor(tokens.counts)).to(device),
         evidence=_collate_evidence(training, device),
         teacher=head_of(training[0]),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rnow.algorithm.head import Head
 from rnow.errors import ModelError, RnowError
+from rnow.models.attention import register_grouped_attention
 from rnow.models.parts import body_of, output_layer
 from rnow.models.refusal import one_line
 from rnow.models.rope import fix_rope
@@ -302,6 +303,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "none") -> CausalLM:
     """Find body and head of a HuggingFace causal LM already in memory."""
+    register_grouped_attention()
     output = output_layer(model)
     weight: Tensor = output.weight.detach()
     rows = min(vocabulary, weight.shape[0])

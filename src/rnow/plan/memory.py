@@ -31,8 +31,9 @@ INT8_BYTES = 1.0
 SAMPLING_LOGIT_BYTES = 4 * 8
 """Per row and vocabulary entry while drawing a token: logits, log-probabilities and a float64 cumulative sum."""
 HEAD_COPIES = 5
-"""Buffers of one chunk's size in the head: logits before and after the temperature, shifted, probabilities, and the head's own
-number format of either."""
+"""Tensors of one tile's size in the head: logits, probabilities, a product of both, and the head's own number format of either."""
+KEPT_COPIES = 3
+"""What is held of a chunk until its last tile: both models' probabilities, and the difference of their logits."""
 ENGINE_CONTEXT = 0.7e9
 """What a vLLM that runs holds beside its share: its CUDA context, taken before it measures what is free."""
 ENGINE_WORK = 10**9
@@ -130,7 +131,8 @@ class MemorySettings:
         micro_batch_tokens: tokens of one forward and backward pass, if a single sequence is not longer.
         gradient_checkpointing: activations are recomputed, only block inputs are kept.
         cache_budget: bytes of the sampler's caches in one sub-batch.
-        head_buffer: bytes of one chunk of logits.
+        head_tile: bytes of one tile of logits.
+        head_kept: bytes of one chunk of logits, where a chunk is held until its last tile.
         hidden_states: the update reads the teachers' hidden states of the step, and their heads.
     """
 
@@ -145,7 +147,8 @@ class MemorySettings:
     micro_batch_tokens: int
     gradient_checkpointing: bool
     cache_budget: int
-    head_buffer: int
+    head_tile: int
+    head_kept: int
     teacher_extra: int = 0
     hidden_states: bool = False
 
@@ -495,19 +498,19 @@ def _scoring_bytes(model: ModelMemory, settings: MemorySettings) -> float:
 
 
 def _head_bytes(model: ModelMemory, settings: MemorySettings, rows: int) -> float:
-    """Chunk buffers and the hidden states of the response rows; logits of all rows are never held."""
-    chunk = min(settings.head_buffer, rows * model.shape.vocabulary_rows * FLOAT32)
-    return HEAD_COPIES * chunk + rows * model.shape.hidden * (model.width + FLOAT32)
+    """Tiles and the hidden states of the response rows; logits of all rows are never held."""
+    tile = min(settings.head_tile, rows * model.shape.vocabulary_rows * FLOAT32)
+    return HEAD_COPIES * tile + rows * model.shape.hidden * (model.width + FLOAT32)
 
 
 def _update_head_bytes(model: ModelMemory, settings: MemorySettings) -> float:
-    """The same in the update: where it reads hidden states, those of one pass come to the student's device, and both
-    distributions of a chunk are there at once."""
+    """The same in the update: where it reads hidden states, those of one pass come to the student's device, and a chunk's
+    distributions are held until its last tile."""
     own = _head_bytes(model, settings, settings.update_pass.tokens)
     if not settings.hidden_states:
         return own
     chunk = min(
-        settings.head_buffer, settings.update_pass.tokens * model.shape.vocabulary_rows * FLOAT32
+        settings.head_kept, settings.update_pass.tokens * model.shape.vocabulary_rows * FLOAT32
     )
     theirs = max((t.shape.hidden * t.width for t in settings.teachers), default=0)
-    return own + chunk + settings.update_pass.tokens * theirs
+    return own + KEPT_COPIES * chunk + settings.update_pass.tokens * theirs

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
+from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, cpu_tile_bytes
 from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
@@ -58,8 +58,8 @@ from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
 MOMENTS_AND_ADAPTER = 3
-TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 150, 30
-"""Bytes of JSON for one token: its id, text and three log-probabilities; its id and one."""
+TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 25, 24
+"""Bytes for one token: compressed, its id, text and five numbers; its id, one number and its part of the messages."""
 MAX_ADVICE = 4
 HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server of its own, or free main memory"
 
@@ -509,7 +509,8 @@ def _settings(
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
         gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
         cache_budget=cache,
-        head_buffer=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
+        head_tile=GPU_BUFFER_BYTES if on_gpu else cpu_tile_bytes(),
+        head_kept=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
         hidden_states=reads_hidden_states(config),
     )
 

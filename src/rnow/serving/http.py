@@ -277,7 +277,8 @@ class ServerClient:
 
     def _logprob(self, value: object, position: int) -> float:
         try:
-            number = float(value) if isinstance(value, int | float) else math.nan
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = float(value) if is_number else math.nan
         except OverflowError:  # an integer of hundreds of digits
             number = math.inf
         if not math.isfinite(number):

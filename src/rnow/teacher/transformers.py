@@ -161,7 +161,9 @@ class TransformersTeacher:
             return
         head, targets = self.lm.head, tokens.targets.to(self.lm.head.weight.device)
         if not needs.top_k:
-            scored = selected_logprobs(hidden, head, targets, temperature=self._temperature)
+            scored = selected_logprobs(
+                hidden, head, targets, temperature=self._temperature, entropy=False
+            )
             for values in split(scored.logprobs.float()):
                 yield SampledEvidence(teacher_logprobs=values)
             return
