@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ from rnow.types import Sample
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 SEQUENCES = st.lists(TOKENS, min_size=1, max_size=12)
 """Of three ids: they begin alike in every way there is."""
+
+
+def outputs_of(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """A quarter of each is the student's."""
+    return [-(-len(sequence) // 4) for sequence in sequences]
 
 
 def seen_by(layout_ends: list[int], query: int) -> list[int]:
@@ -62,7 +68,9 @@ def test_common_prefix(one: list[int], other: list[int]) -> None:
 def test_every_sample_is_in_one_row_of_a_pass_that_fits(
     sequences: list[list[int]], max_tokens: int, cells_per_token: float
 ) -> None:
-    plan = plan_passes(sequences, max_tokens=max_tokens, cells_per_token=cells_per_token)
+    plan = plan_passes(
+        sequences, outputs_of(sequences), max_tokens=max_tokens, cells_per_token=cells_per_token
+    )
     assert sorted(i for rows in plan for row in rows for i in row) == [*range(len(sequences))]
     for rows in plan:
         layouts = [lay_out([sequences[i] for i in row]) for row in rows]
@@ -100,7 +108,9 @@ def test_little_is_padding_and_no_more_is_computed_than_apart(
 ) -> None:
     for seed in range(3):
         sequences = groups_of(seed, **SHAPES[shape])
-        plan = plan_passes(sequences, max_tokens=max_tokens, cells_per_token=cells_per_token)
+        plan = plan_passes(
+            sequences, outputs_of(sequences), max_tokens=max_tokens, cells_per_token=cells_per_token
+        )
         held = padded = 0
         for rows in plan:
             lengths = [len(lay_out([sequences[i] for i in row]).token_ids) for row in rows]
@@ -116,7 +126,9 @@ def test_a_group_is_computed_once_where_that_costs_less() -> None:
     sequences = groups_of(0, groups=2, size=4, prompt=(200, 200), answer=(64, 64))
 
     def computed(cells_per_token: float) -> int:
-        plan = plan_passes(sequences, max_tokens=4096, cells_per_token=cells_per_token)
+        plan = plan_passes(
+            sequences, outputs_of(sequences), max_tokens=4096, cells_per_token=cells_per_token
+        )
         return sum(
             len(lay_out([sequences[i] for i in row]).token_ids) for rows in plan for row in rows
         )
@@ -125,12 +137,23 @@ def test_a_group_is_computed_once_where_that_costs_less() -> None:
     assert computed(10.0) == 8 * 264, "attention to a long row would cost more than the prompts"
 
 
+def test_equal_answers_are_read_for_each_sample_and_count_so() -> None:
+    """A student that has become sure writes the same answer again and again: the head sees every one of them."""
+    same = [tuple(range(100))] * 40
+    plan = plan_passes(same, [50] * 40, max_tokens=500, cells_per_token=1e6)
+    assert [sum(map(len, rows)) for rows in plan] == [10] * 4
+    for rows in plan:
+        assert sum(len(lay_out([same[i] for i in row]).token_ids) for row in rows) <= 100 * len(
+            rows
+        )
+
+
 def test_a_prefix_of_prompts_is_shared_by_their_groups() -> None:
     """The system prompt, then the prompt, then what was answered before: as far as they are equal."""
     system = tuple(range(300))
     first, second = (*system, 400, 401), (*system, 500)
     turns = [(*first, 1, 2, 3, 7), (*first, 1, 2, 9, 9), (*second, 4), (*second, 5, 6)]
-    (rows,) = plan_passes(turns, max_tokens=4096, cells_per_token=1e6)
+    (rows,) = plan_passes(turns, outputs_of(turns), max_tokens=4096, cells_per_token=1e6)
     assert rows == ((0, 1, 2, 3),)
     layout = lay_out([turns[i] for i in rows[0]])
     assert len(layout.token_ids) == 300 + 2 + 2 + 2 + 2 + 1 + 1 + 2
@@ -141,7 +164,8 @@ def test_the_order_of_the_samples_changes_no_pass() -> None:
     turned = sequences[::-1]
     last = len(sequences) - 1
     plan, again = (
-        plan_passes(given, max_tokens=512, cells_per_token=700.0) for given in (sequences, turned)
+        plan_passes(given, outputs_of(given), max_tokens=512, cells_per_token=700.0)
+        for given in (sequences, turned)
     )
     for rows, other in zip(plan, again, strict=True):
         assert [[sequences[i] for i in row] for row in rows] == [
@@ -158,8 +182,8 @@ def test_lengths_alone_give_the_same_plan(sequences: list[list[int]], max_tokens
     shared = [0, *(common_prefix(a, b) for a, b in itertools.pairwise(sequences))]
     lengths = [*map(len, sequences)]
     settings = {"max_tokens": max_tokens, "cells_per_token": 50.0}
-    plan = plan_lengths(lengths, shared, **settings)
-    assert plan == plan_passes(sequences, **settings)
+    plan = plan_lengths(lengths, shared, outputs_of(sequences), **settings)
+    assert plan == plan_passes(sequences, outputs_of(sequences), **settings)
     for row in (row for rows in plan for row in rows):
         laid_out = len(lay_out([sequences[i] for i in row]).token_ids)
         assert row_tokens(lengths, shared, row) == laid_out

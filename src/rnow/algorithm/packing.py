@@ -7,10 +7,11 @@ branches of a tree, written depth first: a token sees those before it whose subt
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 Pass = tuple[tuple[int, ...], ...]
 """The rows of one forward pass, each the indices of the samples in it."""
@@ -107,35 +108,56 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def plan_passes(
-    sequences: Sequence[Sequence[int]], *, max_tokens: int, cells_per_token: float
+    sequences: Sequence[Sequence[int]],
+    outputs: Sequence[int],
+    *,
+    max_tokens: int,
+    cells_per_token: float,
 ) -> list[Pass]:
     """The cheapest passes found for all sequences; it depends on nothing but them.
 
     Args:
-        max_tokens: of one pass, padding included, if a single sequence is not longer.
+        outputs: how many states of each sequence are read. Those that several share count for each.
+        max_tokens: of one pass, padding included, and of the states that are read, if a single sequence has not more.
         cells_per_token: so many pairs of tokens does attention weigh in the time of one token in the rest of the model: a row
             twice as long costs twice as much of it.
     """
     order = sorted(range(len(sequences)), key=lambda index: (sequences[index], index))
     lengths = [len(sequences[index]) for index in order]
     shared = [0] + [common_prefix(sequences[a], sequences[b]) for a, b in pairwise(order)]
-    plan = plan_lengths(lengths, shared, max_tokens=max_tokens, cells_per_token=cells_per_token)
+    plan = plan_lengths(
+        lengths,
+        shared,
+        [outputs[index] for index in order],
+        max_tokens=max_tokens,
+        cells_per_token=cells_per_token,
+    )
     return [tuple(tuple(order[i] for i in row) for row in rows) for rows in plan]
 
 
 def plan_lengths(
-    lengths: Sequence[int], shared: Sequence[int], *, max_tokens: int, cells_per_token: float
+    lengths: Sequence[int],
+    shared: Sequence[int],
+    outputs: Sequence[int],
+    *,
+    max_tokens: int,
+    cells_per_token: float,
 ) -> list[Pass]:
     """``plan_passes`` for sorted sequences of which only the lengths are known, and how many tokens each shares with the one
     before it."""
     limit = min(max_tokens, MAX_ROW_TOKENS)
-    units = _cut(lengths, shared, limit, cells_per_token)
+    units = _cut(lengths, shared, outputs, limit, cells_per_token)
     sizes = [lengths[unit[0]] + sum(lengths[i] - shared[i] for i in unit[1:]) for unit in units]
     # Longest first: running out of memory happens at once or not at all.
     order = sorted(range(len(units)), key=lambda index: (-sizes[index], index))
     passes: list[Pass] = []
     while order:
-        taken, bins = _fill([sizes[index] for index in order], max_tokens, limit, cells_per_token)
+        read = [sum(outputs[i] for i in units[index]) for index in order]
+        most = min(
+            _fitting([sizes[index] for index in order], max_tokens), _fitting(read, max_tokens)
+        )
+        largest = [sizes[index] for index in order[:most]]
+        taken, bins = _fill(largest, max_tokens, limit, cells_per_token)
         rows = [sorted(i for unit in row for i in units[order[unit]]) for row in bins]
         passes.append(tuple(map(tuple, rows)))
         order = order[taken:]
@@ -153,7 +175,11 @@ def _cost(tokens: float, cells: float, cells_per_token: float) -> float:
 
 
 def _cut(
-    lengths: Sequence[int], shared: Sequence[int], limit: int, cells_per_token: float
+    lengths: Sequence[int],
+    shared: Sequence[int],
+    outputs: Sequence[int],
+    limit: int,
+    cells_per_token: float,
 ) -> list[range]:
     """Cut the sorted sequences into those that are computed together, at the least cost in all."""
     best, cut = [0.0], [0]
@@ -163,11 +189,11 @@ def _cut(
             best[last] + _cost(lengths[last], lengths[last] ** 2 / 2, cells_per_token),
             last,
         )
-        size = lengths[last]
+        size, read = lengths[last], outputs[last]
         for first in range(last - 1, -1, -1):
             # The new first one in full, instead of what the one after it adds.
-            size += lengths[first] - shared[first + 1]
-            if not shared[first + 1] or size > limit:
+            size, read = size + lengths[first] - shared[first + 1], read + outputs[first]
+            if not shared[first + 1] or max(size, read) > limit:
                 break
             cost = best[first] + _cost(size, size**2, cells_per_token)
             if cost < found:
@@ -185,15 +211,10 @@ def _cut(
 def _fill(
     sizes: Sequence[int], max_tokens: int, limit: int, cells_per_token: float
 ) -> tuple[int, list[list[int]]]:
-    """Of units, longest first: how many make the next pass, and the rows they make, at the least cost for each token."""
-    room, most = max(max_tokens, sizes[0]), 0
-    for size in sizes:
-        room -= size
-        if room < 0:
-            break
-        most += 1
+    """Of units that would fit, longest first: how many make the next pass, and the rows they make, at the least cost for each
+    token."""
     best: tuple[float, int, list[list[int]]] | None = None
-    for count in _fewer(most):
+    for count in _fewer(len(sizes)):
         tokens = sum(sizes[:count])
         for rows in dict.fromkeys(-(-count // each) for each in _SAMPLES_A_ROW):
             bins, width = _spread(sizes[:count], rows)
@@ -210,6 +231,12 @@ def _fill(
                 best = (cost, count, bins)
     assert best is not None, "one unit alone has no padding"
     return best[1], best[2]
+
+
+def _fitting(sizes: Sequence[int], room: int) -> int:
+    """How many of the first ones fit together, one at least."""
+    count = bisect_right([*accumulate(sizes)], room)
+    return max(1, count)
 
 
 def _fewer(most: int) -> Iterator[int]:

@@ -34,6 +34,7 @@ def plan_samples(lm: CausalLM, samples: Sequence[Sample], max_tokens: int) -> li
         return [PassPlan(indices=tuple(part), per_row=None) for part in parts]
     passes = plan_passes(
         [read_tokens(sample) for sample in samples],
+        [sum(sample.loss_mask) for sample in samples],
         max_tokens=max_tokens,
         cells_per_token=lm.sharing.cells_per_token,
     )

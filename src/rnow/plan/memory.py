@@ -194,7 +194,10 @@ class MemorySettings:
         shared = [min(prompt, longest) if index % group else 0 for index in range(count)]
         per_token = cells_per_token(model.shape.hidden)
         together = widest = 0
-        for rows in plan_lengths(lengths, shared, max_tokens=budget, cells_per_token=per_token):
+        outputs = [min(self.completion_tokens, longest)] * count
+        for rows in plan_lengths(
+            lengths, shared, outputs, max_tokens=budget, cells_per_token=per_token
+        ):
             width = max(row_tokens(lengths, shared, row) for row in rows)
             together += len(rows) * width
             if any(len(row) > 1 for row in rows):
