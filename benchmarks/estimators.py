@@ -540,7 +540,8 @@ def main() -> None:
     if no_plot:
         print("there will be no plot without matplotlib: pip install matplotlib")
     plan = QUICK if arguments.quick else make_plan(arguments.seconds, arguments.seeds)
-    print(f"about {expected_minutes(plan):.0f} minutes on {len(cores())} idle cores")
+    workers = len(cores())
+    print(f"about {expected_minutes(plan, workers):.0f} minutes on {workers} idle cores")
     with tempfile.TemporaryDirectory() as folder:
         rows = study(plan, Path(folder))
     print(table(rows))
@@ -567,7 +568,7 @@ def make_plan(seconds: float | None, seeds: int) -> Plan:
     )
 
 
-def expected_minutes(plan: Plan) -> float:
+def expected_minutes(plan: Plan, workers: int) -> float:
     """About how long it takes, the gradients left out."""
     every = [*choosing(plan)]
     rates = {(run.template, run.arm): run.learning_rate for run in every}
@@ -577,7 +578,7 @@ def expected_minutes(plan: Plan) -> float:
     for run in every:
         besides, judgement = OVERHEAD[run.template]
         total += run.seconds + besides + run.marks * judgement
-    return total / len(cores()) / 60
+    return total / workers / 60
 
 
 if __name__ == "__main__":
