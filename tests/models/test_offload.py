@@ -167,7 +167,7 @@ class Traffic:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.out = self.taken = 0
-        update, take = module._Copy.update, module._host_bytes
+        update, take = module._Copy.update, module.host_bytes
 
         def counted(copy: Any, storage: Any, versions: Any) -> None:
             before = copy._bytes
@@ -180,7 +180,7 @@ class Traffic:
             return take(size, pinned=pinned)
 
         monkeypatch.setattr(module._Copy, "update", counted)
-        monkeypatch.setattr(module, "_host_bytes", taken)
+        monkeypatch.setattr(module, "host_bytes", taken)
 
     def moved(self) -> tuple[int, int]:
         found = self.out, self.taken

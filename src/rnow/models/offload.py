@@ -125,7 +125,7 @@ class _Copy:
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.size = storage.nbytes()
-        self._bytes = _host_bytes(self.size, pinned=storage.device.type == "cuda")
+        self._bytes = host_bytes(self.size, pinned=storage.device.type == "cuda")
         self._versions: Versions = None
         # As long as this is held no other storage has its address.
         self._of = StorageWeakRef(storage)
@@ -204,7 +204,8 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _host_bytes(size: int, *, pinned: bool) -> Tensor:
+def host_bytes(size: int, *, pinned: bool) -> Tensor:
+    """A buffer in main memory, locked there where that is asked for and allowed."""
     if pinned:
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
