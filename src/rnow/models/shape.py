@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from rnow.errors import ModelError
-from rnow.models.families import UNSAMPLED, check_family
-from rnow.models.parts import linear_layers, output_layer, routes_tokens
+from rnow.models.families import UNSAMPLED, UNSTREAMED, check_family
+from rnow.models.parts import layer_parameters, linear_layers, output_layer, routes_tokens
 from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
 
@@ -29,6 +30,9 @@ class ModelShape:
         vocabulary_rows: rows of the head, padding included.
         routed: a mixture of experts.
         sampled: the embedded sampler can answer with it.
+        layered: parameters of the decoder layers that can be read one by one.
+        largest_layer: of the largest of them.
+        unstreamed: why they cannot; None where they can.
     """
 
     architecture: str
@@ -40,6 +44,9 @@ class ModelShape:
     vocabulary_rows: int
     routed: bool = False
     sampled: bool = True
+    layered: int = 0
+    largest_layer: int = 0
+    unstreamed: str | None = "it has no list of decoder layers"
 
     @property
     def linear_parameters(self) -> int:
@@ -111,6 +118,7 @@ def shape_of(model: Any) -> ModelShape:
     """The sizes of a transformers causal LM, with or without its weights."""
     config = model.config.get_text_config()
     widths = kv_widths(config)
+    layers = [_parameters(layer.values()) for layer in layer_parameters(model)]
     return ModelShape(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -121,7 +129,16 @@ def shape_of(model: Any) -> ModelShape:
         vocabulary_rows=output_layer(model).weight.shape[0],
         routed=routes_tokens(model),
         sampled=config.model_type not in UNSAMPLED,
+        layered=sum(layers),
+        largest_layer=max(layers, default=0),
+        unstreamed=UNSTREAMED.get(config.model_type)
+        if layers
+        else "it has no list of decoder layers",
     )
+
+
+def _parameters(of: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in {id(each): each for each in of}.values())
 
 
 def kv_widths(config: Any) -> list[int]:

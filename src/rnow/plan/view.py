@@ -96,9 +96,8 @@ def _model(model: ModelPlan) -> str:
         model.dtype if model.quantization == "none" else f"{model.quantization} + {model.dtype}"
     )
     revision = f" @ {model.revision[:8]}" if model.revision else ""
-    return (
-        f"{model.path}{revision}  {_count(model.parameters)} parameters, {stored}, {model.device}"
-    )
+    streamed = f", {model.streaming}" if model.streaming else ""
+    return f"{model.path}{revision}  {_count(model.parameters)} parameters, {stored}, {model.device}{streamed}"
 
 
 def _memory_table(device: DevicePlan, width: int, unicode: bool) -> Table:

@@ -14,7 +14,7 @@ from rnow.errors import RnowError
 from rnow.models.card import CardWatch, ready_card
 from rnow.models.shape import build_empty, shape_of
 from rnow.plan.memory import ENGINE_ASLEEP
-from rnow.plan.plan import answering_teachers, taking_turns
+from rnow.plan.plan import answering_teachers, choose_residencies
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import Role, RunModel, teachers_of
 from rnow.protocols import Policy, Sampler, Teacher
@@ -88,15 +88,16 @@ async def load_backends(
         ModelError: a model cannot be loaded or served.
         ConfigError: settings that exclude each other.
     """
-    turns = taking_turns(prepared, run_folder.path)
+    chosen = choose_residencies(prepared, run_folder.path)
     loader = _Loader(
         prepared=prepared,
         run_folder=run_folder,
         stack=stack,
         poll=poll,
         stage=stage,
-        gpu=_watched(prepared, turns) if turns else Residency(),
-        turns=turns,
+        gpu=_watched(prepared, chosen.turns) if chosen.turns else Residency(),
+        turns=chosen.turns,
+        streamed=chosen.streamed,
         heads={},
     )
     vllm = loader.start_sampler()
@@ -169,6 +170,7 @@ class _Loader:
     stage: Callable[[str], None]
     gpu: Residency
     turns: frozenset[Part]
+    streamed: frozenset[str]
     heads: dict[str, Head]
 
     def start_sampler(self) -> VllmSampler | None:
@@ -247,7 +249,7 @@ class _Loader:
             )
             for model in teachers_of(self.prepared.models)
         }
-        return answering_teachers(self.prepared, shapes)
+        return answering_teachers(self.prepared, shapes, self.streamed)
 
     async def _load_teacher(
         self, model: RunModel, *, answers: bool
@@ -273,7 +275,12 @@ class _Loader:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
             cards = prepared.cards.get(name, ())
-            lm = load_model(model, prepared.rendered, cards=cards)
+            streamed = name in self.streamed
+            if streamed and model.role.residency == "auto":
+                prepared.note(
+                    f"the {name} does not fit whole: its layers are read from its files as they are needed"
+                )
+            lm = load_model(model, prepared.rendered, cards=cards, streamed=streamed)
             teacher = score_with(prepared, lm, self.poll, role=name)
             self.heads[name] = lm.head
             if answers:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +24,11 @@ from rnow.algorithm.records import (
 )
 from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
-from rnow.models.offload import Offload, tensors_of
+from rnow.models.offload import Offload
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
 from rnow.types import Sample
+
+T = TypeVar("T")
 
 
 class TransformersTeacher:
@@ -62,7 +66,7 @@ class TransformersTeacher:
             self._micro_batch_tokens = 1
         self._poll = poll
         self._offload = Offload(
-            frozen=lambda: tensors_of(lm.model),
+            frozen=lm.tensors,
             stays=lambda: lm.head.tensors if head_stays else (),
             what="the teacher",
         )
@@ -78,30 +82,42 @@ class TransformersTeacher:
         self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
     ) -> dict[str, Evidence]:
         """``score`` for callers without an event loop."""
+        batches = [
+            [samples[index] for index in indices]
+            for indices in plan_micro_batches(
+                [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
+            )
+        ]
+        if self.lm.layers is not None:  # which pass by once for all of them
+            return self._score_or_halve(batches, needs)
         evidence: dict[str, Evidence] = {}
-        for indices in plan_micro_batches(
-            [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
-        ):
+        for batch in batches:
             progress.moved()
             self._poll()
-            evidence.update(self._score_or_halve([samples[index] for index in indices], needs))
+            evidence.update(self._score_or_halve([batch], needs))
         return evidence
 
     def _score_or_halve(
-        self, samples: Sequence[Sample], needs: TeacherNeeds
+        self, batches: Sequence[Sequence[Sample]], needs: TeacherNeeds
     ) -> dict[str, Evidence]:
+        """Score batches together, or where memory is too small for that, one half of them after the other."""
+        if not batches:
+            return {}
+        passes = [partial(self._score_micro_batch, batch, needs) for batch in batches]
         try:
-            return self._score_micro_batch(samples, needs)
+            scored = self.lm.run(passes, self._poll)
+            return {name: found for batch in scored for name, found in batch.items()}
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
-            if len(samples) == 1:
-                raise out_of_memory("teacher scoring", len(samples[0].token_ids), error) from error
+            if len(batches) == len(batches[0]) == 1:
+                tokens = len(batches[0][0].token_ids)
+                raise out_of_memory("teacher scoring", tokens, error) from error
         torch.cuda.empty_cache()
-        half = len(samples) // 2
-        return self._score_or_halve(samples[:half], needs) | self._score_or_halve(
-            samples[half:], needs
+        first, second = (
+            _halves(batches) if len(batches) > 1 else ([half] for half in _halves(batches[0]))
         )
+        return self._score_or_halve(first, needs) | self._score_or_halve(second, needs)
 
     async def sleep(self) -> None:
         """Move the weights to main memory, quantised ones as they are."""
@@ -170,3 +186,8 @@ class TransformersTeacher:
         parts = (split(best.selected.float()), split(best.ids), split(best.logprobs.float()))
         for selected, ids, logprobs in zip(*parts, strict=True):
             yield TopKEvidence(teacher_logprobs=selected, ids=ids, logprobs=logprobs)
+
+
+def _halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
