@@ -5,10 +5,11 @@
     python benchmarks/estimators.py --write-docs    # trains nothing: the table of results/estimators.json into docs/algorithm.md
 
 Each estimator gets the best of three learning rates (lowest held-out KL on a seed that is not measured), which its control and its
-variant with two updates per batch share, and is then trained with five seeds. Two runs go side by side, each on a core of its own, in blocks of one
-seed whose order is drawn anew: no arm always has the same company. The clock is the trainer's, evaluations outside; the adapters
-are judged afterwards on prompts that were kept from training: accuracy at temperature 1, and the exact KL(student || teacher) per
-completion token. Then each estimator's gradient is measured against that of ``exact`` on the same answers.
+variant with two updates per batch share, and is then trained with five seeds. Two runs go side by side, each on a core of its own
+(one run, where taskset leaves one core), in blocks of one seed whose order is drawn anew: no arm always has the same company. The
+clock is the trainer's, evaluations outside; the adapters are judged afterwards on prompts that were kept from training: accuracy
+at temperature 1, and the exact KL(student || teacher) per completion token. Then each estimator's gradient is measured against
+that of ``exact`` on the same answers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from estimators_runs import Probe, Run, Start
 
 DOCS = Path(__file__).parents[1] / "docs" / "algorithm.md"
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
-WORKERS = 2
 CHOOSING_SEED = 100
 RATES = (3e-4, 1e-3, 3e-3)
 REFERENCE = "exact"
@@ -166,19 +166,24 @@ def best_rates(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float
     return {key: rate for key, (_, rate) in found.items()}
 
 
+def cores() -> list[int]:
+    """The cores of the workers: the first two that this process may use, or the only one."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
+    return allowed[:2]
+
+
 class Pool:
-    """Two workers, each on a core; what they finish is told as it comes."""
+    """A worker on each of ``cores``; what they finish is told as it comes."""
 
     def __init__(self) -> None:
         # What the workers inherit, and what they start.
         os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         context = get_context("spawn")
-        cores = context.SimpleQueue()
-        mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
-        for index in range(WORKERS):
-            cores.put(mine[index % len(mine)])
+        places = context.SimpleQueue()
+        for core in cores():
+            places.put(core)
         self._executor = ProcessPoolExecutor(
-            WORKERS, context, initializer=runs.begin, initargs=(cores,)
+            len(cores()), context, initializer=runs.begin, initargs=(places,)
         )
         self._began = time.monotonic()
 
@@ -539,7 +544,7 @@ def main() -> None:
     if no_plot:
         print("there will be no plot without matplotlib: pip install matplotlib")
     plan = QUICK if arguments.quick else make_plan(arguments.seconds, arguments.seeds)
-    print(f"about {expected_minutes(plan):.0f} minutes on two idle cores")
+    print(f"about {expected_minutes(plan):.0f} minutes on {len(cores())} idle cores")
     with tempfile.TemporaryDirectory() as folder:
         rows = study(plan, Path(folder))
     print(table(rows))
@@ -576,7 +581,7 @@ def expected_minutes(plan: Plan) -> float:
     for run in every:
         besides, judgement = OVERHEAD[run.template]
         total += run.seconds + besides + run.marks * judgement
-    return total / WORKERS / 60
+    return total / len(cores()) / 60
 
 
 if __name__ == "__main__":

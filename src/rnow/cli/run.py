@@ -37,20 +37,22 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train the project's student. Run it again to continue after a stop."""
-    loaded = load(
-        folder, overrides, model=model, epochs=epochs, batch_size=batch_size, lr=lr, name=name
-    )
+    given = {"model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "name": name}
     if debug:
-        show_plan(loaded, folder, as_json=as_json)
+        show_plan(load(folder, overrides, **given), folder, as_json=as_json)
         return
 
     from rnow.cli.output import console, print_json, settle
     from rnow.display.display import build_display
-    from rnow.setup import build
 
     shown_on = console(stderr=as_json, aside=True)
     display = build_display(shown_on)
     try:
+        # The model libraries, which checking needs, take seconds to import: something is seen before.
+        display.stage("starting")
+        loaded = load(folder, overrides, **given)
+        from rnow.setup import build
+
         with placed(loaded):
             summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)
     finally:
