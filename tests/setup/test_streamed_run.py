@@ -16,7 +16,7 @@ import torch
 from tests.rollouts import read_transcripts
 from tests.setup.projects import Project, Watcher
 
-from rnow.errors import ConfigError, ModelError, StopRequested, TemporaryError
+from rnow.errors import ModelError, StopRequested, TemporaryError
 from rnow.models.streaming import StreamedLayers
 from rnow.setup.build import check, run
 
@@ -194,23 +194,3 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_loaded(
     with pytest.raises(ModelError, match="cannot be streamed") as caught:
         check(project.config(**STREAMED), folder=project.folder)
     assert (caught.value.where, caught.value.why) == ("teacher.residency", "it is odd")
-
-
-@pytest.mark.parametrize(
-    ("sections", "where"),
-    [
-        ({"teacher": {"quantization": "nf4"}}, "teacher.quantization"),
-        ({"teacher": {"device_map": "auto"}}, "teacher.device_map"),
-        ({"teacher": {"backend": "vllm"}}, "teacher.backend"),
-        ({"teacher": {"url": "http://127.0.0.1:1"}}, "teacher.url"),
-        ({"teacher": {"trust_remote_code": True}}, "teacher.trust_remote_code"),
-        ({"teacher": {"path": "self"}}, "teacher.path"),
-        ({"evaluation": {"teacher": True}}, "evaluation.teacher"),
-    ],
-)
-def test_settings_that_exclude_each_other(
-    project: Project, sections: dict[str, Any], where: str
-) -> None:
-    sections["teacher"] = {"residency": "streamed"} | sections.get("teacher", {})
-    with pytest.raises((ConfigError, ValueError), match="residency: streamed"):
-        project.config(**sections)

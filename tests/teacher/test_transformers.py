@@ -358,7 +358,6 @@ def test_streamed_sleeps_and_wakes(both: tuple[CausalLM, CausalLM]) -> None:
     whole, streamed = map(TransformersTeacher, both)
     expected = whole.score_now(LONG)
     asyncio.run(streamed.sleep())
-    assert not both[1].head.weight.untyped_storage().nbytes()
     asyncio.run(streamed.wake())
     assert_equal(streamed.score_now(LONG), expected)
 

@@ -491,8 +491,12 @@ def _where_it_fits(
 
     devices = _device_plans(layout, turns)
     crowded = {device.info.device for device in devices if not device.fits}
-    could = could_stream(layout.prepared.config, layout.prepared.models, layout.shapes)
-    more = {name for name in could if layout.placed[name] in crowded}
+    models = layout.prepared.models
+    more = {
+        name
+        for name in could_stream(layout.prepared.config, models, layout.shapes) - layout.streamed
+        if models[name].role.residency == "auto" and layout.placed[name] in crowded
+    }
     if not more:
         return layout, devices
     streamed = replace(layout, streamed=layout.streamed | more)

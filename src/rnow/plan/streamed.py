@@ -71,15 +71,13 @@ def asked_to_stream(models: Models, shapes: Mapping[str, ModelShape]) -> frozens
 def could_stream(
     config: Config, models: Models, shapes: Mapping[str, ModelShape]
 ) -> frozenset[str]:
-    """The teachers, by role, that may be streamed where they do not fit: those that need not write answers, too."""
+    """The teachers, by role, that can be streamed, whatever the config says: where they need not write answers, too."""
     if config.evaluation.teacher is True:
         return frozenset()
     return frozenset(
         model.role.name
         for model in teachers_of(models)
-        if model.role.residency == "auto"
-        and not model.own_base
-        and _why_not(model, shapes[model.role.name]) is None
+        if not model.own_base and _why_not(model, shapes[model.role.name]) is None
     )
 
 

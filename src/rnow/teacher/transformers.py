@@ -103,10 +103,8 @@ class TransformersTeacher:
         """Score batches together, or where memory is too small for that, one half of them after the other."""
         if not batches:
             return {}
-        passes = [partial(self._score_micro_batch, batch, needs) for batch in batches]
         try:
-            scored = self.lm.run(passes, self._poll)
-            return {name: found for batch in scored for name, found in batch.items()}
+            return self._score_micro_batches(batches, needs)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
@@ -156,13 +154,20 @@ class TransformersTeacher:
         )
         return [None, *sampled_logprobs(self.score_now([sample])["given"]).tolist()]
 
-    def _score_micro_batch(
-        self, samples: Sequence[Sample], needs: TeacherNeeds
+    def _score_micro_batches(
+        self, batches: Sequence[Sequence[Sample]], needs: TeacherNeeds
     ) -> dict[str, Evidence]:
-        tokens = pad(samples, self.lm.device)
-        hidden = hidden_rows(self.lm, tokens)
-        found = self._evidence(hidden, tokens, needs)
-        return dict(zip(tokens.sample_ids, found, strict=True))
+        """All bodies first: where the layers are streamed they pass by once."""
+        padded = [pad(batch, self.lm.device) for batch in batches]
+        hidden = self.lm.run(
+            [partial(hidden_rows, self.lm, tokens) for tokens in padded], self._poll
+        )
+        evidence: dict[str, Evidence] = {}
+        for rows, tokens in zip(hidden, padded, strict=True):
+            progress.moved()
+            found = self._evidence(rows, tokens, needs)
+            evidence.update(zip(tokens.sample_ids, found, strict=True))
+        return evidence
 
     def _evidence(
         self, hidden: Tensor, tokens: PaddedTokens, needs: TeacherNeeds
