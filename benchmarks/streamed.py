@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 MODES = ("resident", "streamed")
-VOCABULARY = 32_000
+VOCABULARY = 8192
 SLACK = 100e6
 """Anonymous memory beside two layers, embedding and head that a streamed teacher may take."""
 SLOWER = 1.10

@@ -55,8 +55,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[ResolvedModel, Res
 
 @pytest.fixture(scope="module")
 def measured() -> Callable[[Prepared], Any]:
-    """``measure``, which takes a second at this size, once."""
-    return functools.cache(lambda prepared: plan_module.measure(prepared))
+    """``measure``, which takes a second at this size, once: no setting here changes its result."""
+    original, kept = plan_module.measure, []
+
+    def measure(prepared: Prepared) -> Any:
+        kept.extend([] if kept else [original(prepared)])
+        return kept[0]
+
+    return measure
 
 
 def card_of(gigabytes: float) -> DeviceInfo:
@@ -68,7 +74,9 @@ def card_of(gigabytes: float) -> DeviceInfo:
 
 @pytest.fixture
 def prepared(
-    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+    models: tuple[ResolvedModel, ResolvedModel],
+    measured: Callable[[Prepared], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Prepared]:
     """configs/one-24gb-gpu.yml with a teacher of 32B in bfloat16, on a machine with a card, vLLM and 128 GB."""
     import torch
@@ -77,6 +85,7 @@ def prepared(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("rnow.plan.choices.find_spec", lambda name: object())
     monkeypatch.setattr("rnow.plan.plan.cpu_memory", lambda: (128 * 10**9, 128 * 10**9))
+    monkeypatch.setattr(plan_module, "measure", measured)
 
     def make(teacher: dict[str, Any] | None = None, **sections: Any) -> Prepared:
         values = yaml.safe_load((CONFIGS / "one-24gb-gpu.yml").read_text())
