@@ -76,7 +76,7 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AGENTS_VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(AGENTS_VENV) benchmarks/.trl-venv build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One interpreter is chosen once, when the environment is made: the first of the list that runs and is 3.11 or newer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -68,18 +69,27 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: Path | None = N
     return path
 
 
-class PeakMemory:
-    """Most memory the process took inside the block beyond what it had before, in bytes (Linux: VmHWM)."""
+def put_between(path: Path, begin: str, end: str, body: str) -> None:
+    """Replace what a page has between two marks by ``body``."""
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        sys.exit(f"{path} has no place for the table: put {begin} and {end} where it should go")
+    path.write_text(f"{before}{begin}\n{body}\n{end}{after}")
 
-    extra = 0
+
+class PeakMemory:
+    """Most memory the process took inside the block beyond what it had ``before``, in bytes (Linux: VmHWM)."""
+
+    before = extra = 0
 
     def __enter__(self) -> PeakMemory:
         Path("/proc/self/clear_refs").write_text("5")
-        self._before = _status("VmRSS")
+        self.before = _status("VmRSS")
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.extra = max(0, _status("VmHWM") - self._before)
+        self.extra = max(0, _status("VmHWM") - self.before)
 
 
 def _status(name: str) -> int:

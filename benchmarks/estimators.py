@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import estimators_runs as runs
-from common import RESULTS, write_results
+from common import RESULTS, put_between, write_results
 from estimators_runs import Probe, Run, Start
 
 DOCS = Path(__file__).parents[1] / "docs" / "algorithm.md"
@@ -173,17 +173,17 @@ def cores() -> list[int]:
 
 
 class Pool:
-    """A worker on each of ``cores``; what they finish is told as it comes."""
+    """A worker on each of ``cores``, or on the first ``most`` of them; what they finish is told as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
         # What the workers inherit, and what they start.
         os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         context = get_context("spawn")
-        places = context.SimpleQueue()
-        for core in cores():
+        chosen, places = cores()[:most], context.SimpleQueue()
+        for core in chosen:
             places.put(core)
         self._executor = ProcessPoolExecutor(
-            len(cores()), context, initializer=runs.begin, initargs=(places,)
+            len(chosen), context, initializer=runs.begin, initargs=(places,)
         )
         self._began = time.monotonic()
 
@@ -322,8 +322,10 @@ def kl_at_tokens(
     return before["kl"]
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line of the table per template and arm, in the order of ``ARMS``.
+def summarise(
+    rows: Sequence[Mapping[str, Any]], arms: Iterable[str] = tuple(ARMS)
+) -> list[dict[str, Any]]:
+    """A line of the table per template and arm, in the order of ``arms``.
 
     ``kl`` and ``accuracy`` are at the end of the same seconds, ``kl_at_tokens`` where the arm of its template that sampled the
     least ended, with ``tokens`` and ``steps`` as means.
@@ -334,7 +336,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for template, start in starts.items():
         by_arm = {
             arm: [row for row in taken if (row["template"], row["arm"]) == (template, arm)]
-            for arm in ARMS
+            for arm in arms
         }
         by_arm = {arm: mine for arm, mine in by_arm.items() if mine}
         ends = {arm: [row["points"][-1] for row in mine] for arm, mine in by_arm.items()}
@@ -463,15 +465,9 @@ def _shown(value: Estimate, digits: int) -> str:
 
 def write_docs(results: Mapping[str, Any], path: Path = DOCS) -> None:
     """Put the table between the marks of a page."""
-    text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{path} has no place for the table: put {BEGIN} and {END} where it should go")
     machine = results["machine"]
     made = f"{machine['cpu']}, torch {machine['torch']}, {machine['date']}"
-    body = f"{made}; 95 % intervals.\n\n{table(results['rows'])}"
-    path.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+    put_between(path, BEGIN, END, f"{made}; 95 % intervals.\n\n{table(results['rows'])}")
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -544,7 +540,8 @@ def main() -> None:
     if no_plot:
         print("there will be no plot without matplotlib: pip install matplotlib")
     plan = QUICK if arguments.quick else make_plan(arguments.seconds, arguments.seeds)
-    print(f"about {expected_minutes(plan):.0f} minutes on {len(cores())} idle cores")
+    workers = len(cores())
+    print(f"about {expected_minutes(plan, workers):.0f} minutes on {workers} idle cores")
     with tempfile.TemporaryDirectory() as folder:
         rows = study(plan, Path(folder))
     print(table(rows))
@@ -571,7 +568,7 @@ def make_plan(seconds: float | None, seeds: int) -> Plan:
     )
 
 
-def expected_minutes(plan: Plan) -> float:
+def expected_minutes(plan: Plan, workers: int) -> float:
     """About how long it takes, the gradients left out."""
     every = [*choosing(plan)]
     rates = {(run.template, run.arm): run.learning_rate for run in every}
@@ -581,7 +578,7 @@ def expected_minutes(plan: Plan) -> float:
     for run in every:
         besides, judgement = OVERHEAD[run.template]
         total += run.seconds + besides + run.marks * judgement
-    return total / len(cores()) / 60
+    return total / workers / 60
 
 
 if __name__ == "__main__":

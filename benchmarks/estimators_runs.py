@@ -49,8 +49,8 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 HELD_OUT = 256
 """Prompts that are never trained on, the last of each template's file."""
 ENDLESS = 1000
-EVAL_TOKENS = 4096
-"""Of one float64 forward pass."""
+EVAL_TOKENS, EVAL_LOGITS = 4096, 1 << 25
+"""At most so many tokens, and so many logits, in one float64 forward pass."""
 EVALUATION, PROBE = "eval", "train"
 MODELS = ("student", "teacher")
 
@@ -286,7 +286,8 @@ class Judge:
         """KL(student || teacher) at the student's own answers, per completion token, in nats."""
         total, count = 0.0, 0
         lengths = [len(sample.token_ids) for sample in samples]
-        for indices in plan_micro_batches(lengths, EVAL_TOKENS):
+        most = min(EVAL_TOKENS, EVAL_LOGITS // self.prepared.rendered.vocabulary)
+        for indices in plan_micro_batches(lengths, most):
             tokens = pad([samples[index] for index in indices], "cpu")
             student, teacher = (self._logprobs(m, tokens) for m in (self.student, self.teacher))
             total += (student.exp() * (student - teacher)).sum().item()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rnow.disk.transcript_rows import read_step, steps_of
 from rnow.types import Completion, Rollout, Turn
 
 
@@ -56,7 +56,20 @@ def turns_of(
 
 
 def read_transcripts(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of one step, as dicts."""
-    text = (folder / f"step-{step:06d}.jsonl").read_text(encoding="utf-8")
-    # Not splitlines(): U+2028 and its like stand unescaped inside the texts.
-    return [json.loads(line) for line in text.split("\n") if line]
+    """The rows of one step, and in each its ``tokens`` as one dict per token."""
+    columns = {
+        "turn": "turn",
+        "token_ids": "id",
+        "tokens": "text",
+        "sampler_logprobs": "sampler_logprob",
+        "teacher_logprobs": "teacher_logprob",
+        "kl": "kl",
+    }
+    rows = read_step(steps_of(folder)[step])
+    for row in rows:
+        unknown = [None] * len(row["token_ids"])
+        lists = [unknown if row[name] is None else row[name] for name in columns]
+        row["tokens"] = [
+            dict(zip(columns.values(), values, strict=True)) for values in zip(*lists, strict=True)
+        ]
+    return rows

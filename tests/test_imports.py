@@ -59,7 +59,13 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run", "--help"], ["init", "-y", "-t", "distill"], ["init", "--list"], ["login"]],
+    [
+        ["run", "--help"],
+        ["rollouts", "--help"],
+        ["init", "-y", "-t", "distill"],
+        ["init", "--list"],
+        ["login"],
+    ],
 )
 def test_light_commands_load_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     code, modules, error = loaded_after(arguments, tmp_path)

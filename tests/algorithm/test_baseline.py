@@ -11,6 +11,7 @@ from tests.algorithm.direct import CASES, HIDDEN, ROWS, VOCABULARY, Both, Case, 
 from torch import Tensor
 
 from rnow.algorithm.baseline import KlBaseline
+from rnow.algorithm.head import Tiling
 from rnow.algorithm.policy_gradient import PolicyGradient
 
 
@@ -31,7 +32,12 @@ def tables(both: Both) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("top_k", [0, VOCABULARY - 1])
-def test_against_brute_force(case: Case, top_k: int) -> None:
+@pytest.mark.parametrize("tile", [1, 4, 1000])
+def test_against_brute_force(
+    case: Case, top_k: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiling = Tiling(rows=tile, width=tile)
+    monkeypatch.setattr("rnow.algorithm.head.tiling_for", lambda head: tiling)
     both = make(case)
     judged = both.with_top_k(top_k) if top_k else both
     _, streams, _ = gradient_of(objective(judged, top_k), judged)

@@ -13,6 +13,7 @@ from tests.algorithm.direct import CASES, HIDDEN, ROWS, VOCABULARY, Both, Case, 
 from torch import Tensor
 
 from rnow.algorithm.bucket import TopKDivergence
+from rnow.algorithm.head import Tiling
 from rnow.algorithm.rewarded import RewardTerm
 
 Name = Literal["reverse", "forward"]
@@ -43,14 +44,15 @@ def naive(both: Both, logits: Tensor, settings: TopKDivergence) -> Tensor:
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
+@pytest.mark.parametrize("tile", [1, 4, 1000])
 @pytest.mark.parametrize("k", [1, 4, VOCABULARY - 1])
 @pytest.mark.parametrize("name", ["reverse", "forward"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_value_and_gradient(
-    case: Case, name: Name, k: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, name: Name, k: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rnow.algorithm.row_losses.chunk_rows_for", lambda head: chunk_rows)
+    tiling = Tiling(rows=tile, width=tile)
+    monkeypatch.setattr("rnow.algorithm.head.tiling_for", lambda head: tiling)
     both = make(case).with_top_k(k)
     settings = objective(both, k, divergence=name, kl_penalty_coef=0.3, kl_clamp=1.5, ratio_cap=1.5)
     losses, streams, found = gradient_of(settings, both)

@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 import torch
 from tests.algorithm import reference
-from tests.algorithm.direct import CASES, HIDDEN, ROWS, VOCABULARY, Both, Case, gradient_of, make
+from tests.algorithm.direct import (
+    CASES,
+    HIDDEN,
+    ROWS,
+    TEACHER_HIDDEN,
+    VOCABULARY,
+    Both,
+    Case,
+    gradient_of,
+    make,
+)
 
 from rnow.algorithm.exact import DivergenceName, ExactDivergence
+from rnow.algorithm.head import Tiling
 from rnow.algorithm.rewarded import RewardTerm
 
 DIVERGENCES: tuple[DivergenceName, ...] = ("reverse", "forward", "jsd")
@@ -22,12 +33,19 @@ def objective(both: Both, **fields: Any) -> ExactDivergence:
     )
 
 
-@pytest.fixture(params=[1, 4, 1000], ids=lambda rows: f"{rows} rows a chunk")
-def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rnow.algorithm.row_losses.chunk_rows_for", lambda head: request.param)
+TILINGS = {
+    "small": Tiling(rows=1, width=1),
+    "middle": Tiling(rows=4, width=5),
+    "whole": Tiling(rows=1000, width=1000),
+}
 
 
-@pytest.mark.usefixtures("_chunks")
+@pytest.fixture(params=TILINGS.values(), ids=TILINGS)
+def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnow.algorithm.exact.tiling_for", lambda head, kept: request.param)
+
+
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_value_and_gradient(case: Case, name: DivergenceName) -> None:
@@ -63,15 +81,17 @@ def test_each_row_weighs_as_its_caller_says(name: DivergenceName) -> None:
     torch.testing.assert_close(found, weights[:, None] * plain, atol=1e-12, rtol=0)
 
 
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("loss_fn", ["ppo", "importance_sampling"])
-def test_rewards_are_a_term_of_their_own(loss_fn: Any) -> None:
+def test_rewards_are_a_term_of_their_own(loss_fn: Any, name: DivergenceName) -> None:
     both = make(CASES["everything"])
     rewarded = RewardTerm(reward_coef=0.8, loss_fn=loss_fn, ratio_cap=2.0)
-    mixed = objective(both, kl_penalty_coef=0.3, rewarded=rewarded)
+    mixed = objective(both, divergence=name, kl_penalty_coef=0.3, rewarded=rewarded)
     losses, streams, found = gradient_of(mixed, both)
     hidden = both.hidden.clone().requires_grad_()
     logits = both.student_logits(hidden)
-    expected = 0.3 * reference.divergence(logits, both.teacher_logits, "reverse")
+    expected = 0.3 * reference.divergence(logits, both.teacher_logits, name)
     logprobs = reference.log_softmax(logits)
     rewards = torch.stack(
         [
@@ -174,29 +194,32 @@ def test_float32_stays_close_where_probabilities_are_tiny() -> None:
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_no_tokens_by_vocabulary_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of more rows than a chunk has the width of the vocabulary."""
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_no_tokens_by_vocabulary_tensor(
+    name: DivergenceName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing holds more than one chunk of rows with the width of the vocabulary, and the work is done on single tiles."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     both = make(CASES["everything"])
     weights = {both.weight.data_ptr(), both.teacher_head.weight.data_ptr()}
-    tall = 0
+    largest: set[int] = set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            nonlocal tall
             out = func(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, tuple) else (out,):
-                if not isinstance(tensor, torch.Tensor) or tensor.data_ptr() in weights:
-                    continue
-                if tensor.shape[-1:] == (VOCABULARY,):
-                    tall = max(tall, tensor.numel() // VOCABULARY)
+                if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in weights:
+                    largest.add(tensor.numel())
             return out
 
-    monkeypatch.setattr("rnow.algorithm.row_losses.chunk_rows_for", lambda head: 2)
-    for name in DIVERGENCES:
-        with Watch():
-            gradient_of(objective(both, divergence=name), both)
-    assert 0 < tall <= 2
+    monkeypatch.setattr(
+        "rnow.algorithm.exact.tiling_for", lambda head, kept: Tiling(rows=5, width=4)
+    )
+    with Watch():
+        gradient_of(objective(both, divergence=name), both)
+    assert max(largest) == 5 * VOCABULARY, "the buffers of a chunk"
+    work = largest - {5 * VOCABULARY, 4 * VOCABULARY, ROWS * HIDDEN, ROWS * TEACHER_HIDDEN}
+    assert max(work) <= max(5 * TEACHER_HIDDEN, ROWS * HIDDEN)

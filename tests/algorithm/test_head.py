@@ -11,7 +11,7 @@ from tests.algorithm import reference
 from torch import Tensor
 
 from rnow.algorithm import head as head_module
-from rnow.algorithm.head import Head, chunk_rows_for, selected_logprobs
+from rnow.algorithm.head import Head, Tiling, selected_logprobs, tiling_for
 
 ROWS, HIDDEN, PADDED, VOCABULARY = 9, 5, 16, 13
 
@@ -67,10 +67,10 @@ def _naive(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 2, 4, ROWS, 100, None])
+@pytest.mark.parametrize("tile", [1, 2, 4, ROWS, 100, None])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_values_entropy_and_gradient_are_those_of_a_full_softmax(
-    case: Case, chunk_rows: int | None
+    case: Case, tile: int | None
 ) -> None:
     hidden, weight, bias, targets = _tensors()
     # A padded row with a huge logit: it must not take a share of the probability.
@@ -84,7 +84,7 @@ def test_values_entropy_and_gradient_are_those_of_a_full_softmax(
         _head(case, weight, bias),
         targets,
         temperature=case.temperature,
-        chunk_rows=chunk_rows,
+        tiling=None if tile is None else Tiling(rows=tile, width=tile),
     )
     values = _naive(case, naive, weight, bias)
     expected = reference.log_softmax(values).gather(1, targets[:, None]).squeeze(1)
@@ -106,7 +106,7 @@ def test_gradcheck(case: Case) -> None:
 
     def logprobs(values: Tensor) -> Tensor:
         return selected_logprobs(
-            values, head, targets, temperature=case.temperature, chunk_rows=4
+            values, head, targets, temperature=case.temperature, tiling=Tiling(rows=4, width=5)
         ).logprobs
 
     assert torch.autograd.gradcheck(logprobs, (hidden.requires_grad_(True),))
@@ -157,7 +157,7 @@ def test_half_precision_weights_are_normalised_in_float32() -> None:
     hidden, weight, _, targets = _tensors()
     hidden16 = hidden.to(torch.bfloat16).requires_grad_(True)
     head = Head(weight=weight[:VOCABULARY].to(torch.bfloat16))
-    found = selected_logprobs(hidden16, head, targets, chunk_rows=2)
+    found = selected_logprobs(hidden16, head, targets, tiling=Tiling(rows=2, width=VOCABULARY))
     assert found.logprobs.dtype == found.entropy.dtype == torch.float32
     # What is exact given bfloat16 logits: a log-softmax in float32 on top of them.
     expected = torch.log_softmax(head.logits(hidden16.detach()).double(), -1)
@@ -172,32 +172,96 @@ def test_half_precision_weights_are_normalised_in_float32() -> None:
     assert hidden16.grad.dtype == torch.bfloat16
 
 
-def test_a_chunk_never_holds_more_rows_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+def test_each_logit_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
     original = Head.logits
 
-    def counting(self: Head, hidden: Tensor) -> Any:
-        seen.append(hidden.shape[0])
-        return original(self, hidden)
+    def counting(self: Head, hidden: Tensor, columns: slice) -> Any:
+        seen.append((hidden.shape[0], columns.stop - columns.start))
+        return original(self, hidden, columns)
 
     monkeypatch.setattr(Head, "logits", counting)
     hidden, weight, _, targets = _tensors()
     found = selected_logprobs(
-        hidden.requires_grad_(True), Head(weight=weight[:VOCABULARY]), targets, chunk_rows=4
+        hidden.requires_grad_(True),
+        Head(weight=weight[:VOCABULARY]),
+        targets,
+        tiling=Tiling(rows=4, width=8),
     )
     found.logprobs.sum().backward()
-    # Each row goes through the head once: the backward pass does not come back to it.
-    assert seen == [4, 4, 1]
+    # The backward pass does not come back to it.
+    assert seen == [(rows, width) for rows in (4, 4, 1) for width in (8, 5)]
 
 
-def test_the_chunk_follows_the_vocabulary_not_the_tokens() -> None:
+@pytest.mark.parametrize("tile", [1, 4, 100])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_several_tokens_of_a_row(case: Case, tile: int) -> None:
+    hidden, weight, bias, targets = _tensors()
+    several = torch.stack([targets, (targets + 3) % VOCABULARY, targets], 1)
+    ours, naive = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    upstream = torch.linspace(-1.0, 2.0, several.numel(), dtype=torch.float64).view(several.shape)
+    found = selected_logprobs(
+        ours,
+        _head(case, weight, bias),
+        several,
+        temperature=case.temperature,
+        entropy=False,
+        tiling=Tiling(rows=tile, width=tile),
+    )
+    expected = reference.log_softmax(_naive(case, naive, weight, bias)).gather(1, several)
+    (found.logprobs * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    assert found.entropy is None
+    torch.testing.assert_close(found.logprobs, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours.grad, naive.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_float32_over_many_tiles_is_as_close_as_a_full_softmax() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=generator)
+    weight = 2 * torch.randn(5000, 16, generator=generator)
+    targets = torch.randint(5000, (40,), generator=generator)
+    exact = torch.log_softmax((hidden.double() @ weight.double().T), -1)
+    full = torch.log_softmax(hidden @ weight.T, -1)
+    ours = hidden.clone().requires_grad_()
+    found = selected_logprobs(ours, Head(weight=weight), targets, tiling=Tiling(rows=16, width=256))
+    found.logprobs.sum().backward()
+    chosen = exact.gather(1, targets[:, None])[:, 0]
+    error = (found.logprobs.double() - chosen).abs().max()
+    plain = (full.double().gather(1, targets[:, None])[:, 0] - chosen).abs().max()
+    assert error <= max(2 * plain, torch.tensor(4e-6))
+    gradient = weight.double()[targets] - exact.exp() @ weight.double()
+    torch.testing.assert_close(ours.grad.double(), gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_token_that_is_almost_certain() -> None:
+    """1 - p is far below what float32 can tell from 1: the others' probabilities still say where to go."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(30, 8, generator=generator)
+    hidden = 12 * weight[:5]
+    exact = torch.softmax(hidden.double() @ weight.double().T, -1)
+    targets = exact.argmax(1)
+    rest = exact.scatter(1, targets[:, None], 0.0)
+    assert 0 < rest.sum(1).min() < 1e-8
+    expected = rest.sum(1, keepdim=True) * weight.double()[targets] - rest @ weight.double()
+    ours = hidden.clone().requires_grad_()
+    found = selected_logprobs(ours, Head(weight=weight), targets, tiling=Tiling(rows=2, width=7))
+    found.logprobs.sum().backward()
+    assert ours.grad is not None
+    error = (ours.grad.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 1e-3
+
+
+def test_a_tile_follows_neither_the_tokens_nor_the_vocabulary() -> None:
+    threads = torch.get_num_threads()
     for vocabulary in (1_000, 151_936, 1_000_000):
-        head = Head(weight=torch.empty(vocabulary, 1, device="meta"))
-        cpu = Head(weight=torch.empty(1, 1).expand(vocabulary, 1))
-        assert chunk_rows_for(cpu) * 4 * vocabulary <= max(
-            head_module.CPU_BUFFER_BYTES, 16 * 4 * vocabulary
-        )
-        assert chunk_rows_for(head) * 4 * vocabulary <= max(
-            head_module.GPU_BUFFER_BYTES, 16 * 4 * vocabulary
-        )
-        assert chunk_rows_for(cpu) >= 16
+        card = tiling_for(Head(weight=torch.empty(vocabulary, 1, device="meta")))
+        assert card.rows * 4 * vocabulary <= max(head_module.GPU_BUFFER_BYTES, 64 * vocabulary)
+        assert card.width == vocabulary
+        head = Head(weight=torch.empty(1, 1).expand(vocabulary, 1))
+        tiling, kept = tiling_for(head), tiling_for(head, kept=True)
+        for found in (tiling, kept):
+            held = found.rows * 4 * min(vocabulary, found.width)
+            assert held <= head_module.CPU_TILE_BYTES * threads
+            assert found.rows >= 16
+        assert kept.rows * 4 * vocabulary <= max(head_module.CPU_BUFFER_BYTES, 64 * vocabulary)

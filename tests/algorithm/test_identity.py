@@ -14,7 +14,7 @@ import torch
 from tests.algorithm import reference
 from torch import Tensor
 
-from rnow.algorithm.head import Head, selected_logprobs
+from rnow.algorithm.head import Head, Tiling, selected_logprobs
 from rnow.algorithm.policy_gradient import shape_advantages
 from rnow.algorithm.surrogate import LossName, token_losses
 
@@ -101,7 +101,11 @@ def _expected_gradient_of_the_sampled_rule(
             weights.append(probability)
     head = Head(weight=student.weight[:VOCABULARY])
     live = selected_logprobs(
-        torch.stack(hidden), head, torch.tensor(targets), temperature=temperature, chunk_rows=50
+        torch.stack(hidden),
+        head,
+        torch.tensor(targets),
+        temperature=temperature,
+        tiling=Tiling(rows=50, width=7),
     ).logprobs
     shaped = shape_advantages(
         torch.zeros_like(live),

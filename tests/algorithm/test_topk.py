@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnow.algorithm.head import Head
+from rnow.algorithm.head import Head, Tiling
 from rnow.algorithm.records import TopKEvidence
 from rnow.algorithm.topk import TopLogprobs, top_logprobs
 
@@ -21,14 +21,14 @@ def tensors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.mark.parametrize("k", [1, 4, VOCABULARY])
-@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+@pytest.mark.parametrize("tile", [1, 4, 100])
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.6, 1.5)])
-def test_values_and_order(
-    k: int, chunk_rows: int, temperature: float, softcap: float | None
-) -> None:
+def test_values_and_order(k: int, tile: int, temperature: float, softcap: float | None) -> None:
     hidden, weight, targets = tensors()
     head = Head(weight=weight[:VOCABULARY], softcap=softcap)
-    found = top_logprobs(hidden, head, targets, k, temperature=temperature, chunk_rows=chunk_rows)
+    found = top_logprobs(
+        hidden, head, targets, k, temperature=temperature, tiling=Tiling(rows=tile, width=tile)
+    )
     logits = hidden @ weight[:VOCABULARY].T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

@@ -259,6 +259,18 @@ def test_legacy_key_below_something_that_is_no_section(load: Load) -> None:
 
 # notices
 
+
+@pytest.mark.parametrize("reward_coef", [0.0, 1.0])
+def test_an_estimator_of_advantages_that_no_reward_teaches_by(
+    load: Load, reward_coef: float
+) -> None:
+    loaded = load(f"algorithm:\n  adv_estimator: gae\n  reward_coef: {reward_coef}\n")
+    told = [
+        "algorithm.adv_estimator gae has no effect with reward_coef 0: rewards are tracked only"
+    ]
+    assert loaded.warnings == ([] if reward_coef else told)
+
+
 IMPORTANCE = "algorithm:\n  loss_fn: importance_sampling\n"
 
 

@@ -105,6 +105,8 @@ def test_a_config_with_teachers_survives_a_round_trip() -> None:
         ({"dataset_type": "rl", "data": files("./x")}, "data.train_file[0].teacher", "only used with dataset_type distill", "remove"),
         ({}, "teacher.path", "distill needs a teacher", "add a teacher"),
         ({"teachers": {"a": {"path": "m", "backend": "vllm"}}, "algorithm": {"kl_estimator": "exact"}}, "algorithm.kl_estimator", "a server gives log-probabilities only", "topk"),
+        ({"teachers": {"a": {"path": "m", "max_num_batched_tokens": 2**64}}}, "teachers.a.max_num_batched_tokens", "more than 64 bits", "smaller"),
+        ({"teachers": {"a": {"path": "m", "gpu_memory_utilization": 1e-40}}}, "teachers.a.gpu_memory_utilization", "too close to 0", "at least"),
     ],
 )  # fmt: skip
 def test_what_is_refused(values: dict[str, Any], where: str, said: str, fix: str) -> None:

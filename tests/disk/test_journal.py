@@ -57,10 +57,11 @@ def test_round_trip(path: Path) -> None:
     assert journal.finished("dataset_0/1", 1) is None
 
 
-def test_a_probability_that_is_no_number_is_null_in_the_file_and_nan_again(path: Path) -> None:
+def test_a_probability_comes_back_bit_for_bit_or_as_no_number(path: Path) -> None:
     item = rollout(0)
     turn = item.turns[0]
-    drawn = replace(turn.completion, logprobs=(-0.1, math.nan))
+    values = (-0.1, math.nan, -1 / 3, -5e-324, -math.inf)
+    drawn = replace(turn.completion, token_ids=(5, 0, 9, 151_935, 7), logprobs=values)
     write(path, [replace(item, turns=(replace(turn, completion=drawn),))])
 
     def refuse(name: str) -> None:
@@ -70,9 +71,51 @@ def test_a_probability_that_is_no_number_is_null_in_the_file_and_nan_again(path:
         json.loads(line, parse_constant=refuse)
     found = Journal(path, version=4).finished("dataset_0/0", 0)
     assert found is not None
-    first, second = found.turns[0].completion.logprobs
-    assert first == -0.1
-    assert math.isnan(second)
+    known = found.turns[0].completion
+    assert known.token_ids == drawn.token_ids
+    assert all(type(token) is int for token in known.token_ids)
+    assert list(map(repr, known.logprobs)) == list(map(repr, values))
+
+
+def test_a_journal_of_an_earlier_version_is_read(path: Path) -> None:
+    """A run that was killed before rnow was updated loses no rollout."""
+    row = {
+        "prompt_id": "dataset_0/0",
+        "index": 0,
+        "status": "completed",
+        "end_reason": "answer",
+        "error": None,
+        "unanswered_token_ids": [7],
+        "messages": [{"role": "assistant", "content": "hi \u2028 ü\n"}],
+        "turns": [
+            {
+                "observation_token_ids": [1, 2],
+                "token_ids": [5, 9],
+                "logprobs": [-0.1, -1 / 3],
+                "finish_reason": "stop",
+                "policy_version": 4,
+            }
+        ],
+    }
+    path.write_text(json.dumps(row) + '\n{"commit":true}\n')
+    assert Journal(path, version=4).finished("dataset_0/0", 0) == rollout(0)
+    row["turns"][0]["logprobs"] = [None, -0.5]  # type: ignore[index]
+    path.write_text(json.dumps(row) + '\n{"commit":true}\n')
+    found = Journal(path, version=4).finished("dataset_0/0", 0)
+    assert found is not None
+    assert math.isnan(found.turns[0].completion.logprobs[0])
+
+
+@pytest.mark.parametrize("wrong", ["%%%", "AAA=", "AAAAAAA=", 7, {"a": 1}])
+def test_an_array_that_is_damaged_ends_what_is_believed(path: Path, wrong: object) -> None:
+    write(path, [rollout(0)], [rollout(1)])
+    lines = path.read_text().split("\n")
+    row = json.loads(lines[2])
+    row["turns"][0]["token_ids"] = wrong
+    path.write_text("\n".join([*lines[:2], json.dumps(row), *lines[3:]]))
+    journal = Journal(path, version=4)
+    assert journal.finished("dataset_0/0", 0) is not None
+    assert journal.finished("dataset_0/1", 0) is None
 
 
 def test_a_batch_is_closed_by_one_commit_line(path: Path) -> None:

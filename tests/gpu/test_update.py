@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from tests.policy.batches import (
     assert_equal,
     assert_same_gradients,
     gradients,
+    grouped,
+    keep_apart,
     make_batch,
     weights,
 )
 
+from rnow.algorithm.records import sampled_logprobs
 from rnow.errors import RnowError
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.teacher.transformers import TransformersTeacher
@@ -49,6 +53,36 @@ def test_float32_gradients_are_those_of_the_cpu(tiny_model_dir: MakeDir) -> None
     found = gradients(make_policy(load(tiny_model_dir())), make_batch())
     on_cpu_again = {name: gradient.cpu() for name, gradient in found.items()}
     assert_same_gradients(on_cpu_again, expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("queries", [4, 2])
+def test_a_group_that_shares_its_prompt_has_the_gradients_of_separate_rows(
+    tiny_model_dir: MakeDir, attention: str, queries: int
+) -> None:
+    folder = tiny_model_dir(num_attention_heads=queries, num_key_value_heads=2)
+    lm = load_causal_lm(
+        folder, vocabulary=100, dtype=torch.float32, device=CUDA, attn_implementation=attention
+    )
+    assert lm.sharing is not None, lm.separate
+    group = grouped(make_batch(("." * 40 + "X" * 20, "." * 40 + "X" * 9, "." * 40 + "X" * 30) * 3))
+    shared = gradients(make_policy(lm), group)
+    lm = load_causal_lm(folder, vocabulary=100, dtype=torch.float32, device=CUDA)
+    assert_same_gradients(shared, gradients(keep_apart(make_policy(lm)), group), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_shared_prompt_in_bfloat16_is_found_equal_to_its_rounding(
+    tiny_model_dir: MakeDir, quantization: str
+) -> None:
+    lm = load(tiny_model_dir(), dtype=torch.bfloat16, quantization=quantization)
+    assert lm.sharing is not None, lm.separate
+    samples = [item.sample for item in grouped(make_batch(("." * 40 + "X" * 20,) * 8)).samples]
+    found = TransformersTeacher(lm).score_now(samples)
+    alone = TransformersTeacher(replace(lm, sharing=None)).score_now(samples)
+    for name, evidence in found.items():
+        gap = sampled_logprobs(evidence) - sampled_logprobs(alone[name])
+        assert gap.abs().max() < 0.2
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -137,7 +171,7 @@ def test_out_of_memory_halves_the_micro_batch_of_an_update(wide: CausalLM) -> No
     assert large > 2.5 * small
     with room_for(int(1.5 * small)):
         found = gradients(policy, batch)
-    assert tokens // 8 <= policy._micro_batch_tokens < tokens
+    assert SEQUENCES * (LENGTH - 1) // 8 <= policy._micro_batch_tokens < tokens
     assert_same_gradients(found, expected, tolerance=1e-4)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rnow.models.families import UNSAMPLED, UNSTREAMED, UNUSABLE
+from rnow.models.families import SEPARATE_ROWS, UNSAMPLED, UNSTREAMED, UNUSABLE
 
 VOCABULARY = 100
 
@@ -203,6 +203,10 @@ def page() -> str:
     reasons: dict[str, list[str]] = {}
     for family in sorted({*UNUSABLE} & {*every_family()}):
         reasons.setdefault(UNUSABLE[family], []).append(family)
+    kept: dict[str, list[str]] = {}
+    for family, why in sorted(SEPARATE_ROWS.items()):
+        kept.setdefault(why, []).append(family)
+    apart = [f"| {', '.join(names)} | {why} |" for why, names in sorted(kept.items())]
     refused = [f"| {', '.join(names)} | {why} |" for why, names in sorted(reasons.items())]
     return "\n".join(
         [
@@ -225,6 +229,26 @@ def page() -> str:
             "  the whole run, that of the run's window. A vLLM chooses longrope's by its `max_model_len`, which is the run's window",
             "  where rnow starts it; start a server of your own with that. vLLM stretches `dynamic` at every length: it differs.",
             "- Weights stored in bitsandbytes' 4 or 8 bits are used as they are; other quantised formats are refused.",
+            "",
+            "## A prompt computed once",
+            "",
+            "The answers of a group begin with the same prompt, and conversations with the same turns as far as they are equal. When",
+            "they are scored and trained on, what several begin with is computed once: they share a row of the pass, each token",
+            "sees its own sample alone, and its position is that within its sample. Short samples of different groups fill a row",
+            "together, so that less than 3 % of a pass is padding. Log-probabilities and gradients are those of a row for each",
+            "sample up to rounding; `tests/models/test_sharing.py` holds both to 1e-5. It is done only where it costs less: attention",
+            "to a long row counts too, so answers of thousands of tokens mostly have rows of their own.",
+            "",
+            '`rnow check` says in its row "shared prompts" for which models it is done and why not for others. When the weights are',
+            "loaded, a few random tokens go through them both ways; where the numbers differ, rows are kept apart and the run says",
+            "so. Teachers that are served (vLLM, SGLang) cache prompts by themselves.",
+            "",
+            "A row for each sample have flash attention chosen by `attn_implementation` (it takes no such mask), int8 models, families",
+            "not tried, and:",
+            "",
+            "| family | why |",
+            "| --- | --- |",
+            *apart,
             "",
             "## Teacher only, or student with `sampler.backend: vllm`",
             "",

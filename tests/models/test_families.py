@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rnow.algorithm.batching import build_batch
 from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.records import Batch, SampledEvidence, TrainingSample
 from rnow.errors import ModelError
-from rnow.models.families import UNSAMPLED, UNUSABLE
+from rnow.models.families import SHARES_ROWS, UNSAMPLED, UNUSABLE
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.models.resolved import ResolvedModel
 from rnow.models.shape import build_empty
@@ -156,6 +157,9 @@ def test_sampler_teacher_and_trainer_are_the_plain_forward(family: str, tmp_path
         )
         samples.append(item)
 
+    alone = sample(sampler, asked[:1])  # nothing is padded: no mask
+    close(torch.tensor(alone[0].logprobs), torch.tensor(answers[0].logprobs), "sampler alone")
+
     scored = TransformersTeacher(lm).score_now(samples)
     live = policy._accumulate(batch_of(samples)).by_sample()["logprobs"]
     for item, values in zip(samples, expected, strict=True):
@@ -166,7 +170,19 @@ def test_sampler_teacher_and_trainer_are_the_plain_forward(family: str, tmp_path
     policy._accumulate(batch_of(samples))
     assert torch.isfinite(checkpointed).all()
     assert checkpointed.any()
-    torch.testing.assert_close(checkpointed, gradient(policy), rtol=1e-3, atol=1e-6)
+    shared = gradient(policy).clone()
+    torch.testing.assert_close(checkpointed, shared, rtol=1e-3, atol=1e-6)
+    assert (lm.sharing is not None) == (family in SHARES_ROWS), lm.separate
+    assert bool(lm.separate) == (lm.sharing is None)
+    if lm.sharing is not None:
+        assert any(
+            part.per_row and max(part.per_row) > 1 for part in policy._plan(batch_of(samples))
+        )
+        policy.lm = replace(lm, sharing=None)
+        policy._accumulate(batch_of(samples))
+        apart = gradient(policy)
+        torch.testing.assert_close(shared, apart, rtol=0, atol=1e-5 * apart.abs().max().item())
+        policy.lm = lm
     assert policy.update(batch_of(samples)).skipped is None
 
     resolved = ResolvedModel(path=family, local_dir=tmp_path, revision=None, weights_bytes=0)

@@ -197,7 +197,8 @@ TABLE: dict[Change, str] = {
     "warn": """
         algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence
-        algorithm.gae_lambda algorithm.value_learning_rate
+        algorithm.gae_lambda|value head
+        algorithm.value_learning_rate|value head
         algorithm.kl_clamp|kl clamp
         algorithm.teacher_top_k|top k
         algorithm.clip_ratio_low|surrogate
@@ -503,4 +504,43 @@ def test_evaluations_by_other_teachers_cannot_be_compared() -> None:
     assert measured_by(taught()) == measured_by(taught({"math": {"path": "m", "device": "cpu"}}))
     assert measured_by(taught()) == measured_by(
         taught({"math": {"path": "m"}, "idle": {"path": "x"}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "lines"),
+    [
+        ("exact", "exact", ()),
+        ("exact", "topk", ("algorithm.kl_estimator: exact -> topk",)),
+        (None, "topk", ()),
+    ],
+)
+def test_what_auto_chooses_is_compared(was: str | None, now: str, lines: tuple[str, ...]) -> None:
+    """A teacher that moves behind a server may, and changes the objective, which is told. An earlier version kept no choice."""
+    old = {**FACTS, "kl_estimator": was, "config": config()}
+    served = config(teacher={"path": "teacher", "url": "http://h:1"})
+    found = compare(old, {**FACTS, "kl_estimator": now, "config": served}, READERS)
+    assert found.warned == lines
+    assert not found.refused
+
+
+def test_a_choice_that_is_written_out_is_no_change() -> None:
+    facts = {**FACTS, "kl_estimator": "exact"}
+    new = {**facts, "config": config(algorithm={"kl_estimator": "exact"})}
+    assert compare({**facts, "config": config()}, new, READERS) == Changes()
+
+
+def test_a_value_head_cannot_be_had_later() -> None:
+    """Of the keys that decide it, reward_coef alone may change."""
+    old, new = (
+        config(algorithm__adv_estimator="gae"),
+        config(algorithm__adv_estimator="gae", algorithm__reward_coef=1.0),
+    )
+    found = compare(
+        {**FACTS, "value_head": False, "config": old},
+        {**FACTS, "value_head": True, "config": new},
+        READERS,
+    )
+    assert found.refused == (
+        "the value head (adv_estimator: gae with reward_coef above 0) changed: False -> True",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,15 @@ class Case:
         )
 
     def planned(
-        self, lm: CausalLM, stage: str, *, checkpointing: bool = False, hidden_states: bool = False
+        self,
+        lm: CausalLM,
+        stage: str,
+        *,
+        checkpointing: bool = False,
+        hidden_states: bool = False,
+        shared: int = 0,
     ) -> int:
+        """``shared``: tokens of a prompt that all rows have; otherwise each has one of its own."""
         model = ModelMemory(
             role=ROLES["student"], shape=shape_of(lm.model), width=4, quantization="none"
         )
@@ -73,20 +81,29 @@ class Case:
             rank=16,
             adapter_parameters=16 * sum(map(sum, model.shape.linear)),
             rollouts=ROWS,
-            prompts=ROWS,
-            prompt_tokens=self.tokens - NEW,
-            completion_tokens=NEW,
+            prompts=1 if shared else ROWS,
+            prompt_tokens=shared or self.tokens - NEW,
+            completion_tokens=self.tokens - shared if shared else NEW,
             window=self.tokens,
             micro_batch_tokens=ROWS * self.tokens,
             gradient_checkpointing=checkpointing,
             cache_budget=10**12,
-            head_buffer=self.buffer,
+            head_tile=self.buffer,
+            head_kept=self.buffer,
             hidden_states=hidden_states,
         )
         return sum(part.bytes for part in memory_parts(settings) if part.stage == stage)
 
-    def batch(self) -> Any:
-        return make_batch(("." * 16 + "X" * (self.tokens - 16),) * ROWS)
+    def batch(self, shared: int = 0) -> Any:
+        batch = make_batch(("." * 16 + "X" * (self.tokens - 16),) * ROWS)
+        if not shared:
+            return batch
+        prompt = batch.samples[0].sample.token_ids[:shared]
+        own = [
+            replace(i.sample, token_ids=(*prompt, *i.sample.token_ids[shared:]))
+            for i in batch.samples
+        ]
+        return build_batch([replace(i, sample=s) for i, s in zip(batch.samples, own, strict=True)])
 
 
 @pytest.fixture(params=SIZES)
@@ -97,6 +114,8 @@ def case(
 ) -> Case:
     buffer = 256 * 1024  # several chunks of rows, as with a real vocabulary
     monkeypatch.setattr(head_module, "CPU_BUFFER_BYTES", buffer)
+    monkeypatch.setattr(head_module, "CPU_TILE_ROWS", 16)
+    monkeypatch.setattr(head_module, "cpu_tile_bytes", lambda: buffer)
     return Case(tiny_model_dir, SIZES[request.param], buffer)
 
 
@@ -170,6 +189,28 @@ def test_the_update(case: Case, checkpointing: bool) -> None:
     batch = case.batch()
     policy.update(batch)  # the optimizer's state is there from the second on
     check(planned, peak_bytes(lambda: policy.update(batch)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_update_of_a_group_that_shares_its_prompt(case: Case, checkpointing: bool) -> None:
+    lm, shared = case.load(), 3 * case.tokens // 4
+    planned = case.planned(lm, "update", checkpointing=checkpointing, shared=shared)
+    policy = policy_of(
+        case, lm, PolicyGradient(reward_coef=1.0), gradient_checkpointing=checkpointing
+    )
+    batch = case.batch(shared)
+    assert planned < case.planned(lm, "update", checkpointing=checkpointing)
+    policy.update(batch)
+    check(planned, peak_bytes(lambda: policy.update(batch)))
+
+
+def test_scoring_a_group_that_shares_its_prompt(case: Case) -> None:
+    lm, shared = case.load(), 3 * case.tokens // 4
+    teacher = TransformersTeacher(lm, micro_batch_tokens=ROWS * case.tokens)
+    samples = [item.sample for item in case.batch(shared).samples]
+    check(
+        case.planned(lm, "teacher", shared=shared), peak_bytes(lambda: teacher.score_now(samples))
+    )
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])

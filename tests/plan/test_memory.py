@@ -71,7 +71,8 @@ def settings_of(
         micro_batch_tokens=16384,
         gradient_checkpointing=True,
         cache_budget=20 * GB,
-        head_buffer=256 * 2**20,
+        head_tile=256 * 2**20,
+        head_kept=256 * 2**20,
     )
     return replace(base, **changes)
 
@@ -117,8 +118,8 @@ def test_a_float32_base_has_a_merged_copy() -> None:
 
 def test_sequences_end_at_the_window_and_passes_hold_at_least_one() -> None:
     assert settings_of(window=2000).sequence_tokens == 2000
-    assert settings_of(micro_batch_tokens=10).pass_tokens == 5096
-    assert settings_of(micro_batch_tokens=10**9).pass_tokens == 16 * 5096
+    assert settings_of(micro_batch_tokens=10).update_pass.tokens == 5096
+    assert settings_of(micro_batch_tokens=10**9).update_pass.tokens == 16 * 5096
 
 
 def test_the_peak_is_what_one_stage_holds_beside_the_rest() -> None:
@@ -191,7 +192,7 @@ def test_the_least_leaves_out_what_long_answers_need() -> None:
 def test_no_head_buffer_grows_with_the_tokens_times_vocabulary() -> None:
     few, many = settings_of(micro_batch_tokens=8192), settings_of(micro_batch_tokens=65536)
     growth = sizes(many)["student head buffers"] - sizes(few)["student head buffers"]
-    assert growth == (many.pass_tokens - few.pass_tokens) * 4096 * (2 + 4)
+    assert growth == (many.update_pass.tokens - few.update_pass.tokens) * 4096 * (2 + 4)
 
 
 def test_advice_is_sorted_and_true() -> None:

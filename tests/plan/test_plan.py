@@ -197,8 +197,9 @@ def test_transcripts_and_journal_count_on_the_disk(
     models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(models, data={"batch_size": 2, "group_size": 3}, rollout={"max_tokens": 50})
-    assert plan.journal_bytes >= 2 * 6 * 50 * len("1234,-0.123456789012345,")
-    assert plan.transcripts_bytes >= plan.rollouts * 50 * 120
+    # An int32 and a float64 in base64, and four letters of the answer.
+    assert plan.journal_bytes >= 2 * 6 * 50 * ((4 + 8) * 4 / 3 + 4)
+    assert plan.transcripts_bytes >= plan.rollouts * 50 * 20
     assert plan.disk_bytes == plan.checkpoints_bytes + plan.journal_bytes + plan.transcripts_bytes
     usage = namedtuple("usage", "total used free")
     free = plan.checkpoints_bytes + 10
@@ -606,6 +607,27 @@ def test_the_view_fits_its_width(
         assert part in text
     assert ("does not fit" in text) == (device is CRAMPED)
     assert ("gradient_checkpointing: true" in text) == (device is CRAMPED)
+
+
+def test_the_view_says_for_whom_a_prompt_is_computed_once(
+    models: tuple[ResolvedModel, ResolvedModel],
+) -> None:
+    plan = plan_of(models)
+    assert "computed once (student, teacher)" in shown(plan)
+    why = "its attention goes by distances"
+    teacher = replace(plan.models["teacher"], separate=why)
+    apart = shown(replace(plan, models={**plan.models, "teacher": teacher}))
+    assert f"computed once (student); once for each answer (teacher): {why}" in apart
+    served = replace(teacher, separate=None)
+    alone = shown(replace(plan, models={**plan.models, "teacher": served}))
+    assert "computed once (student)" in alone
+    assert why not in alone
+
+
+def test_int8_has_a_row_for_each_sample(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    plan = plan_of(models, teacher={"quantization": "int8"})
+    assert "LLM.int8" in (plan.models["teacher"].separate or "")
+    assert plan.models["student"].separate == ""
 
 
 def test_text_from_the_config_cannot_control_the_terminal(

@@ -124,6 +124,23 @@ def test_settings_of_another_objective(algorithm: dict[str, Any], unread: str) -
     assert why.startswith("with kl_estimator ")
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "unread"),
+    [
+        ({}, "gae_lambda value_learning_rate"),
+        ({"reward_coef": 1.0}, ""),
+        ({"reward_coef": 1.0, "adv_estimator": "reinforce"}, "gae_lambda value_learning_rate"),
+    ],
+)
+def test_settings_of_a_value_head_that_there_is_not(algorithm: dict[str, Any], unread: str) -> None:
+    given = {"adv_estimator": "gae", "gae_lambda": 0.5, "value_learning_rate": 0.1}
+    found = unread_settings(config(algorithm=given | algorithm), agentic=False)
+    names = [
+        name for warning in found for name in warning.partition(" has no effect ")[0].split(", ")
+    ]
+    assert names == [f"algorithm.{name}" for name in unread.split()]
+
+
 def test_a_served_teacher_lists_its_likeliest_tokens_for_the_baseline() -> None:
     served = config(
         teacher={"url": "http://h:1"}, algorithm={"kl_baseline": "optimal", "teacher_top_k": 3}

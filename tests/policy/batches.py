@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,17 @@ def make_batch(masks: tuple[str, ...] = MASKS, **arguments: Any) -> Batch:
     return build_batch([make_sample(i, mask, **arguments) for i, mask in enumerate(masks)])
 
 
+def grouped(batch: Batch) -> Batch:
+    """The same samples, all of which begin with the first one's prompt."""
+    first = batch.samples[0].sample
+    prompt = first.token_ids[: first.loss_mask.index(True)]
+    own = (item.sample for item in batch.samples)
+    samples = [replace(s, token_ids=(*prompt, *s.token_ids[len(prompt) :])) for s in own]
+    return build_batch(
+        [replace(item, sample=s) for item, s in zip(batch.samples, samples, strict=True)]
+    )
+
+
 def gradients(policy: LoraPolicy, batch: Batch) -> dict[str, Tensor]:
     """What one pass over the batch leaves in ``.grad``, by parameter name."""
     policy._accumulate(batch)
@@ -88,3 +100,9 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def keep_apart(policy: LoraPolicy) -> LoraPolicy:
+    """The same policy, each sample in a row of its own."""
+    policy.lm = replace(policy.lm, sharing=None)
+    return policy

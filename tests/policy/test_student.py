@@ -18,6 +18,8 @@ from tests.policy.batches import (
     assert_equal,
     assert_same_gradients,
     gradients,
+    grouped,
+    keep_apart,
     make_batch,
     weights,
 )
@@ -346,7 +348,7 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
 ) -> None:
     expected = gradients(make_policy(objective=TEACHER_ONLY), make_batch())
-    policy = make_policy(objective=TEACHER_ONLY)
+    policy = keep_apart(make_policy(objective=TEACHER_ONLY))
     tries = _run_out_of_memory_above(monkeypatch, 30, fault)
     assert_same_gradients(gradients(policy, make_batch()), expected)
     assert tries[0] == len(MASKS) * max(map(len, MASKS))
@@ -355,6 +357,17 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(
     tries.clear()
     policy.update(make_batch())
     assert max(tries) <= 30, "the size that did not fit is tried again at every step"
+
+
+def test_out_of_memory_halves_a_row_that_a_group_shares(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = grouped(make_batch((".........XXXX",) * 4))
+    expected = gradients(keep_apart(make_policy(objective=TEACHER_ONLY)), group)
+    policy = make_policy(objective=TEACHER_ONLY)
+    tries = _run_out_of_memory_above(monkeypatch, 15)
+    assert_same_gradients(gradients(policy, group), expected)
+    assert tries == [9 + 4 * 3, 12, 12, 12, 12]  # what two share does not fit half of 21
 
 
 def test_out_of_memory_half_way_keeps_nothing_of_the_first_half(
@@ -536,7 +549,7 @@ def test_conforms_to_the_policy_protocol(make_policy: MakePolicy, kind: str) -> 
 def test_after_running_out_the_largest_pass_is_half_as_large(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = make_policy(micro_batch_tokens=10_000)
+    policy = keep_apart(make_policy(micro_batch_tokens=10_000))
     batch = make_batch()
     longest = max(len(item.sample.token_ids) for item in batch.samples)
     whole = longest * len(batch.samples)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rnow.sampling.decode import draw
+from rnow.sampling.decode import BLOCK, UNBLOCKED, draw, uniforms
 from rnow.types import SamplingParams
 
 PLAIN = SamplingParams(max_tokens=1, stop_token_ids=())
@@ -75,3 +75,52 @@ def test_what_is_drawn_can_be_drawn(
     assert logprob <= 1e-6
     untruncated = torch.log_softmax(torch.tensor(logits) / temperature, dim=0)[chosen].item()
     assert logprob >= untruncated - 1e-4, "cutting others away only makes an id likelier"
+
+
+WIDE = UNBLOCKED + 3 * BLOCK + 7
+
+
+def wide_logits(rows: int) -> torch.Tensor:
+    return 3 * torch.randn(rows, WIDE, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_large_vocabulary_is_drawn_as_one_cumulative_sum_would() -> None:
+    rows = 2000
+    logits = wide_logits(1).expand(rows, -1)
+    stream = torch.from_numpy(uniforms(7, 0, rows))
+    ids, logprobs = draw(logits, PLAIN, stream)
+    exact = torch.log_softmax(logits[0].double(), dim=0)
+    cumulative = exact.exp().cumsum(0)
+    torch.testing.assert_close(logprobs.double(), exact[ids], atol=1e-5, rtol=0)
+    # float32 probabilities move the bounds between ids by this at most, so hardly a draw falls on the other side of one
+    low, high = cumulative[ids] - exact[ids].exp(), cumulative[ids]
+    assert (low - 1e-7 <= stream).all()
+    assert (stream <= high + 1e-7).all()
+    assert (ids != torch.searchsorted(cumulative, stream, right=True)).sum() <= 3
+    assert len({int(i) // BLOCK for i in ids}) > 8
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 0.999, ALMOST_ONE])
+@pytest.mark.parametrize("possible", [0, BLOCK - 1, BLOCK, 3 * BLOCK + 5, WIDE - 1])
+def test_in_a_large_vocabulary_only_the_possible_is_drawn(possible: int, uniform: float) -> None:
+    logits = torch.full((WIDE,), float("-inf"))
+    logits[possible] = 1.0
+    assert draw_one(logits.tolist(), uniform) == (possible, 0.0)
+    logits[WIDE // 2] = 1.0
+    chosen, logprob = draw_one(logits.tolist(), uniform)
+    assert chosen == sorted((possible, WIDE // 2))[int(uniform >= 0.5)]
+    assert logprob == pytest.approx(math.log(0.5))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    ids=st.sets(st.integers(0, WIDE - 1), min_size=1, max_size=6),
+    uniform=st.floats(0, ALMOST_ONE),
+    spread=st.floats(0, 80),
+)
+def test_the_edges_of_blocks_are_no_edges(ids: set[int], uniform: float, spread: float) -> None:
+    logits = torch.full((1, WIDE), float("-inf"))
+    logits[0, list(ids)] = torch.linspace(-spread, spread, len(ids))
+    chosen, logprob = draw(logits, PLAIN, torch.tensor([uniform], dtype=torch.float64))
+    assert int(chosen) in ids
+    assert math.isfinite(float(logprob))

@@ -102,6 +102,35 @@ def test_finished_rows_leave_the_batch(lm: CausalLM, monkeypatch: pytest.MonkeyP
     assert shapes.seen[1:] == [(8, 1)] + [(2, 1)] * 7
 
 
+def test_a_finished_row_leaves_once_it_has_cost_what_moving_the_others_costs(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = Shapes(lm, monkeypatch)
+    asked = [(prompt(4), params(max_tokens=cap, stop_token_ids=()), cap) for cap in [3, *[12] * 7]]
+    complete_all(sampler_of(lm), asked)
+    # moving 7 rows costs 3.5 of their steps: the finished one is carried for three, and not for a fourth
+    assert shapes.seen[1:] == [(8, 1)] * 5 + [(7, 1)] * 6
+
+
+def test_a_mask_is_made_only_while_prompts_differ_in_length(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked: list[bool] = []
+    forward = lm.body.forward
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        masked.append(kwargs["attention_mask"] is not None)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(lm.body, "forward", noted)
+    long, short = params(8, stop_token_ids=()), params(2, stop_token_ids=())
+    complete_all(sampler_of(lm), [(prompt(7, first), long, first) for first in (1, 2)])
+    assert masked == [False] * 8
+    masked.clear()
+    complete_all(sampler_of(lm), [(prompt(7), long, 1), (prompt(5), short, 2)])
+    assert masked == [True] * 2 + [False] * 6, "the padded row ends first"
+
+
 def test_sub_batches_keep_the_budget_and_the_answers(
     lm: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

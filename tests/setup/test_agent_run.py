@@ -18,6 +18,7 @@ from tests.rollouts import read_transcripts
 from tests.setup.agents import AgentProject, adds_up, call, script_student
 from tests.setup.projects import Killed, Watcher, die
 
+from rnow.disk.transcript_rows import steps_of
 from rnow.errors import InputError
 from rnow.setup.build import check, run
 from rnow.setup.rehearse import rehearse
@@ -27,8 +28,7 @@ MakeModel = Callable[..., Path]
 
 def transcripts(project: AgentProject) -> list[dict[str, Any]]:
     folder = project.run_dir / "transcripts"
-    steps = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.jsonl"))
-    return [row for step in steps for row in read_transcripts(folder, step)]
+    return [row for step in steps_of(folder) for row in read_transcripts(folder, step)]
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.conftest import CHARACTERS, SPECIAL_TOKENS
 from tests.rollout.tokenizers import byte_level
+from tests.rollouts import read_transcripts
 from tests.serving.scripted import ScriptedServer, tokenize
 from tests.setup.projects import Project, read_jsonl
 
@@ -115,7 +116,7 @@ def test_a_student_learns_from_a_teacher_of_another_tokenizer(project: Project) 
         assert "teacher_kl/k3" not in row
     assert [row["name"] for row in project.evaluations] == ["before", "after"]
     assert all(math.isfinite(row["teacher_kl"]) for row in project.evaluations)
-    lines = read_jsonl(project.run_dir / "transcripts" / "step-000001.jsonl")
+    lines = read_transcripts(project.run_dir / "transcripts", 1)
     kls = [token["kl"] for line in lines for token in line["tokens"]]
     assert math.fsum(kls) / len(kls) == pytest.approx(first["teacher_kl"], abs=1e-5)
 

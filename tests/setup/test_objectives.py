@@ -131,7 +131,7 @@ def test_transcripts_hold_the_teachers_word_and_the_kl_of_each_token(project: Pr
         lines[name] = read_transcripts(project.run_dir / "transcripts", 1)
     tokens = [token["kl"] for line in lines["exact"] for token in line["tokens"]]
     assert min(tokens) >= 0
-    assert sum(tokens) / len(tokens) == pytest.approx(project.numbers[0]["teacher_kl"], abs=1e-6)
+    assert sum(tokens) / len(tokens) == pytest.approx(project.numbers[0]["teacher_kl"], rel=2**-16)
     for mine, theirs in zip(lines["exact"], lines["sampled"], strict=True):
         for one, other in zip(mine["tokens"], theirs["tokens"], strict=True):
             assert one["id"] == other["id"]

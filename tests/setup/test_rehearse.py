@@ -20,6 +20,7 @@ from rich.console import Console
 from tests.setup.projects import Project
 
 from rnow.config import to_yaml
+from rnow.display import conversation
 from rnow.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, StopRequested
 from rnow.setup import models
 from rnow.setup import rehearse as rehearse_module
@@ -181,7 +182,7 @@ def test_a_long_text_is_shown_at_once_and_shortened_visibly(
     began = time.monotonic()
     _, output = rehearsed(project, limit=1, verbose=True)
     assert time.monotonic() - began < 20
-    left_out = len(word) * times - rehearse_module.SHOWN
+    left_out = len(word) * times - conversation.SHOWN
     assert " ".join(output.split()).count(f"[... {left_out:,} more characters]") == 2
     assert output.count("asked in parts") == 2
     assert len(samples(project)["rollout_0/sample_0.json"]["completion"]) == len(word) * times

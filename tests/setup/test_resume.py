@@ -20,6 +20,7 @@ from tests.setup.projects import Killed, Project, Watcher, die
 
 from rnow.disk import folder as folder_module
 from rnow.disk.folder import RunFolder
+from rnow.disk.transcripts import step_file
 from rnow.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -76,6 +77,8 @@ def assert_same_run(project: Project, whole: Project) -> None:
             read_transcripts(one.run_dir / "transcripts", row["step"]) for one in (project, whole)
         )
         assert mine == theirs
+        files = [step_file(one.run_dir / "transcripts", row["step"]) for one in (project, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
     name = Path("adapter") / "adapter_model.safetensors"
     assert (project.run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes()
 
@@ -156,7 +159,7 @@ import bitsandbytes, datasets, peft, torch
 from transformers import Qwen3ForCausalLM
 from rnow.config import Config
 from rnow.setup import build
-from rnow.disk import checkpoints
+from rnow.disk import checkpoints, transcripts
 from tests.setup.projects import Watcher
 
 torch.set_num_threads(1)
@@ -177,6 +180,18 @@ def kill_in_a_save(nth):
     checkpoints.write_synced = dies
 
 
+def kill_in_a_transcript(step):
+    replace = transcripts.replace_file
+
+    def dies(path, data):
+        if path.stem == step:
+            path.with_name("." + path.name + ".1").write_bytes(data[: len(data) // 2])
+            kill()
+        replace(path, data)
+
+    transcripts.replace_file = dies
+
+
 def attempt(death):
     # Nothing was computed in this process, so a fork is a whole run that saves importing everything again.
     child = os.fork()
@@ -184,6 +199,8 @@ def attempt(death):
         watcher = Watcher()
         if isinstance(death, int):
             kill_in_a_save(death)
+        elif isinstance(death, str):
+            kill_in_a_transcript(death)
         elif death is not None:
             watcher.at(*death, kill)
         try:
@@ -193,7 +210,7 @@ def attempt(death):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-DEATHS = [("rollout", 2), ("update", 2), 3, ("reward", 3), ("sync", 2), 4, ("step 5", 1), ("rollout", 2)]
+DEATHS = [("rollout", 2), ("update", 2), 3, ("reward", 3), ("sync", 2), 4, ("step 5", 1), "step-000005", ("rollout", 2)]
 codes = [attempt(death) for death in DEATHS]
 sys.stdout.write(json.dumps(codes))
 """
@@ -205,7 +222,7 @@ def subprocess_environment() -> dict[str, str]:
 
 
 def test_kill_9_again_and_again_changes_no_number(project: Project, whole: Project) -> None:
-    """Killed in sampling, in the update, in half-written checkpoints ..., continued each time, and once to the end."""
+    """Killed in sampling, in the update, in half-written checkpoints and transcripts ..., continued each time, and once to the end."""
     ended = subprocess.run(
         [
             sys.executable, "-c", KILLED_AGAIN_AND_AGAIN,
@@ -214,11 +231,12 @@ def test_kill_9_again_and_again_changes_no_number(project: Project, whole: Proje
         capture_output=True, text=True, timeout=300, env=subprocess_environment(),
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout) == [-signal.SIGKILL] * 8, ended.stderr
+    assert json.loads(ended.stdout) == [-signal.SIGKILL] * 9, ended.stderr
     watcher = Watcher()
     run(project.config(**SIX_STEPS), folder=project.folder, display=watcher)
     assert any("continuing after step 4" in note for note in watcher.notes)
     assert_same_run(project, whole)
+    assert not list((project.run_dir / "transcripts").glob(".*")), "nothing is left of a kill"
 
 
 def test_rollouts_that_were_finished_are_not_drawn_again(project: Project, whole: Project) -> None:

@@ -405,14 +405,14 @@ def test_a_fault_of_any_kind_saves_first(project: Project) -> None:
 def test_a_disk_that_fails_otherwise_is_temporary_too(
     project: Project, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    write_bytes = Path.write_bytes
+    open_file = Path.open
 
-    def written(self: Path, data: Any) -> int:
+    def opened(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if self.parent.name == "transcripts" and "step-000003" in self.name:
             raise OSError(code, "the disk's own words", str(self))
-        return write_bytes(self, data)
+        return open_file(self, mode, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "write_bytes", written)
+    monkeypatch.setattr(Path, "open", opened)
     config = project.config(trainer={"save_step": 1})
     with pytest.raises(TemporaryError, match="the disk's own words") as caught:
         run(config, folder=project.folder)
@@ -546,7 +546,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 def test_ctrl_c_ends_with_130_and_the_state_saved(project: Project) -> None:
     process = start(project, trainer={"num_epochs": 200})
-    wait_for(project.run_dir / "transcripts" / "step-000003.jsonl", process)
+    wait_for(project.run_dir / "transcripts" / "step-000003.parquet", process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED, output

@@ -11,7 +11,7 @@ import pytest
 from tests.serving.scripted import ScriptedServer, html, slow, status
 from tests.setup.projects import Project, Watcher
 
-from rnow.errors import ModelError, TemporaryError
+from rnow.errors import InputError, ModelError, TemporaryError
 from rnow.setup import build
 from rnow.setup.build import run
 from rnow.teacher.served import API_KEY_VARIABLE
@@ -141,3 +141,12 @@ def test_a_teacher_that_fails_before_the_first_step_is_a_fault_of_the_input(
     assert caught.value.where == "teacher.url"
     assert caught.value.fix
     assert not project.run_dir.parent.exists()
+
+
+def test_an_address_that_is_none_is_named_with_its_key(
+    project: Project, server: ScriptedServer
+) -> None:
+    config = config_of(project, server, teacher={"url": "big-machine:8000"})
+    with pytest.raises(InputError, match="not an http") as caught:
+        run(config, folder=project.folder, display=Watcher())
+    assert "teacher.url" in str(caught.value.where)

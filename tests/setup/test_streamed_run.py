@@ -21,8 +21,9 @@ from rnow.models.streaming import StreamedLayers
 from rnow.setup.build import check, run
 
 MakeModel = Callable[..., Path]
-LAYERS, BEFORE = 4, 3
-"""Of the teacher; passes before the first step: one that checks the weights, and two that must say the same."""
+LAYERS, BEFORE = 4, 4
+"""Of the teacher; passes before the first step: those that check its weights and how it shares rows, and two that must say the
+same."""
 SECTIONS: dict[str, Any] = {
     "trainer": {"max_steps": 3, "save_step": 1, "micro_batch_tokens": 40},
 }

@@ -314,7 +314,7 @@ def test_one_of_them_may_be_served(project: TwoTeachers, monkeypatch: pytest.Mon
             at = len(prepared.rendered.prompt_token_ids[prompt_id])
             scripted = [logprob(t["id"], at + index) for index, t in enumerate(row["tokens"])]
             given = [token["teacher_logprob"] for token in row["tokens"]]
-            served = given == pytest.approx(scripted, abs=1e-5)
+            served = given == pytest.approx(scripted, rel=2**-16)
             assert served == (teacher_of(prompt_id) == "teacher/plain"), prompt_id
 
 

@@ -263,6 +263,7 @@ CONTENT = {
     "huge": prompt_value(-(10**400)),
     "lists": prompt_value([[]]),
     "null": prompt_value(None),
+    "bool": prompt_value(False),
     "count": one_fewer,
     "first": first_judged,
     "empty": body("{}"),
@@ -710,11 +711,34 @@ def test_probabilities_above_one(server: ScriptedServer, tokenizer: Any) -> None
             run(served(server, top_k=20).check(tokenizer, VOCABULARY))
 
 
+@pytest.mark.parametrize("token", [-1, 10**30])
+def test_what_no_token_can_be_among_the_likeliest_is_an_error(
+    vllm: ScriptedServer, tokenizer: Any, token: int
+) -> None:
+    teacher = served(vllm, top_k=2)
+    run(teacher.check(tokenizer, VOCABULARY))
+    vllm.always = changed(
+        lambda choice: choice["prompt_logprobs"][-1].update({str(token): {"logprob": -4.0}})
+    )
+    with pytest.raises(TemporaryError, match=rf"lists {token} at \d+, which is no token id"):
+        run(teacher.score(SAMPLES, TeacherNeeds(top_k=2)))
+
+
+def test_probabilities_above_one_while_training(server: ScriptedServer, tokenizer: Any) -> None:
+    """A server that was well before training is judged in the same way during it."""
+    if server.protocol != "openai-text":
+        teacher = served(server, top_k=20)
+        run(teacher.check(tokenizer, VOCABULARY))
+        server.replicas = [-4.0]
+        with pytest.raises(TemporaryError, match=r"a probability of [0-9.]+ together"):
+            run(teacher.score(SAMPLES, TeacherNeeds(top_k=20)))
+
+
 def test_a_padding_id_among_the_likeliest_is_an_error(vllm: ScriptedServer, tokenizer: Any) -> None:
     teacher = served(vllm, top_k=2)
     run(teacher.check(tokenizer, VOCABULARY))
     vllm.always = changed(
-        lambda choice: choice["prompt_logprobs"][-1].update({str(VOCABULARY): {"logprob": -0.01}})
+        lambda choice: choice["prompt_logprobs"][-1].update({str(VOCABULARY): {"logprob": -0.5}})
     )
     with pytest.raises(TemporaryError, match=f"id {VOCABULARY} among its 2 likeliest"):
         run(teacher.score(SAMPLES, TeacherNeeds(top_k=2)))

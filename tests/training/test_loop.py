@@ -61,7 +61,7 @@ def test_the_files_of_a_run(summary: RunSummary, project: Project) -> None:
     checkpoints = sorted(path.name for path in (project.run_dir / "checkpoints").iterdir())
     assert checkpoints == ["step-000002", "step-000003"]
     transcripts = sorted(path.name for path in (project.run_dir / "transcripts").iterdir())
-    assert transcripts == [f"step-{step:06d}.jsonl" for step in (1, 2, 3)]
+    assert transcripts == [f"step-{step:06d}.parquet" for step in (1, 2, 3)]
 
 
 def test_the_summary(summary: RunSummary, project: Project) -> None:

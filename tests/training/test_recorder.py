@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rnow.algorithm.records import SampledEvidence, StepData, TrainingSample, Up
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import JsonlSink
+from rnow.disk.transcript_rows import steps_of
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import QuietDisplay
 from rnow.errors import EXIT_FAILED, RnowError
@@ -113,7 +115,8 @@ def test_a_step_is_written_everywhere(desk: Desk) -> None:
     assert {"time/step", "throughput/completion_tokens_per_s"} <= row.keys()
     assert desk.sink.by_step[1]["loss"] == 0.5
     assert desk.display.steps == [(1, 9)]
-    assert len(list(desk.folder.transcripts.iterdir())) == 1
+    desk.recorder.settle()
+    assert list(steps_of(desk.folder.transcripts)) == [1]
     assert desk.recorder.completion_tokens == 4
 
 
@@ -224,6 +227,8 @@ ZERO = {"loss": 0.0, "advantage/mean": 0.0, "advantage/std": 0.0}
         ({"rewards": {}}, ZERO, "no token has an advantage"),
         ({}, {"advantage/mean": -0.1, "advantage/std": 0.2, "clip_fraction": 0.9}, "clipped"),
         ({}, {"advantage/mean": -0.1, "advantage/std": 0.2, "clip_fraction": 0.0}, "number format"),
+        ({}, {"teacher_kl": 0.0}, "that its reference gives them"),
+        ({}, {"teacher_kl": 0.1}, "number format"),
     ],
 )  # fmt: skip
 def test_why_there_was_nothing_to_learn(
@@ -243,7 +248,7 @@ def test_steps_without_a_rollout_do_not_count_as_divergence(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    ("skipped", "fix"), [(NON_FINITE, "learning_rate"), ("no tokens", "transcripts")]
+    ("skipped", "fix"), [(NON_FINITE, "learning_rate"), ("no tokens", "rnow rollouts")]
 )
 def test_a_run_whose_every_step_was_skipped_has_failed(desk: Desk, skipped: str, fix: str) -> None:
     desk.record(1, skipped=skipped)
@@ -314,3 +319,37 @@ def test_evaluations_survive_a_cut_line(desk: Desk, name: str) -> None:
 def test_closing_closes_every_sink(desk: Desk) -> None:
     desk.recorder.close(1.0)
     assert desk.sink.closed
+
+
+def test_a_transcript_that_is_lost_is_heard_of_when_the_next_step_begins(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("rnow.disk.transcripts.replace_file", full)
+    desk.record(1)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            desk.recorder.settle()
+    with pytest.raises(OSError, match="No space left"):
+        desk.recorder.clock()
+    desk.recorder.close(1.0)
+    assert desk.sink.closed, "whatever the disk says"
+
+
+def test_closing_writes_the_last_transcript(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that ends in the step after it; a disk that hangs holds it up no longer than it may."""
+    go = threading.Event()
+
+    def slow(path: Path, data: bytes) -> None:
+        go.wait(10)
+        path.write_bytes(data)
+
+    monkeypatch.setattr("rnow.disk.transcripts.replace_file", slow)
+    desk.record(1)
+    desk.recorder.close(0.05)
+    assert list(steps_of(desk.folder.transcripts)) == []
+    go.set()
+    desk.recorder.close(10.0)
+    assert list(steps_of(desk.folder.transcripts)) == [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Run:
         every_steps: int = 1,
         every_minutes: float = 1e9,
         skip: tuple[int, ...] = (),
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy = FakePolicy(skip=skip)
         self.store = CheckpointStore(folder / "checkpoints", keep=2, warn=pytest.fail)
@@ -40,6 +42,7 @@ class Run:
             every_minutes=every_minutes,
             facts={},
             counters=dict,
+            settle=settle,
         )
 
     def steps(self, *numbers: int) -> None:
@@ -140,3 +143,27 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     assert "learning_rate" in str(e.value.fix)
     run.saver.rescue(3)  # hides nothing of what ended the run
     assert run.saved == [1, 2]
+
+
+def test_a_checkpoint_waits_for_what_its_steps_left(tmp_path: Path) -> None:
+    waited: list[list[int]] = []
+    run = Run(tmp_path, settle=lambda: waited.append(run.saved))
+    run.steps(1, 2)
+    assert waited == [[], [1]]
+    run.saver.save(2)
+    assert len(waited) == 2, "what is saved is saved"
+
+
+def test_a_step_whose_transcript_is_lost_is_not_saved(tmp_path: Path) -> None:
+    """A resumed run makes both again; a checkpoint would leave a gap."""
+
+    def full() -> None:
+        if run.saved:
+            raise OSError(28, "No space left on device")
+
+    run = Run(tmp_path, settle=full)
+    run.steps(1)
+    with pytest.raises(OSError, match="No space left"):
+        run.steps(2)
+    run.saver.rescue(2)
+    assert run.saved == [1]

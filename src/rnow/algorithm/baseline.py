@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from rnow.algorithm.bucket import bucketed
-from rnow.algorithm.head import Head
+from rnow.algorithm.head import Head, Picked, TiledSoftmax, expect
 from rnow.algorithm.objective import Summary
 from rnow.algorithm.records import MicroBatch, TeacherNeeds
-from rnow.algorithm.row_losses import expect, teacher_logprobs
 
 SUMMARIES: Mapping[str, Summary] = {"kl_baseline": Summary(stream="kl_baseline")}
 
@@ -56,31 +55,59 @@ class OptimalBaseline:
         self._temperature = temperature
         self._baselines: list[Tensor] = []
         self._teacher: list[Tensor] = []
+        self._start()
 
-    def __call__(self, at: slice, logprobs: Tensor, probabilities: Tensor) -> None:
-        evidence = self._micro.evidence
-        squares = (probabilities * probabilities).sum(-1)
+    def _start(self) -> None:
+        self._theirs = TiledSoftmax()
+        self._squares: list[Tensor] = []
+        self._gaps: list[Tensor] = []
+        self._square_gaps: list[Tensor] = []
+        self._picks: list[Picked] = []
+
+    def tile(self, at: slice, columns: slice, logits: Tensor, probabilities: Tensor) -> None:
+        """See ``Look.tile``."""
+        squares = probabilities * probabilities
+        self._squares.append(squares.sum(-1))
+        evidence, targets = self._micro.evidence, self._micro.tokens.targets[at, None]
+        if not columns.start:
+            ids = targets if self._head is not None else evidence["ids"][at]
+            self._picks = [Picked(ids, logits.dtype)]
+        if self._head is None:
+            self._picks[0].look(columns, logits)
+            return
+        hidden = evidence["teacher_hidden"][at].to(self._head.weight.device)
+        theirs = self._head.tempered(hidden, columns, self._temperature).to(logits)
+        self._theirs.tile(theirs)
+        self._picks[0].look(columns, theirs)
+        gaps = theirs.neg_().add_(logits)
+        self._gaps.append(expect(probabilities, gaps))
+        self._square_gaps.append(expect(squares, gaps))
+
+    def done(self, at: slice, softmax: TiledSoftmax) -> None:
+        """See ``Look.done``."""
+        evidence, picked = self._micro.evidence, self._picks[0].values
+        squares = softmax.expect(self._squares, power=2)
         if self._head is not None:
-            teacher = teacher_logprobs(
-                self._head, evidence["teacher_hidden"][at], self._temperature
-            )
-            teacher = teacher.to(logprobs.device)
-            targets = self._micro.tokens.targets[at, None]
-            self._teacher.append(teacher.gather(1, targets).flatten())
-            gaps = teacher.neg_().add_(logprobs)
-            kl = expect(probabilities, gaps)
-            weighted = (1 + squares) * kl - 2 * expect(probabilities, gaps.mul_(probabilities))
+            theirs = self._theirs.normaliser
+            teacher = picked[:, 0] - theirs
+            offset = softmax.normaliser - theirs
+            kl = softmax.expect(self._gaps) - offset
+            square_kl = softmax.expect(self._square_gaps, power=2) - squares * offset
+            weighted = (1 + squares) * kl - 2 * square_kl
         else:
-            ids, listed = evidence["ids"][at], evidence["logprobs"][at].to(logprobs.dtype)
-            self._teacher.append(evidence["teacher_logprobs"][at].to(logprobs.dtype))
-            both = bucketed(logprobs.gather(1, ids), listed)
+            teacher = evidence["teacher_logprobs"][at]
+            chosen = (picked - softmax.normaliser[:, None]).to(picked.dtype)
+            both = bucketed(chosen, evidence["logprobs"][at].to(picked.dtype))
             kl = both.kl
             weights = both.p * (1 - 2 * both.p + squares[:, None])
             weighted = (weights * (both.gaps - both.c[:, None])).sum(-1) + (1 - squares) * both.c
         # Where one token has all the probability nothing is left to weigh, and the gradient is 0 whatever is subtracted.
         rest = 1 - squares
-        certain = rest < 64 * torch.finfo(rest.dtype).eps
-        self._baselines.append(torch.where(certain, kl, weighted / rest.masked_fill(certain, 1.0)))
+        certain = rest < 64 * torch.finfo(picked.dtype).eps
+        found = torch.where(certain, kl, weighted / rest.masked_fill(certain, 1.0))
+        self._baselines.append(found.to(picked.dtype))
+        self._teacher.append(teacher.to(picked.dtype))
+        self._start()
 
     @property
     def values(self) -> Tensor:

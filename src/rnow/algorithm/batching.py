@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from itertools import compress
+from itertools import chain, compress, islice
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rnow.algorithm.packing import lay_out
 from rnow.algorithm.records import (
     Batch,
+    Branches,
     Evidence,
     HiddenEvidence,
     MicroBatch,
@@ -103,10 +106,10 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> Tensor:
     """int64 ``[B, T]``. Right padding needs no attention mask under causal attention: no real token sees a pad."""
     width = max(len(sequence) for sequence in sequences)
-    return torch.tensor(
-        [[*sequence, *([pad_id] * (width - len(sequence)))] for sequence in sequences],
-        dtype=torch.long,
-    )
+    padded = np.full((len(sequences), width), pad_id, np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return torch.from_numpy(padded)
 
 
 def predicting_rows(masks: Sequence[Sequence[bool]], width: int) -> Tensor:
@@ -118,38 +121,92 @@ def predicting_rows(masks: Sequence[Sequence[bool]], width: int) -> Tensor:
     """
     if any(mask[0] for mask in masks):
         raise ValueError("loss_mask is True on the first token, which no hidden state predicts")
-    return torch.tensor(
-        [b * width + t - 1 for b, mask in enumerate(masks) for t, on in enumerate(mask) if on],
-        dtype=torch.long,
-    )
+    on = [np.flatnonzero(np.frombuffer(bytes(mask), np.bool_)) for mask in masks]
+    return torch.from_numpy(np.concatenate([at + (b * width - 1) for b, at in enumerate(on)]))
 
 
-def pad(samples: Sequence[Sample], device: torch.device | str) -> PaddedTokens:
-    """Pad, flatten and shift: what a forward pass over ``samples`` needs."""
-    token_ids = pad_right([sample.token_ids for sample in samples])
+def pad(
+    samples: Sequence[Sample],
+    device: torch.device | str,
+    per_row: Sequence[int] | None = None,
+) -> PaddedTokens:
+    """Pad, flatten and shift: what a forward pass over ``samples`` needs.
+
+    Args:
+        per_row: how many samples each row has, in order. Then a row ends with the last token whose state predicts anything;
+            None is one whole sample a row.
+
+    Raises:
+        ValueError: a loss mask is True on the first token, which no hidden state predicts.
+    """
     masks = [sample.loss_mask for sample in samples]
-    targets = [token for sample in samples for token in at_loss_tokens(sample, sample.token_ids)]
+    counts = tuple(sum(mask) for mask in masks)
+    targets = chain.from_iterable(at_loss_tokens(sample, sample.token_ids) for sample in samples)
+    if per_row is None:
+        token_ids = pad_right([sample.token_ids for sample in samples])
+        rows, branches = predicting_rows(masks, token_ids.shape[1]), None
+    else:
+        token_ids, rows, branches = _lay_out_rows(samples, per_row, device)
     return PaddedTokens(
         token_ids=token_ids.to(device),
-        rows=predicting_rows(masks, token_ids.shape[1]).to(device),
-        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        rows=rows.to(device),
+        targets=torch.from_numpy(np.fromiter(targets, np.int64, sum(counts))).to(device),
         sample_ids=tuple(sample.id for sample in samples),
-        counts=tuple(sum(mask) for mask in masks),
+        counts=counts,
+        branches=branches,
     )
 
 
-def collate(training: Sequence[TrainingSample], device: torch.device | str) -> MicroBatch:
-    """One micro-batch: its tokens, and what sampler, rewards and teacher said of the loss tokens. Samples whose evidence
-    another head reads (``head_of``) cannot share one."""
-    samples = [item.sample for item in training]
-    tokens = pad(samples, device)
-    sampler = [
-        value for sample in samples for value in at_loss_tokens(sample, sample.sampler_logprobs)
+def read_tokens(sample: Sample) -> tuple[int, ...]:
+    """The tokens whose states predict a loss token, with those between: all before the last one of them; one at least."""
+    mask = sample.loss_mask
+    last = len(mask) - 1 - mask[::-1].index(True) if True in mask else 1
+    return sample.token_ids[: max(1, last)]
+
+
+def _lay_out_rows(
+    samples: Sequence[Sample], per_row: Sequence[int], device: torch.device | str
+) -> tuple[Tensor, Tensor, Branches | None]:
+    """Token ids ``[B, T]``, predicting rows ``[R]``, and how to read them."""
+    if any(sample.loss_mask[0] for sample in samples):
+        raise ValueError("loss_mask is True on the first token, which no hidden state predicts")
+    remaining = iter(samples)
+    parts = [list(islice(remaining, count)) for count in per_row]
+    layouts = [lay_out([read_tokens(sample) for sample in part]) for part in parts]
+    width = max(len(layout.token_ids) for layout in layouts)
+    rows = [
+        b * width + place
+        for b, (part, layout) in enumerate(zip(parts, layouts, strict=True))
+        for sample, places in zip(part, layout.places, strict=True)
+        for place in compress(places, sample.loss_mask[1:])
     ]
+    branches = None
+    if len(samples) > len(layouts):
+        alone = range(1, width + 1)
+        ends = [[*layout.ends, *alone[len(layout.ends) :]] for layout in layouts]
+        branches = Branches(
+            positions=pad_right([layout.positions for layout in layouts]).to(device),
+            ends=torch.tensor(ends, dtype=torch.long, device=device),
+        )
+    token_ids = pad_right([layout.token_ids for layout in layouts])
+    return token_ids, torch.tensor(rows, dtype=torch.long), branches
+
+
+def collate(
+    training: Sequence[TrainingSample],
+    device: torch.device | str,
+    per_row: Sequence[int] | None = None,
+) -> MicroBatch:
+    """One micro-batch: its tokens, and what sampler, rewards and teacher said of the loss tokens. Samples whose evidence
+    another head reads (``head_of``) cannot share one. ``per_row`` as in ``pad``."""
+    samples = [item.sample for item in training]
+    tokens = pad(samples, device, per_row)
+    drawn = chain.from_iterable(at_loss_tokens(one, one.sampler_logprobs) for one in samples)
+    sampler = np.fromiter(drawn, np.float32, sum(tokens.counts))
     advantages = torch.tensor([item.reward_advantage for item in training], dtype=torch.float32)
     return MicroBatch(
         tokens=tokens,
-        sampler_logprobs=torch.tensor(sampler, dtype=torch.float32, device=device),
+        sampler_logprobs=torch.from_numpy(sampler).to(device),
         reward_advantages=advantages.repeat_interleave(torch.tensor(tokens.counts)).to(device),
         evidence=_collate_evidence(training, device),
         teacher=head_of(training[0]),

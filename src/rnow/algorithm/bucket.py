@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from rnow.algorithm.exact import SUMMARIES as DIRECT_SUMMARIES
-from rnow.algorithm.head import Head
+from rnow.algorithm.head import Head, selected_logprobs
 from rnow.algorithm.objective import Summary, Terms
 from rnow.algorithm.records import MicroBatch, TeacherNeeds
 from rnow.algorithm.rewarded import SUMMARIES as REWARD_SUMMARIES
 from rnow.algorithm.rewarded import RewardTerm
-from rnow.algorithm.row_losses import RowTerms, expect, row_losses
 from rnow.algorithm.surrogate import importance_ratio
 
 SUMMARIES: Mapping[str, Summary] = {
@@ -79,18 +78,50 @@ class TopKDivergence:
     def terms(self, hidden: Tensor, head: Head, micro: MicroBatch) -> Terms:
         """See ``Objective.terms``. ``teacher_kl`` is KL_k + [x not in S] (a_x - c): without bias for KL(student || teacher),
         whatever the divergence."""
-        losses, streams = row_losses(
-            hidden,
-            head,
-            _Rule(objective=self, micro=micro),
-            weight=self.kl_penalty_coef,
-            temperature=self.temperature,
+        ids, targets = micro.evidence["ids"], micro.tokens.targets[:, None]
+        selected = selected_logprobs(
+            hidden, head, torch.cat([targets, ids], 1), temperature=self.temperature
         )
-        streams |= {
-            "losses": losses.detach(),
-            "sampler_trainer_kl": micro.sampler_logprobs - streams["logprobs"],
+        assert selected.entropy is not None
+        logprobs = selected.logprobs
+        live, listed = logprobs[:, 0].detach(), logprobs[:, 1:].detach()
+        teacher_x = micro.evidence["teacher_logprobs"].to(live.dtype)
+        both = bucketed(listed, micro.evidence["logprobs"].to(live.dtype))
+        outside = (ids != targets).all(-1)
+        beyond = torch.where(outside, live - teacher_x - both.c, 0.0)
+        if self.divergence == "reverse":
+            ratio = importance_ratio(live, micro.sampler_logprobs).clamp(max=self.ratio_cap)
+            sampled = ratio * beyond.clamp(-self.kl_clamp, self.kl_clamp)
+            losses = both.kl + sampled * live
+            slopes = both.p * (both.gaps - both.c[:, None])
+        else:
+            losses, slopes = _forward(both)
+            sampled = torch.zeros_like(live)
+        streams = {
+            "logprobs": live,
+            "teacher_logprobs": teacher_x,
+            "teacher_kl": both.kl + beyond,
+            "outside": outside,
+            "entropy": selected.entropy,
+            "kl_clamped": beyond.abs() > self.kl_clamp,
+            "sampler_trainer_kl": micro.sampler_logprobs - live,
         }
-        return Terms(losses=losses, streams=streams)
+        losses, sampled = self.kl_penalty_coef * losses, self.kl_penalty_coef * sampled
+        if self.rewarded.reward_coef:
+            found, slope, more = self.rewarded.of(
+                live, micro.sampler_logprobs, micro.reward_advantages
+            )
+            losses, sampled = losses + found.losses.detach(), sampled + slope
+            streams |= more
+        streams["losses"] = losses
+        slopes = torch.cat([sampled[:, None], self.kl_penalty_coef * slopes], 1)
+        return Terms(losses=_with_slopes(losses, logprobs, slopes), streams=streams)
+
+
+def _with_slopes(losses: Tensor, logprobs: Tensor, slopes: Tensor) -> Tensor:
+    """``losses`` ``[R]`` whose derivative with respect to ``logprobs`` ``[R, m]`` is ``slopes``."""
+    towards = (slopes * logprobs).sum(-1)
+    return losses + (towards - towards.detach())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,57 +154,10 @@ def bucketed(chosen: Tensor, teacher: Tensor) -> Bucketed:
     return Bucketed(p=p, gaps=gaps, rest=rest, teacher_rest=teacher_rest, c=c, kl=kl)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rule:
-    objective: TopKDivergence
-    micro: MicroBatch
-
-    def __call__(self, logprobs: Tensor, at: slice, *, gradient: bool) -> RowTerms:
-        micro, settings = self.micro, self.objective
-        targets, ids = micro.tokens.targets[at, None], micro.evidence["ids"][at]
-        teacher_x = micro.evidence["teacher_logprobs"][at].to(logprobs.dtype)
-        live = logprobs.gather(1, targets).flatten()
-        both = bucketed(logprobs.gather(1, ids), micro.evidence["logprobs"][at].to(logprobs.dtype))
-        outside = (ids != targets).all(-1)
-        beyond = torch.where(outside, live - teacher_x - both.c, 0.0)
-        p = logprobs.exp()
-        streams = {
-            "logprobs": live,
-            "teacher_logprobs": teacher_x,
-            "teacher_kl": both.kl + beyond,
-            "outside": outside,
-            "entropy": expect(p, logprobs).neg_(),
-            "kl_clamped": beyond.abs() > settings.kl_clamp,
-        }
-        if settings.divergence == "reverse":
-            ratio = importance_ratio(live, micro.sampler_logprobs[at]).clamp(max=settings.ratio_cap)
-            rho = ratio * beyond.clamp(-settings.kl_clamp, settings.kl_clamp)
-            losses = both.kl + rho * live
-            # d loss / d logits = p * everywhere, + listed at the k, + sampled at x
-            everywhere, listed = both.c - both.kl - rho, both.p * (both.gaps - both.c[:, None])
-            sampled = rho
-        else:
-            losses, everywhere, listed = _forward(both)
-            sampled = torch.zeros_like(live)
-        if settings.rewarded.reward_coef:
-            found, slope, more = settings.rewarded.of(
-                live, micro.sampler_logprobs[at], micro.reward_advantages[at]
-            )
-            slope = slope / settings.kl_penalty_coef
-            losses = losses + found.losses.detach() / settings.kl_penalty_coef
-            everywhere, sampled = everywhere - slope, sampled + slope
-            streams |= more
-        if not gradient:
-            return RowTerms(losses=losses, gradient=None, streams=streams)
-        towards = p.mul_(everywhere[:, None])
-        towards.scatter_add_(1, ids, listed).scatter_add_(1, targets, sampled[:, None])
-        return RowTerms(losses=losses, gradient=towards, streams=streams)
-
-
-def _forward(both: Bucketed) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_S q (log q - log p) + (1 - Q) log((1 - Q) / (1 - P)), whose derivative is p - q in S and
-    p (1 - (1 - Q) / (1 - P)) outside."""
+def _forward(both: Bucketed) -> tuple[Tensor, Tensor]:
+    """sum_S q (log q - log p) + (1 - Q) log((1 - Q) / (1 - P)), and its derivative: at the logits p - q in S and
+    p (1 - (1 - Q) / (1 - P)) outside, which is that of the log-probabilities in S below."""
     q = both.p * (-both.gaps).exp()
     losses = -(q * both.gaps).sum(-1) - both.teacher_rest * both.c
     outside = 1.0 - both.teacher_rest / both.rest
-    return losses, outside, both.p - q - both.p * outside[:, None]
+    return losses, both.p - q - both.p * outside[:, None]

@@ -112,6 +112,7 @@ class PolicyGradient:
             ratio_cap=self.ratio_cap,
         )
         live = selected.logprobs.detach()
+        assert selected.entropy is not None
         streams = {
             "logprobs": live,
             "losses": found.losses.detach(),

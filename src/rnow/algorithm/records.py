@@ -134,14 +134,29 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Branches:
+    """What makes a row of several samples give the numbers of each alone.
+
+    Attributes:
+        positions: int64 ``[B, T]``, of each token in its own sample.
+        ends: int64 ``[B, T]``: query i of a row sees key j where ``j <= i < ends[j]``. A token of padding sees itself.
+    """
+
+    positions: Tensor
+    ends: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PaddedTokens:
-    """B sequences of at most T tokens, R loss tokens in all.
+    """B rows of at most T tokens, R loss tokens in all.
 
     Attributes:
         token_ids: int64 ``[B, T]``, padded on the right; causal attention needs no mask for that.
-        rows: int64 ``[R]``, index into the flattened ``[B * T]`` hidden states of the state that predicts each target.
+        rows: int64 ``[R]``, index into the flattened ``[B * T]`` hidden states of the state that predicts each target. One
+            state may predict tokens of several samples.
         targets: int64 ``[R]``, the sampled ids.
-        sample_ids: the B sample ids, in row order, and ``counts``: how many of the R rows belong to each.
+        sample_ids: the sample ids, in row order, and ``counts``: how many of the R rows belong to each.
+        branches: how rows of several samples are to be read; None where each row is one sample.
     """
 
     token_ids: Tensor
@@ -149,6 +164,7 @@ class PaddedTokens:
     targets: Tensor
     sample_ids: tuple[str, ...]
     counts: tuple[int, ...]
+    branches: Branches | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

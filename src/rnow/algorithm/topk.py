@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rnow.algorithm.head import Head, chunk_rows_for
+from rnow.algorithm.head import Head, Picked, TiledSoftmax, Tiling, tiling_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ def top_logprobs(
     k: int,
     *,
     temperature: float = 1.0,
-    chunk_rows: int | None = None,
+    tiling: Tiling | None = None,
 ) -> TopLogprobs:
     """The ``k`` largest entries of log softmax(logits / temperature) and those at ``targets``: one head GEMM, no gradient.
 
@@ -41,26 +41,33 @@ def top_logprobs(
         hidden: ``[R, H]`` final hidden states (after the last norm).
         head: the frozen head.
         targets: int64 ``[R]``, below ``head.vocabulary``.
-        chunk_rows: rows per chunk; chosen from the device when None.
+        tiling: chosen from the device when None.
 
     Raises:
         ValueError: ``k`` is not between 1 and the vocabulary.
     """
     if not 1 <= k <= head.vocabulary:
         raise ValueError(f"top_k {k} is not between 1 and the {head.vocabulary} ids of the head")
-    rows = chunk_rows or chunk_rows_for(head)
-    # One pass even without rows: the empty result then has its shapes and types from the same operations.
-    starts = range(0, max(1, hidden.shape[0]), rows)
-    chosen, ids, logprobs = [], [], []
-    for start in starts:
-        logits = head.logits(hidden[start : start + rows])
-        if temperature != 1.0:
-            logits = logits / temperature
-        normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-        chosen.append(
-            (logits.gather(1, targets[start : start + rows, None]) - normaliser).squeeze(1)
-        )
-        best = logits.topk(k, dim=-1)
+    tiling = tiling or tiling_for(head, kept=True)
+    selected, ids, logprobs = [], [], []
+    held = hidden.new_empty(0, head.vocabulary, dtype=head.dtype)
+    for at in tiling.chunks(hidden.shape[0]):
+        part = hidden[at]
+        if len(part) != len(held):
+            held = held.new_empty(len(part), head.vocabulary)
+        softmax, picked = TiledSoftmax(), Picked(targets[at, None], head.dtype)
+        for columns in tiling.columns(head.vocabulary):
+            logits = head.tempered(part, columns, temperature)
+            picked.look(columns, logits)
+            softmax.tile(logits)
+            held[:, columns] = logits
+        best = held.topk(
+            k, dim=-1
+        )  # on whole rows: tile by tile it would cost more than the tiles save
+        normaliser = softmax.normaliser[:, None]
+        selected.append((picked.values - normaliser).to(head.dtype)[:, 0])
         ids.append(best.indices)
-        logprobs.append(best.values - normaliser)
-    return TopLogprobs(selected=torch.cat(chosen), ids=torch.cat(ids), logprobs=torch.cat(logprobs))
+        logprobs.append((best.values - normaliser).to(head.dtype))
+    return TopLogprobs(
+        selected=torch.cat(selected), ids=torch.cat(ids), logprobs=torch.cat(logprobs)
+    )

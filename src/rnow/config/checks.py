@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
@@ -399,6 +399,9 @@ def _out_of_range(values: object, path: KeyPath) -> Iterator[Problem]:
     elif isinstance(values, tuple):
         for index, item in enumerate(values):
             yield from _out_of_range(item, (*path, index))
+    elif isinstance(values, Mapping):
+        for name, item in values.items():
+            yield from _out_of_range(item, (*path, name))
     elif isinstance(values, int) and abs(values) >= MAX_COUNT:
         yield Problem(
             path=path, message="a whole number of more than 64 bits", hint="write a smaller one"

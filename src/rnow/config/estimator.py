@@ -1,4 +1,5 @@
-"""``algorithm.kl_estimator`` with ``auto`` decided: one answer for the checks of a config, the plan and the run."""
+"""What several keys decide together, ``algorithm.kl_estimator`` with ``auto`` above all: one answer for the checks of a
+config, the plan and the run."""
 
 from __future__ import annotations
 
@@ -20,6 +21,11 @@ def kl_estimator(config: Schema) -> Estimator:
     if not taught or _knows_only_sampled(config) or algorithm.kl_penalty_coef == 0:
         return "sampled"
     return "topk" if any_served(config) else "exact"
+
+
+def has_value_head(config: Schema) -> bool:
+    """Whether a value head learns beside the adapter: rewards teach, and ``gae`` makes advantages of them."""
+    return config.algorithm.adv_estimator == "gae" and config.algorithm.reward_coef > 0
 
 
 def _knows_only_sampled(config: Schema) -> bool:

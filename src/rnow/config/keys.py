@@ -26,7 +26,7 @@ refuse: the checkpoint would be meaningless.
 
 Reader = Literal[
     "every run", "tools", "several turns", "vllm sampler", "local vllm sampler", "embedded sampler",
-    "local teacher", "vllm teacher", "local vllm teacher", "top k", "kl clamp", "importance ratio", "surrogate",
+    "local teacher", "vllm teacher", "local vllm teacher", "top k", "kl clamp", "importance ratio", "surrogate", "value head",
 ]  # fmt: skip
 """Who reads a key. ``plan.unread`` tells which of them a run has; to the others a key makes no difference.
 

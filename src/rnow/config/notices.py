@@ -18,6 +18,11 @@ def find_notices(config: Schema) -> list[str]:
         notices.append(
             f"rollout: with {' and '.join(cuts)} the sampled distribution differs from the trained one"
         )
+    algorithm = config.algorithm
+    if algorithm.reward_coef == 0 and algorithm.adv_estimator != "grpo":
+        notices.append(
+            f"algorithm.adv_estimator {algorithm.adv_estimator} has no effect with reward_coef 0: rewards are tracked only"
+        )
     if config.trainer.max_billing is not None:
         notices.append("trainer.max_billing is ignored: nothing is billed here")
     if any(entry.eval_id is not None for entry in config.evals):

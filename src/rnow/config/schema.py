@@ -288,9 +288,15 @@ class AlgorithmSection(Section):
         change="refuse",
     )
     gae_lambda: float = key(
-        0.95, "gae: 1 judges a token by the reward, 0 by the value of the next state.", ge=0, le=1
+        0.95,
+        "gae: 1 judges a token by the reward, 0 by the value of the next state.",
+        ge=0,
+        le=1,
+        reader="value head",
     )
-    value_learning_rate: Above0 = key(1e-3, "gae: constant learning rate of the value head.")
+    value_learning_rate: Above0 = key(
+        1e-3, "gae: constant learning rate of the value head.", reader="value head"
+    )
     kl_penalty_coef: AtLeast0 = key(
         0.1,
         "Weight of the teacher KL. With `reward_coef: 0` it only scales the loss, which Adam cancels.",
@@ -477,7 +483,7 @@ class TrainerSection(Section):
     updates_per_batch: Positive = key(1, "Optimizer steps on each batch.")
     micro_batch_tokens: Positive | None = key(
         None,
-        "Tokens in one forward and backward pass.",
+        "Tokens in one forward and backward pass, padding included; what several samples begin with counts once.",
         "4096 on a CPU, 16384 on a GPU",
         change="free",
     )

@@ -36,7 +36,7 @@ class RunFolder:
         answers: what was answered to the held-out prompts.
         summary: written when the run is done.
         checkpoints: what a resume starts from.
-        transcripts: every rollout, token by token.
+        transcripts: every rollout, token by token, a table per step.
         journal: rollouts of a step in progress.
         adapter: the trained adapter, as PEFT loads it.
     """

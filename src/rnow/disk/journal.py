@@ -3,6 +3,9 @@
 A step that was interrupted while the teacher or the update worked does not sample again. Rollouts that finish together
 are written together and closed with a commit line; what follows the last commit line is ignored, so that a resumed step
 sees whole sub-batches of the embedded sampler and decodes the rest in the same batches as an uninterrupted run.
+
+A line is JSON; the numbers of tokens in it are arrays of this machine's int32 and float64 in base64, which come back bit for bit.
+Earlier versions wrote lists, which are still read.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from array import array
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,8 @@ from typing import Any
 from rnow.disk.files import json_line
 from rnow.text.redact import Redactor
 from rnow.types import Completion, Rollout, Turn
+
+_IDS, _LOGPROBS = "i", "d"
 
 
 class Journal:
@@ -111,13 +119,13 @@ def _to_json(rollout: Rollout, redact: Redactor) -> dict[str, Any]:
         "status": rollout.status,
         "end_reason": rollout.end_reason,
         "error": redact.data(rollout.error),
-        "unanswered_token_ids": rollout.unanswered_token_ids,
+        "unanswered_token_ids": _packed(_IDS, rollout.unanswered_token_ids),
         "messages": redact.data(rollout.messages),
         "turns": [
             {
-                "observation_token_ids": turn.observation_token_ids,
-                "token_ids": turn.completion.token_ids,
-                "logprobs": turn.completion.logprobs,
+                "observation_token_ids": _packed(_IDS, turn.observation_token_ids),
+                "token_ids": _packed(_IDS, turn.completion.token_ids),
+                "logprobs": _packed(_LOGPROBS, turn.completion.logprobs),
                 "finish_reason": turn.completion.finish_reason,
                 "policy_version": turn.completion.policy_version,
             }
@@ -133,14 +141,14 @@ def _from_json(row: dict[str, Any]) -> Rollout:
         status=row["status"],
         end_reason=row["end_reason"],
         error=row["error"],
-        unanswered_token_ids=tuple(row["unanswered_token_ids"]),
+        unanswered_token_ids=_unpacked(_IDS, row["unanswered_token_ids"]),
         messages=tuple(row["messages"]),
         turns=tuple(
             Turn(
-                observation_token_ids=tuple(turn["observation_token_ids"]),
+                observation_token_ids=_unpacked(_IDS, turn["observation_token_ids"]),
                 completion=Completion(
-                    token_ids=tuple(turn["token_ids"]),
-                    logprobs=tuple(math.nan if v is None else v for v in turn["logprobs"]),
+                    token_ids=_unpacked(_IDS, turn["token_ids"]),
+                    logprobs=_unpacked(_LOGPROBS, turn["logprobs"]),
                     finish_reason=turn["finish_reason"],
                     policy_version=turn["policy_version"],
                 ),
@@ -148,6 +156,18 @@ def _from_json(row: dict[str, Any]) -> Rollout:
             for turn in row["turns"]
         ),
     )
+
+
+def _packed(kind: str, values: Sequence[float]) -> str:
+    return b64encode(array(kind, values).tobytes()).decode("ascii")
+
+
+def _unpacked(kind: str, packed: str | list[float | None]) -> tuple[Any, ...]:
+    if isinstance(packed, list):  # null: what is no number in JSON
+        return tuple(math.nan if value is None else value for value in packed)
+    values = array(kind)
+    values.frombytes(b64decode(packed, validate=True))
+    return tuple(values)
 
 
 def _read(path: Path) -> tuple[list[Rollout], int]:

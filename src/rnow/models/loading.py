@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from rnow.algorithm.head import Head
 from rnow.errors import ModelError, RnowError
+from rnow.models.attention import register_grouped_attention
 from rnow.models.families import not_streamed
 from rnow.models.offload import tensors_of
 from rnow.models.parts import body_of, output_layer
 from rnow.models.refusal import one_line
 from rnow.models.rope import fix_rope
+from rnow.models.sharing import Sharing, find_sharing
 from rnow.models.streaming import StreamedLayers, is_finite, open_streamed
 
 T = TypeVar("T")
@@ -43,6 +45,8 @@ class CausalLM:
         device: where inputs go.
         quantization: how the linear layers are stored.
         layers: those that are read from the model's files while it works; None where all of it is in memory.
+        sharing: how it takes rows of several samples; None where each sample has a row of its own, and then ``separate`` says
+            why.
     """
 
     model: Any
@@ -51,6 +55,8 @@ class CausalLM:
     device: torch.device
     quantization: Quantization
     layers: StreamedLayers | None = None
+    sharing: Sharing | None = None
+    separate: str = ""
 
     def run(
         self, passes: Sequence[Callable[[], T]], poll: Callable[[], None] = lambda: None
@@ -222,7 +228,15 @@ def load_causal_lm(
         model, vocabulary=vocabulary, quantization=stored or quantization, layers=layers
     )
     _check_weights(loaded, local_dir)
-    return loaded
+    return with_sharing(loaded)
+
+
+def with_sharing(loaded: CausalLM) -> CausalLM:
+    """The same model, sharing rows if a try shows that it may."""
+    found = find_sharing(loaded.model, loaded.body, loaded.device, loaded.run)
+    if isinstance(found, str):
+        return replace(loaded, sharing=None, separate=found)
+    return replace(loaded, sharing=found, separate="")
 
 
 def _spread(device_map: str, cards: Sequence[int]) -> dict[str, object]:
@@ -352,6 +366,7 @@ def take_apart(
     layers: StreamedLayers | None = None,
 ) -> CausalLM:
     """Find body and head of a HuggingFace causal LM already in memory, ``layers`` excepted."""
+    register_grouped_attention()
     output = output_layer(model)
     weight: Tensor = output.weight.detach()
     rows = min(vocabulary, weight.shape[0])

@@ -14,6 +14,7 @@ from rnow.models.families import UNSAMPLED, UNSTREAMED, check_family
 from rnow.models.parts import layer_parameters, linear_layers, output_layer, routes_tokens
 from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
+from rnow.models.sharing import why_separate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,8 @@ class ModelShape:
         layered: parameters of the decoder layers that can be read one by one.
         largest_layer: of the largest of them.
         unstreamed: why they cannot; None where they can.
+        query_width: values of one token's queries in one layer.
+        separate: why each sample has a row of its own when it scores or is trained; empty where samples share them.
     """
 
     architecture: str
@@ -47,6 +50,8 @@ class ModelShape:
     layered: int = 0
     largest_layer: int = 0
     unstreamed: str | None = "it has no list of decoder layers"
+    query_width: int = 0
+    separate: str = ""
 
     @property
     def linear_parameters(self) -> int:
@@ -134,6 +139,8 @@ def shape_of(model: Any) -> ModelShape:
         unstreamed=UNSTREAMED.get(config.model_type)
         if layers
         else "it has no list of decoder layers",
+        query_width=_query_width(config),
+        separate=why_separate(model.config) or "",
     )
 
 
@@ -155,8 +162,14 @@ def _kv_width(config: Any) -> int:
     if not isinstance(queries, int) or not queries:
         return 0
     heads = getattr(config, "num_key_value_heads", None)
-    width = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return (heads if isinstance(heads, int) else queries) * width
+    return _query_width(config) // queries * (heads if isinstance(heads, int) else queries)
+
+
+def _query_width(config: Any) -> int:
+    queries = getattr(config, "num_attention_heads", None)
+    if not isinstance(queries, int) or not queries:
+        return 0
+    return queries * (getattr(config, "head_dim", None) or config.hidden_size // queries)
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -295,8 +295,10 @@ def _padded(shape: Sequence[int], dtype: torch.dtype, shift: int = 0) -> int:
 
 def _unique(layer: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Those that have two names under the first."""
-    first = {id(parameter): name for name, parameter in reversed(layer.items())}
-    return {name: layer[name] for name in reversed(first.values())}
+    first: dict[int, str] = {}
+    for name, parameter in layer.items():
+        first.setdefault(id(parameter), name)
+    return {name: layer[name] for name in first.values()}
 
 
 def _layer_bytes(layer: Mapping[str, nn.Parameter], shifts: Mapping[str, int]) -> int:

@@ -126,7 +126,7 @@ class TensorFiles:
 
     def _fill(self, place: _Place, start: int, target: Tensor) -> None:
         """The bytes of a tensor from ``start`` on, as many as ``target`` has."""
-        there = memoryview(target.numpy())
+        there = target.numpy().data
         while there:
             count = os.preadv(self._open[place.file], [there], place.offset + start)
             if not count:

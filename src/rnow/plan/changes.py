@@ -29,6 +29,7 @@ FACTS: Mapping[str, tuple[str, Change]] = {
     "teacher_config": ("the teacher's config.json", "judges"),
     "teacher_tokenizer": ("the teacher's tokenizer", "judges"),
     "tokenizer_hash": ("the tokenizer", "refuse"),
+    "value_head": ("the value head (adv_estimator: gae with reward_coef above 0)", "refuse"),
     "stop_ids": ("what ends an answer (the stop ids of student and teacher)", "shapes"),
     "template_date": ("the date that chat templates print", "shapes"),
     "dataset_hash": ("the training data", "refuse"),
@@ -43,7 +44,7 @@ FACTS: Mapping[str, tuple[str, Change]] = {
 ADDED = frozenset(
     {
         "student_config", "teacher_weights", "teacher_config", "teacher_tokenizer", "stop_ids", "template_date",
-        "rewards_modules", "tools_modules", "threads",
+        "rewards_modules", "tools_modules", "threads", "value_head",
     }
 )  # fmt: skip
 """Facts that runs of earlier versions do not state (nor all others: the weights of a served teacher). None is unknown, and no
@@ -127,6 +128,10 @@ def compare(old: Facts, new: Facts, readers: frozenset[Reader]) -> Changes:
             del before[dotted(path)]  # written by a version that still had the key
     if before:
         before = {key: ADDED_KEYS[key] for key in ADDED_KEYS.keys() & after.keys()} | before
+    # What auto chose depends on where the teachers are, which is free: the choice itself is compared.
+    chosen = old.get("kl_estimator"), new.get("kl_estimator")
+    if before and None not in chosen:
+        before["algorithm.kl_estimator"], after["algorithm.kl_estimator"] = chosen
     falling = after.get("trainer.lr_schedule", "constant") != "constant"
     lines: list[tuple[Change, str]] = [
         (_kind(key, readers, falling=falling), f"{key}: {before.get(key)} -> {after.get(key)}")

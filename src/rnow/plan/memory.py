@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from rnow.algorithm.packing import plan_lengths, row_tokens
 from rnow.models.shape import ModelShape
+from rnow.models.sharing import cells_per_token
 from rnow.plan.roles import STUDENT, Role, Stored
 from rnow.training.residency import Part
 
@@ -29,8 +31,9 @@ INT8_BYTES = 1.0
 SAMPLING_LOGIT_BYTES = 4 * 8
 """Per row and vocabulary entry while drawing a token: logits, log-probabilities and a float64 cumulative sum."""
 HEAD_COPIES = 5
-"""Buffers of one chunk's size in the head: logits before and after the temperature, shifted, probabilities, and the head's own
-number format of either."""
+"""Tensors of one tile's size in the head: logits, probabilities, a product of both, and the head's own number format of either."""
+KEPT_COPIES = 3
+"""What is held of a chunk until its last tile: both models' probabilities, and the difference of their logits."""
 ENGINE_CONTEXT = 0.7e9
 """What a vLLM that runs holds beside its share: its CUDA context, taken before it measures what is free."""
 ENGINE_WORK = 10**9
@@ -41,6 +44,8 @@ STREAMED_PLACES = 2
 """Layers of a streamed model in memory at once."""
 JOINED_COPIES = 2
 """Layers' worth of main memory for joining experts: as they are stored, and joined."""
+MASK_BYTES = 1 + FLOAT32
+"""Of one entry of an attention mask: whether it counts, and the number that SDPA adds for it."""
 LAYER_NORM_COPIES = 6
 """Hidden-state sized tensors that a block keeps for its backward pass beside the linear layers' inputs and outputs."""
 
@@ -108,6 +113,11 @@ class ModelMemory:
         return NF4_BYTES if self.quantization == "nf4" else INT8_BYTES
 
     @property
+    def shares_rows(self) -> bool:
+        """Whether several samples may share a row of its passes."""
+        return not self.shape.separate and self.quantization != "int8"
+
+    @property
     def pinned_bytes(self) -> int:
         """What the weights take of main memory while they are away: torch rounds every pinned block up to a power of two."""
         if self.streamed:
@@ -119,6 +129,19 @@ class ModelMemory:
         rest = self.shape.parameters - self.shape.linear_parameters
         tables, left = divmod(rest * self.width, max(1, table))
         return sum(map(_power_of_two, [*linear, *[table] * tables, left]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassSize:
+    """Tokens of one pass, padding included, and of its longest row of several samples; 0 where each row is one sample."""
+
+    tokens: int
+    mask_width: int = 0
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of the mask, and of what is made of it for the layer at work."""
+        return self.tokens * self.mask_width * MASK_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +161,8 @@ class MemorySettings:
         micro_batch_tokens: tokens of one forward and backward pass, if a single sequence is not longer.
         gradient_checkpointing: activations are recomputed, only block inputs are kept.
         cache_budget: bytes of the sampler's caches in one sub-batch.
-        head_buffer: bytes of one chunk of logits.
+        head_tile: bytes of one tile of logits.
+        head_kept: bytes of one chunk of logits, where a chunk is held until its last tile.
         hidden_states: the update reads the teachers' hidden states of the step, and their heads.
     """
 
@@ -153,7 +177,8 @@ class MemorySettings:
     micro_batch_tokens: int
     gradient_checkpointing: bool
     cache_budget: int
-    head_buffer: int
+    head_tile: int
+    head_kept: int
     teacher_extra: int = 0
     hidden_states: bool = False
 
@@ -178,17 +203,37 @@ class MemorySettings:
         return min(self.window, self.prompt_tokens + self.completion_tokens)
 
     @property
-    def pass_tokens(self) -> int:
-        """Tokens of the largest micro-batch: the budget, but one sequence at least and all of them at most."""
-        return self._pass_of(self.sequence_tokens)
+    def update_pass(self) -> PassSize:
+        """The largest micro-batch of the update."""
+        return self._pass_of(self.student, self.prompt_tokens)
 
-    @property
-    def scoring_tokens(self) -> int:
-        """The same of the teacher's."""
-        return self._pass_of(self.sequence_tokens + self.teacher_extra)
+    def scoring_pass(self, model: ModelMemory) -> PassSize:
+        """The same of a teacher's."""
+        return self._pass_of(model, self.prompt_tokens + self.teacher_extra)
 
-    def _pass_of(self, longest: int) -> int:
-        return max(longest, min(self.micro_batch_tokens, self.rollouts * longest))
+    def _pass_of(self, model: ModelMemory, prompt: int) -> PassSize:
+        """The budget, but one sequence at least and all of them at most; by the plan of groups that are all of full length."""
+        budget = self.micro_batch_tokens
+        longest = min(self.window + prompt - self.prompt_tokens, prompt + self.completion_tokens)
+        if not model.shares_rows:
+            return PassSize(tokens=max(longest, min(budget, self.rollouts * longest)))
+        group = -(-self.rollouts // max(1, self.prompts))
+        groups = min(self.prompts, 2 + budget // longest)  # more of them fill more than one pass
+        count = groups * group
+        lengths = [longest] * count
+        shared = [min(prompt, longest) if index % group else 0 for index in range(count)]
+        per_token = cells_per_token(model.shape.hidden)
+        together = widest = 0
+        outputs = [min(self.completion_tokens, longest)] * count
+        for rows in plan_lengths(
+            lengths, shared, outputs, max_tokens=budget, cells_per_token=per_token
+        ):
+            width = max(row_tokens(lengths, shared, row) for row in rows)
+            together += len(rows) * width
+            if any(len(row) > 1 for row in rows):
+                widest = max(widest, width)
+        tokens = max(longest, min(budget, together))
+        return PassSize(tokens=tokens, mask_width=widest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +345,7 @@ def _scoring_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
     head = model.shape.vocabulary_rows * model.shape.hidden * model.width
     rows = settings.step_tokens * model.shape.hidden * model.width
     here = rows if model.device == "cpu" else 0  # on a card they wait in main memory
-    body = settings.scoring_tokens * _layer_bytes(model) + _waiting_bytes(model, settings)
+    body = _body_bytes(model, settings.scoring_pass(model)) + _waiting_bytes(model, settings)
     scored = [
         part("activations", "teacher", body + here),
         _part(model, None, "hidden states of the step", "update", here, host=rows),
@@ -422,8 +467,8 @@ def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySetting
     if not settings.gradient_checkpointing:
         checkpointed = replace(settings, gradient_checkpointing=True)
         yield "trainer.gradient_checkpointing: true", checkpointed
-    if settings.pass_tokens > settings.sequence_tokens:
-        tokens = max(settings.sequence_tokens, settings.pass_tokens // 4)
+    if settings.update_pass.tokens > settings.sequence_tokens:
+        tokens = max(settings.sequence_tokens, settings.update_pass.tokens // 4)
         yield f"trainer.micro_batch_tokens: {tokens}", replace(settings, micro_batch_tokens=tokens)
     if settings.completion_tokens >= 64:
         tokens = settings.completion_tokens // 4
@@ -451,13 +496,29 @@ def _training_activations(settings: MemorySettings) -> float:
     shape, width = settings.student.shape, settings.student.width
     kept = sum((inputs + outputs) * width for inputs, outputs in shape.linear)
     if width != FLOAT32:
-        # PEFT casts each input to the adapter's float32 and keeps that copy.
+        # With a float16 base PEFT casts each input to float32 and keeps that copy. bfloat16 does without: this is above it.
         kept += sum(inputs * FLOAT32 for inputs, _ in shape.linear)
     kept += len(shape.linear) * settings.rank * FLOAT32
     kept += shape.layers * LAYER_NORM_COPIES * shape.hidden * FLOAT32
+    size = settings.update_pass
+    if size.mask_width:
+        kept += shape.layers * _repeated(settings.student)
     if settings.gradient_checkpointing:
         kept = kept / shape.layers + shape.layers * shape.hidden * width
-    return kept * settings.pass_tokens
+    return kept * size.tokens + size.mask_bytes
+
+
+def _repeated(model: ModelMemory) -> int:
+    """Bytes per token that a layer's keys and values take more under a mask: there is a copy for each of the query heads."""
+    return 2 * max(0, model.shape.query_width - model.shape.kv_width) * model.width
+
+
+def _body_bytes(model: ModelMemory, size: PassSize) -> int:
+    """Of a pass without gradients through the body."""
+    repeated = _repeated(model) if size.mask_width else 0
+    return (
+        size.tokens * max(_layer_bytes(model), _attention_bytes(model) + repeated) + size.mask_bytes
+    )
 
 
 def _layer_bytes(model: ModelMemory) -> int:
@@ -467,35 +528,46 @@ def _layer_bytes(model: ModelMemory) -> int:
     return (widest + 4 * model.shape.hidden) * model.width
 
 
+def _attention_bytes(model: ModelMemory) -> int:
+    """Bytes per token of a layer's attention: hidden states, queries, keys, values, their rotated copies and the answer."""
+    shape = model.shape
+    return (4 * shape.hidden + 3 * shape.query_width + 3 * shape.kv_width) * model.width
+
+
 def _scoring_bytes(model: ModelMemory, settings: MemorySettings) -> float:
     """The body comes first and the head after it, when only hidden states are left of the body."""
-    tokens = settings.scoring_tokens
+    size = settings.scoring_pass(model)
+    tokens = size.tokens
     left = tokens * model.shape.hidden * model.width
-    body = tokens * _layer_bytes(model)
+    body = _body_bytes(model, size)
     head = left + _head_bytes(model, settings, tokens)
     return max(body, head) + _waiting_bytes(model, settings)
 
 
 def _waiting_bytes(model: ModelMemory, settings: MemorySettings) -> int:
-    """Hidden states of the whole step: of a streamed model each sequence waits for all others before every layer."""
+    """Hidden states of the whole step, and the masks of its passes: of a streamed model each waits for all others before every
+    layer."""
     if not model.streamed:
         return 0
     longest = settings.sequence_tokens + settings.teacher_extra
-    return settings.rollouts * longest * model.shape.hidden * model.width
+    mask = settings.scoring_pass(model).mask_width
+    return settings.rollouts * longest * (model.shape.hidden * model.width + mask)
 
 
 def _head_bytes(model: ModelMemory, settings: MemorySettings, rows: int) -> float:
-    """Chunk buffers and the hidden states of the response rows; logits of all rows are never held."""
-    chunk = min(settings.head_buffer, rows * model.shape.vocabulary_rows * FLOAT32)
-    return HEAD_COPIES * chunk + rows * model.shape.hidden * (model.width + FLOAT32)
+    """Tiles and the hidden states of the response rows; logits of all rows are never held."""
+    tile = min(settings.head_tile, rows * model.shape.vocabulary_rows * FLOAT32)
+    return HEAD_COPIES * tile + rows * model.shape.hidden * (model.width + FLOAT32)
 
 
 def _update_head_bytes(model: ModelMemory, settings: MemorySettings) -> float:
-    """The same in the update: where it reads hidden states, those of one pass come to the student's device, and both
-    distributions of a chunk are there at once."""
-    own = _head_bytes(model, settings, settings.pass_tokens)
+    """The same in the update: where it reads hidden states, those of one pass come to the student's device, and a chunk's
+    distributions are held until its last tile."""
+    own = _head_bytes(model, settings, settings.update_pass.tokens)
     if not settings.hidden_states:
         return own
-    chunk = min(settings.head_buffer, settings.pass_tokens * model.shape.vocabulary_rows * FLOAT32)
+    chunk = min(
+        settings.head_kept, settings.update_pass.tokens * model.shape.vocabulary_rows * FLOAT32
+    )
     theirs = max((t.shape.hidden * t.width for t in settings.teachers), default=0)
-    return own + chunk + settings.pass_tokens * theirs
+    return own + KEPT_COPIES * chunk + settings.update_pass.tokens * theirs

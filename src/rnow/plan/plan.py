@@ -9,12 +9,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES
+from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, cpu_tile_bytes
 from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
 from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
 from rnow.models.shape import ModelShape, build_empty, shape_of
+from rnow.models.sharing import INT8_APART
 from rnow.plan.choices import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_MAX_TURNS,
@@ -58,8 +59,8 @@ from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
 MOMENTS_AND_ADAPTER = 3
-TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 150, 30
-"""Bytes of JSON for one token: its id, text and three log-probabilities; its id and one."""
+TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 25, 24
+"""Bytes for one token: compressed, its id, text and five numbers; its id, one number and its part of the messages."""
 MAX_ADVICE = 4
 HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server of its own, or free main memory"
 
@@ -67,7 +68,9 @@ HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server o
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """One model of the run. ``weights_bytes`` is the size of its files, ``dtype`` that of unquantised numbers; ``own_base``: it
-    is the student's base, of which there is one copy; ``streaming``: its layers are read while it works."""
+    is the student's base, of which there is one copy; ``streaming``: its layers are read while it works. ``separate``: why each of
+    its samples is computed in a row of its own, empty where what several begin with is computed once, None where a server does
+    as it likes."""
 
     path: str
     revision: str | None
@@ -79,6 +82,7 @@ class ModelPlan:
     device: str
     own_base: bool = False
     streaming: Streaming | None = None
+    separate: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -433,8 +437,15 @@ def _model_plans(layout: _Layout) -> dict[str, ModelPlan]:
             streaming=describe_streaming(model, shape, host_free=cpu_memory()[1])
             if name in layout.streamed
             else None,
+            separate=_why_separate(model, shape),
         )
     return found
+
+
+def _why_separate(model: RunModel, shape: ModelShape) -> str | None:
+    if not model.role.trained and model.role.backend != "transformers":
+        return None
+    return INT8_APART if model.quantization == "int8" else shape.separate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -554,7 +565,8 @@ def _settings(
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
         gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
         cache_budget=cache,
-        head_buffer=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
+        head_tile=GPU_BUFFER_BYTES if on_gpu else cpu_tile_bytes(),
+        head_kept=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,
         hidden_states=reads_hidden_states(config),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from rnow.config import Config, TeacherSection
-from rnow.config.estimator import kl_estimator
+from rnow.config.estimator import has_value_head, kl_estimator
 from rnow.config.keys import Reader
 from rnow.config.problems import dotted
 from rnow.config.schema import KEYS, Section
@@ -41,6 +41,8 @@ def _objective_readers(config: Config) -> set[Reader]:
         found |= {"kl clamp", "importance ratio"}
     if estimator == "sampled" or algorithm.reward_coef > 0:
         found |= {"importance ratio", "surrogate"}
+    if has_value_head(config):
+        found.add("value head")
     return found
 
 
@@ -57,9 +59,13 @@ def unread_settings(config: Config, *, agentic: bool) -> list[str]:
     """One warning for each section with settings that nothing reads: the chosen backend does not, or there are no tools."""
     backend = f"with sampler.backend {sampler_backend(config)}"
     given = "with a sampler at sampler.url"
-    objective = f"with kl_estimator {kl_estimator(config)}"
-    if config.algorithm.reward_coef == 0:
-        objective += " and reward_coef 0"
+    algorithm = config.algorithm
+    objective = f"with kl_estimator {kl_estimator(config)}, "
+    objective += (
+        "reward_coef 0"
+        if algorithm.reward_coef == 0
+        else f"adv_estimator {algorithm.adv_estimator}"
+    )
     why = {"rollout": "without tools", "sampler": given if config.sampler.url else backend}
     why["algorithm"] = objective
     readers = find_readers(config, agentic=agentic)

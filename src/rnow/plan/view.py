@@ -61,6 +61,7 @@ def _facts(plan: Plan) -> Table:
         "trainable",
         f"{_count(plan.trainable_parameters)} LoRA parameters ({share:.2%} of the student)",
     )
+    row("shared prompts", _shared(plan))
     if plan.signal:
         row("signal", plan.signal)
     held = f", {plan.held_out:,} held out" if plan.held_out else ""
@@ -89,6 +90,20 @@ def _facts(plan: Plan) -> Table:
     )
     row("run folder", plan.run_dir)
     return table
+
+
+def _shared(plan: Plan) -> str:
+    """Of which models what several answers begin with is computed once, and why not of the others."""
+    here = {
+        role: model.separate
+        for role, model in plan.models.items()
+        if model.separate is not None and not model.own_base
+    }
+    once = [role for role, why in here.items() if not why]
+    parts = [f"computed once ({', '.join(once)})"] if once else []
+    return "; ".join(
+        [*parts, *(f"once for each answer ({role}): {why}" for role, why in here.items() if why)]
+    )
 
 
 def _model(model: ModelPlan) -> str:

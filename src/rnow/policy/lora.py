@@ -12,6 +12,7 @@ from rnow.errors import ModelError
 from rnow.models.loading import CausalLM, ran_out_of_memory
 from rnow.models.parts import adapted_by_default, linear_layers
 from rnow.models.refusal import one_line, shorten
+from rnow.policy.fused import fuse_lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -48,6 +49,7 @@ def attach_lora(
     model.peft_config["default"].base_model_name_or_path = base_name
     for _, parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
+    fuse_lora(model)
     model.eval()
     return model
 

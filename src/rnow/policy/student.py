@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rnow import progress
-from rnow.algorithm.batching import collate, head_of, plan_micro_batches
+from rnow.algorithm.batching import collate, head_of
 from rnow.algorithm.objective import Objective, Terms
 from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
-from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
+from rnow.models.scoring import PassPlan, default_micro_batch_tokens, hidden_rows, plan_samples
 from rnow.policy.float16 import add_gradients
 from rnow.policy.lora import ALL_LINEAR, attach_lora, trainable_parameters
 from rnow.policy.streams import PassStreams
@@ -162,24 +162,29 @@ class LoraPolicy:
 
     def _accumulate(self, batch: Batch, *, interruptible: bool = True) -> PassStreams:
         """Gradients of the whole batch, left in ``.grad``. Out of memory: the same batch again, half at a time."""
-        lengths = [len(item.sample.token_ids) for item in batch.samples]
         while True:
-            plan = self._plan(batch, lengths)
+            plan = self._plan(batch)
             found = PassStreams()
+            largest = 0
             self._adamw.zero_grad(set_to_none=True)
             self._train_mode()
             try:
-                for indices in plan:
+                for part in plan:
                     progress.moved()
                     if interruptible:
                         self._poll()
-                    micro = collate([batch.samples[index] for index in indices], self.lm.device)
+                    training = [batch.samples[index] for index in part.indices]
+                    micro = collate(training, self.lm.device, part.per_row)
+                    largest = max(largest, micro.tokens.token_ids.numel())
                     self._backward(micro, batch.num_loss_tokens, found)
                 return found
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
-                self._halve_micro_batch(plan, lengths, error)
+                if all(len(part.indices) == 1 for part in plan):
+                    longest = max(len(item.sample.token_ids) for item in batch.samples)
+                    raise out_of_memory("the update", longest, error) from error
+                self._halve_micro_batch(largest)
             finally:
                 self.model.eval()
 
@@ -188,16 +193,18 @@ class LoraPolicy:
         limit = self._settings.max_grad_norm
         return torch.nn.utils.clip_grad_norm_(parameters.values(), limit).item()
 
-    def _plan(self, batch: Batch, lengths: Sequence[int]) -> list[list[int]]:
-        """Micro-batches of indices, each read by one teacher's head."""
+    def _plan(self, batch: Batch) -> list[PassPlan]:
+        """Micro-batches, each read by one teacher's head."""
         by_head: dict[str | None, list[int]] = {}
         for index, item in enumerate(batch.samples):
             by_head.setdefault(head_of(item), []).append(index)
-        return [
-            [indices[i] for i in part]
-            for indices in by_head.values()
-            for part in plan_micro_batches([lengths[i] for i in indices], self._micro_batch_tokens)
-        ]
+        plan: list[PassPlan] = []
+        for own in by_head.values():
+            samples = [batch.samples[index].sample for index in own]
+            for part in plan_samples(self.lm, samples, self._micro_batch_tokens):
+                indices = tuple(own[index] for index in part.indices)
+                plan.append(PassPlan(indices=indices, per_row=part.per_row))
+        return plan
 
     def _train_mode(self) -> None:
         """Checkpointing works in training mode only. It is set on the modules that checkpoint and on nothing inside them:
@@ -219,13 +226,8 @@ class LoraPolicy:
     def _terms(self, micro: MicroBatch) -> Terms:
         return self._objective.terms(hidden_rows(self.lm, micro.tokens), self.lm.head, micro)
 
-    def _halve_micro_batch(
-        self, plan: list[list[int]], lengths: list[int], error: Exception
-    ) -> None:
-        if all(len(indices) == 1 for indices in plan):
-            raise out_of_memory("the update", max(lengths), error) from error
+    def _halve_micro_batch(self, largest: int) -> None:
         self._adamw.zero_grad(set_to_none=True)
-        largest = max(len(indices) * max(lengths[i] for i in indices) for indices in plan)
         self._micro_batch_tokens = max(1, min(self._micro_batch_tokens, largest) // 2)
         torch.cuda.empty_cache()
 

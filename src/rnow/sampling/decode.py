@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,14 @@ from torch import Tensor
 
 from rnow.algorithm.batching import pad_right
 from rnow.algorithm.head import Head
+from rnow.sampling.cache import build_cache
 from rnow.types import SamplingParams
 
 RANDOM_BLOCK = 64
-COMPACT_BELOW = 0.7
+BLOCK, UNBLOCKED = 512, 4096
+BELOW_ONE = math.nextafter(1.0, 0.0)
+COMPACTION_STEPS = 0.5
+"""What moving the cache of the rows that go on costs, in steps of theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,20 +65,21 @@ def decode(
         poll: called once per decoded token; may raise to stop.
     """
     params = requests[0].params
-    cache, hidden, attention, positions = _prefill(body, requests, device)
+    cache, hidden, padding, positions = _prefill(body, requests, device)
     rows = len(requests)
     limits = torch.tensor([request.params.max_tokens for request in requests], device=device)
     stops = torch.tensor(params.stop_token_ids, device=device)
     longest = int(limits.max())
-    width = attention.shape[1]
-    attention = torch.cat([attention, attention.new_ones(rows, longest)], dim=1)
+    mask = _Mask(padding, longest)
     token_ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
     logprobs = torch.zeros(rows, longest, dtype=torch.float32, device=device)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-    # Rows still in the batch, and which of them are still going; the finished ones ride along until a compaction pays.
+    # Rows still in the batch, and which of them are still going. The finished ones ride along until they have cost as
+    # much as moving the others away from them.
     live = torch.arange(rows, device=device)
     going = torch.ones(rows, dtype=torch.bool, device=device)
+    wasted = 0
     noise = _Noise([request.seed for request in requests], device)
 
     for position in range(longest):
@@ -88,15 +94,16 @@ def decode(
         remaining = int(going.sum())
         if remaining == 0:
             break
-        if remaining < COMPACT_BELOW * live.numel():
+        wasted += live.numel() - remaining
+        if wasted > COMPACTION_STEPS * remaining:
             kept = going.nonzero().flatten()
             cache.reorder_cache(kept)
-            live, drawn, going = live[kept], drawn[kept], going[kept]
-            attention, positions = attention[kept], positions[kept]
+            mask.select_rows(kept)
+            live, drawn, going, positions = live[kept], drawn[kept], going[kept], positions[kept]
+            wasted = 0
         # A finished row rides along at its last position: beyond the window there is none.
         positions = positions + going
-        seen = attention[:, : width + position + 1]
-        hidden = _read(body, drawn[:, None], seen, positions[:, None], cache)
+        hidden = _read(body, drawn[:, None], mask.until(position), positions[:, None], cache)
     return _collect(token_ids, logprobs, lengths, stopped)
 
 
@@ -117,12 +124,47 @@ def draw(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tenso
     if params.temperature != 1.0:
         logits = logits / params.temperature
     logits = _truncate(logits, params)
-    logprobs = torch.log_softmax(logits, dim=-1)
-    cumulative = logprobs.double().exp_().cumsum_(dim=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    # right=True: the first id whose cumulative mass exceeds the threshold, so an id of probability 0 is never drawn.
-    chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
-    return chosen.squeeze(1), logprobs.gather(1, chosen).squeeze(1)
+    probabilities = torch.softmax(logits, dim=-1)
+    chosen = _invert(probabilities, uniform[:, None])
+    return chosen.squeeze(1), probabilities.gather(1, chosen).log_().squeeze(1)
+
+
+def _invert(mass: Tensor, uniform: Tensor) -> Tensor:
+    """The first index whose cumulative mass exceeds the share ``uniform`` of the whole.
+
+    A long row is cut into blocks: one is chosen by the blocks' sums, then an index within it by the share that is left. So
+    the cumulative sums, in float64, are over a few hundred numbers each, and the row is read once.
+
+    Args:
+        mass: ``[B, V]``, not negative, with something in each row.
+        uniform: float64 ``[B, 1]`` in [0, 1).
+
+    Returns:
+        int64 ``[B, 1]``; never an index of mass 0.
+    """
+    width = mass.shape[1]
+    blocked = width > UNBLOCKED
+    weights = _block_sums(mass) if blocked else mass
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+    threshold = uniform * cumulative[:, -1:]
+    # right=True: one that exceeds the threshold, not one that reaches it, so mass 0 is never chosen.
+    chosen = torch.searchsorted(cumulative, threshold, right=True)
+    chosen.clamp_(max=weights.shape[1] - 1)
+    if not blocked:
+        return chosen
+    held = weights.gather(1, chosen)
+    left = (threshold - (cumulative.gather(1, chosen) - held)) / held
+    columns = chosen * BLOCK + torch.arange(BLOCK, device=mass.device)
+    inside = mass.gather(1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, 0.0)
+    return chosen * BLOCK + _invert(inside, left.clamp_(0.0, BELOW_ONE))
+
+
+def _block_sums(mass: Tensor) -> Tensor:
+    """float64 ``[B, ceil(V / BLOCK)]``."""
+    whole = mass.shape[1] // BLOCK * BLOCK
+    sums = mass[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1)
+    rest = mass[:, whole:].sum(dim=1, keepdim=True)
+    return torch.cat([sums, rest], dim=1).double()
 
 
 def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -163,34 +205,59 @@ class _Noise:
         return self._block[:, offset]
 
 
+class _Mask:
+    """Which columns of the cache each row may see; None, which is much cheaper, where every row sees all of them."""
+
+    def __init__(self, padding: Tensor | None, longest: int) -> None:
+        self._width = 0 if padding is None else padding.shape[1]
+        self._seen = padding
+        if padding is not None:
+            ones = padding.new_ones(padding.shape[0], longest)
+            self._seen = torch.cat([padding, ones], dim=1)
+
+    def until(self, position: int) -> Tensor | None:
+        """int64 ``[B, T]``: the prompt and the tokens drawn up to this position."""
+        return None if self._seen is None else self._seen[:, : self._width + position + 1]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Make these the rows."""
+        if self._seen is not None:
+            seen = self._seen[rows]
+            self._seen = None if bool(seen.all()) else seen
+
+
 def _prefill(
     body: Any, requests: Sequence[Request], device: torch.device
-) -> tuple[Any, Tensor, Tensor, Tensor]:
+) -> tuple[Any, Tensor, Tensor | None, Tensor]:
     """Run each distinct prompt once, then copy its cache to every request that has it.
 
-    Returns the cache, the last hidden states ``[B, H]``, the attention mask ``[B, T]`` and the last position ids ``[B]``.
+    Returns the cache, the last hidden states ``[B, H]``, the attention mask ``[B, T]`` (None where prompts are equally
+    long) and the last position ids ``[B]``.
     """
-    from transformers import DynamicCache
-
     distinct: dict[tuple[int, ...], int] = {}
     source = [distinct.setdefault(request.prompt_token_ids, len(distinct)) for request in requests]
     prompts = list(distinct)
     width = max(len(prompt) for prompt in prompts)
     # Left padding, so that every row's next token lands in the same column of the cache.
     token_ids = pad_right([prompt[::-1] for prompt in prompts]).flip(1).to(device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    columns = torch.arange(width, device=device)[None, :]
-    attention = (columns >= (width - lengths)[:, None]).long()
-    position_ids = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    cache: Any = DynamicCache(config=body.config)
-    hidden = _read(body, token_ids, attention, position_ids, cache)
+    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    positions = torch.arange(width, device=device)[None, :] - padding[:, None]
+    attention = None
+    if any(len(prompt) < width for prompt in prompts):
+        attention = (positions >= 0).long()
+    longest = max(request.params.max_tokens for request in requests)
+    cache: Any = build_cache(body.config, width + longest)
+    hidden = _read(body, token_ids, attention, positions.clamp(min=0), cache)
     index = torch.tensor(source, device=device)
     if len(prompts) < len(requests):
         cache.reorder_cache(index)
-    return cache, hidden[index], attention[index], position_ids[index, -1]
+    attention = None if attention is None else attention[index]
+    return cache, hidden[index], attention, positions[index, -1]
 
 
-def _read(body: Any, token_ids: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
+def _read(
+    body: Any, token_ids: Tensor, attention: Tensor | None, positions: Tensor, cache: Any
+) -> Tensor:
     """The hidden states ``[B, H]`` after the last of ``token_ids`` ``[B, T]``, which are added to the cache."""
     given: dict[str, Any] = {"attention_mask": attention, "past_key_values": cache}
     if _is_mamba(type(body)):

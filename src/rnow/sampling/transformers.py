@@ -214,7 +214,7 @@ class TransformersSampler:
         yield part
 
     def _row_bytes(self, tokens: int) -> int:
-        logits = 4 * 8 * self._lm.head.vocabulary  # logits, logprobs, and a float64 cumulative sum
+        logits = 32 * self._lm.head.vocabulary  # with what top-p sorts and sums
         return tokens * kv_bytes_per_token(self._lm) + logits
 
 

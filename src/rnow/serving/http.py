@@ -277,7 +277,11 @@ class ServerClient:
 
     def _logprob(self, value: object, position: int) -> float:
         try:
-            number = float(value) if isinstance(value, int | float) else math.nan
+            number = (
+                float(value)
+                if isinstance(value, int | float) and not isinstance(value, bool)
+                else math.nan
+            )
         except OverflowError:  # an integer of hundreds of digits
             number = math.inf
         if not math.isfinite(number):

@@ -5,6 +5,7 @@ Each protocol is a client of its own; ``ScoringClient`` is what they have in com
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from rnow.serving.http import BadAnswer, ServerClient, answer_bytes
 GAVE = "gave {} log-probabilities for {} tokens"
 READ = "read {} tokens where {} were sent"
 _REREAD = "it may have turned the ids into text and read that again, which gives other tokens"
+_SUM_TOLERANCE = 1e-2  # of probabilities that were rounded to bfloat16 or to four digits
+_MAX_ID = 2**31  # above that of any tokenizer
 _BEFORE = "servers are known to put a beginning-of-text token (BOS) before every prompt"
 
 
@@ -116,7 +119,8 @@ class ScoringClient(ServerClient, ABC):
         given: Sequence[Mapping[int, object] | None],
         top_k: int,
     ) -> list[dict[int, float] | None]:
-        """The entries of an answer, judged: as many as tokens, none for the first, the given id in each other one."""
+        """The entries of an answer, judged: as many as tokens, none for the first, the given id in each other one,
+        and nothing that is no id or no part of a distribution."""
         self._check_count(len(given), token_ids, GAVE)
         if given and given[0] is not None:
             raise self._bad(
@@ -135,8 +139,22 @@ class ScoringClient(ServerClient, ABC):
                     f"the server at {self.url} lists {len(entry)} tokens of a position where the {top_k} likeliest "
                     "were asked for"
                 )
-            entries.append({i: self._logprob(value, position) for i, value in entry.items()})
+            entries.append(self._entry(entry, position))
         return entries
+
+    def _entry(self, given: Mapping[int, object], position: int) -> dict[int, float]:
+        """The log-probabilities of one position, by id."""
+        if strange := [i for i in given if not 0 <= i < _MAX_ID]:
+            raise self._bad(
+                f"it lists {self._shown(strange[0])} at {position}, which is no token id"
+            )
+        entry = {i: self._logprob(value, position) for i, value in given.items()}
+        if (total := sum(map(math.exp, entry.values()))) > 1 + _SUM_TOLERANCE:
+            raise self._bad(
+                f"the tokens that it lists at {position} have a probability of {total:.3g} together",
+                why="its log-probabilities are not those of one distribution",
+            )
+        return entry
 
     def _check_count(self, count: object, token_ids: Sequence[int], what: str) -> None:
         """``what``: how to say that ``count`` is not the number of tokens that were sent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from rnow.errors import InputError
 from rnow.plan.prepare import Prepared
 from rnow.serving.client import VllmClient
 from rnow.serving.reach import check_listening
@@ -30,7 +31,12 @@ def _addresses(prepared: Prepared) -> Iterator[tuple[str, str]]:
     for model in prepared.models.values():
         role = model.role
         if role.backend == "vllm" and role.serving.url is not None:
-            yield f"{role.serving_key}.url", VllmClient(role.serving.url).url
+            key = f"{role.serving_key}.url"
+            try:
+                yield key, VllmClient(role.serving.url).url
+            except InputError as error:
+                error.where = key
+                raise
     for entry in prepared.config.rollout.mcp_url:
         for url in parse_address(entry, prepared.project.secrets).urls[:1]:
             yield "rollout.mcp_url", url

@@ -12,7 +12,9 @@ from rnow.config.teachers import TEACHER
 from rnow.disk.folder import RunFolder
 from rnow.errors import RnowError
 from rnow.models.card import CardWatch, ready_card
+from rnow.models.loading import CausalLM
 from rnow.models.shape import build_empty, shape_of
+from rnow.models.sharing import why_separate
 from rnow.plan.memory import ENGINE_ASLEEP
 from rnow.plan.plan import answering_teachers, choose_residencies
 from rnow.plan.prepare import Prepared
@@ -190,6 +192,7 @@ class _Loader:
         await gpu.clear()
         self.stage("loading the student")
         lm = load_model(prepared.student, prepared.rendered)
+        self._tell_of_rows(lm, prepared.student.role)
         if vllm is not None:
             vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm), warn=prepared.warn)
         student = build_student(prepared, lm, self.poll, self.heads, embedded=vllm is None)
@@ -240,6 +243,13 @@ class _Loader:
             async with self.gpu.only(role.part):
                 yield
 
+    def _tell_of_rows(self, lm: CausalLM, role: Role) -> None:
+        """What `rnow check` could not know: with these weights a prompt that several answers share must be computed with each."""
+        if lm.separate and lm.quantization != "int8" and why_separate(lm.model.config) is None:
+            self.prepared.note(
+                f"the {role.name}: prompts are computed once for each answer, since {lm.separate}"
+            )
+
     def _evaluated(self) -> frozenset[str]:
         if not self.prepared.evaluated:
             return frozenset()
@@ -281,6 +291,7 @@ class _Loader:
                     f"the {name} does not fit whole: its layers are read from its files as they are needed"
                 )
             lm = load_model(model, prepared.rendered, cards=cards, streamed=streamed)
+            self._tell_of_rows(lm, model.role)
             teacher = score_with(prepared, lm, self.poll, role=name)
             self.heads[name] = lm.head
             if answers:

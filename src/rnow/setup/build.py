@@ -433,6 +433,7 @@ class _Run:
             every_minutes=self._config.trainer.save_minutes,
             facts=self._facts,
             counters=partial(self._counters, recorder),
+            settle=recorder.settle,
             committed=partial(self._write_facts, saved=True),
         )
         async with backends.gpu.only("trainer"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rnow.config import config_hash, to_dict
+from rnow.config.estimator import has_value_head, kl_estimator
 from rnow.config.teachers import TEACHER, control_of
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.files import sha256_of
@@ -67,6 +68,8 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
         "seed": prepared.config.seed,
         **models,
         "teachers": teachers,
+        "kl_estimator": kl_estimator(prepared.config),
+        "value_head": has_value_head(prepared.config),
         "stop_ids": list(prepared.rendered.stop_ids),
         "tokenizer_hash": tokenizer_hash(trained),
         "dataset_hash": prepared.source and prepared.source.content_hash,

@@ -13,7 +13,7 @@ from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.rewarded import RewardTerm
 from rnow.algorithm.value import Valued, ValueHead
 from rnow.config import Config
-from rnow.config.estimator import kl_estimator
+from rnow.config.estimator import has_value_head, kl_estimator
 from rnow.plan.choices import reads_hidden_states
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import STUDENT
@@ -29,7 +29,7 @@ def build_objective(prepared: Prepared, heads: Mapping[str, Head] = NO_HEADS) ->
             Without the student's an objective with a value head can be described, not trained.
     """
     objective, algorithm = _without_value(prepared, heads), prepared.config.algorithm
-    if algorithm.adv_estimator != "gae" or algorithm.reward_coef == 0:
+    if not has_value_head(prepared.config):
         return objective
     student = heads.get(STUDENT)
     hidden, device = (

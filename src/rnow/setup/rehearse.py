@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +17,8 @@ from rnow.config import Config
 from rnow.core.messages import message_text
 from rnow.disk.files import to_json
 from rnow.disk.folder import check_place
-from rnow.display.terminal import escape_control, shorten
+from rnow.display.conversation import ENDINGS, message_lines, safe_markup
+from rnow.display.terminal import escape_control
 from rnow.errors import InputError, RnowError, StopRequested
 from rnow.models.adapter import TrainedAdapter, find_adapter
 from rnow.models.loading import quiet_libraries
@@ -39,11 +40,9 @@ from rnow.text.redact import Redactor
 from rnow.text.suggest import closest
 from rnow.training.metrics import reward_metrics, rollout_metrics
 from rnow.training.signals import StopFlag
-from rnow.types import EndReason, Message, Prompt, RewardResult, Rollout, RolloutGroup
+from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 
 FOLDER = "rollouts"
-SHOWN = 4000
-"""Characters of a message that are shown; the files have all of it."""
 _ROLLOUT = re.compile(r"rollout_[0-9]+")
 _SAMPLE = re.compile(r"sample_[0-9]+\.json")
 
@@ -315,7 +314,7 @@ def _write(
 def _shown(value: object, redact: Redactor) -> str:
     """Anything as text that is safe on a terminal, in rich's markup; of a long one the beginning."""
     # Redacted first: a cut could leave half of a secret.
-    return escape(escape_control(shorten(str(redact.data(value)), SHOWN)))
+    return safe_markup(redact.data(value))
 
 
 def _conversations(
@@ -328,48 +327,19 @@ def _conversations(
         for rollout in group.rollouts:
             index, reward = rollout.index, rewards.get(rollout.id)
             for message in rollout.messages:
-                yield from _message_lines(message, index, redact)
+                yield from message_lines(message, partial(_shown, redact=redact), f" #{index}")
             total = "" if reward is None else f", reward {reward.total:g}"
             parts = reward.breakdown if reward else {}
             if len(parts) > 1:
                 each = ", ".join(f"{_shown(k, redact)} {value:g}" for k, value in parts.items())
                 total += f" ({each})"
             turns = len(rollout.turns)
-            ending = _ENDINGS[rollout.end_reason]
+            ending = ENDINGS[rollout.end_reason]
             yield f"  [dim]#{index}: {turns} turn{'s' if turns != 1 else ''}, {ending}{total}[/]"
             if rollout.error:
                 yield f"  [red]failed #{index}[/]: {_shown(rollout.error, redact)}"
             for name, error in reward.errors.items() if reward else ():
                 yield f"  [red]reward {_shown(name, redact)}[/]: {_shown(error, redact)}"
-
-
-_ENDINGS: Mapping[EndReason, str] = {
-    "answer": "ended by an answer",
-    "max_turns": "ended by rollout.max_turns",
-    "length": "cut by rollout.max_tokens",
-    "window": "cut by the context window",
-    "failed": "failed",
-}
-
-
-def _message_lines(message: Message, index: int, redact: Redactor) -> Iterator[str]:
-    text = _shown(message.get("content") or "", redact)
-    if message["role"] == "tool":
-        color = "red" if message.get("failed") else "yellow"
-        yield f"  [{color}]{_shown(message.get('name', 'tool'), redact)} #{index}[/] -> {text}"
-        for line in str(message.get("detail") or "").rstrip().split("\n"):
-            if line:
-                yield f"    [dim]{_shown(line, redact)}[/]"
-        return
-    calls = message.get("tool_calls")
-    calls = calls if isinstance(calls, Sequence) else ()
-    if text or not calls:
-        yield f"  [green]{message['role']} #{index}[/]: {text}"
-    for call in calls:
-        function = call["function"]
-        arguments = json.dumps(function["arguments"], ensure_ascii=False)
-        name = _shown(function["name"], redact)
-        yield f"  [green]{message['role']} #{index}[/] calls {name}({_shown(arguments, redact)})"
 
 
 def _table(groups: Sequence[RolloutGroup], rewards: Rewards, redact: Redactor) -> Table:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rnow import progress
-from rnow.algorithm.batching import pad, plan_micro_batches
+from rnow.algorithm.batching import pad
 from rnow.algorithm.head import selected_logprobs
 from rnow.algorithm.records import (
     SAMPLED,
@@ -25,10 +24,11 @@ from rnow.algorithm.records import (
 from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload
-from rnow.models.scoring import default_micro_batch_tokens, hidden_rows
+from rnow.models.scoring import default_micro_batch_tokens, hidden_rows, plan_samples
 from rnow.types import Sample
 
-T = TypeVar("T")
+Pass = tuple[Sequence[Sample], Sequence[int] | None]
+"""The samples of one forward pass, and how many of them each row has."""
 
 
 class TransformersTeacher:
@@ -82,40 +82,36 @@ class TransformersTeacher:
         self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
     ) -> dict[str, Evidence]:
         """``score`` for callers without an event loop."""
-        batches = [
-            [samples[index] for index in indices]
-            for indices in plan_micro_batches(
-                [len(sample.token_ids) for sample in samples], self._micro_batch_tokens
-            )
+        passes: list[Pass] = [
+            ([samples[index] for index in part.indices], part.per_row)
+            for part in plan_samples(self.lm, samples, self._micro_batch_tokens)
         ]
-        if self.lm.layers is not None:  # which pass by once for all of them
-            return self._score_or_halve(batches, needs)
+        if self.lm.layers is not None:  # which come by once for all of them
+            return self._score_or_halve(passes, needs)
         evidence: dict[str, Evidence] = {}
-        for batch in batches:
+        for one in passes:
             progress.moved()
             self._poll()
-            evidence.update(self._score_or_halve([batch], needs))
+            evidence.update(self._score_or_halve([one], needs))
         return evidence
 
-    def _score_or_halve(
-        self, batches: Sequence[Sequence[Sample]], needs: TeacherNeeds
-    ) -> dict[str, Evidence]:
-        """Score batches together, or where memory is too small for that, one half of them after the other."""
-        if not batches:
+    def _score_or_halve(self, passes: Sequence[Pass], needs: TeacherNeeds) -> dict[str, Evidence]:
+        """Score passes together, or where memory is too small for that one half of them after the other."""
+        if not passes:
             return {}
         try:
-            return self._score_micro_batches(batches, needs)
+            return self._score_passes(passes, needs)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
-            if len(batches) == len(batches[0]) == 1:
-                tokens = len(batches[0][0].token_ids)
-                raise out_of_memory("teacher scoring", tokens, error) from error
+            samples, _ = passes[0]
+            if len(passes) == len(samples) == 1:
+                raise out_of_memory("teacher scoring", len(samples[0].token_ids), error) from error
         torch.cuda.empty_cache()
-        first, second = (
-            _halves(batches) if len(batches) > 1 else ([half] for half in _halves(batches[0]))
-        )
-        return self._score_or_halve(first, needs) | self._score_or_halve(second, needs)
+        evidence: dict[str, Evidence] = {}
+        for half in _halves(passes):
+            evidence |= self._score_or_halve(half, needs)
+        return evidence
 
     async def sleep(self) -> None:
         """Move the weights to main memory, quantised ones as they are."""
@@ -154,18 +150,14 @@ class TransformersTeacher:
         )
         return [None, *sampled_logprobs(self.score_now([sample])["given"]).tolist()]
 
-    def _score_micro_batches(
-        self, batches: Sequence[Sequence[Sample]], needs: TeacherNeeds
-    ) -> dict[str, Evidence]:
-        """All bodies first: where the layers are streamed they pass by once."""
-        padded = [pad(batch, self.lm.device) for batch in batches]
-        hidden = self.lm.run(
-            [partial(hidden_rows, self.lm, tokens) for tokens in padded], self._poll
-        )
+    def _score_passes(self, passes: Sequence[Pass], needs: TeacherNeeds) -> dict[str, Evidence]:
+        """The bodies first, then the heads."""
+        padded = [pad(samples, self.lm.device, per_row) for samples, per_row in passes]
+        bodies = [partial(hidden_rows, self.lm, tokens) for tokens in padded]
         evidence: dict[str, Evidence] = {}
-        for rows, tokens in zip(hidden, padded, strict=True):
+        for hidden, tokens in zip(self.lm.run(bodies, self._poll), padded, strict=True):
             progress.moved()
-            found = self._evidence(rows, tokens, needs)
+            found = self._evidence(hidden, tokens, needs)
             evidence.update(zip(tokens.sample_ids, found, strict=True))
         return evidence
 
@@ -183,7 +175,9 @@ class TransformersTeacher:
             return
         head, targets = self.lm.head, tokens.targets.to(self.lm.head.weight.device)
         if not needs.top_k:
-            scored = selected_logprobs(hidden, head, targets, temperature=self._temperature)
+            scored = selected_logprobs(
+                hidden, head, targets, temperature=self._temperature, entropy=False
+            )
             for values in split(scored.logprobs.float()):
                 yield SampledEvidence(teacher_logprobs=values)
             return
@@ -193,6 +187,20 @@ class TransformersTeacher:
             yield TopKEvidence(teacher_logprobs=selected, ids=ids, logprobs=logprobs)
 
 
-def _halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    middle = len(items) // 2
-    return items[:middle], items[middle:]
+def _halves(passes: Sequence[Pass]) -> Iterator[Sequence[Pass]]:
+    """Half of the passes each; of a single one half of its rows, or of the samples of a single row."""
+    if len(passes) > 1:
+        middle = len(passes) // 2
+        yield passes[:middle]
+        yield passes[middle:]
+        return
+    ((samples, per_row),) = passes
+    if per_row is None or len(per_row) == 1:
+        cut = len(samples) // 2
+        yield [(samples[:cut], per_row and [cut])]
+        yield [(samples[cut:], per_row and [len(samples) - cut])]
+        return
+    middle = len(per_row) // 2
+    cut = sum(per_row[:middle])
+    yield [(samples[:cut], per_row[:middle])]
+    yield [(samples[cut:], per_row[middle:])]

@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from rnow.algorithm.batching import evidence_tensors
 from rnow.algorithm.records import StepData
 
+_SAME = (
+    "the student gives its tokens the probabilities that its reference gives them",
+    "in distill, name another model at teacher.path",
+)
+
 
 def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
     """Why every gradient of a step was zero, and what to do about it."""
@@ -21,16 +26,14 @@ def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
             facts.append("all rollouts of each group have the same reward")
             fixes.append(
                 "let rewards differ between answers to one prompt, choose prompts of another difficulty, or raise "
-                "data.group_size; the last file of transcripts/ shows the answers"
+                "data.group_size; `rnow rollouts NAME` shows the answers"
             )
         if metrics.get("teacher_kl") == 0.0:
-            facts.append(
-                "the student gives its tokens the probabilities that its reference gives them"
-            )
-            fixes.append("in distill, name another model at teacher.path")
+            facts.append(_SAME[0])
+            fixes.append(_SAME[1])
         return (
             ", and ".join(facts) or "no token has an advantage",
-            "; ".join(fixes) or "look at the last file of transcripts/, and try `rnow test`",
+            "; ".join(fixes) or "look at `rnow rollouts NAME`, and try `rnow test`",
         )
     if metrics.get("clip_fraction", 0.0) > 0.0:
         return (
@@ -38,6 +41,8 @@ def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
             "give sampler and student the same dtype and quantization, or raise algorithm.clip_ratio_low and "
             "algorithm.clip_ratio_high",
         )
+    if metrics.get("teacher_kl") == 0.0:  # of an objective without advantages
+        return _SAME
     return (
         "the gradient is smaller than the student's number format can hold",
         "set model.dtype: float32 or bfloat16",
@@ -52,7 +57,7 @@ def why_skipped(
         errors = [r.error for group in data.groups for r in group.rollouts if r.error]
         return (
             next(iter(errors), None),
-            "look at the last file of transcripts/, and try `rnow test`",
+            "look at `rnow rollouts NAME`, and try `rnow test`",
         )
     if broken:
         role, count = broken.most_common(1)[0]

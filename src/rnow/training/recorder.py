@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rnow.algorithm.records import StepData, UpdateResult
@@ -77,7 +78,12 @@ class Recorder:
         self.completion_tokens = 0
 
     def clock(self) -> StageClock:
-        """A clock for one step that also tells the display what is happening."""
+        """A clock for the step that begins, which also tells the display what is happening.
+
+        Raises:
+            OSError: the transcript of an earlier step could not be written; training on would lose more.
+        """
+        self._transcripts.check()
         return StageClock(self._display.stage)
 
     def forget_after(self, step: int) -> None:
@@ -114,6 +120,7 @@ class Recorder:
 
         Raises:
             RnowError: the third step in a row brought no finite update.
+            OSError: the transcript of an earlier step could not be written. That of this one is written beside the next.
         """
         metrics = dict(update.metrics) | reward_metrics(data.groups, data.rewards)
         metrics |= rollout_metrics(data.groups, agentic=self._agentic)
@@ -254,7 +261,17 @@ class Recorder:
         """Warn the user of something."""
         self._display.warn(text)
 
+    def settle(self) -> None:
+        """Wait until the transcripts of all steps are on the disk.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        self._transcripts.settle()
+
     def close(self, patience: float) -> None:
-        """Close the sinks, each within ``patience`` seconds."""
+        """Let the last transcript be written and close the sinks, each within ``patience`` seconds."""
+        with suppress(OSError):  # whatever ends the run was there first
+            self._transcripts.settle(patience)
         for sink in self._sinks:
             sink.close(patience)

@@ -26,6 +26,7 @@ class Saver:
         every_minutes: save at the first step that ends so long after the last save.
         facts: what every checkpoint states about the run (config, ids, hashes, versions), JSON-ready.
         counters: totals to carry over a resume, e.g. completion tokens.
+        settle: called before each checkpoint; returns when what the steps left is on the disk, or raises.
         committed: called after each checkpoint.
     """
 
@@ -39,6 +40,7 @@ class Saver:
         every_minutes: float,
         facts: Mapping[str, Any],
         counters: Callable[[], Mapping[str, float]],
+        settle: Callable[[], None] = lambda: None,
         committed: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
@@ -48,6 +50,7 @@ class Saver:
         self._every_seconds = every_minutes * 60
         self._facts = facts
         self._counters = counters
+        self._settle = settle
         self._committed = committed
         self._saved_step = 0
         self._finished = 0
@@ -112,6 +115,7 @@ class Saver:
         """Commit a checkpoint of the state after ``step`` steps, unless it is committed already."""
         if step > 0 and step == self._saved_step:
             return
+        self._settle()
         policy = self._policy.state_dict()
         self._store.save(
             step,
