@@ -36,7 +36,7 @@ def work(dry: bool) -> list[dict[str, Any]]:
         lm = load_causal_lm(Path(folder) / "m", vocabulary=ids, dtype=dtype, device=device)
     policy = LoraPolicy(
         lm, rank=32, alpha=64, seed=0, base_name="random", objective=PolicyGradient(),
-        optimizer=OptimizerSettings(), micro_batch_tokens=rows * length, gradient_checkpointing=True,
+        optimizer=OptimizerSettings(), micro_batch_tokens=rows * length, recomputed_layers=None,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     samples = []

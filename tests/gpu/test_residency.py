@@ -65,7 +65,7 @@ def make_policy(folder: Path, quantization: str = "none") -> LoraPolicy:
         base_name="random",
         objective=PolicyGradient(),
         optimizer=OptimizerSettings(learning_rate=1e-3),
-        gradient_checkpointing=True,
+        recomputed_layers=None,
     )
     shift(policy, 0.02)
     return policy

@@ -90,7 +90,7 @@ def test_a_bfloat16_base_trains_a_float32_adapter(
     tiny_model_dir: MakeDir, quantization: str
 ) -> None:
     lm = load(tiny_model_dir(), dtype=torch.bfloat16, quantization=quantization)
-    policy = make_policy(lm, gradient_checkpointing=True)
+    policy = make_policy(lm, recomputed_layers=None)
     base = {
         name: parameter.detach().clone()
         for name, parameter in policy.model.named_parameters()

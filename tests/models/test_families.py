@@ -136,7 +136,9 @@ def noisy(family: str) -> dict[str, float]:
 def test_sampler_teacher_and_trainer_are_the_plain_forward(family: str, tmp_path: Path) -> None:
     lm = load(save(family, tmp_path, **noisy(family)))
     sampler = TransformersSampler.for_student(lm)
-    policy = build_policy(lm, gradient_checkpointing=lm.model.supports_gradient_checkpointing)
+    policy = build_policy(
+        lm, recomputed_layers=None if lm.model.supports_gradient_checkpointing else 0
+    )
     sampler.load_policy(policy.adapter(), version=0)
 
     asked = prompts()

@@ -54,6 +54,7 @@ class Case:
         self.buffer = buffer
         self.folder = make_model(max_position_embeddings=1024, **shape)
         self.vocabulary: int = shape["vocab_size"]
+        self.layers: int = shape["num_hidden_layers"]
 
     def load(self) -> CausalLM:
         return load_causal_lm(
@@ -65,7 +66,7 @@ class Case:
         lm: CausalLM,
         stage: str,
         *,
-        checkpointing: bool = False,
+        recomputed: int = 0,
         hidden_states: bool = False,
         shared: int = 0,
     ) -> int:
@@ -86,7 +87,7 @@ class Case:
             completion_tokens=self.tokens - shared if shared else NEW,
             window=self.tokens,
             micro_batch_tokens=ROWS * self.tokens,
-            gradient_checkpointing=checkpointing,
+            recomputed_layers=recomputed,
             cache_budget=10**12,
             head_tile=self.buffer,
             head_kept=self.buffer,
@@ -180,26 +181,37 @@ def policy_of(case: Case, lm: CausalLM, objective: Objective, **settings: Any) -
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_update(case: Case, checkpointing: bool) -> None:
-    lm = case.load()
-    planned = case.planned(lm, "update", checkpointing=checkpointing)
+RECOMPUTED = {
+    "none": lambda layers: 0,
+    "one": lambda layers: 1,
+    "half": lambda layers: layers // 2,
+    "all but one": lambda layers: layers - 1,
+    "all": lambda layers: layers,
+}
+
+
+@pytest.fixture(params=["none", "half", "all"])
+def recomputed(request: pytest.FixtureRequest, case: Case) -> int:
+    return RECOMPUTED[request.param](case.layers)
+
+
+@pytest.mark.parametrize("which", RECOMPUTED)
+def test_the_update(case: Case, which: str) -> None:
+    lm, recomputed = case.load(), RECOMPUTED[which](case.layers)
+    planned = case.planned(lm, "update", recomputed=recomputed)
     objective = PolicyGradient(reward_coef=1.0)
-    policy = policy_of(case, lm, objective, gradient_checkpointing=checkpointing)
+    policy = policy_of(case, lm, objective, recomputed_layers=recomputed)
     batch = case.batch()
     policy.update(batch)  # the optimizer's state is there from the second on
     check(planned, peak_bytes(lambda: policy.update(batch)))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_update_of_a_group_that_shares_its_prompt(case: Case, checkpointing: bool) -> None:
+def test_the_update_of_a_group_that_shares_its_prompt(case: Case, recomputed: int) -> None:
     lm, shared = case.load(), 3 * case.tokens // 4
-    planned = case.planned(lm, "update", checkpointing=checkpointing, shared=shared)
-    policy = policy_of(
-        case, lm, PolicyGradient(reward_coef=1.0), gradient_checkpointing=checkpointing
-    )
+    planned = case.planned(lm, "update", recomputed=recomputed, shared=shared)
+    policy = policy_of(case, lm, PolicyGradient(reward_coef=1.0), recomputed_layers=recomputed)
     batch = case.batch(shared)
-    assert planned < case.planned(lm, "update", checkpointing=checkpointing)
+    assert planned < case.planned(lm, "update", recomputed=recomputed)
     policy.update(batch)
     check(planned, peak_bytes(lambda: policy.update(batch)))
 
@@ -216,9 +228,9 @@ def test_scoring_a_group_that_shares_its_prompt(case: Case) -> None:
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
 def test_the_update_with_the_whole_distribution(case: Case, divergence: Any) -> None:
     lm, teacher = case.load(), case.load()
-    planned = case.planned(lm, "update", checkpointing=True, hidden_states=True)
+    planned = case.planned(lm, "update", recomputed=case.layers, hidden_states=True)
     objective = ExactDivergence(heads={"teacher": teacher.head}, divergence=divergence)
-    policy = policy_of(case, lm, objective, gradient_checkpointing=True)
+    policy = policy_of(case, lm, objective, recomputed_layers=None)
     samples = [item.sample for item in case.batch().samples]
 
     def step() -> None:

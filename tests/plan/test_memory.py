@@ -69,7 +69,7 @@ def settings_of(
         completion_tokens=4096,
         window=32768,
         micro_batch_tokens=16384,
-        gradient_checkpointing=True,
+        recomputed_layers=36,
         cache_budget=20 * GB,
         head_tile=256 * 2**20,
         head_kept=256 * 2**20,
@@ -196,14 +196,14 @@ def test_no_head_buffer_grows_with_the_tokens_times_vocabulary() -> None:
 
 
 def test_advice_is_sorted_and_true() -> None:
-    settings = settings_of(gradient_checkpointing=False)
+    settings = settings_of(recomputed_layers=0)
     advice = savings(settings, "cpu")
     before = peak(memory_parts(settings))[0]
     peaks = [after for _, after in advice]
     assert peaks == sorted(peaks)
     assert all(after < before for after in peaks)
     named = dict(advice)
-    checkpointed = replace(settings, gradient_checkpointing=True)
+    checkpointed = replace(settings, recomputed_layers=36)
     assert named["trainer.gradient_checkpointing: true"] == peak(memory_parts(checkpointed))[0]
     assert "teacher.quantization: nf4" in named
     assert "model.quantization: nf4" not in named
@@ -249,11 +249,11 @@ def test_activations_cover_what_autograd_keeps(
         prompt_tokens=64,
         completion_tokens=64,
         micro_batch_tokens=tokens,
-        gradient_checkpointing=checkpointing,
+        recomputed_layers=layers if checkpointing else 0,
     )
     estimate = sizes(settings)["student activations"]
     if checkpointing:  # one layer is recomputed at a time, on top of what the whole pass keeps
-        whole = sizes(replace(settings, gradient_checkpointing=False))["student activations"]
+        whole = sizes(replace(settings, recomputed_layers=0))["student activations"]
         measured += whole / layers / 1.3
     assert measured <= estimate <= 1.7 * measured
 

@@ -170,12 +170,37 @@ def test_a_plan_that_does_not_fit_says_what_to_change(
 ) -> None:
     assert plan_of(models).fits
     assert plan_of(models).devices[0].advice == ()
-    plan = plan_of(models, device=CRAMPED)
+    plan = plan_of(models, device=CRAMPED, trainer={"gradient_checkpointing": False})
     assert not plan.fits
     assert not plan.devices[0].fits
     assert any(
         line.startswith("trainer.gradient_checkpointing: true") for line in plan.devices[0].advice
     )
+
+
+def test_as_few_layers_are_recomputed_as_fit(models: tuple[ResolvedModel, ResolvedModel]) -> None:
+    def plan(free: int, wanted: Any = "auto") -> Plan:
+        device = replace(ROOMY, free_bytes=free)
+        settings = {"gradient_checkpointing": wanted, "micro_batch_tokens": 4096}
+        return plan_of(models, device=device, trainer=settings, teacher={"residency": "resident"})
+
+    roomy = ROOMY.free_bytes
+    none, some, everything = plan(roomy), plan(roomy, False), plan(roomy, True)
+    assert none.recomputed_layers == some.recomputed_layers == 0
+    assert none.devices[0].parts == some.devices[0].parts
+    assert everything.recomputed_layers == everything.layers == 2
+    assert "activations of 2 of 2 layers" in shown(everything)
+    # One of two costs least: its own activations are needed when the other's are no longer there.
+    tight = plan(none.devices[0].peak_bytes - 1)
+    assert tight.fits
+    assert tight.recomputed_layers == 1
+    assert "activations of 1 of 2 layers" in shown(tight)
+    assert tight.devices[0].peak_bytes < none.devices[0].peak_bytes
+    assert not plan(none.devices[0].peak_bytes - 1, False).fits, "the config says none"
+    assert plan(everything.devices[0].peak_bytes, True).recomputed_layers == 2
+    hopeless = plan(tight.devices[0].peak_bytes // 4)
+    assert not hopeless.fits
+    assert hopeless.recomputed_layers == 2, "all that can be done"
 
 
 def test_only_what_is_always_held_makes_a_plan_hopeless(
@@ -306,7 +331,8 @@ def test_a_large_card_holds_all_at_once(on_a_card: Callable[..., Plan]) -> None:
     assert card.peaks["resident"] >= 0.35 * 24e9
     text = shown(on_a_card(24))
     assert "student vLLM KV cache" in text
-    assert "all at once (residency: resident): 9.2 GB, fits  <- chosen" in text
+    assert "recomputed      no activations" in text
+    assert "all at once (residency: resident): 9.3 GB, fits  <- chosen" in text
     assert "in turns (residency: time_shared): 19.9 GB, fits" in text
     assert "all at once with teacher.quantization: nf4: 9.2 GB, fits" in text
 
@@ -593,7 +619,13 @@ def shown(plan: Plan, width: int = 80) -> str:
 def test_the_view_fits_its_width(
     models: tuple[ResolvedModel, ResolvedModel], width: int, device: DeviceInfo
 ) -> None:
-    text = shown(plan_of(models, device=device, run_dir=Path("runs/first")), width)
+    plan = plan_of(
+        models,
+        device=device,
+        run_dir=Path("runs/first"),
+        trainer={"gradient_checkpointing": False},
+    )
+    text = shown(plan, width)
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     assert "…" not in text
     assert " MB" in text
@@ -616,7 +648,7 @@ def test_the_view_says_for_whom_a_prompt_is_computed_once(
     assert "computed once (student, teacher)" in shown(plan)
     why = "its attention goes by distances"
     teacher = replace(plan.models["teacher"], separate=why)
-    apart = shown(replace(plan, models={**plan.models, "teacher": teacher}))
+    apart = shown(replace(plan, models={**plan.models, "teacher": teacher}), 120)
     assert f"computed once (student); once for each answer (teacher): {why}" in apart
     served = replace(teacher, separate=None)
     alone = shown(replace(plan, models={**plan.models, "teacher": served}))

@@ -247,11 +247,11 @@ def test_the_policy_trains_as_with_pefts_layers(
             policy.update(batch)
         return dict(policy.adapter().tensors)
 
-    ours = make_policy(gradient_checkpointing=checkpointing)
+    ours = make_policy(recomputed_layers=None if checkpointing else 0)
     layers = [m for m in ours.model.modules() if isinstance(m, PeftLinear)]
     assert layers
     assert all(type(layer).__name__ == "FusedLinear" for layer in layers)
-    theirs = make_policy(gradient_checkpointing=checkpointing)
+    theirs = make_policy(recomputed_layers=None if checkpointing else 0)
     for module in theirs.model.modules():
         if isinstance(module, PeftLinear):
             module.__class__ = PeftLinear

@@ -215,7 +215,7 @@ def test_gradient_checkpointing_changes_memory_only(
 ) -> None:
     model = {"attention_dropout": dropout}
     plain = make_policy(objective=MIXED, model=model)
-    checkpointed = make_policy(objective=MIXED, model=model, gradient_checkpointing=True)
+    checkpointed = make_policy(objective=MIXED, model=model, recomputed_layers=None)
     forwards = [0]
     layer = checkpointed.lm.body.layers[0]
     layer.self_attn.register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
@@ -230,9 +230,7 @@ def test_every_number_of_recomputed_layers_gives_the_same_bits(make_policy: Make
     model, batch = {"num_hidden_layers": 4}, make_batch()
     plain = gradients(make_policy(objective=MIXED, model=model), batch)
     for layers in (0, 1, 3, 4, None):
-        policy = make_policy(
-            objective=MIXED, model=model, gradient_checkpointing=True, recomputed_layers=layers
-        )
+        policy = make_policy(objective=MIXED, model=model, recomputed_layers=layers)
         forwards = [0] * 4
         for index, layer in enumerate(policy.lm.body.layers):
             layer.self_attn.register_forward_hook(

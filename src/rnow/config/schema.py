@@ -489,7 +489,11 @@ class TrainerSection(Section):
     )
     gradient_checkpointing: Annotated[
         Literal["auto", True, False], BeforeValidator(auto_or_bool)
-    ] = key("auto", "Recompute activations to save memory; `auto` does on a GPU.", change="free")
+    ] = key(
+        "auto",
+        "Recompute activations in the backward pass to save memory: in all layers, in none or, with `auto`, in as few as fit.",
+        change="free",
+    )
     weight_decay: AtLeast0 = key(0.0, "AdamW's weight decay.")
     adam_beta1: Fraction = key(0.9, "AdamW's first beta.")
     adam_beta2: Fraction = key(0.95, "AdamW's second beta.")

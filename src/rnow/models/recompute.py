@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
+
+Recomputes = Literal["any number", "all or none", "none"]
 
 
 def recomputing(model: nn.Module, layers: int | None) -> list[nn.Module]:
@@ -19,13 +21,20 @@ def recomputing(model: nn.Module, layers: int | None) -> list[nn.Module]:
         return marked
     if layers == 0:
         return []
-    blocks = checkpointing_layers(model)
+    blocks = _layers(model)
     kept = set(map(id, blocks[layers:]))
     return [module for module in marked if id(module) not in kept]
 
 
-def checkpointing_layers(model: Any) -> list[nn.Module]:
-    """The layers of a transformers causal LM, in their order, where each can be checkpointed by itself; else none."""
+def what_recomputes(model: Any) -> Recomputes:
+    """How many layers of a transformers causal LM, from the first on, can."""
+    if not model.supports_gradient_checkpointing:
+        return "none"
+    return "any number" if _layers(model) else "all or none"
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """Its layers in their order, where each can be checkpointed by itself; else none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -12,6 +12,7 @@ from torch import nn
 from rnow.errors import ModelError
 from rnow.models.families import UNSAMPLED, UNSTREAMED, check_family
 from rnow.models.parts import layer_parameters, linear_layers, output_layer, routes_tokens
+from rnow.models.recompute import Recomputes, what_recomputes
 from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
 from rnow.models.sharing import why_separate
@@ -36,6 +37,7 @@ class ModelShape:
         unstreamed: why they cannot; None where they can.
         query_width: values of one token's queries in one layer.
         separate: why each sample has a row of its own when it scores or is trained; empty where samples share them.
+        recomputes: which layers can compute their activations again in the backward pass.
     """
 
     architecture: str
@@ -52,6 +54,7 @@ class ModelShape:
     unstreamed: str | None = "it has no list of decoder layers"
     query_width: int = 0
     separate: str = ""
+    recomputes: Recomputes = "any number"
 
     @property
     def linear_parameters(self) -> int:
@@ -141,6 +144,7 @@ def shape_of(model: Any) -> ModelShape:
         else "it has no list of decoder layers",
         query_width=_query_width(config),
         separate=why_separate(model.config) or "",
+        recomputes=what_recomputes(model),
     )
 
 

@@ -159,7 +159,8 @@ class MemorySettings:
         completion_tokens: the longest answer.
         window: no sequence is longer.
         micro_batch_tokens: tokens of one forward and backward pass, if a single sequence is not longer.
-        gradient_checkpointing: activations are recomputed, only block inputs are kept.
+        recomputed_layers: of so many layers, from the first on, the update keeps the input only, and computes the activations
+            again.
         cache_budget: bytes of the sampler's caches in one sub-batch.
         head_tile: bytes of one tile of logits.
         head_kept: bytes of one chunk of logits, where a chunk is held until its last tile.
@@ -175,7 +176,7 @@ class MemorySettings:
     completion_tokens: int
     window: int
     micro_batch_tokens: int
-    gradient_checkpointing: bool
+    recomputed_layers: int
     cache_budget: int
     head_tile: int
     head_kept: int
@@ -464,9 +465,10 @@ def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySetting
             yield f"{model.role.key}.residency: streamed", _with_streamed(settings, role)
         if model.quantization != "nf4" and not model.own_base:
             yield f"{model.role.key}.quantization: nf4", with_nf4(settings, role)
-    if not settings.gradient_checkpointing:
-        checkpointed = replace(settings, gradient_checkpointing=True)
-        yield "trainer.gradient_checkpointing: true", checkpointed
+    shape = settings.student.shape
+    if not settings.recomputed_layers and shape.recomputes != "none":
+        recomputed = replace(settings, recomputed_layers=shape.layers)
+        yield "trainer.gradient_checkpointing: true", recomputed
     if settings.update_pass.tokens > settings.sequence_tokens:
         tokens = max(settings.sequence_tokens, settings.update_pass.tokens // 4)
         yield f"trainer.micro_batch_tokens: {tokens}", replace(settings, micro_batch_tokens=tokens)
@@ -503,8 +505,10 @@ def _training_activations(settings: MemorySettings) -> float:
     size = settings.update_pass
     if size.mask_width:
         kept += shape.layers * _repeated(settings.student)
-    if settings.gradient_checkpointing:
-        kept = kept / shape.layers + shape.layers * shape.hidden * width
+    if again := settings.recomputed_layers:
+        # Of those one is there at a time, and only once the others were worked off.
+        kept *= max(1, shape.layers - again) / shape.layers
+        kept += again * shape.hidden * width
     return kept * size.tokens + size.mask_bytes
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, cpu_tile_bytes
+from rnow.config import Config
 from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
 from rnow.models.loading import choose_device
@@ -134,7 +136,8 @@ class Plan:
     """Counts are totals of the run unless named per step; sizes are bytes.
 
     ``models`` is by role, the student first; ``judged`` how many of the prompts each teacher judges; ``longest_told`` the
-    longest prompt that a teacher reads in other words than the student, 0 without any. ``completion_tokens`` is the longest
+    longest prompt that a teacher reads in other words than the student, 0 without any. ``recomputed_layers`` of the student's
+    ``layers`` keep no activations for the backward pass. ``completion_tokens`` is the longest
     answer, ``max_total_tokens`` what all answers together cannot exceed.
     """
 
@@ -162,6 +165,8 @@ class Plan:
     stop_ids: tuple[int, ...]
     stop_texts: tuple[str, ...]
     trainable_parameters: int
+    recomputed_layers: int
+    layers: int
     devices: tuple[DevicePlan, ...]
     checkpoint_bytes: int
     checkpoints_bytes: int
@@ -213,9 +218,9 @@ def build_plan(
     data, trainer = config.data, config.trainer
     per_step = data.batch_size * data.group_size
     rollouts = prepared.num_steps * per_step
-    layout, planned = _where_it_fits(
-        _layout(prepared, known=devices or {}), may_take_turns(prepared)
-    )
+    turns = may_take_turns(prepared)
+    layout, planned = _where_it_fits(_layout(prepared, known=devices or {}), turns)
+    layout, planned = _fewest_recomputed(layout, turns, planned)
     completion = layout.completion
     checkpoint = layout.adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
@@ -243,6 +248,8 @@ def build_plan(
         stop_ids=rendered.stop_ids,
         stop_texts=tuple(rendered.tokenizer.decode([token]) for token in rendered.stop_ids),
         trainable_parameters=layout.adapter,
+        recomputed_layers=layout.recomputed,
+        layers=layout.shapes[STUDENT].layers,
         devices=planned,
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),  # and the next
@@ -370,11 +377,12 @@ def may_take_turns(prepared: Prepared) -> frozenset[Part]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residencies:
-    """What of a run is not in its place all the time: the parts that take turns on a card, and the teachers, by role, whose
-    layers are streamed."""
+    """What of a run is not in its place all the time: the parts that take turns on a card, the teachers, by role, whose
+    layers are streamed, and how many of the student's layers compute their activations again in the backward pass."""
 
     turns: frozenset[Part] = frozenset()
     streamed: frozenset[str] = frozenset()
+    recomputed: int = 0
 
 
 def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
@@ -385,13 +393,11 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
         ModelError: a teacher cannot be streamed.
     """
     turns = may_take_turns(prepared)
-    if not turns and not teachers_of(prepared.models):
-        return Residencies()
     plan = build_plan(prepared, run_dir=run_dir)
     streamed = frozenset(name for name, model in plan.models.items() if model.streaming)
     shared = plan.devices[0]
     if not turns or shared.residency == "resident":
-        return Residencies(streamed=streamed)
+        return Residencies(streamed=streamed, recomputed=plan.recomputed_layers)
     if not shared.host_suffices:
         raise ConfigError(
             "what sleeps while the parts of the run take turns does not fit main memory",
@@ -399,7 +405,7 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
             why=f"it needs {format_bytes(shared.host_bytes)}, and {format_bytes(shared.host_free_bytes)} are free",
             fix=HOST_FIX,
         )
-    return Residencies(turns=turns, streamed=streamed)
+    return Residencies(turns=turns, streamed=streamed, recomputed=plan.recomputed_layers)
 
 
 def _completion_tokens(prepared: Prepared) -> int:
@@ -451,7 +457,8 @@ def _why_separate(model: RunModel, shape: ModelShape) -> str | None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
     """What the plans of all devices are made from. ``adapter`` is what the student trains, ``placed`` the device of each
-    role's model, ``known`` the memory of some devices, ``streamed`` the roles whose layers are read while they score."""
+    role's model, ``known`` the memory of some devices, ``streamed`` the roles whose layers are read while they score,
+    ``recomputed`` how many layers of the student compute their activations again."""
 
     prepared: Prepared
     shapes: Mapping[str, ModelShape]
@@ -459,6 +466,7 @@ class _Layout:
     placed: Mapping[str, str]
     known: Mapping[str, DeviceInfo]
     streamed: frozenset[str]
+    recomputed: int
 
     @property
     def completion(self) -> int:
@@ -489,7 +497,39 @@ def _layout(prepared: Prepared, *, known: Mapping[str, DeviceInfo]) -> _Layout:
         placed={n: _placement(m.role, prepared.cards) for n, m in prepared.models.items()},
         known=known,
         streamed=asked_to_stream(prepared.models, shapes),
+        recomputed=_most_recomputed(prepared.config, shapes[STUDENT]),
     )
+
+
+def _most_recomputed(config: Config, shape: ModelShape) -> int:
+    wanted = config.trainer.gradient_checkpointing
+    if wanted is False or (wanted == "auto" and shape.recomputes == "none"):
+        return 0
+    return shape.layers
+
+
+def _fewest_recomputed(
+    layout: _Layout, turns: frozenset[Part], devices: tuple[DevicePlan, ...]
+) -> tuple[_Layout, tuple[DevicePlan, ...]]:
+    """With as few layers recomputed as fit where the config leaves it open: each costs a forward pass of its own. What is where
+    does not change for it."""
+    student, most = devices[0], layout.recomputed
+    if layout.prepared.config.trainer.gradient_checkpointing != "auto" or not student.fits:
+        return layout, devices
+    by_layer = layout.shapes[STUDENT].recomputes == "any number"
+
+    def planned(number: int) -> tuple[_Layout, tuple[DevicePlan, ...]]:
+        changed = replace(layout, recomputed=number)
+        return changed, _device_plans(changed, turns)
+
+    def fits(number: int) -> bool:
+        first = planned(number)[1][0]
+        return first.fits and first.residency == student.residency
+
+    found = bisect_left(range(most) if by_layer else range(min(1, most)), True, key=fits)
+    if not by_layer and found:
+        return layout, devices
+    return planned(found) if found < most else (layout, devices)
 
 
 def _where_it_fits(
@@ -548,7 +588,6 @@ def _settings(
     if config.sampler.batch_memory_gb is not None:
         cache = int(config.sampler.batch_memory_gb * 1e9)
     tokens = config.trainer.micro_batch_tokens
-    checkpointing = config.trainer.gradient_checkpointing
     return MemorySettings(
         models={
             name: _model_memory(layout, model, infos, time_shared=time_shared)
@@ -563,7 +602,7 @@ def _settings(
         completion_tokens=layout.completion,
         window=rendered.window,
         micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
-        gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
+        recomputed_layers=layout.recomputed,
         cache_budget=cache,
         head_tile=GPU_BUFFER_BYTES if on_gpu else cpu_tile_bytes(),
         head_kept=GPU_BUFFER_BYTES if on_gpu else CPU_BUFFER_BYTES,

@@ -61,6 +61,13 @@ def _facts(plan: Plan) -> Table:
         "trainable",
         f"{_count(plan.trainable_parameters)} LoRA parameters ({share:.2%} of the student)",
     )
+    again = plan.recomputed_layers
+    row(
+        "recomputed",
+        f"activations of {again:,} of {plan.layers:,} layers, in the backward pass"
+        if again
+        else "no activations",
+    )
     row("shared prompts", _shared(plan))
     if plan.signal:
         row("signal", plan.signal)

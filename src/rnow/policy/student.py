@@ -67,9 +67,8 @@ class LoraPolicy:
         targets: the layers it changes, as ``lora_config`` takes them.
         micro_batch_tokens: padded tokens per forward/backward pass; from the device when None. It changes memory and
             speed, not the gradient: that is normalised by the loss tokens of the whole batch.
-        gradient_checkpointing: recompute activations in the backward pass.
-        recomputed_layers: of the first so many layers only (``rnow.models.recompute``); None is all of them. No gradient depends
-            on it.
+        recomputed_layers: so many layers, from the first on, compute their activations again in the backward pass instead of keeping
+            them (``rnow.models.recompute``); None is all of them. No gradient depends on it.
         poll: called before each micro-batch; may raise to stop, which leaves weights and optimizer as they were.
     """
 
@@ -85,8 +84,7 @@ class LoraPolicy:
         optimizer: OptimizerSettings,
         targets: Sequence[str] = (ALL_LINEAR,),
         micro_batch_tokens: int | None = None,
-        gradient_checkpointing: bool = False,
-        recomputed_layers: int | None = None,
+        recomputed_layers: int | None = 0,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.lm = lm
@@ -102,7 +100,7 @@ class LoraPolicy:
         self._beside = dict(objective.parameters)
         self._float16 = any(p.dtype == torch.float16 for p in self.model.parameters())
         self._recomputing: list[torch.nn.Module] = []
-        if gradient_checkpointing:
+        if recomputed_layers != 0:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self._recomputing = recomputing(self.model, recomputed_layers)
         groups = [{"params": list(self._parameters.values())}]

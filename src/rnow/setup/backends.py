@@ -100,6 +100,7 @@ async def load_backends(
         gpu=_watched(prepared, chosen.turns) if chosen.turns else Residency(),
         turns=chosen.turns,
         streamed=chosen.streamed,
+        recomputed=chosen.recomputed,
         heads={},
     )
     vllm = loader.start_sampler()
@@ -173,6 +174,7 @@ class _Loader:
     gpu: Residency
     turns: frozenset[Part]
     streamed: frozenset[str]
+    recomputed: int
     heads: dict[str, Head]
 
     def start_sampler(self) -> VllmSampler | None:
@@ -195,7 +197,14 @@ class _Loader:
         self._tell_of_rows(lm, prepared.student.role)
         if vllm is not None:
             vllm.watch(probe_reference(lm), tolerance=trainer_tolerance(lm), warn=prepared.warn)
-        student = build_student(prepared, lm, self.poll, self.heads, embedded=vllm is None)
+        student = build_student(
+            prepared,
+            lm,
+            self.poll,
+            self.heads,
+            embedded=vllm is None,
+            recomputed=self.recomputed,
+        )
         if self.turns:
             gpu.add("trainer", student.policy)
             if vllm is None:

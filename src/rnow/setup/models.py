@@ -94,12 +94,14 @@ def build_student(
     heads: dict[str, Head],
     *,
     embedded: bool,
+    recomputed: int = 0,
 ) -> LocalStudent:
     """The policy on a loaded base, and what else works with the same weights.
 
     Args:
         heads: see ``build_objective``; the student's own is added.
         embedded: draw with them, too.
+        recomputed: how many of its layers keep no activations for the backward pass.
     """
     # Before the policy: in merged mode it copies the base as it is before PEFT wraps it.
     sampler = (
@@ -108,7 +110,7 @@ def build_student(
         else None
     )
     heads[STUDENT] = student.head
-    policy = build_policy(prepared, student, poll, heads)
+    policy = build_policy(prepared, student, poll, heads, recomputed)
     if sampler is not None:
         policy.take_along(lambda embedded=sampler: tensors_of(embedded.model))
     as_teacher = score_with(prepared, student, poll, role=STUDENT)
@@ -188,12 +190,16 @@ def batch_bytes(prepared: Prepared) -> int | None:
 
 
 def build_policy(
-    prepared: Prepared, student: CausalLM, poll: Callable[[], None], heads: Mapping[str, Head]
+    prepared: Prepared,
+    student: CausalLM,
+    poll: Callable[[], None],
+    heads: Mapping[str, Head],
+    recomputed: int,
 ) -> LoraPolicy:
-    """The student's adapter, objective and optimizer as the config says. ``heads`` as in ``build_objective``."""
+    """The student's adapter, objective and optimizer as the config says. ``heads`` as in ``build_objective``; ``recomputed``
+    layers keep no activations."""
     config = prepared.config
     trainer, model = config.trainer, config.model
-    checkpointing = trainer.gradient_checkpointing
     resolved = prepared.student.resolved
     return LoraPolicy(
         student,
@@ -216,9 +222,7 @@ def build_policy(
             value_learning_rate=config.algorithm.value_learning_rate,
         ),
         micro_batch_tokens=trainer.micro_batch_tokens,
-        gradient_checkpointing=(
-            student.device.type == "cuda" if checkpointing == "auto" else bool(checkpointing)
-        ),
+        recomputed_layers=recomputed,
         poll=poll,
     )
 
