@@ -109,8 +109,9 @@ def table(rows: Iterator[tuple[str, int, Any]]) -> str:
     ]
     for name, gigabytes, plan in rows:
         card = plan.devices[0]
+        streamed = ", teacher streamed" if any(m.streaming for m in plan.models.values()) else ""
         verdict = (
-            f"fits, {card.residency}"
+            f"fits, {card.residency}{streamed}"
             if card.fits
             else "does not fit"
             if card.hopeless

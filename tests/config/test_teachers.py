@@ -89,6 +89,18 @@ def test_a_config_with_teachers_survives_a_round_trip() -> None:
         ({"teachers": {"a": "m", "b": "n"}, "data": {"train_file": [{"path": "x", "name": "teacher/a"}]}}, "data.train_file[0].name", "teacher_kl/teacher/a is another metric", "another name"),
         ({"teachers": {"a": {"path": "m", "agentic": True}, "b": {"path": "n", "agentic": False}}}, "teachers.b.agentic", "says the opposite", "once"),
         ({"teachers": {"a": {"path": "m", "quantization": "fp8"}}}, "teachers.a.quantization", "transformers does not quantise to fp8", "teachers.a.backend: vllm"),
+        *[
+            ({"teachers": {"a": {"path": "m", "residency": "streamed", name: value}}}, f"teachers.a.{name}", said, "residency: resident")
+            for name, value, said in (
+                ("quantization", "nf4", "its weights are read as they are stored"),
+                ("device_map", "auto", "a spread teacher stays where it is"),
+                ("backend", "vllm", "vLLM loads the whole of it"),
+                ("url", "http://127.0.0.1:1", "a server holds the teacher"),
+                ("trust_remote_code", True, "code of its own"),
+                ("path", "self", "the trainer holds its own base anyway"),
+            )
+        ],
+        ({"teachers": {"a": {"path": "m", "residency": "streamed"}}, "evaluation": {"teacher": True}}, "evaluation.teacher", "writes no answers", "teacher: auto"),
         ({"dataset_type": "rl", "teachers": {"a": "m"}}, "teachers.a", "only used with dataset_type distill", "remove"),
         ({"dataset_type": "rl", "data": files("./x")}, "data.train_file[0].teacher", "only used with dataset_type distill", "remove"),
         ({}, "teacher.path", "distill needs a teacher", "add a teacher"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rnow.models.families import SEPARATE_ROWS, UNSAMPLED, UNUSABLE
+from rnow.models.families import SEPARATE_ROWS, UNSAMPLED, UNSTREAMED, UNUSABLE
 
 VOCABULARY = 100
 
@@ -254,6 +254,13 @@ def page() -> str:
             "",
             ", ".join(f"`{name}`" for name in sorted(UNSAMPLED))
             + ": the embedded sampler cannot use their caches.",
+            "",
+            "## As a streamed teacher",
+            "",
+            "All of the above score bit for bit as in memory with `teacher.residency: streamed` (`tests/models/test_streaming.py`),",
+            "but: "
+            + "; ".join(f"`{name}` is refused, since {why}" for name, why in UNSTREAMED.items())
+            + ".",
             "",
             "## Refused before anything is loaded",
             "",

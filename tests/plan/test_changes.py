@@ -182,6 +182,7 @@ TABLE: dict[Change, str] = {
         teacher.protocol|vllm teacher
         teacher.device|local teacher
         teacher.device_map|local teacher
+        teacher.residency|local teacher
         teacher.tensor_parallel_size|local vllm teacher
         teacher.gpu_memory_utilization|local vllm teacher
         teacher.max_num_batched_tokens|local vllm teacher

@@ -21,7 +21,7 @@ from rnow.plan import choices as choices_module
 from rnow.plan import plan as plan_module
 from rnow.plan.choices import teacher_answers
 from rnow.plan.devices import MARGIN, DeviceInfo, describe_device
-from rnow.plan.plan import Plan, build_plan, format_bytes, taking_turns
+from rnow.plan.plan import Plan, build_plan, choose_residencies, format_bytes
 from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import render_prompts
 from rnow.plan.roles import RunModel, roles_of
@@ -181,13 +181,14 @@ def test_a_plan_that_does_not_fit_says_what_to_change(
 def test_only_what_is_always_held_makes_a_plan_hopeless(
     models: tuple[ResolvedModel, ResolvedModel],
 ) -> None:
+    whole = {"residency": "resident"}
     device = plan_of(models).devices[0]
     always = sum(part.bytes for part in device.parts if part.stage == "always")
-    tight = plan_of(models, device=replace(ROOMY, free_bytes=always))
+    tight = plan_of(models, device=replace(ROOMY, free_bytes=always), teacher=whole)
     assert not tight.fits
     assert not tight.devices[0].hopeless
     assert "may not fit with the longest answers" in shown(tight)
-    hopeless = plan_of(models, device=replace(ROOMY, free_bytes=always - 1))
+    hopeless = plan_of(models, device=replace(ROOMY, free_bytes=always - 1), teacher=whole)
     assert hopeless.devices[0].hopeless
     assert "does not fit: at most" in shown(hopeless)
 
@@ -436,7 +437,7 @@ def test_turns_are_decided_by_the_conversations_of_an_agent(
         monkeypatch.setattr(plan_module, "describe_device", lambda name, *cards: card)
         prepared = prepared_of(config, dataset, models, tools)
         plan = build_plan(prepared, run_dir=Path("runs/x"), devices={"cuda:0": card})
-        found = taking_turns(prepared, Path("runs/x"))
+        found = choose_residencies(prepared, Path("runs/x")).turns
         assert bool(found) == (plan.devices[0].residency == "time_shared"), "as the check said"
         return found
 
@@ -483,10 +484,10 @@ def test_a_run_whose_sleepers_have_no_room_is_refused(
     )
     dataset = Dataset(prompts=tuple(prompts_of(*["cat"] * 4)))
     prepared = prepared_of(config, dataset, models)
-    assert taking_turns(prepared, Path("runs/x")) == {"trainer", "teacher"}
+    assert choose_residencies(prepared, Path("runs/x")).turns == {"trainer", "teacher"}
     monkeypatch.setattr(plan_module, "cpu_memory", lambda: (10**6, 10**3))
     with pytest.raises(ConfigError, match="does not fit main memory") as caught:
-        taking_turns(prepared, Path("runs/x"))
+        choose_residencies(prepared, Path("runs/x"))
     assert caught.value.where == "residency"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,19 +63,21 @@ class Candidate:
         return values[torch.tensor(sample.loss_mask)].float()
 
 
-def embedded(tiny_model_dir: Callable[..., Path]) -> Candidate:
+def embedded(tiny_model_dir: Callable[..., Path], *, streamed: bool = False) -> Candidate:
     """The transformers teacher; its padding rows would take most of the mass if they were counted."""
     lm = load_causal_lm(
-        tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=1),
+        tiny_model_dir(seed=1, vocab_size=HEAD_ROWS, num_hidden_layers=3 if streamed else 1),
         vocabulary=VOCABULARY,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        streamed=streamed,
     )
     lm.model.lm_head.weight.data[VOCABULARY:] *= 40
 
     @torch.no_grad()
     def logits(ids: Sequence[int]) -> Tensor:
-        return lm.model(input_ids=torch.tensor([list(ids)])).logits[0]
+        (found,) = lm.run([lambda: lm.model(input_ids=torch.tensor([list(ids)])).logits[0]])
+        return found
 
     def make(temperature: float, micro_batch_tokens: int | None) -> TransformersTeacher:
         return TransformersTeacher(
@@ -185,6 +188,7 @@ def routed(tiny_model_dir: Callable[..., Path]) -> Candidate:
 
 CANDIDATES = [
     pytest.param(embedded, id="transformers"),
+    pytest.param(partial(embedded, streamed=True), id="streamed"),
     pytest.param(routed, id="routed"),
     pytest.param(vllm("managed"), id="vllm-managed", marks=pytest.mark.vllm),
     pytest.param(vllm("served"), id="vllm-served", marks=pytest.mark.vllm),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rnow.algorithm.batching import build_batch, build_training_samples, evidenc
 from rnow.algorithm.records import SAMPLED, TeacherNeeds
 from rnow.errors import ModelError, RnowError, StopRequested
 from rnow.models.loading import CausalLM, load_causal_lm
+from rnow.models.tensor_files import TensorFiles
 from rnow.sampling.transformers import TransformersSampler
 from rnow.teacher import load_teacher
 from rnow.teacher import transformers as teacher_module
@@ -33,9 +35,13 @@ def lm(tiny_model_dir: Callable[..., Path]) -> CausalLM:
     return load(tiny_model_dir(num_hidden_layers=1))
 
 
-def load(folder: Path, vocabulary: int = VOCABULARY) -> CausalLM:
+def load(folder: Path, vocabulary: int = VOCABULARY, *, streamed: bool = False) -> CausalLM:
     return load_causal_lm(
-        folder, vocabulary=vocabulary, dtype=torch.float32, device=torch.device("cpu")
+        folder,
+        vocabulary=vocabulary,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        streamed=streamed,
     )
 
 
@@ -227,9 +233,10 @@ def run_out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int) -> lis
     return tries
 
 
-@pytest.mark.parametrize(
-    "needs", [SAMPLED, TeacherNeeds(top_k=5), TeacherNeeds(hidden=True)], ids=str
-)
+NEEDS = [SAMPLED, TeacherNeeds(top_k=5), TeacherNeeds(hidden=True)]
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_out_of_memory_halves_the_pass_and_says_the_same(
     lm: CausalLM, monkeypatch: pytest.MonkeyPatch, needs: TeacherNeeds
 ) -> None:
@@ -249,7 +256,7 @@ def test_out_of_memory_halves_the_pass_and_says_the_same(
 def test_one_sample_that_does_not_fit_is_an_error(
     lm: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_out_of_memory_above(monkeypatch, 19)
+    run_out_of_memory_above(monkeypatch, 18)  # its last token predicts nothing
     with pytest.raises(RnowError, match="teacher scoring with one sequence of 20 tokens") as caught:
         TransformersTeacher(lm).score_now([make_sample("a", 20), make_sample("b", 20)])
     assert "teacher.quantization" in (caught.value.fix or "")
@@ -262,3 +269,104 @@ def test_other_faults_are_not_taken_for_it(lm: CausalLM, monkeypatch: pytest.Mon
     monkeypatch.setattr(teacher_module, "hidden_rows", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         TransformersTeacher(lm).score_now([make_sample("a", 20), make_sample("b", 20)])
+
+
+# ---- streamed -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both(tiny_model_dir: Callable[..., Path]) -> tuple[CausalLM, CausalLM]:
+    """The same model whole, and with its layers left in its files."""
+    folder = tiny_model_dir(num_hidden_layers=4)
+    return load(folder), load(folder, streamed=True)
+
+
+def tensors(evidence: Mapping[str, Any]) -> dict[tuple[str, str], torch.Tensor]:
+    return {
+        (name, field): tensor
+        for name, found in evidence.items()
+        for field, tensor in evidence_tensors(found).items()
+    }
+
+
+def assert_equal(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    ours, theirs = tensors(found), tensors(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+LONG = [make_sample(str(index), 5 + 7 * index, first=index) for index in range(6)]
+
+
+@pytest.mark.parametrize("tokens", [1, 64, None])
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_streamed_says_the_same_bit_for_bit(
+    both: tuple[CausalLM, CausalLM], needs: TeacherNeeds, tokens: int | None
+) -> None:
+    whole, streamed = (
+        TransformersTeacher(lm, micro_batch_tokens=tokens, temperature=0.7) for lm in both
+    )
+    assert_equal(streamed.score_now(LONG, needs), whole.score_now(LONG, needs))
+    assert streamed.score_now([], needs) == {}
+    assert streamed.compute_logprobs([5, 9, 7]) == whole.compute_logprobs([5, 9, 7])
+
+
+def test_streamed_reads_each_layer_once_for_all(
+    both: tuple[CausalLM, CausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    original = TensorFiles.read
+    monkeypatch.setattr(
+        TensorFiles, "read", lambda self, name, *args: (read.append(name), original(self, name, *args))
+    )  # fmt: skip
+    TransformersTeacher(both[1], micro_batch_tokens=1).score_now(LONG)
+    assert len(read) == len({*read}) == 4 * 11
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_streamed_out_of_memory_scores_half_at_a_time(
+    both: tuple[CausalLM, CausalLM], monkeypatch: pytest.MonkeyPatch, needs: TeacherNeeds
+) -> None:
+    teacher = TransformersTeacher(both[1], micro_batch_tokens=60)
+    samples = [make_sample(str(index), 20, first=index) for index in range(6)]
+    expected = teacher.score_now(samples, needs)
+    threads = threading.active_count()
+    tries = run_out_of_memory_above(monkeypatch, 40)
+    found = teacher.score_now(samples, needs)
+    assert tries == [57, 57, 19, 38, 57, 19, 38], "both, one of them, then parts of it"
+    for key, tensor in tensors(found).items():
+        torch.testing.assert_close(tensor, tensors(expected)[key], atol=1e-5, rtol=0)
+    assert threading.active_count() == threads
+    run_out_of_memory_above(monkeypatch, 18)
+    with pytest.raises(RnowError, match="teacher scoring with one sequence of 20 tokens"):
+        teacher.score_now(samples)
+
+
+def test_streamed_stops_between_layers(both: tuple[CausalLM, CausalLM]) -> None:
+    seen = []
+
+    def poll() -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            raise StopRequested
+
+    before = threading.active_count()
+    with pytest.raises(StopRequested):
+        TransformersTeacher(both[1], micro_batch_tokens=1, poll=poll).score_now(LONG)
+    assert (len(seen), threading.active_count()) == (3, before)
+
+
+def test_streamed_sleeps_and_wakes(both: tuple[CausalLM, CausalLM]) -> None:
+    whole, streamed = map(TransformersTeacher, both)
+    expected = whole.score_now(LONG)
+    asyncio.run(streamed.sleep())
+    asyncio.run(streamed.wake())
+    assert_equal(streamed.score_now(LONG), expected)
+
+
+def test_a_folder_is_a_streamed_teacher(tiny_model_dir: Callable[..., Path]) -> None:
+    folder = str(tiny_model_dir(num_hidden_layers=2))
+    ids = list(prompt(9))
+    streamed = load_teacher(folder, streamed=True)
+    assert streamed.lm.layers is not None
+    assert streamed.compute_logprobs(ids) == load_teacher(folder).compute_logprobs(ids)

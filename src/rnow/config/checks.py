@@ -43,6 +43,7 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from _teacher_names(config)
     yield from _of_two_minds(config)
     yield from _unknown_to_its_engine(config)
+    yield from _streamed_elsewhere(config)
     yield from _across_tokenizers(config)
     yield from _without_signal(config)
     yield from _unknown_to_its_estimator(config)
@@ -155,6 +156,35 @@ def _unknown_to_its_engine(config: Schema) -> Iterator[Problem]:
                 path=(*path, "quantization"),
                 message=f"{engine} does not quantise to {teacher.quantization} while it loads",
                 hint=f"set {dotted(path)}.backend: {other}, or {dotted(path)}.quantization: nf4",
+            )
+
+
+def _streamed_elsewhere(config: Schema) -> Iterator[Problem]:
+    """Layers that are to be streamed from files, of a teacher that is held otherwise or has to write answers."""
+    for path, teacher in teacher_sections(config):
+        if teacher.residency != "streamed":
+            continue
+        beside = {
+            "url": (teacher.url is not None, "a server holds the teacher"),
+            "backend": (teacher.backend == "vllm", "vLLM loads the whole of it"),
+            "path": (teacher.own_base, "the trainer holds its own base anyway"),
+            "device_map": (teacher.device_map is not None, "a spread teacher stays where it is"),
+            "quantization": (teacher.quantization != "none", "its weights are read as they are stored"),
+            "trust_remote_code": (teacher.trust_remote_code, "code of its own may run layers as it likes"),
+        }  # fmt: skip
+        for name, (given, why) in beside.items():
+            if given:
+                yield Problem(
+                    path=(*path, name),
+                    message=f"{name} cannot go with residency: streamed: {why}",
+                    hint=f"remove {name if name != 'path' else 'residency'}, or set residency: resident",
+                )
+        if config.evaluation.teacher is True:
+            yield Problem(
+                path=("evaluation", "teacher"),
+                message=f"a teacher with {dotted(path)}.residency: streamed writes no answers: every token would read all its "
+                "layers",
+                hint="set evaluation.teacher: auto, or residency: resident",
             )
 
 

@@ -157,6 +157,13 @@ class TeacherSection(Section):
         change="free",
         reader="local teacher",
     )
+    residency: Literal["auto", "resident", "streamed"] = key(
+        "auto",
+        "Where the teacher's layers are: `resident`, in memory; `streamed`, each read from its files once a step for all "
+        "rollouts, two in memory at a time, with the same numbers. `auto` streams where the teacher would not fit otherwise.",
+        change="free",
+        reader="local teacher",
+    )
     revision: Text | None = key(None, REVISION)
     trust_remote_code: bool = key(False, REMOTE_CODE)
     tokenizer: Literal["same", "cross"] = key(

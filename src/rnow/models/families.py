@@ -76,6 +76,22 @@ UNSAMPLED: Mapping[str, str] = dict.fromkeys(
 """``model_type`` -> why the embedded sampler cannot answer with it. As a teacher it scores."""
 
 
+UNSTREAMED: Mapping[str, str] = {
+    "hrm_text": "it calls each of its layers several times in one pass",
+}
+"""``model_type`` -> why its layers cannot be read one by one while it scores."""
+
+
+def not_streamed(path: str, why: str, *, key: str = "teacher") -> ModelError:
+    """The error for a model that cannot be a streamed teacher."""
+    return ModelError(
+        f"the layers of '{path}' cannot be streamed",
+        where=f"{key}.residency",
+        why=why,
+        fix=f"set {key}.residency: resident; where that does not fit, {key}.quantization: nf4, or a server ({key}.backend: vllm)",
+    )
+
+
 def check_family(model_type: str, path: str, *, key: str, sampled: bool) -> None:
     """Refuse a model of a family that would give wrong numbers or none.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from rnow.algorithm.head import Head
 from rnow.errors import ModelError, RnowError
 from rnow.models.attention import register_grouped_attention
+from rnow.models.families import not_streamed
+from rnow.models.offload import tensors_of
 from rnow.models.parts import body_of, output_layer
 from rnow.models.refusal import one_line
 from rnow.models.rope import fix_rope
 from rnow.models.sharing import Sharing, find_sharing
+from rnow.models.streaming import StreamedLayers, is_finite, open_streamed
 
+T = TypeVar("T")
 Quantization = Literal["none", "nf4", "int8"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,6 +44,7 @@ class CausalLM:
         head: the frozen head, cut to ``vocabulary`` rows.
         device: where inputs go.
         quantization: how the linear layers are stored.
+        layers: those that are read from the model's files while it works; None where all of it is in memory.
         sharing: how it takes rows of several samples; None where each sample has a row of its own, and then ``separate`` says
             why.
     """
@@ -49,8 +54,29 @@ class CausalLM:
     head: Head
     device: torch.device
     quantization: Quantization
+    layers: StreamedLayers | None = None
     sharing: Sharing | None = None
     separate: str = ""
+
+    def run(
+        self, passes: Sequence[Callable[[], T]], poll: Callable[[], None] = lambda: None
+    ) -> list[T]:
+        """What each of ``passes`` gives, each of which calls ``model`` or ``body`` once: one after the other, or side by side
+        where the layers are streamed. ``poll``: called before each layer of a streamed model; may raise to stop.
+
+        Raises:
+            BaseException: what a pass or ``poll`` raises.
+            TemporaryError: the files of a streamed model cannot be read any more.
+        """
+        if self.layers is None:
+            return [one() for one in passes]
+        return self.layers.run(passes, poll)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds on its device. Some come more than once."""
+        yield from tensors_of(self.model)
+        if self.layers is not None:
+            yield from self.layers.tensors
 
 
 def quiet_libraries() -> None:
@@ -156,6 +182,7 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     window: int | None = None,
+    streamed: bool = False,
 ) -> CausalLM:
     """Load safetensors weights from a folder, frozen and in eval mode.
 
@@ -166,12 +193,18 @@ def load_causal_lm(
         device_map: accelerate's placement, e.g. ``auto`` to spread over several GPUs; overrides ``device``.
         cards: those over which ``device_map`` spreads; all of them when empty.
         window: no sequence will be longer; it settles rotary embeddings that depend on length (``rnow.models.rope``).
+        streamed: leave the decoder layers in their files and read them whenever ``CausalLM.run`` needs them.
 
     Raises:
-        ModelError: the folder does not load as a causal LM, or its head does something we do not reproduce.
+        ModelError: the folder does not load as a causal LM, or its head does something we do not reproduce; or it cannot be
+            streamed.
     """
     quiet_libraries()
     stored = stored_quantization(local_dir)
+    if streamed and (stored or quantization != "none" or device_map is not None):
+        raise not_streamed(
+            local_dir.name, "its weights are quantised, or spread over several cards"
+        )
     arguments: dict[str, object] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -180,32 +213,36 @@ def load_causal_lm(
     if quantization != "none" or stored is not None:
         arguments["device_map"] = {"": device}
     if device_map is not None:
-        arguments["device_map"] = device_map
-        if cards:
-            # Neither other cards nor main memory: both would be filled, and the latter without a word.
-            arguments["max_memory"] = {card: _room_on(card) for card in cards}
-    model = _from_pretrained(local_dir, device, arguments)
-    if "device_map" not in arguments:
-        model = model.to(device)
-    _refuse_offloaded(model, local_dir)
+        arguments |= _spread(device_map, cards)
+    if streamed:
+        model, layers = _open_streamed(local_dir, device, dtype, attn_implementation)
+    else:
+        model, layers = _from_pretrained(local_dir, device, arguments), None
     _keep_nf4_layout(model)
     model.requires_grad_(False)
     model.eval()
     _switch_off_dropout(model)
     if window is not None:
         fix_rope(model, window)
-    loaded = take_apart(model, vocabulary=vocabulary, quantization=stored or quantization)
-    _refuse_non_finite(loaded, local_dir)
-    _probe_head(loaded, local_dir)
+    loaded = take_apart(
+        model, vocabulary=vocabulary, quantization=stored or quantization, layers=layers
+    )
+    _check_weights(loaded, local_dir)
     return with_sharing(loaded)
 
 
 def with_sharing(loaded: CausalLM) -> CausalLM:
     """The same model, sharing rows if a try shows that it may."""
-    found = find_sharing(loaded.model, loaded.body, loaded.device)
+    found = find_sharing(loaded.model, loaded.body, loaded.device, loaded.run)
     if isinstance(found, str):
         return replace(loaded, sharing=None, separate=found)
     return replace(loaded, sharing=found, separate="")
+
+
+def _spread(device_map: str, cards: Sequence[int]) -> dict[str, object]:
+    """Over ``cards``; and neither over others nor main memory: both would be filled, and the latter without a word."""
+    room = {card: _room_on(card) for card in cards}
+    return {"device_map": device_map, **({"max_memory": room} if cards else {})}
 
 
 def _room_on(card: int) -> int:
@@ -224,20 +261,43 @@ def _from_pretrained(local_dir: Path, device: torch.device, arguments: Mapping[s
             **arguments,
         )
     except Exception as error:  # whatever the code of an architecture makes of a config
-        if ran_out_of_memory(error):
-            raise ModelError(
-                f"{local_dir.name} does not fit on {device}",
-                why=one_line(error),
-                fix="load it quantised (quantization: nf4), or on more cards (teacher.device_map: auto)",
-            ) from error
-        raise ModelError(
-            f"{local_dir.name} does not load as a causal language model",
-            why=one_line(error),
-            fix="check the folder with AutoModelForCausalLM.from_pretrained, or name another model",
-        ) from error
+        raise _not_loaded(local_dir, device, error) from error
     model, report = loaded
     _refuse_made_up(local_dir, report)
+    if "device_map" not in arguments:
+        model = model.to(device)
+    _refuse_offloaded(model, local_dir)
     return model
+
+
+def _open_streamed(
+    local_dir: Path, device: torch.device, dtype: torch.dtype, attn_implementation: str | None
+) -> tuple[Any, StreamedLayers]:
+    try:
+        model, report, layers = open_streamed(
+            local_dir, device, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except RnowError:
+        raise
+    except Exception as error:  # as above
+        raise _not_loaded(local_dir, device, error) from error
+    _refuse_made_up(local_dir, report)
+    return model, layers
+
+
+def _not_loaded(local_dir: Path, device: torch.device, error: Exception) -> ModelError:
+    if ran_out_of_memory(error):
+        return ModelError(
+            f"{local_dir.name} does not fit on {device}",
+            why=one_line(error),
+            fix="load it quantised (quantization: nf4), on more cards (teacher.device_map: auto), or, a teacher, layer by layer "
+            "(teacher.residency: streamed)",
+        )
+    return ModelError(
+        f"{local_dir.name} does not load as a causal language model",
+        why=one_line(error),
+        fix="check the folder with AutoModelForCausalLM.from_pretrained, or name another model",
+    )
 
 
 def _refuse_offloaded(model: nn.Module, local_dir: Path) -> None:
@@ -283,6 +343,7 @@ def _refuse_non_finite(loaded: CausalLM, local_dir: Path) -> None:
         for name, tensor in model.named_parameters()
         if not _is_finite(tensor[:rows] if id(tensor) in tables else tensor)
     ]
+    bad += loaded.layers.non_finite if loaded.layers is not None else []
     if bad:
         raise ModelError(
             f"{len(bad)} tensors of {local_dir.name} hold NaN or infinity, the first is {bad[0]}",
@@ -294,15 +355,17 @@ def _refuse_non_finite(loaded: CausalLM, local_dir: Path) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     # Packed weights are bytes; float8 has no such kernel, and comes with scales that are checked.
-    if tensor.dtype not in _DTYPES.values() or tensor.is_meta or not tensor.numel():
-        return True
-    # One pass and no copy: NaN is carried through both, and infinity is one of them.
-    smallest, largest = torch.aminmax(tensor.detach())
-    return bool(torch.isfinite(smallest) & torch.isfinite(largest))
+    return tensor.dtype not in _DTYPES.values() or is_finite(tensor)
 
 
-def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "none") -> CausalLM:
-    """Find body and head of a HuggingFace causal LM already in memory."""
+def take_apart(
+    model: Any,
+    *,
+    vocabulary: int,
+    quantization: Quantization = "none",
+    layers: StreamedLayers | None = None,
+) -> CausalLM:
+    """Find body and head of a HuggingFace causal LM already in memory, ``layers`` excepted."""
     register_grouped_attention()
     output = output_layer(model)
     weight: Tensor = output.weight.detach()
@@ -323,6 +386,7 @@ def take_apart(model: Any, *, vocabulary: int, quantization: Quantization = "non
         head=head,
         device=model.get_input_embeddings().weight.device,
         quantization=quantization,
+        layers=layers,
     )
 
 
@@ -377,18 +441,35 @@ def _switch_off_dropout(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _probe_head(loaded: CausalLM, local_dir: Path) -> None:
-    """Our head on the body's hidden states must give the model's own logits; an unknown transform shows here."""
+def _check_weights(loaded: CausalLM, local_dir: Path) -> None:
+    """One short pass through the model, and through its body: by then every weight was read."""
     ids = torch.arange(1, 9, device=loaded.device)[None, :] % loaded.head.vocabulary
-    expected = loaded.model(input_ids=ids, use_cache=False).logits[0, :, : loaded.head.vocabulary]
-    expected = expected.float()
+
+    def logits() -> Tensor:
+        found = loaded.model(input_ids=ids, use_cache=False).logits
+        return found[0, :, : loaded.head.vocabulary].float()
+
+    def states() -> Tensor:
+        return loaded.body(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+    expected, hidden = loaded.run([logits, states])
+    _refuse_non_finite(loaded, local_dir)
+    _probe_head(loaded, local_dir, expected, hidden)
+
+
+def _probe_head(loaded: CausalLM, local_dir: Path, expected: Tensor, hidden: Tensor) -> None:
+    """Our head on the body's hidden states must give the model's own logits; an unknown transform shows here.
+
+    Args:
+        expected: ``[T, V]``, the logits.
+        hidden: ``[T, H]``, the states.
+    """
     if not torch.isfinite(expected).all():
         raise ModelError(
             f"the weights of {local_dir.name} give non-finite logits",
             why="they hold NaN or infinity, or overflow in this dtype",
             fix="check the download, or set another dtype (float16 overflows where bfloat16 does not)",
         )
-    hidden = loaded.body(input_ids=ids, use_cache=False).last_hidden_state[0]
     found = loaded.head.logits(hidden.to(loaded.head.weight.device)).float().to(expected.device)
     gap = (torch.log_softmax(expected, -1) - torch.log_softmax(found, -1)).abs().max().item()
     exact = loaded.head.weight.dtype == torch.float32 and loaded.quantization == "none"

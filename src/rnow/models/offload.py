@@ -110,7 +110,7 @@ class _Emptied:
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._storage = storage
         self._size = storage.nbytes()
-        self._copy = _host_bytes(self._size, pinned=storage.device.type == "cuda")
+        self._copy = host_bytes(self._size, pinned=storage.device.type == "cuda")
         self._copy.copy_(_bytes_of(storage))
 
     def empty(self) -> None:
@@ -162,7 +162,8 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _host_bytes(size: int, *, pinned: bool) -> Tensor:
+def host_bytes(size: int, *, pinned: bool) -> Tensor:
+    """A buffer in main memory, locked there where that is asked for and allowed."""
     if pinned:
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -43,6 +43,36 @@ def body_of(model: Any) -> Any:
 
 def _decoder(model: Any) -> Any:
     return model.get_decoder() if hasattr(model, "get_decoder") else None
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The layers of the body, in the order of the forward pass: its largest list of modules; empty where it has none."""
+    lists = [module for module in body_of(model).modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=_size, default=())  # type: ignore[arg-type]
+
+
+def layer_parameters(model: Any) -> list[dict[str, nn.Parameter]]:
+    """The parameters of each decoder layer by their names in the model; without those that a second layer or another part of
+    the model has too."""
+    home: dict[int, int] = {}
+    for index, layer in enumerate(decoder_layers(model)):
+        for module in layer.modules():
+            home[id(module)] = index
+    found: list[dict[str, nn.Parameter]] = [{} for _ in decoder_layers(model)]
+    places: dict[int, set[int | None]] = {}
+    named = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), set()).add(home.get(id(module)))
+            named.append((f"{prefix}.{name}", home.get(id(module)), parameter))
+    for name, index, parameter in named:
+        if index is not None and len(places[id(parameter)]) == 1:
+            found[index][name] = parameter
+    return found
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:

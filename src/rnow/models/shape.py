@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from rnow.errors import ModelError
-from rnow.models.families import UNSAMPLED, check_family
-from rnow.models.parts import linear_layers, output_layer, routes_tokens
+from rnow.models.families import UNSAMPLED, UNSTREAMED, check_family
+from rnow.models.parts import layer_parameters, linear_layers, output_layer, routes_tokens
 from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
 from rnow.models.sharing import why_separate
@@ -30,6 +31,9 @@ class ModelShape:
         vocabulary_rows: rows of the head, padding included.
         routed: a mixture of experts.
         sampled: the embedded sampler can answer with it.
+        layered: parameters of the decoder layers that can be read one by one.
+        largest_layer: of the largest of them.
+        unstreamed: why they cannot; None where they can.
         query_width: values of one token's queries in one layer.
         separate: why each sample has a row of its own when it scores or is trained; empty where samples share them.
     """
@@ -43,6 +47,9 @@ class ModelShape:
     vocabulary_rows: int
     routed: bool = False
     sampled: bool = True
+    layered: int = 0
+    largest_layer: int = 0
+    unstreamed: str | None = "it has no list of decoder layers"
     query_width: int = 0
     separate: str = ""
 
@@ -116,6 +123,7 @@ def shape_of(model: Any) -> ModelShape:
     """The sizes of a transformers causal LM, with or without its weights."""
     config = model.config.get_text_config()
     widths = kv_widths(config)
+    layers = [_parameters(layer.values()) for layer in layer_parameters(model)]
     return ModelShape(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -126,9 +134,18 @@ def shape_of(model: Any) -> ModelShape:
         vocabulary_rows=output_layer(model).weight.shape[0],
         routed=routes_tokens(model),
         sampled=config.model_type not in UNSAMPLED,
+        layered=sum(layers),
+        largest_layer=max(layers, default=0),
+        unstreamed=UNSTREAMED.get(config.model_type)
+        if layers
+        else "it has no list of decoder layers",
         query_width=_query_width(config),
         separate=why_separate(model.config) or "",
     )
+
+
+def _parameters(of: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in {id(each): each for each in of}.values())
 
 
 def kv_widths(config: Any) -> list[int]:

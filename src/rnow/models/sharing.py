@@ -7,9 +7,10 @@ speaks against it, and a few tokens through its own weights agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ _KEYS = {
 }
 
 AttentionMask = Tensor | Mapping[str, Tensor]
+Run = Callable[[Sequence[Callable[[], Tensor]]], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +83,21 @@ def _takes_masks(attention: str) -> bool:
     return attention in ALL_MASK_ATTENTION_FUNCTIONS and "flash" not in attention
 
 
-def find_sharing(model: Any, body: Any, device: torch.device) -> Sharing | str:
-    """How a loaded model's rows are shared, tried with its own weights; or why not."""
+def _one_by_one(passes: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    return [one() for one in passes]
+
+
+def find_sharing(
+    model: Any, body: Any, device: torch.device, run: Run = _one_by_one
+) -> Sharing | str:
+    """How a loaded model's rows are shared, tried with its own weights; or why not. ``run``: how passes go through it."""
     if (why := why_separate(model.config)) is not None:
         return why
     if getattr(model, "is_loaded_in_8bit", False):
         return INT8_APART
     text = model.config.get_text_config()
     for found in _candidates(text):
-        if _agrees(model, body, device, found):
+        if _agrees(model, body, device, found, run):
             return found
     return "a row of several samples gave it other numbers than each alone"
 
@@ -147,21 +155,22 @@ def cells_per_token(hidden: int) -> float:
 
 
 @torch.no_grad()
-def _agrees(model: Any, body: Any, device: torch.device, found: Sharing) -> bool:
+def _agrees(model: Any, body: Any, device: torch.device, found: Sharing, run: Run) -> bool:
     """Two trees in a row and padding, against each sample alone. A window is made so short for it that it cuts."""
     dtype = model.get_output_embeddings().weight.dtype
     samples, per_row = _probe_samples(model.get_input_embeddings().weight.shape[0])
     plain, packed = pad(samples, device), pad(samples, device, per_row)
     windowed = any(found.windows.values())
     try:
-        wide = _states(body, plain) if windowed else None
+        wide = run([partial(_states, body, plain)])[0] if windowed else None
         with _short_window(model, body, windowed):
-            alone = _states(body, plain)
             short = {kind: _PROBE_WINDOW if w else None for kind, w in found.windows.items()}
             tried = Sharing(
                 windows=short, by_type=found.by_type, cells_per_token=found.cells_per_token
             )
-            shared = _states(body, packed, dtype, tried)
+            alone, shared = run(
+                [partial(_states, body, plain), partial(_states, body, packed, dtype, tried)]
+            )
     except Exception:  # whatever an architecture makes of a mask that it was not written for
         return False
     exact = dtype == torch.float32 and not getattr(model, "is_quantized", False)

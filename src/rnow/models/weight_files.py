@@ -51,6 +51,14 @@ def check_weights(folder: Path, names: set[str], refusal: Refusal) -> int:
     return sum(check_safetensors(folder / name, refusal) for name in shards)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model that ``check_weights`` passed, as transformers chooses them."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
 def shards_by_name(names: Iterable[str]) -> list[str]:
     """Every shard that the names of the present ones promise (``model-00001-of-00003`` promises three)."""
     present = [match for match in map(SHARD.match, names) if match]

@@ -55,6 +55,7 @@ SILENT: Mapping[str, Change] = {"teacher_revision": "evaluates", "versions": "sh
 ADDED_KEYS: Mapping[str, object] = {
     "model.lora_targets": ["all-linear"],
     "teacher.tokenizer": "same",
+    "teacher.residency": "auto",
 }
 """Keys that earlier versions did not have, as those behaved."""
 

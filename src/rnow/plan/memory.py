@@ -40,6 +40,10 @@ ENGINE_WORK = 10**9
 """What a vLLM takes of its share before any cache: activations, CUDA graphs, buffers."""
 ENGINE_ASLEEP = 1.5e9
 """What a vLLM that sleeps still holds of a card: its CUDA context and graphs."""
+STREAMED_PLACES = 2
+"""Layers of a streamed model in memory at once."""
+JOINED_COPIES = 2
+"""Layers' worth of main memory for joining experts: as they are stored, and joined."""
 MASK_BYTES = 1 + FLOAT32
 """Of one entry of an attention mask: whether it counts, and the number that SDPA adds for it."""
 LAYER_NORM_COPIES = 6
@@ -59,6 +63,8 @@ class ModelMemory:
         device, engine_device: where the model is loaded, and where the vLLM runs; the first card of a spread one.
         cards: over which the vLLM is spread.
         own_base: it is the student's base, which the trainer holds.
+        streamed: its layers are read from its files while it scores, two of them are in memory.
+        streamable: they could be.
     """
 
     role: Role
@@ -70,14 +76,34 @@ class ModelMemory:
     engine_device: str = "cpu"
     cards: int = 1
     own_base: bool = False
+    streamed: bool = False
+    streamable: bool = False
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of the weights as loaded."""
+        if self.streamed:
+            rest = (self.shape.parameters - self.shape.layered) * self.width
+            return rest + STREAMED_PLACES * self.layer_bytes + (0 if self.on_gpu else self.joining_bytes)  # fmt: skip
         if self.quantization == "none":
             return self.shape.parameters * self.width
         rest = self.shape.parameters - self.shape.linear_parameters
         return self.shape.linear_parameters * self.linear_width + rest * self.width
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is loaded on a card."""
+        return self.device != "cpu"
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the largest decoder layer."""
+        return self.shape.largest_layer * self.width
+
+    @property
+    def joining_bytes(self) -> int:
+        """What a mixture's experts take in main memory while those of a streamed layer, apart in the files, are joined."""
+        return JOINED_COPIES * self.layer_bytes if self.shape.routed else 0
 
     @property
     def linear_width(self) -> float:
@@ -94,6 +120,10 @@ class ModelMemory:
     @property
     def pinned_bytes(self) -> int:
         """What the weights take of main memory while they are away: torch rounds every pinned block up to a power of two."""
+        if self.streamed:
+            return 2 * _power_of_two(self.layer_bytes) + _power_of_two(
+                (self.shape.parameters - self.shape.layered) * self.width
+            )
         linear = [inputs * outputs * self.linear_width for inputs, outputs in self.shape.linear]
         table = self.shape.vocabulary_rows * self.shape.hidden * self.width
         rest = self.shape.parameters - self.shape.linear_parameters
@@ -244,7 +274,12 @@ def memory_parts(settings: MemorySettings) -> list[MemoryPart]:
 
 def with_nf4(settings: MemorySettings, role: str) -> MemorySettings:
     """The same with one model in 4 bits."""
-    changed = replace(settings.models[role], quantization="nf4")
+    changed = replace(settings.models[role], quantization="nf4", streamed=False)
+    return replace(settings, models={**settings.models, role: changed})
+
+
+def _with_streamed(settings: MemorySettings, role: str) -> MemorySettings:
+    changed = replace(settings.models[role], streamed=True)
     return replace(settings, models={**settings.models, role: changed})
 
 
@@ -302,19 +337,28 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
 
 def _scoring_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
     part = partial(_part, model, "trainer" if model.own_base else model.role.part)
-    weights = partial(part, "weights", "always", model.weight_bytes, host=model.pinned_bytes)
+    name = "weights, two layers at a time" if model.streamed else "weights"
+    weights = partial(part, name, "always", model.weight_bytes, host=model.pinned_bytes)
     if not settings.hidden_states:
         scoring = part("activations", "teacher", _scoring_bytes(model, settings))
-        return [scoring] if model.own_base else [weights(), scoring]
+        return [scoring] if model.own_base else [weights(), *_reading(model), scoring]
     head = model.shape.vocabulary_rows * model.shape.hidden * model.width
     rows = settings.step_tokens * model.shape.hidden * model.width
     here = rows if model.device == "cpu" else 0  # on a card they wait in main memory
-    body = _body_bytes(model, settings.scoring_pass(model))
+    body = _body_bytes(model, settings.scoring_pass(model)) + _waiting_bytes(model, settings)
     scored = [
         part("activations", "teacher", body + here),
         _part(model, None, "hidden states of the step", "update", here, host=rows),
     ]
-    return scored if model.own_base else [weights(stays=head), *scored]
+    return scored if model.own_base else [weights(stays=head), *_reading(model), *scored]
+
+
+def _reading(model: ModelMemory) -> list[MemoryPart]:
+    """Main memory through which the layers of a streamed model come to a card, at all times."""
+    if not (model.streamed and model.on_gpu):
+        return []
+    pinned = STREAMED_PLACES * _power_of_two(model.layer_bytes) + model.joining_bytes
+    return [_part(model, None, "pinned buffers", "always", 0, host=pinned)]
 
 
 def _engine_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPart]:
@@ -416,6 +460,8 @@ def savings(
 def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySettings]]:
     for role in reversed([*settings.models]):  # the student last: it is what the run is for
         model = settings.models[role]
+        if model.streamable and not model.streamed:
+            yield f"{model.role.key}.residency: streamed", _with_streamed(settings, role)
         if model.quantization != "nf4" and not model.own_base:
             yield f"{model.role.key}.quantization: nf4", with_nf4(settings, role)
     if not settings.gradient_checkpointing:
@@ -497,7 +543,18 @@ def _scoring_bytes(model: ModelMemory, settings: MemorySettings) -> float:
     tokens = size.tokens
     left = tokens * model.shape.hidden * model.width
     body = _body_bytes(model, size)
-    return max(body, left + _head_bytes(model, settings, tokens))
+    head = left + _head_bytes(model, settings, tokens)
+    return max(body, head) + _waiting_bytes(model, settings)
+
+
+def _waiting_bytes(model: ModelMemory, settings: MemorySettings) -> int:
+    """Hidden states of the whole step, and the masks of its passes: of a streamed model each waits for all others before every
+    layer."""
+    if not model.streamed:
+        return 0
+    longest = settings.sequence_tokens + settings.teacher_extra
+    mask = settings.scoring_pass(model).mask_width
+    return settings.rollouts * longest * (model.shape.hidden * model.width + mask)
 
 
 def _head_bytes(model: ModelMemory, settings: MemorySettings, rows: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from rnow.plan.roles import (
     sharers,
     teachers_of,
 )
+from rnow.plan.streamed import Streaming, asked_to_stream, could_stream, describe_streaming
 from rnow.plan.unread import unread_settings
 from rnow.policy.lora import count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
@@ -67,8 +68,9 @@ HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server o
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """One model of the run. ``weights_bytes`` is the size of its files, ``dtype`` that of unquantised numbers; ``own_base``: it
-    is the student's base, of which there is one copy. ``separate``: why each of its samples is computed in a row of its own, empty
-    where what several begin with is computed once, None where a server does as it likes."""
+    is the student's base, of which there is one copy; ``streaming``: its layers are read while it works. ``separate``: why each of
+    its samples is computed in a row of its own, empty where what several begin with is computed once, None where a server does
+    as it likes."""
 
     path: str
     revision: str | None
@@ -79,6 +81,7 @@ class ModelPlan:
     quantization: str
     device: str
     own_base: bool = False
+    streaming: Streaming | None = None
     separate: str | None = None
 
 
@@ -210,21 +213,18 @@ def build_plan(
     data, trainer = config.data, config.trainer
     per_step = data.batch_size * data.group_size
     rollouts = prepared.num_steps * per_step
-    shapes, adapter = measure(prepared)
-    models = _model_plans(prepared, shapes)
-    placed = {name: model.device for name, model in models.items()}
-    layout = _Layout(
-        prepared=prepared, shapes=shapes, adapter=adapter, placed=placed, known=devices or {}
+    layout, planned = _where_it_fits(
+        _layout(prepared, known=devices or {}), may_take_turns(prepared)
     )
     completion = layout.completion
-    checkpoint = adapter * 4 * MOMENTS_AND_ADAPTER
+    checkpoint = layout.adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
         signal=describe_signal(config),
         tools=tuple(prepared.tools),
         max_turns=(config.rollout.max_turns or DEFAULT_MAX_TURNS) if prepared.tools else 1,
         run_dir=str(run_dir),
-        models=models,
+        models=_model_plans(layout),
         longest_told=rendered.longest_told,
         prompts=len(dataset.prompts),
         judged=prepared.judged,
@@ -242,8 +242,8 @@ def build_plan(
         vocabulary=rendered.vocabulary,
         stop_ids=rendered.stop_ids,
         stop_texts=tuple(rendered.tokenizer.decode([token]) for token in rendered.stop_ids),
-        trainable_parameters=adapter,
-        devices=_device_plans(layout, may_take_turns(prepared)),
+        trainable_parameters=layout.adapter,
+        devices=planned,
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),  # and the next
         # Of the step after the last checkpoint and of the one in progress.
@@ -300,7 +300,8 @@ def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
     judged = Counter(prompt.teacher for prompt in prepared.evaluated)
     teachers = [model.role for model in teachers_of(prepared.models) if judged[model.role.name]]
     if not teachers or any(
-        role.crosses or prepared.models[role.name].own_base for role in teachers
+        role.crosses or role.name in layout.streamed or prepared.models[role.name].own_base
+        for role in teachers
     ):
         return ()
     answers = {role.name: judged[role.name] * section.num_samples for role in teachers}
@@ -310,14 +311,16 @@ def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
         seconds = sum(_decode_seconds(layout, role, answers[role.name]) for role in slow)
         what += f", about {seconds / 3600:.1f} h with transformers at that length"
     who = "the teacher itself is" if len(teachers) == 1 else "the teachers themselves are"
-    if answering_teachers(prepared, layout.shapes):
+    if answering_teachers(prepared, layout.shapes, layout.streamed):
         return (f"{who} evaluated, once: {what}",)
     return (f"{who} not evaluated; evaluation.teacher: true would: {what}",)
 
 
-def answering_teachers(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> frozenset[str]:
+def answering_teachers(
+    prepared: Prepared, shapes: Mapping[str, ModelShape], streamed: Collection[str]
+) -> frozenset[str]:
     """The roles that answer held-out prompts, each those that it judges: all of them, or none where one is too slow for
-    that, since half of the answers are nobody's."""
+    that, since half of the answers are nobody's. One of the ``streamed`` would read all its layers for every token."""
     judging = {prompt.teacher for prompt in prepared.evaluated}
     models = [model for model in teachers_of(prepared.models) if model.role.name in judging]
     if any(model.own_base for model in models):
@@ -325,6 +328,7 @@ def answering_teachers(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> 
     # A teacher of another tokenizer cannot answer in the student's tokens.
     asked = all(
         not role.crosses
+        and role.name not in streamed
         and teacher_answers(prepared.config, shapes[role.name], served=role.backend == "vllm")
         for role in (model.role for model in models)
     )
@@ -364,18 +368,30 @@ def may_take_turns(prepared: Prepared) -> frozenset[Part]:
     return parts if len(parts) > 1 and config.residency != "resident" else frozenset()
 
 
-def taking_turns(prepared: Prepared, run_dir: Path) -> frozenset[Part]:
-    """The parts that take turns in this run, by its config and, with ``residency: auto``, by what fits the card now.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residencies:
+    """What of a run is not in its place all the time: the parts that take turns on a card, and the teachers, by role, whose
+    layers are streamed."""
+
+    turns: frozenset[Part] = frozenset()
+    streamed: frozenset[str] = frozenset()
+
+
+def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
+    """By the config and, where it leaves that open, by what fits now.
 
     Raises:
         ConfigError: as ``may_take_turns``; or what would sleep has no room in main memory.
+        ModelError: a teacher cannot be streamed.
     """
     turns = may_take_turns(prepared)
-    if not turns:
-        return turns
-    shared = build_plan(prepared, run_dir=run_dir).devices[0]
-    if shared.residency == "resident":
-        return frozenset()
+    if not turns and not teachers_of(prepared.models):
+        return Residencies()
+    plan = build_plan(prepared, run_dir=run_dir)
+    streamed = frozenset(name for name, model in plan.models.items() if model.streaming)
+    shared = plan.devices[0]
+    if not turns or shared.residency == "resident":
+        return Residencies(streamed=streamed)
     if not shared.host_suffices:
         raise ConfigError(
             "what sleeps while the parts of the run take turns does not fit main memory",
@@ -383,7 +399,7 @@ def taking_turns(prepared: Prepared, run_dir: Path) -> frozenset[Part]:
             why=f"it needs {format_bytes(shared.host_bytes)}, and {format_bytes(shared.host_free_bytes)} are free",
             fix=HOST_FIX,
         )
-    return turns
+    return Residencies(turns=turns, streamed=streamed)
 
 
 def _completion_tokens(prepared: Prepared) -> int:
@@ -404,10 +420,10 @@ def _placement(role: Role, cards: Mapping[str, tuple[int, ...]]) -> str:
     return f"device_map {role.device_map}"
 
 
-def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[str, ModelPlan]:
-    cards, found = prepared.cards, {}
-    for name, model in prepared.models.items():
-        role, resolved, shape = model.role, model.resolved, shapes[name]
+def _model_plans(layout: _Layout) -> dict[str, ModelPlan]:
+    found = {}
+    for name, model in layout.prepared.models.items():
+        role, resolved, shape = model.role, model.resolved, layout.shapes[name]
         found[name] = ModelPlan(
             path=resolved.path,
             revision=resolved.revision,
@@ -416,8 +432,11 @@ def _model_plans(prepared: Prepared, shapes: Mapping[str, ModelShape]) -> dict[s
             weights_bytes=resolved.weights_bytes,
             dtype=dtype_name(role.dtype),
             quantization=model.quantization,
-            device=_placement(role, cards),
+            device=layout.placed[name],
             own_base=model.own_base,
+            streaming=describe_streaming(model, shape, host_free=cpu_memory()[1])
+            if name in layout.streamed
+            else None,
             separate=_why_separate(model, shape),
         )
     return found
@@ -432,13 +451,14 @@ def _why_separate(model: RunModel, shape: ModelShape) -> str | None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
     """What the plans of all devices are made from. ``adapter`` is what the student trains, ``placed`` the device of each
-    role's model, ``known`` the memory of some devices."""
+    role's model, ``known`` the memory of some devices, ``streamed`` the roles whose layers are read while they score."""
 
     prepared: Prepared
     shapes: Mapping[str, ModelShape]
     adapter: int
     placed: Mapping[str, str]
     known: Mapping[str, DeviceInfo]
+    streamed: frozenset[str]
 
     @property
     def completion(self) -> int:
@@ -457,6 +477,42 @@ class _Layout:
         if role.spread > 1 and role.on_gpu:
             return f"cuda:{self.prepared.cards[role.name][0]}"
         return self.placed[role.name]
+
+
+def _layout(prepared: Prepared, *, known: Mapping[str, DeviceInfo]) -> _Layout:
+    """As the config says it, with what it leaves open in memory."""
+    shapes, adapter = measure(prepared)
+    return _Layout(
+        prepared=prepared,
+        shapes=shapes,
+        adapter=adapter,
+        placed={n: _placement(m.role, prepared.cards) for n, m in prepared.models.items()},
+        known=known,
+        streamed=asked_to_stream(prepared.models, shapes),
+    )
+
+
+def _where_it_fits(
+    layout: _Layout, turns: frozenset[Part]
+) -> tuple[_Layout, tuple[DevicePlan, ...]]:
+    """The layout as it is, or with those teachers streamed that may be and are where it does not fit, if that helps."""
+
+    def faults(devices: tuple[DevicePlan, ...]) -> tuple[int, int]:
+        return sum(d.hopeless for d in devices), sum(not d.fits for d in devices)
+
+    devices = _device_plans(layout, turns)
+    crowded = {device.info.device for device in devices if not device.fits}
+    models = layout.prepared.models
+    more = {
+        name
+        for name in could_stream(layout.prepared.config, models, layout.shapes) - layout.streamed
+        if models[name].role.residency == "auto" and layout.placed[name] in crowded
+    }
+    if not more:
+        return layout, devices
+    streamed = replace(layout, streamed=layout.streamed | more)
+    instead = _device_plans(streamed, turns)
+    return (streamed, instead) if faults(instead) < faults(devices) else (layout, devices)
 
 
 def _device_plans(layout: _Layout, turns: frozenset[Part]) -> tuple[DevicePlan, ...]:
@@ -526,6 +582,9 @@ def _model_memory(
         quantization=model.quantization,
         device=layout.placed[role.name],
         own_base=model.own_base,
+        streamed=role.name in layout.streamed,
+        streamable=role.name
+        in could_stream(layout.prepared.config, layout.prepared.models, layout.shapes),
     )
     if role.serving.url is not None:
         return replace(memory, engine=0)

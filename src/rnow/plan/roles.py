@@ -69,6 +69,12 @@ class Role:
         return isinstance(self.section, TeacherSection) and self.section.tokenizer == "cross"
 
     @property
+    def residency(self) -> Literal["auto", "resident", "streamed"]:
+        """Where its layers are to be; a student's are in memory."""
+        section = self.section
+        return section.residency if isinstance(section, TeacherSection) else "resident"
+
+    @property
     def device(self) -> torch.device:
         """Where it is loaded. Raises ModelError for a device that does not exist."""
         return choose_device(self.section.device, key=f"{self.key}.device")

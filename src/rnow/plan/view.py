@@ -111,9 +111,8 @@ def _model(model: ModelPlan) -> str:
         model.dtype if model.quantization == "none" else f"{model.quantization} + {model.dtype}"
     )
     revision = f" @ {model.revision[:8]}" if model.revision else ""
-    return (
-        f"{model.path}{revision}  {_count(model.parameters)} parameters, {stored}, {model.device}"
-    )
+    streamed = f", {model.streaming}" if model.streaming else ""
+    return f"{model.path}{revision}  {_count(model.parameters)} parameters, {stored}, {model.device}{streamed}"
 
 
 def _memory_table(device: DevicePlan, width: int, unicode: bool) -> Table:
@@ -175,7 +174,8 @@ def _residency(device: DevicePlan) -> Text:
         lines.append(line(_RESIDENCIES[kind], most) + chosen)
     if device.host_bytes:
         host = f"{format_bytes(device.host_bytes)} of {format_bytes(device.host_free_bytes)} free"
-        lines.append(f"main memory for what sleeps: {host}, pinned in blocks of powers of two")
+        what = "sleeps" if device.residency == "time_shared" else "waits there"
+        lines.append(f"main memory for what {what}: {host}, pinned in blocks of powers of two")
     if device.with_nf4_teacher is not None:
         lines.append(line("all at once with teacher.quantization: nf4", device.with_nf4_teacher))
     return Text("\n".join(lines))

@@ -16,7 +16,7 @@ from rnow.models.loading import CausalLM
 from rnow.models.shape import build_empty, shape_of
 from rnow.models.sharing import why_separate
 from rnow.plan.memory import ENGINE_ASLEEP
-from rnow.plan.plan import answering_teachers, taking_turns
+from rnow.plan.plan import answering_teachers, choose_residencies
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import Role, RunModel, teachers_of
 from rnow.protocols import Policy, Sampler, Teacher
@@ -90,15 +90,16 @@ async def load_backends(
         ModelError: a model cannot be loaded or served.
         ConfigError: settings that exclude each other.
     """
-    turns = taking_turns(prepared, run_folder.path)
+    chosen = choose_residencies(prepared, run_folder.path)
     loader = _Loader(
         prepared=prepared,
         run_folder=run_folder,
         stack=stack,
         poll=poll,
         stage=stage,
-        gpu=_watched(prepared, turns) if turns else Residency(),
-        turns=turns,
+        gpu=_watched(prepared, chosen.turns) if chosen.turns else Residency(),
+        turns=chosen.turns,
+        streamed=chosen.streamed,
         heads={},
     )
     vllm = loader.start_sampler()
@@ -171,6 +172,7 @@ class _Loader:
     stage: Callable[[str], None]
     gpu: Residency
     turns: frozenset[Part]
+    streamed: frozenset[str]
     heads: dict[str, Head]
 
     def start_sampler(self) -> VllmSampler | None:
@@ -257,7 +259,7 @@ class _Loader:
             )
             for model in teachers_of(self.prepared.models)
         }
-        return answering_teachers(self.prepared, shapes)
+        return answering_teachers(self.prepared, shapes, self.streamed)
 
     async def _load_teacher(
         self, model: RunModel, *, answers: bool
@@ -283,7 +285,12 @@ class _Loader:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
             cards = prepared.cards.get(name, ())
-            lm = load_model(model, prepared.rendered, cards=cards)
+            streamed = name in self.streamed
+            if streamed and model.role.residency == "auto":
+                prepared.note(
+                    f"the {name} does not fit whole: its layers are read from its files as they are needed"
+                )
+            lm = load_model(model, prepared.rendered, cards=cards, streamed=streamed)
             self._tell_of_rows(lm, model.role)
             teacher = score_with(prepared, lm, self.poll, role=name)
             self.heads[name] = lm.head

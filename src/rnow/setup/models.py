@@ -60,11 +60,14 @@ class LocalStudent:
     reference: ReferenceTeacher
 
 
-def load_model(model: RunModel, rendered: Rendered, *, cards: Sequence[int] = ()) -> CausalLM:
+def load_model(
+    model: RunModel, rendered: Rendered, *, cards: Sequence[int] = (), streamed: bool = False
+) -> CausalLM:
     """A model of the run, frozen, with its head cut to the ids that count and made for the run's window.
 
     Args:
         cards: over which its device map may spread it.
+        streamed: its layers stay in its files and are read while it works.
     """
     role, section = model.role, model.role.section
     quantization = model.quantization
@@ -80,6 +83,7 @@ def load_model(model: RunModel, rendered: Rendered, *, cards: Sequence[int] = ()
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
         window=rendered.window_of(role.name),
+        streamed=streamed,
     )
 
 

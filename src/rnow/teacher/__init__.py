@@ -18,8 +18,10 @@ def load_teacher(
     device_map: str | None = None,
     temperature: float = 1.0,
     trust_remote_code: bool = False,
+    streamed: bool = False,
 ) -> TransformersTeacher:
-    """Load a teacher from a local folder or a HuggingFace id.
+    """Load a teacher from a local folder or a HuggingFace id. ``streamed``: leave its layers in its files, and read them each
+    time it scores, for all samples at once.
 
     >>> teacher = load_teacher("Qwen/Qwen3-0.6B")                             # doctest: +SKIP
     >>> await teacher.compute_logprobs_async([9707, 11, 1879])                # doctest: +SKIP
@@ -57,5 +59,6 @@ def load_teacher(
         quantization=quantization,  # type: ignore[arg-type]
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        streamed=streamed,
     )
     return TransformersTeacher(lm, temperature=temperature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,12 @@ from rnow.algorithm.records import (
 )
 from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
-from rnow.models.offload import Offload, tensors_of
+from rnow.models.offload import Offload
 from rnow.models.scoring import default_micro_batch_tokens, hidden_rows, plan_samples
 from rnow.types import Sample
+
+Pass = tuple[Sequence[Sample], Sequence[int] | None]
+"""The samples of one forward pass, and how many of them each row has."""
 
 
 class TransformersTeacher:
@@ -62,7 +66,7 @@ class TransformersTeacher:
             self._micro_batch_tokens = 1
         self._poll = poll
         self._offload = Offload(
-            frozen=lambda: tensors_of(lm.model),
+            frozen=lm.tensors,
             stays=lambda: lm.head.tensors if head_stays else (),
             what="the teacher",
         )
@@ -78,28 +82,35 @@ class TransformersTeacher:
         self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
     ) -> dict[str, Evidence]:
         """``score`` for callers without an event loop."""
+        passes: list[Pass] = [
+            ([samples[index] for index in part.indices], part.per_row)
+            for part in plan_samples(self.lm, samples, self._micro_batch_tokens)
+        ]
+        if self.lm.layers is not None:  # which come by once for all of them
+            return self._score_or_halve(passes, needs)
         evidence: dict[str, Evidence] = {}
-        for part in plan_samples(self.lm, samples, self._micro_batch_tokens):
+        for one in passes:
             progress.moved()
             self._poll()
-            together = [samples[index] for index in part.indices]
-            evidence.update(self._score_or_halve(together, part.per_row, needs))
+            evidence.update(self._score_or_halve([one], needs))
         return evidence
 
-    def _score_or_halve(
-        self, samples: Sequence[Sample], per_row: Sequence[int] | None, needs: TeacherNeeds
-    ) -> dict[str, Evidence]:
+    def _score_or_halve(self, passes: Sequence[Pass], needs: TeacherNeeds) -> dict[str, Evidence]:
+        """Score passes together, or where memory is too small for that one half of them after the other."""
+        if not passes:
+            return {}
         try:
-            return self._score_micro_batch(samples, per_row, needs)
+            return self._score_passes(passes, needs)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
-            if len(samples) == 1:
+            samples, _ = passes[0]
+            if len(passes) == len(samples) == 1:
                 raise out_of_memory("teacher scoring", len(samples[0].token_ids), error) from error
         torch.cuda.empty_cache()
         evidence: dict[str, Evidence] = {}
-        for half, rows in _halves(samples, per_row):
-            evidence |= self._score_or_halve(half, rows, needs)
+        for half in _halves(passes):
+            evidence |= self._score_or_halve(half, needs)
         return evidence
 
     async def sleep(self) -> None:
@@ -139,13 +150,16 @@ class TransformersTeacher:
         )
         return [None, *sampled_logprobs(self.score_now([sample])["given"]).tolist()]
 
-    def _score_micro_batch(
-        self, samples: Sequence[Sample], per_row: Sequence[int] | None, needs: TeacherNeeds
-    ) -> dict[str, Evidence]:
-        tokens = pad(samples, self.lm.device, per_row)
-        hidden = hidden_rows(self.lm, tokens)
-        found = self._evidence(hidden, tokens, needs)
-        return dict(zip(tokens.sample_ids, found, strict=True))
+    def _score_passes(self, passes: Sequence[Pass], needs: TeacherNeeds) -> dict[str, Evidence]:
+        """The bodies first, then the heads."""
+        padded = [pad(samples, self.lm.device, per_row) for samples, per_row in passes]
+        bodies = [partial(hidden_rows, self.lm, tokens) for tokens in padded]
+        evidence: dict[str, Evidence] = {}
+        for hidden, tokens in zip(self.lm.run(bodies, self._poll), padded, strict=True):
+            progress.moved()
+            found = self._evidence(hidden, tokens, needs)
+            evidence.update(zip(tokens.sample_ids, found, strict=True))
+        return evidence
 
     def _evidence(
         self, hidden: Tensor, tokens: PaddedTokens, needs: TeacherNeeds
@@ -173,16 +187,20 @@ class TransformersTeacher:
             yield TopKEvidence(teacher_logprobs=selected, ids=ids, logprobs=logprobs)
 
 
-def _halves(
-    samples: Sequence[Sample], per_row: Sequence[int] | None
-) -> Iterator[tuple[Sequence[Sample], Sequence[int] | None]]:
-    """Half of the rows each, or of the samples of a single row."""
+def _halves(passes: Sequence[Pass]) -> Iterator[Sequence[Pass]]:
+    """Half of the passes each; of a single one half of its rows, or of the samples of a single row."""
+    if len(passes) > 1:
+        middle = len(passes) // 2
+        yield passes[:middle]
+        yield passes[middle:]
+        return
+    ((samples, per_row),) = passes
     if per_row is None or len(per_row) == 1:
         cut = len(samples) // 2
-        yield samples[:cut], per_row and [cut]
-        yield samples[cut:], per_row and [len(samples) - cut]
+        yield [(samples[:cut], per_row and [cut])]
+        yield [(samples[cut:], per_row and [len(samples) - cut])]
         return
     middle = len(per_row) // 2
     cut = sum(per_row[:middle])
-    yield samples[:cut], per_row[:middle]
-    yield samples[cut:], per_row[middle:]
+    yield [(samples[:cut], per_row[:middle])]
+    yield [(samples[cut:], per_row[middle:])]
