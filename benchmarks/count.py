@@ -341,7 +341,7 @@ def student_layer() -> Any:
         base_name="benchmark",
         objective=PolicyGradient(),
         optimizer=OptimizerSettings(),
-        gradient_checkpointing=True,
+        recomputed_layers=None,
     )
 
 
