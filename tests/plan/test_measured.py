@@ -87,6 +87,7 @@ class Case:
             completion_tokens=self.tokens - shared if shared else NEW,
             window=self.tokens,
             micro_batch_tokens=ROWS * self.tokens,
+            scoring_tokens=ROWS * self.tokens,
             recomputed_layers=recomputed,
             cache_budget=10**12,
             head_tile=self.buffer,

@@ -69,6 +69,7 @@ def settings_of(
         completion_tokens=4096,
         window=32768,
         micro_batch_tokens=16384,
+        scoring_tokens=16384,
         recomputed_layers=36,
         cache_budget=20 * GB,
         head_tile=256 * 2**20,
@@ -249,6 +250,7 @@ def test_activations_cover_what_autograd_keeps(
         prompt_tokens=64,
         completion_tokens=64,
         micro_batch_tokens=tokens,
+        scoring_tokens=tokens,
         recomputed_layers=layers if checkpointing else 0,
     )
     estimate = sizes(settings)["student activations"]

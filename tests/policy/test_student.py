@@ -24,6 +24,7 @@ from tests.policy.batches import (
     weights,
 )
 from tests.policy.conftest import MakePolicy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rnow.algorithm.batching import build_batch
 from rnow.algorithm.policy_gradient import PolicyGradient
@@ -31,7 +32,9 @@ from rnow.algorithm.records import Batch, MicroBatch, SampledEvidence
 from rnow.algorithm.value import Valued, ValueHead
 from rnow.disk.checkpoints import CheckpointStore, export_adapter
 from rnow.errors import RnowError
+from rnow.models import activations
 from rnow.models.loading import take_apart
+from rnow.models.shape import shape_of
 from rnow.policy import student
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.protocols import Policy
@@ -632,3 +635,18 @@ def test_it_is_saved_with_the_optimizer_and_not_in_the_adapter(make_policy: Make
     del state["moments"]["value_head.weight"]
     with pytest.raises(ValueError, match=r"no value_head\.weight"):
         again.load_state_dict(state)
+
+
+def test_it_takes_as_many_tokens_as_the_plan_expects(
+    make_policy: MakePolicy, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same sizes, whether weights and adapter are there or not."""
+    monkeypatch.setattr(activations, "CPU_ACTIVATION_BYTES", 10**6)
+    monkeypatch.setattr(activations, "LEAST_MICRO_BATCH_TOKENS", 1)
+    config = AutoConfig.from_pretrained(tiny_model_dir())
+    with torch.device("meta"):
+        empty = shape_of(AutoModelForCausalLM.from_config(config))
+    expected = activations.update_tokens(empty, width=4, rank=4, on_gpu=False)
+    assert 1 < expected < activations.CPU_MICRO_BATCH_TOKENS
+    assert make_policy()._micro_batch_tokens == expected
+    assert make_policy(micro_batch_tokens=7)._micro_batch_tokens == 7

@@ -484,7 +484,7 @@ class TrainerSection(Section):
     micro_batch_tokens: Positive | None = key(
         None,
         "Tokens in one forward and backward pass, padding included; what several samples begin with counts once.",
-        "4096 on a CPU, 16384 on a GPU",
+        "on a CPU 4096 or what 2 GiB of activations hold, on a GPU 16384 or what 12 GiB hold, where that is less",
         change="free",
     )
     gradient_checkpointing: Annotated[

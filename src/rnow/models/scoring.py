@@ -10,12 +10,10 @@ from torch import Tensor
 from rnow.algorithm.batching import plan_micro_batches, read_tokens
 from rnow.algorithm.packing import plan_passes
 from rnow.algorithm.records import PaddedTokens
+from rnow.models.activations import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
 from rnow.models.loading import CausalLM
 from rnow.models.sharing import attention_mask
 from rnow.types import Sample
-
-CPU_MICRO_BATCH_TOKENS = 4096
-GPU_MICRO_BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +64,9 @@ def hidden_rows(lm: CausalLM, tokens: PaddedTokens) -> Tensor:
     return rows.to(lm.head.weight.device)
 
 
-def default_micro_batch_tokens(lm: CausalLM) -> int:
-    """Tokens of one padded micro-batch when the config does not say."""
-    return CPU_MICRO_BATCH_TOKENS if lm.device.type == "cpu" else GPU_MICRO_BATCH_TOKENS
+def scoring_tokens(*, on_gpu: bool) -> int:
+    """Tokens of one padded pass without gradients when the config does not say: only one layer's activations are there."""
+    return GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
 
 
 def check_present(tensor: Tensor) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Literal
 
 from rnow.algorithm.packing import plan_lengths, row_tokens
+from rnow.models.activations import FLOAT32, activation_bytes
 from rnow.models.shape import ModelShape
 from rnow.models.sharing import cells_per_token
 from rnow.plan.roles import STUDENT, Role, Stored
@@ -24,7 +25,6 @@ Residence = Literal["resident", "time_shared"]
 Kind = Literal["loaded", "engine weights", "engine cache"]
 """Held by this process; by a vLLM, which keeps it in main memory while it sleeps; by a vLLM, which gives it up then."""
 
-FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a double-quantised NF4 weight: 4 bits, an 8-bit scale per 64, a float32 scale per 256 of those."""
 INT8_BYTES = 1.0
@@ -46,8 +46,6 @@ JOINED_COPIES = 2
 """Layers' worth of main memory for joining experts: as they are stored, and joined."""
 MASK_BYTES = 1 + FLOAT32
 """Of one entry of an attention mask: whether it counts, and the number that SDPA adds for it."""
-LAYER_NORM_COPIES = 6
-"""Hidden-state sized tensors that a block keeps for its backward pass beside the linear layers' inputs and outputs."""
 
 _STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "trainer": "update"}
 
@@ -159,6 +157,7 @@ class MemorySettings:
         completion_tokens: the longest answer.
         window: no sequence is longer.
         micro_batch_tokens: tokens of one forward and backward pass, if a single sequence is not longer.
+        scoring_tokens: the same of a teacher's pass.
         recomputed_layers: of so many layers, from the first on, the update keeps the input only, and computes the activations
             again.
         cache_budget: bytes of the sampler's caches in one sub-batch.
@@ -176,6 +175,7 @@ class MemorySettings:
     completion_tokens: int
     window: int
     micro_batch_tokens: int
+    scoring_tokens: int
     recomputed_layers: int
     cache_budget: int
     head_tile: int
@@ -206,15 +206,14 @@ class MemorySettings:
     @property
     def update_pass(self) -> PassSize:
         """The largest micro-batch of the update."""
-        return self._pass_of(self.student, self.prompt_tokens)
+        return self._pass_of(self.student, self.prompt_tokens, self.micro_batch_tokens)
 
     def scoring_pass(self, model: ModelMemory) -> PassSize:
         """The same of a teacher's."""
-        return self._pass_of(model, self.prompt_tokens + self.teacher_extra)
+        return self._pass_of(model, self.prompt_tokens + self.teacher_extra, self.scoring_tokens)
 
-    def _pass_of(self, model: ModelMemory, prompt: int) -> PassSize:
+    def _pass_of(self, model: ModelMemory, prompt: int, budget: int) -> PassSize:
         """The budget, but one sequence at least and all of them at most; by the plan of groups that are all of full length."""
-        budget = self.micro_batch_tokens
         longest = min(self.window + prompt - self.prompt_tokens, prompt + self.completion_tokens)
         if not model.shares_rows:
             return PassSize(tokens=max(longest, min(budget, self.rollouts * longest)))
@@ -471,12 +470,13 @@ def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySetting
         yield "trainer.gradient_checkpointing: true", recomputed
     if settings.update_pass.tokens > settings.sequence_tokens:
         tokens = max(settings.sequence_tokens, settings.update_pass.tokens // 4)
-        yield f"trainer.micro_batch_tokens: {tokens}", replace(settings, micro_batch_tokens=tokens)
+        smaller = replace(settings, micro_batch_tokens=tokens, scoring_tokens=tokens)
+        yield f"trainer.micro_batch_tokens: {tokens}", smaller
     if settings.completion_tokens >= 64:
         tokens = settings.completion_tokens // 4
         yield f"rollout.max_tokens: {tokens}", replace(settings, completion_tokens=tokens)
-    smaller = settings.cache_budget // 4
-    yield f"sampler.batch_memory_gb: {smaller / 1e9:.2g}", replace(settings, cache_budget=smaller)
+    cache = settings.cache_budget // 4
+    yield f"sampler.batch_memory_gb: {cache / 1e9:.2g}", replace(settings, cache_budget=cache)
 
 
 def _cache_bytes(settings: MemorySettings) -> float:
@@ -495,20 +495,11 @@ def _cache_bytes(settings: MemorySettings) -> float:
 
 def _training_activations(settings: MemorySettings) -> float:
     """What one forward pass keeps for its backward pass."""
-    shape, width = settings.student.shape, settings.student.width
-    kept = sum((inputs + outputs) * width for inputs, outputs in shape.linear)
-    if width != FLOAT32:
-        # With a float16 base PEFT casts each input to float32 and keeps that copy. bfloat16 does without: this is above it.
-        kept += sum(inputs * FLOAT32 for inputs, _ in shape.linear)
-    kept += len(shape.linear) * settings.rank * FLOAT32
-    kept += shape.layers * LAYER_NORM_COPIES * shape.hidden * FLOAT32
-    size = settings.update_pass
+    model, size = settings.student, settings.update_pass
+    shape, again = model.shape, settings.recomputed_layers
+    kept = activation_bytes(shape, width=model.width, rank=settings.rank, recomputed=again)
     if size.mask_width:
-        kept += shape.layers * _repeated(settings.student)
-    if again := settings.recomputed_layers:
-        # Of those one is there at a time, and only once the others were worked off.
-        kept *= max(1, shape.layers - again) / shape.layers
-        kept += again * shape.hidden * width
+        kept += max(1, shape.layers - again) * _repeated(model)
     return kept * size.tokens + size.mask_bytes
 
 

@@ -14,8 +14,9 @@ from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, cpu_tile_byt
 from rnow.config import Config
 from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
+from rnow.models.activations import update_tokens
 from rnow.models.loading import choose_device
-from rnow.models.scoring import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
+from rnow.models.scoring import scoring_tokens
 from rnow.models.shape import ModelShape, build_empty, shape_of
 from rnow.models.sharing import INT8_APART
 from rnow.plan.choices import (
@@ -529,7 +530,13 @@ def _fewest_recomputed(
     found = bisect_left(range(most) if by_layer else range(min(1, most)), True, key=fits)
     if not by_layer and found:
         return layout, devices
-    return planned(found) if found < most else (layout, devices)
+    if found == most:
+        return layout, devices
+    layout, (first, *others) = planned(found)
+    if (first.with_nf4_teacher or 0) > first.info.usable_bytes:
+        # The layers that are recomputed were chosen for other teachers.
+        first = replace(first, with_nf4_teacher=student.with_nf4_teacher)
+    return layout, (first, *others)
 
 
 def _where_it_fits(
@@ -601,7 +608,14 @@ def _settings(
         teacher_extra=rendered.teacher_extra,
         completion_tokens=layout.completion,
         window=rendered.window,
-        micro_batch_tokens=tokens or (GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS),
+        micro_batch_tokens=tokens
+        or update_tokens(
+            layout.shapes[STUDENT],
+            width=prepared.student.role.dtype.itemsize,
+            rank=config.model.qlora_rank,
+            on_gpu=on_gpu,
+        ),
+        scoring_tokens=tokens or scoring_tokens(on_gpu=on_gpu),
         recomputed_layers=layout.recomputed,
         cache_budget=cache,
         head_tile=GPU_BUFFER_BYTES if on_gpu else cpu_tile_bytes(),

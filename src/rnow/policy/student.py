@@ -15,10 +15,12 @@ from rnow import progress
 from rnow.algorithm.batching import collate, head_of
 from rnow.algorithm.objective import Objective, Terms
 from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
+from rnow.models.activations import update_tokens
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
 from rnow.models.recompute import recomputing
-from rnow.models.scoring import PassPlan, default_micro_batch_tokens, hidden_rows, plan_samples
+from rnow.models.scoring import PassPlan, hidden_rows, plan_samples
+from rnow.models.shape import shape_of
 from rnow.policy.float16 import add_gradients
 from rnow.policy.lora import ALL_LINEAR, attach_lora, trainable_parameters
 from rnow.policy.streams import PassStreams
@@ -65,8 +67,9 @@ class LoraPolicy:
         seed: draws the adapter's start.
         base_name: what the adapter's config names as its base.
         targets: the layers it changes, as ``lora_config`` takes them.
-        micro_batch_tokens: padded tokens per forward/backward pass; from the device when None. It changes memory and
-            speed, not the gradient: that is normalised by the loss tokens of the whole batch.
+        micro_batch_tokens: padded tokens per forward/backward pass; from the model's sizes when None
+            (``rnow.models.activations``). It changes memory and speed, not the gradient: that is normalised by the loss tokens
+            of the whole batch.
         recomputed_layers: so many layers, from the first on, compute their activations again in the backward pass instead of keeping
             them (``rnow.models.recompute``); None is all of them. No gradient depends on it.
         poll: called before each micro-batch; may raise to stop, which leaves weights and optimizer as they were.
@@ -91,11 +94,16 @@ class LoraPolicy:
         self._objective = objective
         self._settings = optimizer
         self._updates = 0
+        self._micro_batch_tokens = micro_batch_tokens or update_tokens(
+            shape_of(lm.model),
+            width=lm.head.weight.dtype.itemsize,
+            rank=rank,
+            on_gpu=lm.device.type != "cpu",
+        )
         self.model = attach_lora(
             lm, rank=rank, alpha=alpha, seed=seed, base_name=base_name, targets=targets
         )
         self._poll = poll
-        self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
         self._parameters = dict(trainable_parameters(self.model))
         self._beside = dict(objective.parameters)
         self._float16 = any(p.dtype == torch.float16 for p in self.model.parameters())

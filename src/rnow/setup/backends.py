@@ -16,7 +16,7 @@ from rnow.models.loading import CausalLM
 from rnow.models.shape import build_empty, shape_of
 from rnow.models.sharing import why_separate
 from rnow.plan.memory import ENGINE_ASLEEP
-from rnow.plan.plan import answering_teachers, choose_residencies
+from rnow.plan.plan import Residencies, answering_teachers, choose_residencies
 from rnow.plan.prepare import Prepared
 from rnow.plan.roles import Role, RunModel, teachers_of
 from rnow.protocols import Policy, Sampler, Teacher
@@ -98,9 +98,7 @@ async def load_backends(
         poll=poll,
         stage=stage,
         gpu=_watched(prepared, chosen.turns) if chosen.turns else Residency(),
-        turns=chosen.turns,
-        streamed=chosen.streamed,
-        recomputed=chosen.recomputed,
+        chosen=chosen,
         heads={},
     )
     vllm = loader.start_sampler()
@@ -113,7 +111,7 @@ async def load_backends(
         assert student.sampler is not None, "built where no vLLM draws"
         sampler, mode = student.sampler, f"{student.sampler.mode} weights"
     facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
-    if loader.turns:
+    if loader.chosen.turns:
         facts["residency"] = "time_shared"
     teacher, answering = await loader.load_teachers(student.reference)
     if teacher is None and config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
@@ -172,9 +170,7 @@ class _Loader:
     poll: Callable[[], None]
     stage: Callable[[str], None]
     gpu: Residency
-    turns: frozenset[Part]
-    streamed: frozenset[str]
-    recomputed: int
+    chosen: Residencies
     heads: dict[str, Head]
 
     def start_sampler(self) -> VllmSampler | None:
@@ -182,7 +178,7 @@ class _Loader:
         if self.prepared.student.role.backend != "vllm":
             return None
         self.stage(_coming(self.prepared.student.role))
-        in_turns = "sampler" in self.turns
+        in_turns = "sampler" in self.chosen.turns
         vllm = start_vllm_sampler(self.prepared, self.run_folder, self.stack, time_shared=in_turns)
         if in_turns:
             self.gpu.add("sampler", vllm)
@@ -203,9 +199,9 @@ class _Loader:
             self.poll,
             self.heads,
             embedded=vllm is None,
-            recomputed=self.recomputed,
+            recomputed=self.chosen.recomputed,
         )
-        if self.turns:
+        if self.chosen.turns:
             gpu.add("trainer", student.policy)
             if vllm is None:
                 gpu.add("sampler", student.policy)  # which draws with the trainer's weights
@@ -268,14 +264,14 @@ class _Loader:
             )
             for model in teachers_of(self.prepared.models)
         }
-        return answering_teachers(self.prepared, shapes, self.streamed)
+        return answering_teachers(self.prepared, shapes, self.chosen.streamed)
 
     async def _load_teacher(
         self, model: RunModel, *, answers: bool
     ) -> tuple[Teacher, Sampler | None]:
         """A teacher, and what answers with it where it is to be evaluated."""
         prepared, name, part = self.prepared, model.role.name, model.role.part
-        by_vllm, in_turns = model.role.backend == "vllm", part in self.turns
+        by_vllm, in_turns = model.role.backend == "vllm", part in self.chosen.turns
         self.stage(_coming(model.role) if by_vllm else f"loading the {name}")
         if in_turns:
             await self.gpu.clear()
@@ -294,7 +290,7 @@ class _Loader:
                 answering = teacher_sampler(prepared, model, teacher)
         else:
             cards = prepared.cards.get(name, ())
-            streamed = name in self.streamed
+            streamed = name in self.chosen.streamed
             if streamed and model.role.residency == "auto":
                 prepared.note(
                     f"the {name} does not fit whole: its layers are read from its files as they are needed"

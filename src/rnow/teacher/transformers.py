@@ -24,7 +24,7 @@ from rnow.algorithm.records import (
 from rnow.algorithm.topk import top_logprobs
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload
-from rnow.models.scoring import default_micro_batch_tokens, hidden_rows, plan_samples
+from rnow.models.scoring import hidden_rows, plan_samples, scoring_tokens
 from rnow.types import Sample
 
 Pass = tuple[Sequence[Sample], Sequence[int] | None]
@@ -60,7 +60,9 @@ class TransformersTeacher:
         self.lm = lm
         self._role = role
         self._temperature = temperature
-        self._micro_batch_tokens = micro_batch_tokens or default_micro_batch_tokens(lm)
+        self._micro_batch_tokens = micro_batch_tokens or scoring_tokens(
+            on_gpu=lm.device.type != "cpu"
+        )
         if getattr(lm.model, "is_loaded_in_8bit", False):
             # LLM.int8 picks its outlier columns over all rows of a batch: a score would depend on who else is in it.
             self._micro_batch_tokens = 1
