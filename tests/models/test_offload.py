@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rnow.errors import RnowError
+from rnow.models import offload as module
 from rnow.models.offload import Offload, tensors_of
 from rnow.models.scoring import check_present
 
@@ -159,3 +160,128 @@ def test_quantised_weights_take_their_scales_along(quantized: str) -> None:
         assert stored([linear.weight, *scales]) == 0
         offload.wake()
         assert torch.equal(model(inputs), expected)
+
+
+class Traffic:
+    """Bytes that were copied out, and how much main memory was taken for them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.out = self.taken = 0
+        update, take = module._Copy.update, module.host_bytes
+
+        def counted(copy: Any, storage: Any, versions: Any) -> None:
+            before = copy._bytes
+            copy._bytes = Counted(self, before)
+            update(copy, storage, versions)
+            copy._bytes = before
+
+        def taken(size: int, *, pinned: bool) -> Tensor:
+            self.taken += size
+            return take(size, pinned=pinned)
+
+        monkeypatch.setattr(module._Copy, "update", counted)
+        monkeypatch.setattr(module, "host_bytes", taken)
+
+    def moved(self) -> tuple[int, int]:
+        found = self.out, self.taken
+        self.out = self.taken = 0
+        return found
+
+
+class Counted:
+    def __init__(self, traffic: Traffic, held: Tensor) -> None:
+        self._traffic, self._held = traffic, held
+
+    def copy_(self, source: Tensor) -> None:
+        self._traffic.out += source.nbytes
+        self._held.copy_(source)
+
+
+def turn(offload: Offload) -> None:
+    offload.sleep()
+    offload.wake()
+
+
+def test_what_does_not_change_is_copied_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, traffic = small(), Traffic(monkeypatch)
+    before = copy.deepcopy(model.state_dict())
+    offload = Offload(frozen=lambda: tensors_of(model), what="it")
+    turn(offload)
+    held = stored(tensors_of(model))
+    assert traffic.moved() == (held, held)
+    for _ in range(3):
+        model[1](torch.randn(2, 4))
+        turn(offload)
+        assert traffic.moved() == (0, 0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_frozen_tensor_that_torch_changed_is_copied_again(
+    monkeypatch: pytest.MonkeyPatch, inference: bool
+) -> None:
+    model, traffic = small(), Traffic(monkeypatch)
+    offload = Offload(frozen=lambda: tensors_of(model), what="it")
+    turn(offload)
+    traffic.moved()
+    weight: Tensor = model[0].weight  # type: ignore[assignment,index]
+    with torch.inference_mode(inference), torch.no_grad():
+        weight[:2].mul_(3.0)  # by a view
+    expected = weight.clone()
+    turn(offload)
+    assert torch.equal(weight, expected)
+    assert traffic.moved() == (weight.nbytes, 0), "into the memory that was there, and nothing else"
+    turn(offload)
+    assert traffic.moved() == (0, 0)
+
+
+def test_a_tensor_with_other_storage_is_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, traffic = small(), Traffic(monkeypatch)
+    offload = Offload(frozen=lambda: tensors_of(model), what="it")
+    turn(offload)
+    weight: Any = model[0].weight
+    for number in range(20):  # an allocator likes to give the address that it got back last
+        traffic.moved()
+        weight.data = torch.full((7, 4), float(number))
+        turn(offload)
+        assert torch.equal(weight, torch.full((7, 4), float(number)))
+        assert traffic.moved() == (weight.nbytes, weight.nbytes)
+    assert len(offload._copies) == len({t.data_ptr() for t in tensors_of(model)}), "old ones go"
+
+
+def test_what_is_taken_along_may_change_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, merged, traffic = torch.ones(3), torch.ones(5), Traffic(monkeypatch)
+    offload = Offload(frozen=lambda: [own], what="it")
+    offload.take_along(lambda: [own, merged])  # a merged model shares what it did not change
+    turn(offload)
+    traffic.moved()
+    for number in range(3):
+        torch.add(torch.zeros(5), number, out=merged.data)  # no counter tells of it
+        turn(offload)
+        assert merged.tolist() == [number] * 5
+        assert traffic.moved() == (merged.nbytes, 0)
+
+
+def test_a_tensor_of_inference_mode_is_copied_each_time() -> None:
+    with torch.inference_mode():
+        scale = torch.ones(3)
+    offload = Offload(frozen=lambda: [scale], what="it")
+    turn(offload)
+    with torch.inference_mode():
+        scale.mul_(2.0)
+    turn(offload)
+    assert scale.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_failed_copy_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(4)
+    offload = Offload(frozen=lambda: [weight], what="it")
+    turn(offload)
+    weight.mul_(2.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_bytes_of", lambda storage: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            offload.sleep()
+    turn(offload)
+    assert weight.tolist() == [2.0] * 4

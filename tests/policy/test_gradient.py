@@ -226,6 +226,27 @@ def test_gradient_checkpointing_changes_memory_only(
     assert not checkpointed.model.training
 
 
+def test_every_number_of_recomputed_layers_gives_the_same_bits(make_policy: MakePolicy) -> None:
+    model, batch = {"num_hidden_layers": 4}, make_batch()
+    plain = gradients(make_policy(objective=MIXED, model=model), batch)
+    for layers in (0, 1, 3, 4, None):
+        policy = make_policy(
+            objective=MIXED, model=model, gradient_checkpointing=True, recomputed_layers=layers
+        )
+        forwards = [0] * 4
+        for index, layer in enumerate(policy.lm.body.layers):
+            layer.self_attn.register_forward_hook(
+                lambda *_, index=index, forwards=forwards: forwards.__setitem__(
+                    index, forwards[index] + 1
+                )
+            )
+        found = gradients(policy, batch)
+        again = 4 if layers is None else layers
+        assert forwards == [2] * again + [1] * (4 - again)
+        for name, gradient in plain.items():
+            assert torch.equal(found[name], gradient), (layers, name)
+
+
 def test_live_logprobs_are_the_model_s_own_and_keyed_by_sample(make_policy: MakePolicy) -> None:
     policy = make_policy(micro_batch_tokens=30, objective={"temperature": 0.8})
     batch = make_batch()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,11 @@ from rnow.types import Adapter
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
+@pytest.fixture(params=[False, True], ids=["on disk", "in memory"])
+def in_memory(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 def adapter(value: float = 1.0) -> Adapter:
     # A transposed view: what is written must be contiguous.
     return Adapter(
@@ -24,8 +32,9 @@ def adapter(value: float = 1.0) -> Adapter:
     )
 
 
-def test_an_adapter_is_written_as_peft_reads_it(tmp_path: Path) -> None:
-    stored = AdapterFiles(tmp_path / "new" / "adapters").write(adapter(0.5), 7)
+def test_an_adapter_is_written_as_peft_reads_it(tmp_path: Path, in_memory: bool) -> None:
+    files = AdapterFiles(tmp_path / "new" / "adapters", in_memory=in_memory)
+    stored = files.write(adapter(0.5), 7)
     assert stored.version == 7
     assert stored.folder.name == "adapter-7"
     assert stored.folder.is_absolute()
@@ -47,8 +56,8 @@ def test_no_name_comes_back(tmp_path: Path) -> None:
     assert len(names) == 6
 
 
-def test_a_version_written_again_replaces_its_files(tmp_path: Path) -> None:
-    files = AdapterFiles(tmp_path)
+def test_a_version_written_again_replaces_its_files(tmp_path: Path, in_memory: bool) -> None:
+    files = AdapterFiles(tmp_path, in_memory=in_memory)
     files.write(adapter(1.0), 1)
     stored = files.write(adapter(2.0), 1)
     assert load_file(stored.folder / "adapter_model.safetensors")[NAME][0, 0] == 2.0
@@ -57,17 +66,60 @@ def test_a_version_written_again_replaces_its_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("private", "folder", "file"), [(True, 0o700, 0o600), (False, 0o755, 0o644)]
 )
-def test_who_may_read_it(tmp_path: Path, private: bool, folder: int, file: int) -> None:
-    stored = AdapterFiles(tmp_path / "adapters", private=private).write(adapter(), 1)
+def test_who_may_read_it(
+    tmp_path: Path, private: bool, folder: int, file: int, in_memory: bool
+) -> None:
+    files = AdapterFiles(tmp_path / "adapters", private=private, in_memory=in_memory)
+    stored = files.write(adapter(), 1)
     assert stat.S_IMODE(stored.folder.stat().st_mode) == folder
     assert {stat.S_IMODE(path.stat().st_mode) for path in stored.folder.iterdir()} == {file}
 
 
-def test_discard_and_clear(tmp_path: Path) -> None:
-    files = AdapterFiles(tmp_path / "adapters")
+def test_discard_and_clear(tmp_path: Path, in_memory: bool) -> None:
+    files = AdapterFiles(tmp_path / "adapters", in_memory=in_memory)
     one, two = files.write(adapter(), 1), files.write(adapter(), 2)
     files.discard(one)
     assert not one.folder.exists()
     assert two.folder.exists()
     files.clear()
     assert not (tmp_path / "adapters").exists()
+    assert not files._held
+
+
+def test_it_is_rounded_to_the_format_of_whom_it_is_for(tmp_path: Path, in_memory: bool) -> None:
+    files = AdapterFiles(tmp_path, dtype=torch.bfloat16, in_memory=in_memory)
+    stored = files.write(adapter(1 / 3), 1)
+    tensor = load_file(stored.folder / "adapter_model.safetensors")[NAME]
+    assert torch.equal(tensor, torch.full((2, 3), 1 / 3).bfloat16())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its files in memory")
+def test_nothing_of_it_outlives_a_killed_process(tmp_path: Path) -> None:
+    """Not even in the memory that is mounted as a folder."""
+    script = """
+import os, pathlib, signal, sys, torch
+from rnow.sampling.adapter_files import AdapterFiles
+from rnow.types import Adapter
+folder = pathlib.Path(sys.argv[1])
+weights = {"a": torch.ones(1000)}
+stored = AdapterFiles(folder, in_memory=True).write(Adapter(tensors=weights, config={"r": 1}), 1)
+assert (stored.folder / "adapter_model.safetensors").stat().st_size > 4000
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    left = tmp_path / "adapter-1" / "adapter_model.safetensors"
+    assert left.is_symlink()
+    assert not left.exists()
+    # The next process writes over it.
+    files = AdapterFiles(tmp_path, in_memory=True)
+    stored = files.write(adapter(2.0), 1)
+    assert load_file(stored.folder / "adapter_model.safetensors")[NAME][0, 0] == 2.0
+    files.clear()
+
+
+def test_without_such_files_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    stored = AdapterFiles(tmp_path, in_memory=True).write(adapter(), 1)
+    weights = stored.folder / "adapter_model.safetensors"
+    assert not weights.is_symlink()
+    assert load_file(weights)[NAME].shape == (2, 3)

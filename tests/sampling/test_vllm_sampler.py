@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from rnow.errors import (
     EXIT_TEMPORARY,
@@ -49,7 +51,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             vocabulary=10,
             work_dir=tmp_path / "adapters",
             log=tmp_path / "log",
-            dtype="float32",
+            dtype=changes.pop("dtype", "float32"),
             max_lora_rank=8,
             probe=probe,
             request_timeout=silence,
@@ -105,6 +107,48 @@ def test_it_starts_at_the_first_use_and_stamps_the_version(make: Make, tmp_path:
         "start", "load adapter-5 of 1", "load adapter-6 of 1"
     ]  # fmt: skip
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["adapter-6"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": "float32"}, torch.float32),
+        ({"dtype": "auto"}, torch.float32),
+        ({"dtype": "bfloat16", "engine": {"lora_dtype": "auto"}}, torch.bfloat16),
+        ({"dtype": "bfloat16", "engine": {"lora_dtype": "float32"}}, torch.float32),
+    ],
+)
+def test_the_engine_reads_the_adapter_out_of_memory_in_its_own_format(
+    make: Make, tmp_path: Path, settings: dict[str, Any], expected: torch.dtype
+) -> None:
+    sampler = make(**settings)
+    exact = torch.tensor([1.0, 1 / 3, -2e-3])
+    sampler.load_policy(Adapter(tensors={"a": exact}, config={"r": 4}), version=1)
+    read = load((tmp_path / "weights").read_bytes())["a"]
+    assert read.dtype == expected
+    assert torch.equal(read, exact.to(expected))
+    weights = tmp_path / "adapters" / "adapter-1" / "adapter_model.safetensors"
+    assert weights.is_symlink() == (sys.platform == "linux"), "no bytes of them in the run folder"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="their files are in memory there")
+def test_adapters_in_memory_are_let_go(make: Make) -> None:
+    def held() -> int:
+        """By this process, of this test's or another's."""
+        names = []
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the listing's own
+                names.append(str(path.readlink()))
+        return sum("rnow-adapter" in name for name in names)
+
+    sampler, before = make(), held()
+    for version in (1, 2, 2, 3):
+        sampler.load_policy(adapter(), version=version)
+        assert held() == before + 1
+    sampler.close()
+    assert held() == before
 
 
 def test_a_stop_id_makes_it_a_stop(make: Make) -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from rnow.disk.files import (
     unused,
     write_synced,
 )
+from rnow.disk.tensors import gather
 from rnow.errors import SAME_COMMAND, InputError, RnowError, TemporaryError
 from rnow.types import Adapter
 
@@ -96,6 +97,8 @@ class CheckpointStore:
             TemporaryError: the disk is full; earlier checkpoints are untouched.
             RnowError: the last update left numbers that are not finite, which nothing could be continued from.
         """
+        adapter = replace(adapter, tensors=gather(adapter.tensors))
+        moments = gather(moments)
         self._check_finite(step, {**adapter.tensors, **moments}, good_before)
         target = self._folder / folder_name(step)
         files = {
@@ -363,7 +366,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return save(gather(tensors))
 
 
 def folder_name(step: int) -> str:

@@ -1,4 +1,4 @@
-"""Moving a model out of a card and back, bit for bit."""
+"""Moving a model out of a card and back, bit for bit. What does not change is copied out once, and from then on only back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rnow.errors import RnowError
 
@@ -15,6 +16,8 @@ HOST = torch.device("cpu")
 _ATTACHED = ("quant_state", "state2", "state", "absmax", "code", "offset", "CB", "SCB")
 
 Tensors = Callable[[], Iterable[Tensor]]
+Versions = tuple[int, ...] | None
+"""How often torch changed the tensors of a storage in place; None where that is not counted, or does not tell."""
 
 
 class Offload:
@@ -34,11 +37,13 @@ class Offload:
     def __init__(
         self, *, frozen: Tensors, live: Tensors = tuple, stays: Tensors = tuple, what: str
     ) -> None:
-        self._frozen = [frozen]
+        self._frozen = frozen
+        self._changing: list[Tensors] = []
         self._stays = stays
         self._live = live
         self._what = what
         self._emptied: list[_Emptied] = []
+        self._copies: dict[int, _Copy] = {}
         self._moved: list[tuple[Tensor, torch.device]] = []
 
     @property
@@ -46,9 +51,9 @@ class Offload:
         """Whether anything is away from where it belongs."""
         return bool(self._emptied or self._moved)
 
-    def take_along(self, frozen: Tensors) -> None:
-        """Move these too from now on."""
-        self._frozen.append(frozen)
+    def take_along(self, changing: Tensors) -> None:
+        """Move these too from now on. They may change in any way between two calls of ``sleep``, each of which copies them."""
+        self._changing.append(changing)
 
     def check_awake(self) -> None:
         """
@@ -68,17 +73,28 @@ class Offload:
             if id(tensor) not in away:
                 self._moved.append((tensor, tensor.device))
                 tensor.data = tensor.data.to(HOST, copy=True)
-        known = set(map(id, live))
-        frozen = (
-            tensor for source in self._frozen for tensor in source() if id(tensor) not in known
-        )
-        staying = {storage.data_ptr() for storage in _storages(self._stays())}
-        for storage in _storages(frozen):
-            if storage.data_ptr() in staying:
-                continue
-            self._emptied.append(_Emptied(storage))
-            self._emptied[-1].empty()
+        for storage, versions in self._leaving({id(tensor) for tensor in live}):
+            copy = self._copies.get(storage._cdata)
+            if copy is None or copy.size != storage.nbytes():
+                copy = self._copies[storage._cdata] = _Copy(storage)
+            copy.update(storage, versions)
+            self._emptied.append(_Emptied(storage, copy))
+            storage.resize_(0)
+        # Of storages that are gone, and of those that stay.
+        self._copies = {emptied.key: emptied.copy for emptied in self._emptied}
         release_cached_memory()
+
+    def _leaving(self, live: set[int]) -> Iterator[tuple[torch.UntypedStorage, Versions]]:
+        """The storages that are there and should go, each once."""
+        done = {storage._cdata for storage, _ in _storages(self._stays())}
+        for source, changes in (
+            (self._frozen, False),
+            *((source, True) for source in self._changing),
+        ):
+            for storage, versions in _storages(t for t in source() if id(t) not in live):
+                if storage._cdata not in done:
+                    done.add(storage._cdata)
+                    yield storage, None if changes else versions
 
     @torch.no_grad()
     def wake(self) -> None:
@@ -104,21 +120,42 @@ class Offload:
             ) from error
 
 
-class _Emptied:
-    """A storage and its copy in main memory: pinned where possible, since that is several times as fast."""
+class _Copy:
+    """What a storage holds, in main memory: pinned where possible, since that is several times as fast."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._storage = storage
-        self._size = storage.nbytes()
-        self._copy = host_bytes(self._size, pinned=storage.device.type == "cuda")
-        self._copy.copy_(_bytes_of(storage))
+        self.size = storage.nbytes()
+        self._bytes = host_bytes(self.size, pinned=storage.device.type == "cuda")
+        self._versions: Versions = None
+        # As long as this is held no other storage has its address.
+        self._of = StorageWeakRef(storage)
 
-    def empty(self) -> None:
-        self._storage.resize_(0)
+    def update(self, storage: torch.UntypedStorage, versions: Versions) -> None:
+        """Copy the storage, unless it is at the versions that were copied last."""
+        if versions is None or versions != self._versions:
+            self._versions = None
+            self._bytes.copy_(_bytes_of(storage))
+            self._versions = versions
+
+    def write_to(self, storage: torch.UntypedStorage) -> None:
+        """Fill the storage."""
+        _bytes_of(storage).copy_(self._bytes)
+
+
+class _Emptied:
+    """A storage without bytes, and where they are."""
+
+    def __init__(self, storage: torch.UntypedStorage, copy: _Copy) -> None:
+        self._storage = storage
+        self.copy = copy
+
+    @property
+    def key(self) -> int:
+        return self._storage._cdata
 
     def fill(self) -> None:
-        self._storage.resize_(self._size)
-        _bytes_of(self._storage).copy_(self._copy)
+        self._storage.resize_(self.copy.size)
+        self.copy.write_to(self._storage)
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
@@ -147,15 +184,20 @@ def _attached(owner: object) -> Iterator[Tensor]:
             yield from _attached(value)
 
 
-def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+def _storages(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, Versions]]:
     """The storages behind ``tensors``, each once. Those that cannot be emptied (a file mapped into memory) and those without
     bytes (moved away before, or of torch's meta device) are left out."""
-    found: dict[int, torch.UntypedStorage] = {}
+    found: dict[int, tuple[torch.UntypedStorage, list[int | None]]] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.device.type != "meta" and storage.nbytes() and storage.resizable():
-            found.setdefault(storage.data_ptr(), storage)
-    return list(found.values())
+        if storage.device.type == "meta" or not storage.nbytes() or not storage.resizable():
+            continue
+        versions = found.setdefault(storage._cdata, (storage, []))[1]
+        versions.append(None if tensor.is_inference() else tensor._version)
+    return [
+        (storage, None if None in versions else tuple(v for v in versions if v is not None))
+        for storage, versions in found.values()
+    ]
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

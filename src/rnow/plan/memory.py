@@ -509,7 +509,10 @@ def _training_activations(settings: MemorySettings) -> float:
 
 
 def _repeated(model: ModelMemory) -> int:
-    """Bytes per token that a layer's keys and values take more under a mask: there is a copy for each of the query heads."""
+    """Bytes per token that a layer's keys and values take more under a mask: on a card there may be a copy for each of the query
+    heads (``rnow.models.attention``)."""
+    if model.device == "cpu":
+        return 0
     return 2 * max(0, model.shape.query_width - model.shape.kv_width) * model.width
 
 

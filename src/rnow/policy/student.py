@@ -17,6 +17,7 @@ from rnow.algorithm.objective import Objective, Terms
 from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
 from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
+from rnow.models.recompute import recomputing
 from rnow.models.scoring import PassPlan, default_micro_batch_tokens, hidden_rows, plan_samples
 from rnow.policy.float16 import add_gradients
 from rnow.policy.lora import ALL_LINEAR, attach_lora, trainable_parameters
@@ -67,6 +68,8 @@ class LoraPolicy:
         micro_batch_tokens: padded tokens per forward/backward pass; from the device when None. It changes memory and
             speed, not the gradient: that is normalised by the loss tokens of the whole batch.
         gradient_checkpointing: recompute activations in the backward pass.
+        recomputed_layers: of the first so many layers only (``rnow.models.recompute``); None is all of them. No gradient depends
+            on it.
         poll: called before each micro-batch; may raise to stop, which leaves weights and optimizer as they were.
     """
 
@@ -83,6 +86,7 @@ class LoraPolicy:
         targets: Sequence[str] = (ALL_LINEAR,),
         micro_batch_tokens: int | None = None,
         gradient_checkpointing: bool = False,
+        recomputed_layers: int | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.lm = lm
@@ -97,9 +101,10 @@ class LoraPolicy:
         self._parameters = dict(trainable_parameters(self.model))
         self._beside = dict(objective.parameters)
         self._float16 = any(p.dtype == torch.float16 for p in self.model.parameters())
-        self._checkpointing = gradient_checkpointing
+        self._recomputing: list[torch.nn.Module] = []
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._recomputing = recomputing(self.model, recomputed_layers)
         groups = [{"params": list(self._parameters.values())}]
         if self._beside:
             groups.append({"params": list(self._beside.values())})
@@ -210,7 +215,9 @@ class LoraPolicy:
         """Checkpointing works in training mode only. It is set on the modules that checkpoint and on nothing inside them:
         routers would add noise, and dropout read from a config come back."""
         for module in self.model.modules():
-            module.training = self._checkpointing and hasattr(module, "gradient_checkpointing")
+            module.training = False
+        for module in self._recomputing:
+            module.training = True
 
     def _backward(self, micro: MicroBatch, num_loss_tokens: int, found: PassStreams) -> None:
         if micro.tokens.targets.numel() == 0:

@@ -24,7 +24,7 @@ class Backend(ABC):
     masks_probes: bool
     """Whether ``probe`` leaves padded ids out of the softmax."""
     private_adapters: bool
-    """Whether it runs as this user, so that nobody else need read the adapters' files."""
+    """Whether it runs on this machine as this user, so that nobody else need read the adapters' files."""
 
     @abstractmethod
     def start(self) -> None:

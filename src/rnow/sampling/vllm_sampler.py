@@ -62,7 +62,13 @@ class VllmSampler:
         self._backend = backend
         self._vocabulary = settings.vocabulary
         self._max_lora_rank = settings.allowed_rank
-        self._files = AdapterFiles(settings.work_dir, private=backend.private_adapters)
+        own = backend.private_adapters
+        self._files = AdapterFiles(
+            settings.work_dir,
+            private=own,
+            dtype=settings.adapter_dtype if own else None,
+            in_memory=own,
+        )
         # Everything that blocks happens on this one thread, one thing after the other: start, restart, load, sleep.
         self._control = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._starts = 0

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from rnow.errors import ModelError
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of ``max_lora_rank`` that vLLM accepts (1 too, from some version on)."""
 
 Quantization = Literal["none", "nf4"]
+_SHORT = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,13 @@ class VllmSettings:
     measured: bool = True
     gaps: Path | None = None
     request_timeout: float = 600.0
+
+    @property
+    def adapter_dtype(self) -> torch.dtype | None:
+        """What the engine rounds an adapter to as it loads it, where that is 16 bits: rounding before gives the same numbers. None:
+        it takes more, or does not say."""
+        asked = self.engine.get("lora_dtype", "auto")
+        return _SHORT.get(str(self.dtype if asked == "auto" else asked))
 
     @property
     def allowed_rank(self) -> int:
