@@ -616,7 +616,7 @@ def test_the_view_says_for_whom_a_prompt_is_computed_once(
     assert "computed once (student, teacher)" in shown(plan)
     why = "its attention goes by distances"
     teacher = replace(plan.models["teacher"], separate=why)
-    apart = shown(replace(plan, models={**plan.models, "teacher": teacher}))
+    apart = shown(replace(plan, models={**plan.models, "teacher": teacher}), 120)
     assert f"computed once (student); once for each answer (teacher): {why}" in apart
     served = replace(teacher, separate=None)
     alone = shown(replace(plan, models={**plan.models, "teacher": served}))
