@@ -56,9 +56,13 @@ class Case:
         self.vocabulary: int = shape["vocab_size"]
         self.layers: int = shape["num_hidden_layers"]
 
-    def load(self) -> CausalLM:
+    def load(self, *, streamed: bool = False) -> CausalLM:
         return load_causal_lm(
-            self.folder, vocabulary=self.vocabulary, dtype=torch.float32, device=CPU
+            self.folder,
+            vocabulary=self.vocabulary,
+            dtype=torch.float32,
+            device=CPU,
+            streamed=streamed,
         )
 
     def planned(
@@ -74,9 +78,7 @@ class Case:
         model = ModelMemory(
             role=ROLES["student"], shape=shape_of(lm.model), width=4, quantization="none"
         )
-        teacher = ModelMemory(
-            role=ROLES["teacher"], shape=shape_of(lm.model), width=4, quantization="none"
-        )
+        teacher = replace(model, role=ROLES["teacher"])
         settings = MemorySettings(
             models={"student": model, "teacher": teacher},
             rank=16,
@@ -139,6 +141,14 @@ def test_scoring(case: Case) -> None:
     teacher = TransformersTeacher(lm, micro_batch_tokens=ROWS * case.tokens)
     samples = [item.sample for item in case.batch().samples]
     check(case.planned(lm, "teacher"), peak_bytes(lambda: teacher.score_now(samples)))
+
+
+def test_loading_for_streaming(case: Case) -> None:
+    lm = case.load(streamed=True)
+    assert lm.layers is not None
+    held = sum(p.nbytes for p in (*lm.model.parameters(), *lm.layers.tensors) if not p.is_meta)
+    model = ModelMemory(role=ROLES["teacher"], shape=shape_of(lm.model), width=4, quantization="none")  # fmt: skip
+    check(round(replace(model, streamed=True).weight_bytes * 1.01), held)  # and what aligns them
 
 
 def test_scoring_for_the_whole_distribution(case: Case) -> None:

@@ -37,5 +37,7 @@ def _layers(model: Any) -> list[nn.Module]:
     """Its layers in their order, where each can be checkpointed by itself; else none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    found: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     return found if len(found) == model.config.get_text_config().num_hidden_layers else []

@@ -35,7 +35,7 @@ class ModelShape:
         layered: parameters of the decoder layers that can be read one by one.
         largest_layer: of the largest of them.
         unstreamed: why they cannot; None where they can.
-        query_width: values of one token's queries in one layer.
+        query_width: values of one token's queries in one layer; the most, where layers differ.
         separate: why each sample has a row of its own when it scores or is trained; empty where samples share them.
         recomputes: which layers can compute their activations again in the backward pass.
     """
@@ -142,7 +142,7 @@ def shape_of(model: Any) -> ModelShape:
         unstreamed=UNSTREAMED.get(config.model_type)
         if layers
         else "it has no list of decoder layers",
-        query_width=_query_width(config),
+        query_width=max(map(_query_width, _layer_configs(config)), default=0),
         separate=why_separate(model.config) or "",
         recomputes=what_recomputes(model),
     )
@@ -155,10 +155,14 @@ def _parameters(of: Iterable[nn.Parameter]) -> int:
 def kv_widths(config: Any) -> list[int]:
     """Values of one token's keys in each layer. Families whose layers differ keep a config for each; one that says
     nothing of heads (Mamba) has none."""
+    return [_kv_width(layer) for layer in _layer_configs(config)]
+
+
+def _layer_configs(config: Any) -> list[Any]:
     layers = range(config.num_hidden_layers)
     if getattr(config, "is_heterogeneous", False):
-        return [_kv_width(config.per_layer_config[layer]) for layer in layers]
-    return [_kv_width(config)] * len(layers)
+        return [config.per_layer_config[layer] for layer in layers]
+    return [config] * len(layers)
 
 
 def _kv_width(config: Any) -> int:

@@ -84,6 +84,10 @@ def open_streamed(
     return model, report, layers
 
 
+class _Unwanted(Exception):
+    """Nobody waits any more for the layer that is being read."""
+
+
 class _Stored:
     """A tensor of the files as transformers' loader takes it: read when it is asked for."""
 
@@ -240,7 +244,7 @@ class StreamedLayers:
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():
-            raise InterruptedError("nobody waits for this layer any more")
+            raise _Unwanted
 
     def _shifts(self, model: Any) -> dict[str, int]:
         """How far behind a multiple of ``ALIGNMENT`` each parameter begins, by name. A whole model on a CPU is not copied out
