@@ -221,6 +221,19 @@ def test_as_few_layers_are_recomputed_as_fit(models: tuple[ResolvedModel, Resolv
     assert hopeless.recomputed_layers == 2, "all that can be done"
 
 
+def test_a_model_that_recomputes_nothing_is_not_asked_to(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = plan_module.shape_of
+    monkeypatch.setattr(
+        plan_module, "shape_of", lambda model: replace(found(model), recomputes="none")
+    )
+    with pytest.raises(ConfigError, match="Qwen3ForCausalLM cannot compute") as refusal:
+        plan_of(models, trainer={"gradient_checkpointing": True})
+    assert refusal.value.where == "trainer.gradient_checkpointing"
+    assert plan_of(models, trainer={"gradient_checkpointing": "auto"}).recomputed_layers == 0
+
+
 def test_only_what_is_always_held_makes_a_plan_hopeless(
     models: tuple[ResolvedModel, ResolvedModel],
 ) -> None:

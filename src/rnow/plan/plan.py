@@ -213,7 +213,7 @@ def build_plan(
 
     Raises:
         ModelError: a configuration that is no causal LM, or a device that does not exist.
-        ConfigError: as ``may_take_turns``.
+        ConfigError: as ``may_take_turns``; or activations are to be recomputed by a model that cannot.
     """
     config, dataset, rendered = prepared.config, prepared.project.dataset, prepared.rendered
     data, trainer = config.data, config.trainer
@@ -504,7 +504,14 @@ def _layout(prepared: Prepared, *, known: Mapping[str, DeviceInfo]) -> _Layout:
 
 def _most_recomputed(config: Config, shape: ModelShape) -> int:
     wanted = config.trainer.gradient_checkpointing
-    if wanted is False or (wanted == "auto" and shape.recomputes == "none"):
+    if wanted is True and shape.recomputes == "none":
+        raise ConfigError(
+            f"{shape.architecture} cannot compute its activations again in the backward pass",
+            where="trainer.gradient_checkpointing",
+            why="transformers has no checkpointing for this architecture",
+            fix="set trainer.gradient_checkpointing: auto; a smaller trainer.micro_batch_tokens saves memory too",
+        )
+    if wanted is False or shape.recomputes == "none":
         return 0
     return shape.layers
 
