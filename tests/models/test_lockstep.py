@@ -109,6 +109,8 @@ def test_poll_stops_between_two_turns(call: int) -> None:
 
 
 def test_an_interrupt_while_a_pass_computes_ends_all() -> None:
+    # A shell that starts the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stack, lockstep, _ = build()
     before = threading.active_count()
 
