@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 from common import write_results
 from operations import Count, Rates, Work
+from random_models import qwen3_shape
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "templates" / "quickstart"
 
@@ -40,21 +41,6 @@ class Size:
     ids: int
     student: dict[str, int] | None = None
     teacher: dict[str, int] | None = None
-
-
-def qwen3_shape(
-    hidden: int, layers: int, heads: int, head_dim: int, vocabulary: int
-) -> dict[str, int]:
-    """Fields of Qwen3Config, the MLP three times as wide as the body."""
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 4,
-        "head_dim": head_dim,
-        "vocab_size": vocabulary,
-    }
 
 
 SIZES = {

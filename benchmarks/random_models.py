@@ -57,6 +57,21 @@ TINY: dict[str, Any] = {
 }
 
 
+def qwen3_shape(
+    hidden: int, layers: int, heads: int, head_dim: int, vocabulary: int
+) -> dict[str, int]:
+    """Fields of Qwen3Config, the MLP three times as wide as the body."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 4,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+    }
+
+
 def write_model(
     folder: Path,
     shape: dict[str, Any],

@@ -58,6 +58,7 @@ from typing import Any
 
 import vs_trl_table as shown
 from common import RESULTS, put_between, write_results
+from random_models import qwen3_shape, write_model, write_prompts
 from vs_trl_sides import PACKAGES, TRL, Task
 
 HERE = Path(__file__).parent
@@ -107,19 +108,6 @@ class Size:
     workers: int = 2
 
 
-def _qwen3(hidden: int, layers: int, heads: int, head_dim: int, vocabulary: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 4,
-        "head_dim": head_dim,
-        "tie_word_embeddings": True,
-        "vocab_size": vocabulary,
-    }
-
-
 SIZES = {
     "a": Size(
         title="the quickstart's models, 128 x 36 tokens",
@@ -128,12 +116,12 @@ SIZES = {
     "b": Size(
         title="vocabulary of 151,936 on two tiny layers, 16 x 64 tokens",
         prompts=4, group=4, new=64, steps=5, seconds=240.0, judged=32, ids=151_669,
-        student=_qwen3(256, 2, 8, 32, 151_936), teacher=_qwen3(512, 2, 8, 64, 151_936),
+        student=qwen3_shape(256, 2, 8, 32, 151_936), teacher=qwen3_shape(512, 2, 8, 64, 151_936),
     ),
     "c": Size(
         title="107 million from 302 million parameters, 8 x 64 tokens",
         prompts=2, group=4, new=64, steps=5, seconds=300.0, judged=8, ids=31_900, workers=1,
-        student=_qwen3(768, 12, 12, 64, 32_000), teacher=_qwen3(1280, 14, 20, 64, 32_000),
+        student=qwen3_shape(768, 12, 12, 64, 32_000), teacher=qwen3_shape(1280, 14, 20, 64, 32_000),
     ),
 }  # fmt: skip
 
@@ -223,7 +211,6 @@ def prepare(folder: Path, name: str) -> None:
     """``folder/<name>``: models, config and all prompts; ``folder/<name>-held-out``: a project of those that are kept apart."""
     import yaml
     from estimators_runs import HELD_OUT, MODELS, TEMPLATES
-    from random_models import write_model, write_prompts
 
     from rnow.models.loading import quiet_libraries
 
@@ -240,7 +227,13 @@ def prepare(folder: Path, name: str) -> None:
     else:
         for seed, model in enumerate(MODELS):
             shape: Any = getattr(size, model)
-            write_model(project / model, dict(shape), ids=size.ids, seed=seed, dtype="float32")
+            write_model(
+                project / model,
+                {**shape, "tie_word_embeddings": True},
+                ids=size.ids,
+                seed=seed,
+                dtype="float32",
+            )
         write_prompts(project, 2 * HELD_OUT, 64)
         lines = (project / "train.jsonl").read_text().splitlines(keepends=True)
     for model in MODELS:
