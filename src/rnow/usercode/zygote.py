@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from typing import NoReturn, TextIO
 
@@ -64,8 +65,12 @@ def _fork_worker(
     try:
         between = os.fork()
         if between == 0:
+            parent = os.getpid()
             try:
                 if os.fork() == 0:
+                    # Until then the supervisor could neither be named as its parent nor learn how it ended.
+                    while os.getppid() == parent:
+                        time.sleep(0.001)
                     control.close()
                     _become_worker(code, settings, is_async, files)
             finally:
