@@ -92,7 +92,7 @@ def test_free(change: dict[str, Any]) -> None:
     [
         {"trainer__learning_rate": 2e-5},
         {"algorithm__kl_penalty_coef": 0.5},
-        {"algorithm__loss_fn": "importance_sampling"},
+        {"algorithm__kl_estimator": "sampled"},
         {"rollout__temperature": 0.7},
         {"rollout__max_tokens": 7},
         {"teacher__quantization": "nf4"},
@@ -195,12 +195,13 @@ TABLE: dict[Change, str] = {
     """,
     "length": "trainer.num_epochs trainer.max_steps",
     "warn": """
-        algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
+        algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence
         algorithm.gae_lambda|value head
         algorithm.value_learning_rate|value head
         algorithm.kl_clamp|kl clamp
         algorithm.teacher_top_k|top k
+        algorithm.loss_fn|surrogate
         algorithm.clip_ratio_low|surrogate
         algorithm.clip_ratio_high|surrogate
         algorithm.ratio_cap|importance ratio
