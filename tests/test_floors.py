@@ -22,6 +22,7 @@ HOUSE = (
     ("__init__", "__main__"),  # the entrances: `from rnow import ...` and `python -m rnow`
     ("cli",),
     ("setup",),
+    ("generation",),
     ("plan",),
     ("training",),
     ("sampling", "teacher", "policy", "rewards", "tools"),

@@ -62,6 +62,7 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
     [
         ["run", "--help"],
         ["rollouts", "--help"],
+        ["generate", "--help"],
         ["init", "-y", "-t", "distill"],
         ["init", "--list"],
         ["login"],

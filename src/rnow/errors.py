@@ -30,6 +30,9 @@ MAX_SHOWN = 10
 ALL_ERRORS = "--all-errors"
 """The option that lists them all."""
 
+OFF_POLICY_PAGE = "docs/how-to/off-policy-distillation.md"
+"""The way out where a teacher writes and cannot score."""
+
 
 class RnowError(Exception):
     """A problem shown to the user as a short report instead of a traceback.

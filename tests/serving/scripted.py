@@ -276,6 +276,8 @@ class Handler(BaseHTTPRequestHandler):
         if path in ("/sleep", "/wake_up") and server.can_sleep:
             server.asleep = path == "/sleep"
             return 200, {}
+        if path.endswith("/chat/completions") and server.script is not None:
+            return 200, server.script(body)
         if path == "/v1/completions" and server.protocol == "vllm":
             return self._complete(body)
         if path == "/v1/completions" and server.protocol == "sglang":
@@ -408,6 +410,34 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"model": body["model"], "choices": [choice]}
 
 
+def chat(
+    content: str | None = None,
+    *calls: tuple[str, object],
+    finish: str | None = None,
+    usage: tuple[int, int] | None = (10, 5),
+    **more: object,
+) -> dict[str, Any]:
+    """A chat completion: a text, and calls as (name, arguments). ``more`` goes into the message."""
+    message: dict[str, Any] = {"role": "assistant", "content": content, **more}
+    if calls:
+        message["tool_calls"] = [
+            {
+                "id": f"call-{index}",
+                "type": "function",
+                "function": {
+                    "name": name,
+                    "arguments": given if isinstance(given, str) else json.dumps(given),
+                },
+            }
+            for index, (name, given) in enumerate(calls)
+        ]
+    reason = finish or ("tool_calls" if calls else "stop")
+    answer: dict[str, Any] = {"choices": [{"message": message, "finish_reason": reason}]}
+    if usage is not None:
+        answer["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+    return answer
+
+
 def _error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "code": 400}}
 
@@ -427,6 +457,7 @@ class ScriptedServer(ThreadingHTTPServer):
         shift: by how many positions its log-probabilities are off.
         bos: an id that it puts before every prompt that lacks it, without telling.
         names: other texts of tokens.
+        script: what it answers to a chat: the body of a request -> the body of an answer, see ``chat``.
     """
 
     daemon_threads = True
@@ -449,6 +480,7 @@ class ScriptedServer(ThreadingHTTPServer):
         self.read_past_the_head = False
         self.names: dict[int, str] = {}
         self.models: dict[str, tuple[str, str | None]] = {"base": ("/models/base", None)}
+        self.script: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self.can_sleep = True
         self.asleep = False
         self.requests: list[tuple[str, dict[str, Any]]] = []

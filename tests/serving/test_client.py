@@ -219,7 +219,7 @@ def test_addresses() -> None:
         [status(500), status(502), status(503), status(504)],
         [hang_up, hang_up],
         [html, status(200, "[1, 2]"), status(200, "")],
-        [status(429, retry_after="0.1"), status(503, retry_after="Wed, 21 Oct 2026 07:28:00 GMT")],
+        [status(429, retry_after="0.1"), status(503, retry_after="Wed, 21 Oct 2015 07:28:00 GMT")],
     ],
     ids=["429", "5xx", "hang-up", "garbage", "retry-after"],
 )
@@ -240,8 +240,9 @@ def test_what_passes_is_waited_for(server: ScriptedServer, faults: list[Fault]) 
         (hang_up, "RemoteProtocolError"),
         (slow(3), "too slow"),
         (status(503, retry_after="3600"), "HTTP 503"),
+        (status(503, retry_after="Fri, 01 Jan 2100 00:00:00 GMT"), "HTTP 503"),
     ],
-    ids=["500", "429", "hang-up", "slow", "come back in an hour"],
+    ids=["500", "429", "hang-up", "slow", "come back in an hour", "come back that day"],
 )
 def test_what_does_not_pass_ends_at_the_deadline(
     server: ScriptedServer, fault: Fault, last: str

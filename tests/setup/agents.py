@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,17 @@ def call(name: str, **arguments: Any) -> str:
     """A call as the Hermes format writes it."""
     body = json.dumps({"name": name, "arguments": arguments})
     return f"<tool_call>\n{body}\n</tool_call>"
+
+
+SERVER = Path(__file__).parents[1] / "tools" / "scripted_server.py"
+
+
+def mcp(*names: str, **script: Any) -> str:
+    """A server on stdio with tools of these names; each answers ``name: arguments``."""
+    empty = {"type": "object", "properties": {"q": {"type": "string"}}}
+    tools = [{"name": name, "description": "Does.", "inputSchema": empty} for name in names]
+    told = json.dumps({"tools": tools, **script})
+    return f"stdio: {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} {shlex.quote(told)}"
 
 
 def adds_up(text: str, number: int) -> str:

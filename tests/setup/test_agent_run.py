@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.rollouts import read_transcripts
-from tests.setup.agents import AgentProject, adds_up, call, script_student
+from tests.setup.agents import AgentProject, adds_up, call, mcp, script_student
 from tests.setup.projects import Killed, Watcher, die
 
 from rnow.disk.transcript_rows import steps_of
@@ -272,17 +270,6 @@ def test_a_hosted_project_runs_unchanged(
     for path in kept:
         assert CANARY.encode() not in path.read_bytes(), path
     assert CANARY not in "\n".join(watcher.notes)
-
-
-SERVER = Path(__file__).parents[1] / "tools" / "scripted_server.py"
-
-
-def mcp(*names: str, **script: Any) -> str:
-    """A server on stdio with tools of these names; each answers ``name: arguments``."""
-    empty = {"type": "object", "properties": {"q": {"type": "string"}}}
-    tools = [{"name": name, "description": "Does.", "inputSchema": empty} for name in names]
-    told = json.dumps({"tools": tools, **script})
-    return f"stdio: {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} {shlex.quote(told)}"
 
 
 def test_tools_of_a_server_join_those_of_the_project(

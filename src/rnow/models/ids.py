@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rnow.errors import ModelError
+from rnow.errors import OFF_POLICY_PAGE, ModelError
 from rnow.text.user_files import place_of
 
 # Some are the same in both spellings: their models are looked at too (meta-llama), or an API's ":free" is cut off.
@@ -65,7 +65,10 @@ _RUN_ID = re.compile(r"^(?i:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$")
 _LOWER_CASE_NAMES = re.compile(r"^deepseek-(coder|llm|math|moe|vl)-(?!v\d)")
 
 
-_OFF_POLICY = "or distil off-policy: generate this teacher's answers, then train on them with dataset_type: sft"
+_OFF_POLICY = (
+    "or distil off-policy: `rnow generate` writes this teacher's answers as rows for dataset_type: sft "
+    f"({OFF_POLICY_PAGE})"
+)
 
 
 def check_model_id(path: str, *, key: str, base_dir: Path | None = None) -> None:

@@ -62,7 +62,11 @@ class RowRules:
     @property
     def keys(self) -> frozenset[str]:
         """Those of a row that mean something."""
-        return ROW_KEYS if self.taught else ROW_KEYS - {"teacher", *PRIVILEGED_KEYS}
+        if self.taught:
+            return ROW_KEYS
+        # Rows to be trained on say who answered.
+        unread = PRIVILEGED_KEYS if self.dataset_type == "sft" else ("teacher", *PRIVILEGED_KEYS)
+        return ROW_KEYS - {*unread}
 
     @property
     def taught(self) -> bool:

@@ -19,6 +19,8 @@ from rnow.text.user_files import is_present, open_regular, place_of, read_regula
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
 _KEY = "data.train_file"
+_GENERATOR = "generate_teacher_data.py"
+"""The script of a template whose rows a teacher has yet to write."""
 
 
 def read_source(source: DatasetSource, rules: RowRules, base_dir: Path) -> RowFile:
@@ -76,6 +78,8 @@ def _missing(name: str, path: Path) -> DataError:
     fix = "correct the path, or give a HuggingFace dataset id like org/name"
     if near:
         fix = did_you_mean([prefix + file for file in near])
+    if path.name == "train.jsonl" and (folder / _GENERATOR).is_file():
+        fix = f"python {_GENERATOR} writes it"
     return DataError(f"{name} does not exist", where=_KEY, why=f"looked for {path}", fix=fix)
 
 

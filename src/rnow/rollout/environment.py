@@ -222,7 +222,7 @@ class ToolEnvironment:
             inside_thinking=self._dialogue.opens_thinking(self._observed),
         )
         self._turn += 1
-        said = _assistant_message(parsed)
+        said = assistant_message(parsed)
         if not parsed.calls and not self._to_the_end:
             return _end(said, "answer")
         if self._turn >= self._max_turns:
@@ -231,10 +231,7 @@ class ToolEnvironment:
         if not parsed.calls:
             observed, between = self._dialogue.observations.after_answer(ended_by)
             return self._go_on(observed, (said, *between))
-        results = await self._run(parsed.calls)
-        answers = [
-            _tool_message(call, result) for call, result in zip(parsed.calls, results, strict=True)
-        ]
+        answers = await answer_calls(parsed.calls, self._run_call)
         observed = self._dialogue.observations.after_tools(answers, ended_by)
         return self._go_on(observed, (said, *answers))
 
@@ -251,25 +248,30 @@ class ToolEnvironment:
             done=False,
         )
 
-    async def _run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._answer(call)) for call in calls]
-        except BaseExceptionGroup as failures:
-            raise first_cause(failures) from failures
-        return [task.result() for task in tasks]
 
-    async def _answer(self, call: ToolCall) -> ToolResult:
+async def answer_calls(calls: Sequence[ToolCall], run_call: RunCall) -> list[Message]:
+    """The tool messages that answer the calls of one turn, in their order. They run at the same time; one that could not be
+    read is answered by its error. Raises what ``run_call`` raises, after ending the others."""
+
+    async def answer(call: ToolCall) -> Message:
         if call.error is not None:
-            return ToolResult(content=f"Error: {call.error}", failed=True)
-        return await self._run_call(call)
+            return _tool_message(call, ToolResult(content=f"Error: {call.error}", failed=True))
+        return _tool_message(call, await run_call(call))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answer(call)) for call in calls]
+    except BaseExceptionGroup as failures:
+        raise first_cause(failures) from failures
+    return [task.result() for task in tasks]
 
 
 def _end(said: Message, reason: EndReason) -> EnvironmentStep:
     return EnvironmentStep(observation_token_ids=(), messages=(said,), done=True, end_reason=reason)
 
 
-def _assistant_message(parsed: ParsedTurn) -> dict[str, object]:
+def assistant_message(parsed: ParsedTurn) -> dict[str, object]:
+    """What was said in a turn, as a message of a conversation."""
     message: dict[str, object] = {"role": "assistant", "content": parsed.content}
     if parsed.calls:
         message["tool_calls"] = [

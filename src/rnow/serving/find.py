@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from rnow.errors import ModelError
+from rnow.errors import OFF_POLICY_PAGE, ModelError
 from rnow.serving.client import VllmClient
 from rnow.serving.echo import EchoClient
 from rnow.serving.http import Refused, Unsupported
@@ -73,5 +73,6 @@ async def find_client(
         details=list(dict.fromkeys(missing)),
         why="a teacher judges the student's own token ids, and has to draw none; the servers of llama.cpp and of "
         "text-generation-inference cannot",
-        fix="serve it with vLLM or SGLang, or remove teacher.url to load it here",
+        fix="serve it with vLLM or SGLang, remove teacher.url to load it here, or train on its answers instead "
+        f"({OFF_POLICY_PAGE})",
     )

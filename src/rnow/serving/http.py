@@ -10,7 +10,9 @@ import reprlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
 from rnow import progress
@@ -89,9 +91,14 @@ class ServerClient:
         max_concurrency: requests in flight at once; further ones wait (outside the deadline).
         alive: asked between retries; False ends them at once (a server that rnow started has ended).
 
+    Attributes:
+        wanted: what every answer is, for an error about one that is not.
+
     Raises:
         InputError: the url is not an http(s) address, or the key cannot be a header.
     """
+
+    wanted: ClassVar[str] = "a JSON object"
 
     def __init__(
         self,
@@ -170,7 +177,7 @@ class ServerClient:
         self, method: str, path: str, body: Json | None = None, *, most: int = 0
     ) -> Json:
         """The JSON object of a 2xx answer, of at most ``most`` bytes."""
-        return await self._request(method, path, body, _as_object, most=most or answer_bytes(0))
+        return await self._request(method, path, body, as_object, most=most or answer_bytes(0))
 
     async def _request(
         self,
@@ -206,8 +213,8 @@ class ServerClient:
                             return found
                         unreadable += 1
                         if unreadable == _UNREADABLE_TRIES:
-                            raise self._bad("not with a JSON object", answer.text)
-                    elif answer.status not in retried:
+                            raise self._bad(f"not with {self.wanted}", answer.text)
+                    elif answer.status not in retried or self._final(answer.text):
                         raise self._refused(answer.status, answer.text)
                     last = f"HTTP {answer.status}: {self._said(answer.text)}"
                     wait = max(pause, _retry_after(answer.retry_after))
@@ -266,6 +273,10 @@ class ServerClient:
             )
             self._state = _Loop(loop, http, asyncio.Semaphore(self._max_concurrency))
         return self._state
+
+    def _final(self, text: str) -> bool:
+        """Whether an answer with a status that may pass says that it will not."""
+        return False
 
     # --- judging answers ------------------------------------------------------------------------------------------
 
@@ -333,7 +344,8 @@ class ServerClient:
         return text[:_EXCERPT] + ("..." if len(text) > _EXCERPT else "")
 
 
-def _as_object(text: str) -> Json | None:
+def as_object(text: str) -> Json | None:
+    """The JSON object that a body is; None for anything else."""
     try:
         value = json.loads(text)
     except (
@@ -356,8 +368,14 @@ def answer_bytes(tokens: int, *, listed: int = 0, drawn: int = 0) -> int:
 
 
 def _retry_after(header: str | None) -> float:
-    """Seconds that a Retry-After header asks for; a date or nonsense counts as none."""
+    """Seconds that a Retry-After header asks for, in seconds or as a date (RFC 9110, 10.2.3); nonsense counts as none."""
     try:
-        return max(float(header or 0.0), 0.0)
+        seconds = float(header or 0.0)
     except ValueError:
-        return 0.0
+        try:
+            date = parsedate_to_datetime(header or "")
+        except ValueError:
+            return 0.0
+        aware = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
+        seconds = (aware - datetime.now(UTC)).total_seconds()
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0

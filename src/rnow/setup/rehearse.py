@@ -105,7 +105,7 @@ def _rehearse(
         config = _with_base(config, trained)
     elif not any((place / config.model.path).expanduser().exists() for place in places):
         _refuse_missing_run(config, folder)
-    prepared = _prepare(config, folder, console)
+    prepared = prepare_to_answer(config, folder, console)
     target = prepared.project.folder / FOLDER
     for place in (target, *_earlier(target)):
         check_place(place, what="rollouts", fix="change the permissions, or copy the project")
@@ -157,19 +157,22 @@ def _with_base(config: Config, trained: TrainedAdapter) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
-def _prepare(config: Config, folder: Path, console: Console) -> Prepared:
+def prepare_to_answer(
+    config: Config, folder: Path, console: Console, *, weights: bool = True
+) -> Prepared:
+    """A project whose student is to answer and not to be trained, with what is to be said of it said."""
     with console.status("checking ..."):
-        prepared = prepare(config, folder, weights=True, training=False)
+        prepared = prepare(config, folder, weights=weights, training=False)
     redact = prepared.project.redact
     prepared = replace(
-        prepared, warn=lambda text: _tell(console, redact(text), mark="[yellow]warning:[/] ")
+        prepared, warn=lambda text: tell(console, redact(text), mark="[yellow]warning:[/] ")
     )
     dataset = prepared.project.dataset
     for warning in (*prepared.warnings, *dataset.warnings, *prepared.rendered.warnings):
         prepared.warn(warning)
     tell_of_alterations(prepared.rendered.tokenizer, prepared.warn)
     for notice in prepared.notices:
-        _tell(console, redact(notice))
+        tell(console, redact(notice))
     return prepared
 
 
@@ -185,11 +188,12 @@ def _load(
             return answer_with(prepared, student, poll)
         sampler = answer_as_trained(prepared, student, trained, poll)
     told = f"the student is {prepared.student.resolved.name} with {trained.folder}"
-    _tell(console, prepared.project.redact(told))
+    tell(console, prepared.project.redact(told))
     return sampler
 
 
-def _tell(console: Console, text: str, *, mark: str = "") -> None:
+def tell(console: Console, text: str, *, mark: str = "") -> None:
+    """Print a line as it is."""
     console.print(f"{mark}{escape(escape_control(text))}", soft_wrap=True, highlight=False)
 
 
