@@ -170,8 +170,9 @@ def test_stop_of_another_users_run(
         assert (pid, number) == (process.pid, signal.SIGINT)
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(os, "kill", refused)
-    code, _, err = rnow_("stop", "busy")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "kill", refused)
+        code, _, err = rnow_("stop", "busy")
     assert code == 2
     assert f"process {process.pid} is of another user" in err
 

@@ -164,7 +164,9 @@ def test_a_judge_that_comes_back_costs_only_the_wait(tmp_path: Path, judge: Judg
 def test_where_it_is_not_waited_for_the_rollout_says_why(tmp_path: Path, judge: Judge) -> None:
     judge.answers = [Answer(status=429, headers={"Retry-After": "60"}, body="sk-never-shown-1")]
     found = score(tmp_path, judge, "sync_style length")
-    assert found.errors["sync_style"].startswith("JudgeUnavailable: the judge at http://127.0.0.1:")
+    assert found.errors["sync_style"].startswith(
+        "JudgeUnavailable: the judge at [LLM_JUDGE_API_URL]/"
+    )
     assert "answered 429" in found.errors["sync_style"]
     assert "(rewards.py:10)" in found.errors["sync_style"]
 

@@ -73,12 +73,7 @@ def llm_judge(
     """
     rule = read_rule(schema, score_key, minimum=minimum, maximum=maximum)
     given = secrets or {}
-    address = api_url or base_url or _look_up(given, "LLM_JUDGE_API_URL", "OPENAI_BASE_URL")
-    key = clean_key(api_key or _look_up(given, "LLM_JUDGE_API_KEY", "OPENAI_API_KEY"))
-    if key is None and address is None:
-        raise JudgeError(
-            "llm_judge has no key: put OPENAI_API_KEY in .env (or LLM_JUDGE_API_URL of your own server)"
-        )
+    url, key = _server(given, api_url or base_url, api_key)
     fields = {"temperature": temperature, "max_tokens": max_tokens}
     payload = {
         "model": model or _look_up(given, "OPENAI_MODEL") or DEFAULT_MODEL,
@@ -89,14 +84,22 @@ def llm_judge(
     }
     _check_json(payload)
     spare = {"response_format", "max_tokens"} | ({"temperature"} if temperature == 0 else set())
-    question = Question(
-        url=endpoint(address or DEFAULT_API_URL),
-        key=key,
-        payload=payload,
-        spare=frozenset(spare & payload.keys()),
-    )
+    question = Question(url=url, key=key, payload=payload, spare=frozenset(spare & payload.keys()))
     due = answer_by()
     return verdict(lambda: rule.read(ask(question, min(time.monotonic() + timeout, due))))
+
+
+def _server(
+    secrets: Mapping[str, Any], api_url: str | None, api_key: str | None
+) -> tuple[str, str | None]:
+    """The judge's endpoint and key; only OpenAI's needs one."""
+    address = api_url or _look_up(secrets, "LLM_JUDGE_API_URL", "OPENAI_BASE_URL")
+    key = clean_key(api_key or _look_up(secrets, "LLM_JUDGE_API_KEY", "OPENAI_API_KEY"))
+    if key is None and address is None:
+        raise JudgeError(
+            "llm_judge has no key: put OPENAI_API_KEY in .env (or LLM_JUDGE_API_URL of your own server)"
+        )
+    return endpoint(address or DEFAULT_API_URL), key
 
 
 def _look_up(secrets: Mapping[str, Any], *names: str) -> str | None:

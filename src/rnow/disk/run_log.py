@@ -45,13 +45,17 @@ class RunLog:
         try:
             yield
         except RnowError as error:
-            self.display.note(error.render())
+            self._end(error.render())
             raise
         except Exception as error:
-            self.display.note(f"a fault in rnow itself: {type(error).__name__}: {error}")
+            self._end(f"a fault in rnow itself: {type(error).__name__}: {error}")
             raise
         finally:
             self.display.close()
+
+    def _end(self, line: str) -> None:
+        self.display.close()  # a step that was held back comes before it
+        self.display.note(line)
 
 
 class _Lines(io.TextIOBase):
