@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, cast
 
 from rich.console import Console
 
@@ -31,7 +32,8 @@ class RunLog:
 
     def __init__(self, redact: Callable[[str], str]) -> None:
         self._lines = _Lines()
-        console = Console(file=self._lines, width=_WIDTH, color_system=None, force_terminal=False)
+        file = cast("IO[str]", self._lines)
+        console = Console(file=file, width=_WIDTH, color_system=None, force_terminal=False)
         shown = Harmless(PlainLines(console, stamp=_stamp))
         self.display: Display = RedactingDisplay(shown, redact)
 
