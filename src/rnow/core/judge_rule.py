@@ -173,8 +173,7 @@ def _outside(score: object, number: float, declared: Mapping[str, Any]) -> str |
     }
     for name, holds in bounds.items():
         bound = declared.get(name)
-        is_number = isinstance(bound, int | float) and not isinstance(bound, bool)
-        if is_number and not holds(number, float(bound)):
+        if isinstance(bound, int | float) and not holds(number, bound):
             return f"{name} {bound:g}"
     allowed = [declared["const"]] if "const" in declared else declared.get("enum")
     if isinstance(allowed, list) and score not in allowed:
