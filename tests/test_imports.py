@@ -66,12 +66,31 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
         ["init", "-y", "-t", "distill"],
         ["init", "--list"],
         ["login"],
+        ["status"],
+        ["runs", "clean"],
     ],
 )
 def test_light_commands_load_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     code, modules, error = loaded_after(arguments, tmp_path)
     assert code == 0, error
     assert not modules.intersection(HEAVY)
+
+
+def test_names_that_hosted_files_import_from_models_cost_no_model_library(tmp_path: Path) -> None:
+    done = run_python(
+        """
+        import sys
+        from rnow.models import RewardArgs, ToolArgs, get_response
+        import rnow.core
+        assert RewardArgs is rnow.core.RewardArgs
+        assert ToolArgs is rnow.core.ToolArgs
+        assert get_response is rnow.core.get_response
+        print(sorted({name.partition(".")[0] for name in sys.modules}))
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not set(HEAVY).intersection(json.loads(done.stdout.replace("'", '"')))
 
 
 @pytest.mark.parametrize("command", [["run"], ["check"], ["check", "--json"], ["run", "--debug"]])

@@ -11,10 +11,7 @@ from rnow.errors import EXIT_BAD_INPUT
 NOT_NEEDED = ("login", "logout", "orgs")
 
 MISSING: Mapping[str, str] = {
-    "status": "what a run does is in its own terminal and in runs/<name>/metrics.jsonl",
-    "stop": "press Ctrl-C where the run works, or `kill -INT` its process; `rnow run` continues it",
     "eval": "set data.val_split and `rnow run` evaluates before and after; `rnow test` tries the student",
-    "download": "nothing has to be fetched: the trained adapter is in runs/<name>/adapter",
     "deploy": "serve runs/<name>/adapter yourself, e.g. `vllm serve MODEL --enable-lora --lora-modules NAME=FOLDER`",
 }
 """Command -> what to do instead."""

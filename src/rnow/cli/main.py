@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rnow import __version__
-from rnow.cli import account, check, generate, init, rehearse, rollouts, run
+from rnow.cli import account, check, download, generate, init, rehearse, rollouts, run, runs, status
 from rnow.cli.hosted import hosted_client_note
 from rnow.cli.output import clean, hide, outlets, print_error, print_note
 from rnow.errors import (
@@ -43,6 +43,11 @@ app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
 app.command("rollouts")(rollouts.show_rollouts)
 app.command("generate")(generate.generate_rows)
+app.command("status")(status.show_status)
+app.command("stop")(status.stop_run)
+app.command("logs")(status.show_logs)
+app.add_typer(runs.app, name="runs")
+app.command("download", hidden=True)(download.download)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),
@@ -109,7 +114,7 @@ def _refused_by_the_system(error: Exception) -> RnowError | None:
 
 def _refuse_unknown(given: Sequence[str]) -> None:
     """Typer would suggest a command for any word."""
-    known = [str(command.name) for command in app.registered_commands]
+    known = [str(each.name) for each in (*app.registered_commands, *app.registered_groups)]
     word = given[0] if given else ""
     if word and not word.startswith("-") and word not in known:
         near = closest(word, known, cutoff=_NEARLY)

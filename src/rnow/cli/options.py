@@ -36,7 +36,12 @@ BatchSize = Annotated[
     str | None, typer.Option("--batch-size", "-b", help="Sets data.batch_size.", metavar="N")
 ]
 LearningRate = Annotated[
-    str | None, typer.Option("--lr", help="Sets trainer.learning_rate.", metavar="RATE")
+    str | None,
+    typer.Option("--lr", "--learning-rate", help="Sets trainer.learning_rate.", metavar="RATE"),
+]
+ContextWindow = Annotated[
+    str | None,
+    typer.Option("--max-context-window", help="Sets rollout.max_context_window.", metavar="N"),
 ]
 Name = Annotated[
     str | None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rnow.cli.options import Folder, Overrides, load, placed
+from rnow.cli.options import ContextWindow, Folder, Overrides, load, placed
 from rnow.errors import InputError
 
 DEFAULT_PROMPTS = 4
@@ -18,12 +18,17 @@ def rehearse_rollouts(
     folder: Folder = Path(),
     count: Annotated[
         int | None,
-        typer.Option("-n", "--num", min=1, help="How many prompts.", show_default="4"),
+        typer.Option(
+            *("-n", "--num", "--num-rollouts"),
+            min=1,
+            help="How many prompts; of each, data.group_size rollouts.",
+            show_default="4",
+        ),
     ] = None,
     rows: Annotated[
         list[str] | None,
         typer.Option(
-            *("-e", "--entries"),
+            *("-e", "--entries", "--entry"),
             help="Rows of the training file, from 0; may be repeated.",
             metavar="0,2,5",
         ),
@@ -38,6 +43,7 @@ def rehearse_rollouts(
             metavar="PATH",
         ),
     ] = None,
+    max_context_window: ContextWindow = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show whole conversations.")
     ] = False,
@@ -46,7 +52,7 @@ def rehearse_rollouts(
     chosen = parse_rows(",".join(rows)) if rows else None
     if sum((count is not None, chosen is not None, every)) > 1:
         raise InputError("-n, -e and --all exclude each other", fix="give one of them")
-    loaded = load(folder, overrides, model=model)
+    loaded = load(folder, overrides, model=model, max_context_window=max_context_window)
 
     from rnow.cli.output import console
     from rnow.setup.rehearse import rehearse

@@ -7,26 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rnow.cli.options import AsJson
+from rnow.cli.find import RunName, find_run
+from rnow.cli.options import AsJson, Folder
 from rnow.errors import InputError
-from rnow.text.suggest import closest
-from rnow.text.user_files import place_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rnow.disk.folder import RunFolder
     from rnow.disk.transcript_rows import Row
 
 DEFAULT_COUNT = 5
-RUNS = "runs"
-"""Where runs are unless ``output_dir`` says otherwise; those are named by their folder."""
 
 
 def show_rollouts(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="The run: its folder (runs/NAME), or its name.")
-    ],
+    run: RunName,
     step: Annotated[
         int | None,
         typer.Option("--step", "-s", min=1, help="Which step.", show_default="the newest"),
@@ -43,9 +37,7 @@ def show_rollouts(
     count: Annotated[
         int, typer.Option("-n", "--num", min=1, help="How many rollouts.")
     ] = DEFAULT_COUNT,
-    folder: Annotated[
-        Path, typer.Option("--dir", "-d", help="The project folder.", metavar="FOLDER")
-    ] = Path(),
+    folder: Folder = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Show rollouts of a run: prompt, answer, rewards, and the tokens the teacher liked least."""
@@ -53,7 +45,7 @@ def show_rollouts(
     from rnow.cli.rollout_view import rollout_view
     from rnow.disk.transcript_rows import ordered, read_step, steps_of
 
-    found = _find(run, folder)
+    found = find_run(run, folder, command="rnow rollouts")
     steps = steps_of(found.transcripts)
     if not steps:
         raise InputError(
@@ -83,23 +75,3 @@ def show_rollouts(
     for part in rollout_view(rows, step=step, total=total, of_steps=max(steps)):
         # No highlighting: it takes minutes for a long text.
         out.print(part, highlight=False)
-
-
-def _find(run: str, folder: Path) -> RunFolder:
-    """The run of a folder, or of a name in the project's runs/."""
-    from rnow.disk.folder import RunFolder, find_run_folder
-
-    given = RunFolder(place_of(run, folder, where="RUN"))
-    named = find_run_folder(folder / RUNS, run)
-    for found in (given, named):
-        if found.transcripts.is_dir() or found.facts.is_file():
-            return found
-    there = sorted(entry.name for entry in (folder / RUNS).glob("[!.]*") if entry.is_dir())
-    near = closest(Path(run).name, there, cutoff=0.0)
-    raise InputError(
-        f"there is no run '{run}'",
-        title="No such run",
-        where=str(folder / RUNS),
-        fix=f"rnow rollouts {near[0]}" if near else "train one first: rnow run",
-        details=[f"there: {name}" for name in there[:10]],
-    )

@@ -11,6 +11,7 @@ from rnow.cli.check import show_plan
 from rnow.cli.options import (
     AsJson,
     BatchSize,
+    ContextWindow,
     Epochs,
     Folder,
     LearningRate,
@@ -29,6 +30,7 @@ def run(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
+    max_context_window: ContextWindow = None,
     name: Name = None,
     debug: Annotated[bool, typer.Option("--debug", help="Check only, as `rnow check`.")] = False,
     fresh: Annotated[
@@ -37,7 +39,14 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train the project's student. Run it again to continue after a stop."""
-    given = {"model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "name": name}
+    given = {
+        "model": model,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "max_context_window": max_context_window,
+        "name": name,
+    }
     if debug:
         show_plan(load(folder, overrides, **given), folder, as_json=as_json)
         return

@@ -20,6 +20,7 @@ SHORTHANDS = {
     "epochs": "trainer.num_epochs",
     "batch_size": "data.batch_size",
     "lr": "trainer.learning_rate",
+    "max_context_window": "rollout.max_context_window",
     "name": "model.name",
 }
 """Flags of ``rnow run`` and the keys they set. Put them before the dotted overrides, which win."""

@@ -8,9 +8,18 @@ rnow.core.reward import ...`` always reads the submodule.
 
 from __future__ import annotations
 
-from rnow.core.judge import JudgeError, llm_judge
+from rnow.core.judge import JudgeError, JudgeUnavailable, llm_judge
 from rnow.core.messages import get_response
 from rnow.core.reward import RewardArgs, reward
 from rnow.core.tool import ToolArgs, tool
 
-__all__ = ["JudgeError", "RewardArgs", "ToolArgs", "get_response", "llm_judge", "reward", "tool"]
+__all__ = [
+    "JudgeError",
+    "JudgeUnavailable",
+    "RewardArgs",
+    "ToolArgs",
+    "get_response",
+    "llm_judge",
+    "reward",
+    "tool",
+]

@@ -1,178 +1,127 @@
-"""``llm_judge``: ask an OpenAI-compatible endpoint for a number.
+"""``llm_judge``: ask a model behind an OpenAI-compatible endpoint for a number.
 
-The network modules are imported when a judge is asked: most rewards never do, and this file is imported in every process
-that runs them.
+This file is imported in every process that runs rewards, most of which never ask a judge: it imports little.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import time
 from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+from rnow.core.deadline import answer_by
+from rnow.core.judge_errors import JudgeError, JudgeUnavailable
+from rnow.core.judge_http import Question, ask, clean_key, endpoint
+from rnow.core.judge_rule import Rule, read_rule
+from rnow.core.verdict import verdict
+
+__all__ = ["JudgeError", "JudgeUnavailable", "llm_judge"]
 
 DEFAULT_MODEL = "gpt-4o-mini"
-DEFAULT_BASE_URL = "https://api.openai.com/v1"
-_MAX_ANSWER_BYTES = 1 << 20
-_MAX_JUDGES = 32
-_ATTEMPTS = 3
-_RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
+DEFAULT_API_URL = "https://api.openai.com/v1"
+SETTINGS = (
+    *("LLM_JUDGE_API_KEY", "LLM_JUDGE_API_URL"),
+    *("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"),
+)
+"""Variables that ``llm_judge`` looks up in ``secrets`` and in the environment."""
 
 
-class JudgeError(RuntimeError):
-    """The judge gave no usable score: unreachable, refused, or an answer outside the schema."""
-
-
-async def llm_judge(
+def llm_judge(
     prompt: str,
     *,
-    model: str | None = None,
-    system: str | None = None,
-    minimum: float = 0.0,
-    maximum: float = 1.0,
-    base_url: str | None = None,
+    api_url: str | None = None,
     api_key: str | None = None,
-    temperature: float | None = None,
+    secrets: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    temperature: float | None = 0.0,
+    max_tokens: int | None = None,
     timeout: float = 60.0,
-) -> float:
-    """The score a judge model gives to ``prompt``, checked to be a number from ``minimum`` to ``maximum``.
+    schema: Mapping[str, Any] | None = None,
+    score_key: str = "score",
+    system: str | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    base_url: str | None = None,
+    **more: object,
+) -> Any:
+    """The score that a judge model gives to ``prompt``, checked. In a sync reward it is a float; in an async one ``await`` it, or
+    return it as it is.
 
     Args:
         prompt: what to judge and by which rule.
+        api_url: the endpoint, with or without ``/chat/completions``; default ``LLM_JUDGE_API_URL``, else
+            ``OPENAI_BASE_URL``, else OpenAI. ``base_url`` is the same.
+        api_key: default ``LLM_JUDGE_API_KEY``, else ``OPENAI_API_KEY``. All such names are looked up in ``secrets``, then in
+            the environment, where rnow puts what the project's ``.env`` says of them.
+        secrets: ``args.secrets`` of the reward.
         model: default ``OPENAI_MODEL``, else ``gpt-4o-mini``.
+        temperature: None leaves it to the server, and so does 0 where the server refuses it.
+        max_tokens: of the judge's answer, its reasoning included; None leaves it to the server.
+        timeout: seconds for the whole call, up to three attempts; the time limit of the running reward cuts it short.
+        schema: the JSON schema of the answer, an object. Default: one number from 0 to 1, or ``minimum`` to ``maximum``.
+        score_key: the property of ``schema`` that is the score: a number, or a boolean as 1 and 0. It is checked against its
+            own part of the schema; of the others only those that are required must be there.
         system: extra instruction for the judge.
-        base_url: address of the endpoint up to ``/v1``; default ``OPENAI_BASE_URL``, else OpenAI.
-        api_key: default ``OPENAI_API_KEY``. These names are looked up in the environment, where rnow puts what the project's ``.env`` says of them.
-        timeout: seconds for the whole call, retries included.
+        minimum, maximum: the range of the score, whatever the schema says.
+        more: further fields of the request, such as ``top_p`` or ``reasoning_effort``.
 
     Raises:
-        JudgeError: no key, no answer, or an answer that is not a score.
+        JudgeUnavailable: the judge cannot be asked now: unreachable, too slow, 429, 5xx. A run that learns from it waits.
+        JudgeError: no key, a refusal, or an answer that is not a score.
     """
-    address = base_url or _setting("OPENAI_BASE_URL") or DEFAULT_BASE_URL
-    key = api_key or _setting("OPENAI_API_KEY")
-    if key is None and address == DEFAULT_BASE_URL:
+    rule = read_rule(schema, score_key, minimum=minimum, maximum=maximum)
+    given = secrets or {}
+    url, key = _server(given, api_url or base_url, api_key)
+    fields = {"temperature": temperature, "max_tokens": max_tokens}
+    payload = {
+        "model": model or _look_up(given, "OPENAI_MODEL") or DEFAULT_MODEL,
+        "messages": _messages(prompt, rule, system),
+        "response_format": rule.response_format(),
+        **{name: value for name, value in fields.items() if value is not None},
+        **more,
+    }
+    _check_json(payload)
+    spare = {"response_format", "max_tokens"} | ({"temperature"} if temperature == 0 else set())
+    question = Question(url=url, key=key, payload=payload, spare=frozenset(spare & payload.keys()))
+    due = answer_by()
+    return verdict(lambda: rule.read(ask(question, min(time.monotonic() + timeout, due))))
+
+
+def _server(
+    secrets: Mapping[str, Any], api_url: str | None, api_key: str | None
+) -> tuple[str, str | None]:
+    """The judge's endpoint and key; only OpenAI's needs one."""
+    address = api_url or _look_up(secrets, "LLM_JUDGE_API_URL", "OPENAI_BASE_URL")
+    key = clean_key(api_key or _look_up(secrets, "LLM_JUDGE_API_KEY", "OPENAI_API_KEY"))
+    if key is None and address is None:
         raise JudgeError(
-            "llm_judge has no key: put OPENAI_API_KEY in .env (or OPENAI_BASE_URL of your own server)"
+            "llm_judge has no key: put OPENAI_API_KEY in .env (or LLM_JUDGE_API_URL of your own server)"
         )
-    instruction = f'You are a judge. Answer with JSON only: {{"score": number from {minimum:g} to {maximum:g}}}.'
-    payload: dict[str, object] = {
-        "model": model or _setting("OPENAI_MODEL") or DEFAULT_MODEL,
-        "messages": [
-            {"role": "system", "content": f"{instruction}\n{system}" if system else instruction},
-            {"role": "user", "content": prompt},
-        ],
-        "response_format": _score_schema(minimum, maximum),
-    }
-    if temperature is not None:
-        payload["temperature"] = temperature
-    import asyncio
-
-    url = address.rstrip("/") + "/chat/completions"
-    loop = asyncio.get_running_loop()
-    answer = await loop.run_in_executor(_executor(), _ask, url, key, payload, timeout)
-    return _read_score(answer, minimum, maximum)
+    return endpoint(address or DEFAULT_API_URL), key
 
 
-def _setting(name: str) -> str | None:
-    return os.environ.get(name) or None
+def _look_up(secrets: Mapping[str, Any], *names: str) -> str | None:
+    """The first of these that is set, in the secrets before the environment."""
+    for settings in (secrets, os.environ):
+        for name in names:
+            if value := settings.get(name):
+                return str(value)
+    return None
 
 
-@cache
-def _executor() -> ThreadPoolExecutor:
-    from concurrent.futures import ThreadPoolExecutor
-
-    # asyncio's own pool has only a few threads on a small machine; judging is waiting, not computing.
-    return ThreadPoolExecutor(_MAX_JUDGES, thread_name_prefix="judge")
-
-
-def _score_schema(minimum: float, maximum: float) -> dict[str, object]:
-    score = {"type": "number", "description": f"from {minimum:g} to {maximum:g}"}
-    schema = {
-        "type": "object",
-        "properties": {"score": score},
-        "required": ["score"],
-        "additionalProperties": False,
-    }
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "score", "strict": True, "schema": schema},
-    }
+def _messages(prompt: str, rule: Rule, system: str | None) -> list[dict[str, str]]:
+    instruction = rule.instruction()
+    return [
+        {"role": "system", "content": f"{instruction}\n{system}" if system else instruction},
+        {"role": "user", "content": prompt},
+    ]
 
 
-def _ask(url: str, key: str | None, payload: dict[str, object], timeout: float) -> str:
-    """The judge's text. Runs in a thread."""
-    import http.client
-    import urllib.error
-
-    deadline = time.monotonic() + timeout
-    attempt = 0
-    while True:
-        attempt += 1
-        left = deadline - time.monotonic()
+def _check_json(payload: Mapping[str, object]) -> None:
+    for name, value in payload.items():
         try:
-            return _post(url, key, payload, timeout=max(left, 0.1))
-        except urllib.error.HTTPError as error:
-            body = error.read(500).decode("utf-8", "replace").strip()
-            if error.code == 400 and "response_format" in body and "response_format" in payload:
-                # Some servers know no schemas; the instruction and the check of the answer remain.
-                del payload["response_format"]
-                continue
-            problem = f"answered {error.code}: {body or error.reason}"
-            final = error.code not in _RETRIED
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"cannot be reached: {getattr(error, 'reason', None) or error}"
-            final = False
-        pause = 0.5 * 2**attempt
-        if final or attempt >= _ATTEMPTS or time.monotonic() + pause >= deadline:
-            if key:
-                problem = problem.replace(key, "***")
-            raise JudgeError(f"the judge at {url} {problem}")
-        time.sleep(pause)
-
-
-def _post(url: str, key: str | None, payload: Mapping[str, object], *, timeout: float) -> str:
-    import urllib.request
-
-    if not url.startswith(("http://", "https://")):
-        raise JudgeError(f"the judge's address must start with http:// or https://, not {url}")
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    call = urllib.request.Request(
-        url, data=json.dumps(payload).encode(), headers=headers, method="POST"
-    )
-    with urllib.request.urlopen(call, timeout=timeout) as response:
-        raw = response.read(_MAX_ANSWER_BYTES)
-    try:
-        content = json.loads(raw)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        shown = raw[:200].decode("utf-8", "replace")
-        raise JudgeError(f"the judge at {url} sent no chat completion: {shown!r}") from None
-    if not isinstance(content, str):
-        raise JudgeError(f"the judge at {url} sent no text: {content!r:.200}")
-    return content
-
-
-def _read_score(answer: str, minimum: float, maximum: float) -> float:
-    found = re.search(r"\{.*\}", answer, re.DOTALL)
-    try:
-        score = json.loads(found.group() if found else answer)
-        score = score["score"] if isinstance(score, dict) else score
-    except (ValueError, LookupError, RecursionError):
-        raise JudgeError(f"the judge gave no score: {answer!r:.200}") from None
-    try:
-        number = float(score) if type(score) in (int, float) else math.nan
-    except OverflowError:  # an integer of hundreds of digits
-        number = math.inf
-    if not math.isfinite(number):
-        raise JudgeError(f"the judge's score is not a number: {score!r:.200}")
-    if not minimum <= number <= maximum:
-        raise JudgeError(f"the judge's score {number:g} is not between {minimum:g} and {maximum:g}")
-    return number
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise JudgeError(f"llm_judge cannot send {name} as JSON: {error}") from None

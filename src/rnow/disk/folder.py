@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 import stat
+import time
 import unicodedata
 import uuid
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rnow.disk.files import read_json_object, unused
+from rnow.disk.files import read_json_object, readable_json, replace_file, unused
 from rnow.errors import InputError
 
 MAX_NAME = 180
@@ -23,6 +25,7 @@ MAX_NAME = 180
 ANOTHER_PLACE = "choose another place with output_dir=PATH, or change the permissions"
 
 LOCK = ".lock"
+PROCESS = "process.json"
 
 
 class RunFolder:
@@ -31,6 +34,8 @@ class RunFolder:
     Attributes:
         config: the resolved config.
         facts: what the run was started with; decides what a restart without a checkpoint may reuse.
+        process: the last process that worked here, for `rnow status` and `rnow stop`.
+        log: what that run showed, as plain lines.
         metrics: one JSON object per step.
         evaluations: one JSON object per evaluation.
         answers: what was answered to the held-out prompts.
@@ -46,6 +51,8 @@ class RunFolder:
         self._made: list[Path] = []
         self.config = path / "config.yml"
         self.facts = path / "run.json"
+        self.process = path / PROCESS
+        self.log = path / "run.log"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
         self.answers = path / "answers"
@@ -106,16 +113,20 @@ class RunFolder:
 
     def remove_if_bare(self) -> None:
         """Take ``make`` back, where nothing but the lock was written since."""
-        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK}:
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK, PROCESS}:
             (self.path / LOCK).unlink(missing_ok=True)
+            self.process.unlink(missing_ok=True)
             self.path.rmdir()
             with suppress(OSError):  # another run was begun beside it
                 for parent in self._made[1:]:
                     parent.rmdir()
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, steps: int | None = None) -> Iterator[None]:
         """Hold the folder against a second run. The kernel lets go of it when the process ends, however it ends.
+
+        Args:
+            steps: how many there will be when the run is done, for those who ask meanwhile.
 
         Raises:
             InputError: another process holds it.
@@ -132,9 +143,16 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.path, str(error.strerror)) from error
         try:
+            self._tell_who(steps)
             yield
         finally:
             lock.release()
+
+    def _tell_who(self, steps: int | None) -> None:
+        """Nothing of the run depends on it: a disk that does not take it is for others to find."""
+        with suppress(OSError):
+            who = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+            replace_file(self.process, readable_json({**who, "steps": steps}))
 
 
 def check_place(path: Path, *, what: str = "the run folder", fix: str = ANOTHER_PLACE) -> None:

@@ -105,6 +105,45 @@ class RedactingDisplay:
         self._display.close()
 
 
+class Both:
+    """Two displays that are told the same."""
+
+    def __init__(self, first: Display, second: Display) -> None:
+        self._each = (first, second)
+
+    def start(self, plan_lines: Sequence[str]) -> None:
+        for display in self._each:
+            display.start(plan_lines)
+
+    def stage(self, name: str) -> None:
+        for display in self._each:
+            display.stage(name)
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        for display in self._each:
+            display.step(step, total, metrics)
+
+    def note(self, text: str) -> None:
+        for display in self._each:
+            display.note(text)
+
+    def warn(self, text: str) -> None:
+        for display in self._each:
+            display.warn(text)
+
+    def evaluation(self, name: str, results: Mapping[str, float]) -> None:
+        for display in self._each:
+            display.evaluation(name, results)
+
+    def finish(self, lines: Sequence[str]) -> None:
+        for display in self._each:
+            display.finish(lines)
+
+    def close(self) -> None:
+        for display in self._each:
+            display.close()
+
+
 class Harmless:
     """A display of which no fault reaches the loop: what it cannot show is left out, and the log says so once."""
 

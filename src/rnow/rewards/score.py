@@ -10,6 +10,8 @@ from rnow import progress
 from rnow.core.messages import message_text, strip_thinking
 from rnow.errors import DataError
 from rnow.protocols import Rewarder
+from rnow.rewards.outage import Outage
+from rnow.tasks import first_cause
 from rnow.types import (
     Message,
     Prompt,
@@ -19,7 +21,7 @@ from rnow.types import (
     ToolContext,
 )
 from rnow.usercode.functions import FunctionInfo
-from rnow.usercode.host import CodeHost, call_function
+from rnow.usercode.host import CallOutcome, CodeHost, call_function
 from rnow.usercode.sandbox import Sandboxes
 
 DEFAULT_TIMEOUT = 60.0
@@ -86,6 +88,7 @@ class RewardRunner:
         timeout: seconds for one call of a reward without its own.
         include_thinking: whether rewards see ``<think>`` blocks.
         sandboxes: where those with ``sandbox=True`` run, which cannot be run without them.
+        outage: what is done while a judge cannot be asked; the default takes it as any other failure.
     """
 
     def __init__(
@@ -96,18 +99,21 @@ class RewardRunner:
         timeout: float = DEFAULT_TIMEOUT,
         include_thinking: bool = False,
         sandboxes: Sandboxes | None = None,
+        outage: Outage | None = None,
     ) -> None:
         self._functions = functions
         self._host = host
         self._timeout = timeout
         self._include_thinking = include_thinking
         self._sandboxes = sandboxes
+        self._outage = outage or Outage(0.0, lambda text: None)
 
     async def score(self, prompt: Prompt, rollout: Rollout) -> RewardResult | None:
         """The rollout's reward: 0 when a precondition gives 0 (or fails), else the sum of all; None when the prompt
         names no reward. A failed rollout is not shown to any function: it gets 0 and its error under ``rollout``.
 
-        Raises DataError for a reward that does not exist (the project's loader refuses such rows before).
+        Raises DataError for a reward that does not exist (the project's loader refuses such rows before), TemporaryError for
+        a judge that cannot be asked for too long.
         """
         if not prompt.rewards:
             return None
@@ -123,16 +129,18 @@ class RewardRunner:
             docker_env=prompt.docker_env,
         )
         try:
-            outcomes = await asyncio.gather(
-                *(self._run(info, {"messages": messages}, context) for info in infos)
-            )
+            async with asyncio.TaskGroup() as group:
+                given = {"messages": messages}
+                tasks = [group.create_task(self._run(info, given, context)) for info in infos]
+        except BaseExceptionGroup as failures:
+            raise first_cause(failures) from None
         finally:
             if self._sandboxes is not None:
                 await self._sandboxes.release(context.rollout_id)
         breakdown: dict[str, float] = {}
         errors: dict[str, str] = {}
         passed = True
-        for info, (value, problem) in zip(infos, outcomes, strict=True):
+        for info, (value, problem) in zip(infos, [task.result() for task in tasks], strict=True):
             breakdown[info.name] = value
             if problem is not None:
                 errors[info.name] = problem
@@ -156,16 +164,21 @@ class RewardRunner:
     ) -> tuple[float, str | None]:
         """(value, None), or (0, what went wrong: one line, with the line of the file that raised, or where the function is)."""
         limit = self._timeout if info.timeout is None else info.timeout
-        progress.moved(ahead=limit)
-        outcome = await call_function(
-            info,
-            given,
-            context,
-            host=self._host,
-            sandboxes=self._sandboxes,
-            timeout=limit,
-        )
-        progress.moved()
+
+        async def attempt() -> CallOutcome:
+            progress.moved(ahead=limit)
+            outcome = await call_function(
+                info,
+                given,
+                context,
+                host=self._host,
+                sandboxes=self._sandboxes,
+                timeout=limit,
+            )
+            progress.moved()
+            return outcome
+
+        outcome = await self._outage.call(info, attempt)
         if outcome.status == "ok" and outcome.value is not None:
             value = float(outcome.value)
             if abs(value) <= LARGEST_REWARD:

@@ -35,9 +35,16 @@ from rnow.disk.checkpoints import (
 from rnow.disk.files import read_json_object, readable_json, replace_file, to_json, unused
 from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
+from rnow.disk.run_log import RunLog
 from rnow.disk.sinks import JsonlSink, Sink, WandbSink, read_rows
 from rnow.disk.transcripts import TranscriptWriter
-from rnow.display.display import Display, QuietDisplay, RedactingDisplay, build_display
+from rnow.display.display import (
+    Both,
+    Display,
+    QuietDisplay,
+    RedactingDisplay,
+    build_display,
+)
 from rnow.errors import (
     SAME_COMMAND,
     ConfigError,
@@ -166,11 +173,10 @@ def _refuse_other(config: object) -> None:
 def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunSummary:
     quiet_libraries()
     display.stage("checking")
-    prepared = replace(
-        prepare(config, folder, weights=True, fresh=fresh),
-        warn=display.warn,
-        note=display.note,
-    )
+    prepared = prepare(config, folder, weights=True, fresh=fresh)
+    log = RunLog(prepared.project.redact)
+    display = Both(display, log.display)
+    prepared = replace(prepared, warn=display.warn, note=display.note)
     _tell(prepared, display)
     may_take_turns(prepared)  # refused before anything is written, as what follows
     measure(prepared)
@@ -189,7 +195,8 @@ def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunS
         return RunSummary(values=finished)
     run_folder.check_writable()
     try:
-        return _train_in(run_folder, prepared, facts, display)
+        with log.kept():
+            return _train_in(run_folder, prepared, facts, display, log)
     except RnowError as error:
         if fresh and error.fix:
             by_name = f"repeat the command with -n {run_folder.path.name} instead of --fresh"
@@ -215,15 +222,15 @@ def _tell(prepared: Prepared, display: Display) -> None:
 
 
 def _train_in(
-    folder: RunFolder, prepared: Prepared, facts: dict[str, object], display: Display
+    folder: RunFolder, prepared: Prepared, facts: dict[str, object], display: Display, log: RunLog
 ) -> RunSummary:
     stop = StopFlag()
     with stop.watch(), ExitStack() as stack:
         locked = folder.path.exists()
         if locked:
-            stack.enter_context(folder.lock())
+            stack.enter_context(folder.lock(steps=prepared.num_steps))
         try:
-            work = _Run(prepared, folder, facts, display, stack, stop, locked=locked)
+            work = _Run(prepared, folder, facts, display, log, stack, stop, locked=locked)
             return run_anywhere(work.load_and_train())
         except OSError as error:
             if (fault := _disk_fault(error, folder)) is None:
@@ -329,6 +336,7 @@ class _Run:
         folder: RunFolder,
         facts: dict[str, object],
         display: Display,
+        log: RunLog,
         stack: ExitStack,
         stop: StopFlag,
         *,
@@ -338,6 +346,7 @@ class _Run:
         self._config = prepared.config
         self._folder = folder
         self._display = display
+        self._log = log
         self._stack = stack
         self._locked = locked
         self._stop = stop
@@ -367,8 +376,9 @@ class _Run:
             checkpoint = self._find_checkpoint()
             backends = await self._load()
             self._make_folder()  # from here on the run writes
+            self._log.open(self._folder.log)
             self._keep_changed_adapter(checkpoint)
-            async with open_user_code(self._prepared, self._folder.path) as code:
+            async with open_user_code(self._prepared, self._folder.path, training=True) as code:
                 return await self._train(backends, checkpoint, code)
 
     async def _load(self) -> Backends:
@@ -406,7 +416,7 @@ class _Run:
         self._folder.make()
         if self._locked:
             return
-        self._stack.enter_context(self._folder.lock())
+        self._stack.enter_context(self._folder.lock(steps=self._prepared.num_steps))
         self._locked = True
         if self._folder.checkpoints.exists():
             raise InputError(

@@ -13,6 +13,7 @@ from rnow.plan.choices import DEFAULT_MAX_TOKENS, DEFAULT_MAX_TURNS
 from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import tool_names
 from rnow.project.project import TOOLS_FILE
+from rnow.rewards.outage import JUDGE_PATIENCE, Outage
 from rnow.rewards.score import RewardRunner
 from rnow.rollout.collect import RolloutSettings
 from rnow.rollout.environment import Episodes, RunCall
@@ -56,12 +57,13 @@ class UserCode:
 
 @asynccontextmanager
 async def open_user_code(
-    prepared: Prepared, log_dir: Path | None = None
+    prepared: Prepared, log_dir: Path | None = None, *, training: bool = False
 ) -> AsyncIterator[UserCode]:
     """The project's tools and rewards, ready to be called; their processes end with the block.
 
     Args:
         log_dir: where what they print is kept; None keeps nothing.
+        training: the student learns from what they say: a judge that cannot be asked is waited for.
 
     Raises:
         InputError: a server is not there, or its tools are not those that the prompts were rendered with.
@@ -86,7 +88,9 @@ async def open_user_code(
             )
             await stack.enter_async_context(toolbox)
             _refuse_changed(prepared, toolbox)
-        rewarder = _build_rewarder(prepared, sandboxes, log_dir)
+        teaching = training and prepared.config.algorithm.reward_coef > 0
+        outage = Outage(JUDGE_PATIENCE if teaching else 0.0, prepared.warn)
+        rewarder = _build_rewarder(prepared, sandboxes, log_dir, outage)
         stack.callback(rewarder.close)
         yield UserCode(toolbox=toolbox, sandboxes=sandboxes, rewarder=rewarder)
 
@@ -117,7 +121,7 @@ def _refuse_changed(prepared: Prepared, toolbox: Toolbox) -> None:
 
 
 def _build_rewarder(
-    prepared: Prepared, sandboxes: Sandboxes | None, log_dir: Path | None
+    prepared: Prepared, sandboxes: Sandboxes | None, log_dir: Path | None, outage: Outage
 ) -> RewardRunner:
     rollout, secrets = prepared.config.rollout, prepared.project.secrets
     log = _log_of("rewards", log_dir)
@@ -128,6 +132,7 @@ def _build_rewarder(
         timeout=rollout.reward_timeout,
         include_thinking=rollout.include_thinking,
         sandboxes=sandboxes,
+        outage=outage,
     )
 
 

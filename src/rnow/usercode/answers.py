@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import SupportsFloat
 
+from rnow.core.judge import JudgeUnavailable
 from rnow.usercode.user_file import fix_of, missing_module, relative, safe_text
 
 _MAX_TRACEBACK = 16_000
@@ -61,7 +62,8 @@ def _shown(value: object) -> str:
 
 
 def error_answer(error: BaseException, file: str, folder: Path) -> dict[str, object]:
-    """``error`` with type, message, the place in the function's own file, and the traceback without our frames."""
+    """``error`` with type, message, the place in the function's own file, the traceback without our frames, and whether it may
+    pass by itself (``passing``)."""
     trace = error.__traceback__
     while trace is not None and _OURS in trace.tb_frame.f_code.co_filename:
         trace = trace.tb_next
@@ -78,6 +80,7 @@ def error_answer(error: BaseException, file: str, folder: Path) -> dict[str, obj
             "traceback": _traceback(error, trace),
             "module": missing_module(error),
             "fix": fix_of(error),
+            "passing": isinstance(error, JudgeUnavailable),
         }
     }
 

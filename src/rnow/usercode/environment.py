@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from rnow.core.judge import SETTINGS
+
 BASE = frozenset(
     """
     PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TERM VIRTUAL_ENV PYTHONPATH LD_LIBRARY_PATH
@@ -27,7 +29,6 @@ BASE = frozenset(
 one is kept out of texts as a secret is."""
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-_JUDGE = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL")
 _LONG = 12  # characters
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -50,7 +51,7 @@ def declared(available: Mapping[str, str], words: Iterable[str]) -> dict[str, st
     """The variables that the code names. ``llm_judge`` names what it reads."""
     named = set(words)
     if "llm_judge" in named:
-        named.update(_JUDGE)
+        named.update(SETTINGS)
     return {name: value for name, value in available.items() if name in named}
 
 

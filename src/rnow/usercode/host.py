@@ -82,7 +82,7 @@ class CallOutcome:
     ``value`` is a tool's text or a reward's number, None unless ``status`` is ``ok``. ``error`` is one line for the model:
     ``raised`` an exception, ``invalid`` result of a reward, ``timeout``, or ``died`` with its process. ``place`` is the
     line of the function's file that raised, ``fix`` what to do about it where that is known, ``detail`` the traceback. ``omitted`` counts the bytes cut off the end of
-    ``value``.
+    ``value``. ``passing``: the same call may work later (``JudgeUnavailable``).
     """
 
     status: Status
@@ -92,6 +92,7 @@ class CallOutcome:
     fix: str | None = None
     detail: str | None = None
     omitted: int = 0
+    passing: bool = False
 
 
 class _Broken(Exception):
@@ -585,6 +586,7 @@ def _raised(
         place=error.get("place"),
         fix=escape(" ".join(redact(fix).split())) if fix else None,
         detail=redact(error.get("traceback") or "") or None,
+        passing=bool(error.get("passing")),
     )
 
 

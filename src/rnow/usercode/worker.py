@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 
+from rnow.core.deadline import answer_within
 from rnow.core.marks import Spec
 from rnow.core.reward import RewardArgs
 from rnow.core.tool import ToolArgs
@@ -69,7 +70,8 @@ class _Worker:
 
     def run(self) -> None:
         while True:
-            _, call, function, _, body = self.receive(wait=True)
+            _, call, function, seconds, body = self.receive(wait=True)
+            answer_within(seconds)
             with contextlib.suppress(OSError):
                 os.chdir(self._folder)  # an earlier call may have gone elsewhere
             try:
@@ -160,13 +162,14 @@ class _AsyncWorker:
     def _receive(self) -> None:
         while True:
             try:
-                kind, call, function, _, body = self._worker.receive(wait=False)
+                kind, call, function, seconds, body = self._worker.receive(wait=False)
             except BlockingIOError:
                 return
             if kind == frames.CANCEL:
                 self._cancel(call)
             else:
-                self._tasks[call] = self._loop.create_task(self._answer(call, function, body))
+                answer = self._answer(call, function, seconds, body)
+                self._tasks[call] = self._loop.create_task(answer)
 
     def _cancel(self, call: int) -> None:
         task = self._tasks.pop(call, None)
@@ -179,9 +182,10 @@ class _AsyncWorker:
         if len(self._stubborn) > _MAX_STUBBORN:
             self._worker.send(frames.pack(frames.WORN))
 
-    async def _answer(self, call: int, function: int, body: bytes) -> None:
+    async def _answer(self, call: int, function: int, seconds: float, body: bytes) -> None:
         import asyncio
 
+        answer_within(seconds)
         try:
             value = await _awaited(self._worker.invoke(function, body))
             answer = self._worker.answer(value)
