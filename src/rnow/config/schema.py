@@ -30,6 +30,7 @@ from rnow.config.normalise import (
     none_is,
     one_path,
     path_is_section,
+    plain_path,
     text_or_list,
 )
 from rnow.config.problems import KeyPath
@@ -81,6 +82,13 @@ class ModelSection(Section):
         ...,
         "The student: a HuggingFace id or a local folder.",
         reserved=Reserved("a list of several", lambda value: False, "start one run for each"),
+    )
+    adapter: Annotated[Text | None, BeforeValidator(plain_path)] = key(
+        None,
+        "An adapter to continue from, with a fresh optimizer: a run (`runs/sft`, or its name), one of its checkpoints, or a folder "
+        "that PEFT wrote. Rank, scale and layers are its own.",
+        "a new adapter",
+        change="free",
     )
     qlora_rank: Positive = key(32, "Rank of the LoRA adapter.")
     qlora_alpha: Positive | None = key(None, "Scale of the LoRA adapter.", "2 x `qlora_rank`")

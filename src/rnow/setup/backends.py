@@ -113,9 +113,9 @@ async def load_backends(
     facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
     if loader.chosen.turns:
         facts["residency"] = "time_shared"
-    teacher, answering = await loader.load_teachers(student.reference)
+    teacher, answering = await loader.load_teachers(student.own_base)
     if teacher is None and config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
-        teacher = student.reference
+        teacher = student.beginning
     if teacher is not None and prepared.rendered.teacher_token_ids:
         teacher = PrivilegedTeacher(teacher, prepared.rendered.teacher_token_ids)
     return Backends(
