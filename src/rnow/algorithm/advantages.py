@@ -62,6 +62,14 @@ def rollout_advantages(
     return advantages
 
 
+def with_signal(
+    groups: Sequence[RolloutGroup], advantages: Mapping[str, float]
+) -> list[RolloutGroup]:
+    """The groups with an advantage other than 0. One whose rewards are all equal has none (DAPO, Yu et al. 2025, section 3.2, samples
+    others in its place; here the step is the smaller)."""
+    return [group for group in groups if any(advantages[rollout.id] for rollout in group.rollouts)]
+
+
 def _comparable(group: RolloutGroup, rewards: Mapping[str, RewardResult]) -> list[str]:
     """Ids of the rollouts of a group to which the same rewards gave a number."""
     ids = [r.id for r in group.rollouts if r.status != "failed" and r.id in rewards]

@@ -57,6 +57,7 @@ ADDED_KEYS: Mapping[str, object] = {
     "model.lora_targets": ["all-linear"],
     "teacher.tokenizer": "same",
     "teacher.residency": "auto",
+    "algorithm.drop_equal_groups": "auto",
 }
 """Keys that earlier versions did not have, as those behaved."""
 

@@ -90,13 +90,24 @@ class Workers:
     gpu: Residency
 
 
+def everything(
+    groups: Sequence[RolloutGroup], advantages: Mapping[str, float]
+) -> Sequence[RolloutGroup]:
+    """All groups of a step: those too whose rewards say nothing, where something else is learned from them."""
+    return groups
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnPolicy:
-    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens."""
+    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens. ``kept`` chooses the
+    groups that are trained on, by the advantages of their rollouts."""
 
     prompts_of: Callable[[int], Sequence[Prompt]]
     advantages: Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], Mapping[str, float]]
     workers: Workers
+    kept: Callable[[Sequence[RolloutGroup], Mapping[str, float]], Sequence[RolloutGroup]] = (
+        everything
+    )
 
     async def batch(self, step: int, clock: StageClock) -> StepData:
         """See ``Source.batch``."""
@@ -112,10 +123,10 @@ class OnPolicy:
             judged = groups if at.settings.horizon is None else []
             rewards = await score_rewards(judged, at.rewarder, poll=poll)
             at.reward_watch.step(step, rewards)
-            samples = build_samples(groups)
+            advantages = self.advantages(groups, rewards)
+            samples = build_samples(self.kept(groups, advantages))
         async with gpu.only("teacher", clock):
             with clock.stage("teacher"):
                 evidence = await at.teacher.score(samples, at.needs) if at.teacher else None
-                advantages = self.advantages(groups, rewards)
                 training = build_training_samples(samples, advantages, evidence)
         return StepData(training=training, groups=groups, rewards=rewards)
