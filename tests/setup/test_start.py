@@ -170,12 +170,11 @@ def test_in_rl_the_reference_is_the_student_as_the_run_began(project: Project) -
 
 
 def test_the_teacher_self_is_the_base_without_the_adapter(project: Project) -> None:
-    values = second(project, adapter="sft") | {"teacher": {"path": "self"}}
-    train(project, values)
-    assert abs(project.metrics[0]["teacher_kl"]) > 1e-4
+    told = {"system_prompt": "be brief"}
+    train(project, second(project, adapter="sft") | {"teacher": {"path": "self", **told}})
     project.name = "by-path"
     # The base by its path, loaded as a model of its own.
-    apart = {"path": str(project.student), "device": "cpu", "trust_remote_code": True}
+    apart = {"path": str(project.student), "device": "cpu", "trust_remote_code": True, **told}
     train(project, second(project, "by-path", adapter="sft") | {"teacher": apart})
     self_kl, apart_kl = (
         json.loads((project.folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()[0])[
