@@ -52,8 +52,6 @@ class LocalStudent:
         sampler: draws with the trainer's weights; None where something else draws.
         as_teacher: scores with the student as it is now.
         own_base: scores with the student's base, adapter off: the teacher of itself.
-        beginning: scores with the student as the run began: what holds a run without a teacher near. Without an adapter to go on
-            from that is the base.
     """
 
     facts: StudentFacts
@@ -61,7 +59,6 @@ class LocalStudent:
     sampler: TransformersSampler | None
     as_teacher: TransformersTeacher
     own_base: ReferenceTeacher
-    beginning: ReferenceTeacher
 
 
 def load_model(
@@ -118,9 +115,6 @@ def build_student(
     if sampler is not None:
         policy.take_along(lambda embedded=sampler: tensors_of(embedded.model))
     as_teacher = score_with(prepared, student, poll, role=STUDENT)
-    own_base = beginning = ReferenceTeacher(as_teacher, policy.model.disable_adapter)
-    if prepared.start is not None:
-        beginning = ReferenceTeacher(as_teacher, partial(policy.holding, prepared.start.tensors()))
     return LocalStudent(
         facts=StudentFacts(
             dtype=dtype_name(student.head.weight.dtype),
@@ -131,9 +125,17 @@ def build_student(
         policy=policy,
         sampler=sampler,
         as_teacher=as_teacher,
-        own_base=own_base,
-        beginning=beginning,
+        own_base=ReferenceTeacher(as_teacher, policy.model.disable_adapter),
     )
+
+
+def as_begun(prepared: Prepared, student: LocalStudent) -> ReferenceTeacher:
+    """Scores with the student as the run began, which a run without a teacher stays near: its base, or the base with the adapter to
+    go on from."""
+    if prepared.start is None:
+        return student.own_base
+    began = partial(student.policy.holding, prepared.start.tensors())
+    return ReferenceTeacher(student.as_teacher, began)
 
 
 def score_with(
