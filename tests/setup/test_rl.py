@@ -23,7 +23,7 @@ from rnow.core import reward, get_response
 def short(args, messages):
     """Differs between answers to every other prompt only."""
     row = int(messages[-2]["content"].split()[-1])
-    return len(get_response(messages)) / 8 + hash(get_response(messages)) % 7 if row % 2 else 1.0
+    return sum(map(ord, get_response(messages))) % 7 if row % 2 else 1.0
 '''
 CONSTANT = "from rnow.core import reward\n\n@reward\ndef short(args, messages):\n    return 0.7\n"
 
@@ -36,7 +36,7 @@ def _one_thread() -> None:
 @pytest.fixture
 def project(tmp_path: Path, tiny_model_dir: MakeModel) -> Project:
     project = Project(tmp_path / "project", tiny_model_dir)
-    (project.folder / "rewards.py").write_text(SAME_FOR_SOME.replace("hash(", "len("))
+    (project.folder / "rewards.py").write_text(SAME_FOR_SOME)
     return project
 
 

@@ -124,8 +124,8 @@ def test_stopped_and_continued_it_is_the_same_run(project: Project) -> None:
     train(project, second(project, adapter="sft"))
     whole, adapter = project.numbers, weights(project.run_dir / "adapter")
     project.name = "stopped"
-    for stage in ("teacher", "update"):
-        watcher = Watcher().at(stage, 2, die)
+    for stage, nth in (("teacher", 2), ("update", 1)):
+        watcher = Watcher().at(stage, nth, die)
         with pytest.raises(Killed):
             train(project, second(project, "stopped", adapter="sft"), watcher=watcher)
     # The same weights elsewhere are the same start.

@@ -154,7 +154,7 @@ def _refuse_missing_run(config: Config, folder: Path) -> None:
 def _as_trained(config: Config, trained: TrainedAdapter) -> Config:
     """The config with this adapter as its student, whatever it would be trained on from."""
     changes = {
-        "path": str(trained.folder),
+        "path": str(trained.folder.absolute()),
         "adapter": None,
         "qlora_rank": trained.rank,
         "qlora_alpha": trained.alpha,
