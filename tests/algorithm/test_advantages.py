@@ -11,7 +11,7 @@ from rnow.algorithm.advantages import (
     AdvantageEstimator,
     reward_advantages,
     rollout_advantages,
-    with_signal,
+    without_signal,
 )
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup, rollout_id
 
@@ -174,7 +174,10 @@ def test_groups_without_signal_are_those_whose_rewards_are_all_equal(
             for rollout, value in zip(rollouts, values, strict=True)
         }
     advantages = rollout_advantages(groups, results, "grpo", scale=True)
-    kept = with_signal(groups, advantages)
-    assert [group.prompt.row for group in kept] == [
-        row for row, values in enumerate(rewards) if len({*values}) > 1
-    ]
+    left_out = without_signal(groups, advantages)
+    assert left_out == {
+        rollout.id
+        for group, values in zip(groups, rewards, strict=True)
+        for rollout in group.rollouts
+        if len({*values}) == 1
+    }

@@ -30,7 +30,7 @@ def test_each_student_gets_a_run_of_its_own(tmp_path: Path) -> None:
     ]
     assert names(project, f"project_name: mine\n{listed}")[1] == ("runs/sft/", "mine-sft")
     found = names(project, listed, "model.name=lr-{trainer.learning_rate}")
-    assert found[0] == ("Qwen/Qwen3-8B", "lr-1e-4-Qwen3-8B")
+    assert found[0] == ("Qwen/Qwen3-8B", "lr-0.0001-Qwen3-8B")
     found = names(project, listed, "model.name=on {model.path}")
     assert found[0] == ("Qwen/Qwen3-8B", "on Qwen/Qwen3-8B")
 

@@ -62,12 +62,17 @@ def rollout_advantages(
     return advantages
 
 
-def with_signal(
+def without_signal(
     groups: Sequence[RolloutGroup], advantages: Mapping[str, float]
-) -> list[RolloutGroup]:
-    """The groups with an advantage other than 0. One whose rewards are all equal has none (DAPO, Yu et al. 2025, section 3.2, samples
-    others in its place; here the step is the smaller)."""
-    return [group for group in groups if any(advantages[rollout.id] for rollout in group.rollouts)]
+) -> frozenset[str]:
+    """Ids of the rollouts in groups that have no advantage other than 0: those whose rewards are all equal (DAPO, Yu et al. 2025,
+    section 3.2, samples others in their place; here the step is the smaller)."""
+    return frozenset(
+        rollout.id
+        for group in groups
+        if not any(advantages[rollout.id] for rollout in group.rollouts)
+        for rollout in group.rollouts
+    )
 
 
 def _comparable(group: RolloutGroup, rewards: Mapping[str, RewardResult]) -> list[str]:

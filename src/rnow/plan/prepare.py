@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -206,7 +206,7 @@ def prepare(
     if training:
         _check_evals(config, held_out=len(dataset.held_out))
     models = _models(roles, folder, weights=weights, training=training)
-    unsure = () if start is None else check_base(start, models[STUDENT].resolved)
+    warnings = [*_unused(project, functions, config), *_unsure(start, models)]
     return Prepared(
         config=config,
         project=project,
@@ -225,8 +225,13 @@ def prepare(
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
-        warnings=(*_unused(project, functions, config), *unsure),
+        warnings=tuple(warnings),
     )
+
+
+def _unsure(start: TrainedAdapter | None, models: Models) -> Iterable[str]:
+    """What cannot be told of the base of the adapter that the run goes on from. Raises ModelError where it is another."""
+    return () if start is None else check_base(start, models[STUDENT].resolved)
 
 
 def _models(

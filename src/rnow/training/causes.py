@@ -16,7 +16,7 @@ _SAME = (
 
 def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
     """Why every gradient of a step was zero, or all its groups were left out, and what to do about it."""
-    if not data.training or metrics.get("advantage/std") == metrics.get("advantage/mean") == 0.0:
+    if data.left_out or metrics.get("advantage/std") == metrics.get("advantage/mean") == 0.0:
         facts, fixes = [], []
         errors = [text for result in data.rewards.values() for text in result.errors.values()]
         if errors and all(result.errors for result in data.rewards.values()):
@@ -47,16 +47,6 @@ def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
         "the gradient is smaller than the student's number format can hold",
         "set model.dtype: float32 or bfloat16",
     )
-
-
-def without_signal(data: StepData) -> bool:
-    """Whether there are answers to learn from, and all of them were left out because the rewards of each group are equal."""
-    answered = any(
-        rollout.status != "failed" and rollout.completion_tokens
-        for group in data.groups
-        for rollout in group.rollouts
-    )
-    return answered and not data.training
 
 
 def why_skipped(

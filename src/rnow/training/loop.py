@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,24 +92,20 @@ class Workers:
     scores_early: bool = False
 
 
-def everything(
-    groups: Sequence[RolloutGroup], advantages: Mapping[str, float]
-) -> Sequence[RolloutGroup]:
-    """All groups of a step: those too whose rewards say nothing, where something else is learned from them."""
-    return groups
+def nothing(groups: Sequence[RolloutGroup], advantages: Mapping[str, float]) -> Collection[str]:
+    """No rollout is left out: from those, too, whose rewards say nothing something else is learned."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnPolicy:
-    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens. ``kept`` chooses the
-    groups that are trained on, by the advantages of their rollouts."""
+    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens. ``left_out``:
+    ids of the rollouts that are not trained on, by the advantages of their groups."""
 
     prompts_of: Callable[[int], Sequence[Prompt]]
     advantages: Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], Mapping[str, float]]
     workers: Workers
-    kept: Callable[[Sequence[RolloutGroup], Mapping[str, float]], Sequence[RolloutGroup]] = (
-        everything
-    )
+    left_out: Callable[[Sequence[RolloutGroup], Mapping[str, float]], Collection[str]] = nothing
 
     async def batch(self, step: int, clock: StageClock) -> StepData:
         """See ``Source.batch``."""
@@ -133,9 +129,15 @@ class OnPolicy:
                 rewards = await score_rewards(judged, at.rewarder, poll=poll)
                 at.reward_watch.step(step, rewards)
                 advantages = self.advantages(groups, rewards)
-                samples = build_samples(self.kept(groups, advantages))
+                answered, left_out = build_samples(groups), self.left_out(groups, advantages)
+                samples = [sample for sample in answered if sample.id not in left_out]
             async with gpu.only("teacher", clock):
                 with clock.stage("teacher"):
                     evidence = await scoring.evidence(samples)
                     training = build_training_samples(samples, advantages, evidence)
-        return StepData(training=training, groups=groups, rewards=rewards)
+        return StepData(
+            training=training,
+            groups=groups,
+            rewards=rewards,
+            left_out=len(answered) - len(samples),
+        )

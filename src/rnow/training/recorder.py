@@ -14,7 +14,7 @@ from rnow.disk.sinks import Sink, read_evaluations, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import Display
 from rnow.errors import SAME_COMMAND, RnowError
-from rnow.training.causes import broken_evidence, why_idle, why_skipped, without_signal
+from rnow.training.causes import broken_evidence, why_idle, why_skipped
 from rnow.training.metrics import (
     call_metrics,
     memory_metrics,
@@ -133,7 +133,7 @@ class Recorder:
             metrics |= call_metrics(data.groups, lambda prompt: prompt.dataset)
         if self._agentic and self._by_teacher:
             metrics |= call_metrics(data.groups, lambda prompt: prompt.teacher)
-        equal = update.skipped is not None and without_signal(data)
+        equal = update.skipped == "no tokens" and data.left_out > 0
         self._skipped = self._skipped + 1 if update.skipped and not equal else 0
         if equal or update.zero_gradient:
             self._idle += 1
