@@ -184,9 +184,8 @@ def prepare(
     roles = roles_of(config)
     for role in roles.values():
         check_model_id(role.section.path, key=f"{role.key}.path", base_dir=folder)
-    listed = None
-    if is_agentic(folder, config):
-        listed = list_tools(config, folder, load_secrets(folder))
+    agentic = is_agentic(folder, config)
+    listed = list_tools(config, folder, load_secrets(folder)) if agentic else None
     tools = None if listed is None else listed.schemas
     _refuse_toolless(config, tools)
     project = load_project(folder, config, tools=tools or ())
@@ -196,17 +195,17 @@ def prepare(
     configured, roles = roles, used_roles(roles, {prompt.teacher for prompt in prompts})
     if training:  # what is not trained is rehearsed, by transformers alone
         check_engines(roles)
-        refuse_tools(roles.values(), agentic=listed is not None)
+        refuse_tools(roles.values(), agentic=agentic)
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
     notices = [*check_sandbox(functions, images, folder), *_idle(configured, roles)]
-    notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
-    notices += _told_of_servers(config, images, agentic=listed is not None)
+    notices += _check_horizon(config, agentic=agentic, dataset=dataset)
+    notices += _told_of_servers(config, images, agentic=agentic)
     source = plan_source(config, project) if training else None
     if training:
         _check_evals(config, held_out=len(dataset.held_out))
     models = _models(roles, folder, weights=weights, training=training)
-    warnings = [*_unused(project, functions, config), *_unsure(start, models)]
+    run = _run_folder(config, folder, fresh=fresh, writable=training)
     return Prepared(
         config=config,
         project=project,
@@ -216,7 +215,7 @@ def prepare(
             prompts,
             models,
             tools,
-            now=_date_of(_run_folder(config, folder, fresh=fresh, writable=training)),
+            now=_date_of(run),
             privileged=dataset.privileged,
         ),
         source=source,
@@ -225,7 +224,7 @@ def prepare(
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
-        warnings=tuple(warnings),
+        warnings=(*_unused(project, functions, config), *_unsure(start, models)),
     )
 
 
