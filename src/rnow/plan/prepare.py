@@ -205,19 +205,15 @@ def prepare(
     if training:
         _check_evals(config, held_out=len(dataset.held_out))
     models = _models(roles, folder, weights=weights, training=training)
-    run = _run_folder(config, folder, fresh=fresh, writable=training)
+    now = _date_of(_run_folder(config, folder, fresh=fresh, writable=training))
+    rendered = render_prompts(
+        config, prompts, models, tools, now=now, privileged=dataset.privileged
+    )
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(
-            config,
-            prompts,
-            models,
-            tools,
-            now=_date_of(run),
-            privileged=dataset.privileged,
-        ),
+        rendered=rendered,
         source=source,
         tools=tools or {},
         start=start,
