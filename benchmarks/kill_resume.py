@@ -1,6 +1,6 @@
 """`kill -9` at random moments, and in the middle of saves: does what comes after equal what would have come without it?
 
-The quickstart, cut to some twenty seconds with a checkpoint after every step, is run once to its end. Then it is run again and
+The quickstart (or another template), cut to some twenty seconds with a checkpoint after every step, is run once to its end. Then it is run again and
 killed, and continued, and killed, ... A run that comes to its end is compared with the first: metrics without times, evaluations,
 transcripts and adapter, byte by byte; then the next begins, until there were enough kills. Every attempt is the real command in
 a process of its own.
@@ -137,26 +137,19 @@ def differences(mine: Path, whole: Path) -> Iterator[str]:
             yield name
 
 
-def make_project(folder: Path) -> Path:
-    """The quickstart, as `rnow init` writes it."""
-    command = [
-        sys.executable,
-        "-m",
-        "rnow",
-        "init",
-        "--template",
-        "quickstart",
-        "--dir",
-        str(folder),
-    ]
-    subprocess.run([*command, "--yes"], check=True, capture_output=True)
+def make_project(folder: Path, template: str) -> Path:
+    """A template as `rnow init` writes it, whose run has the name that ``run_dir`` knows."""
+    command = [sys.executable, "-m", "rnow", "init", "--template", template, "--name", "quickstart"]
+    subprocess.run([*command, "--dir", str(folder), "--yes"], check=True, capture_output=True)
     return folder
 
 
-def measure(folder: Path, *, kills: int, saves: int, steps: int, seed: int) -> list[Finished]:
+def measure(
+    folder: Path, *, kills: int, saves: int, steps: int, seed: int, template: str = "quickstart"
+) -> list[Finished]:
     """Kill until there were ``kills``, ``saves`` of them in a save; ``folder`` gets the projects."""
     dice = random.Random(seed)
-    original = make_project(folder / "original")
+    original = make_project(folder / "original", template)
     whole = shutil.copytree(original, folder / "whole")
     began = time.monotonic()
     if start(whole, steps).wait() != 0:
@@ -215,6 +208,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--template", default="quickstart", help="one with a tiny model")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--saves", type=int, default=20, help="at least so many of them in a save")
     parser.add_argument("--steps", type=int, default=60)

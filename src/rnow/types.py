@@ -202,11 +202,13 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
-    """What the reward functions said of one rollout: the combined value, each part, and the failures by name."""
+    """What the reward functions said of one rollout: the combined value, each part, and the failures by name, in a line and, of those
+    that raised, with their traceback."""
 
     total: float
     breakdown: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)
+    tracebacks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def worked(self) -> bool:

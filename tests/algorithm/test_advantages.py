@@ -11,6 +11,7 @@ from rnow.algorithm.advantages import (
     AdvantageEstimator,
     reward_advantages,
     rollout_advantages,
+    without_signal,
 )
 from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup, rollout_id
 
@@ -147,3 +148,36 @@ def test_equal_rewards_give_no_signal_and_no_division_by_zero() -> None:
 def test_nothing_in_nothing_out(estimator: AdvantageEstimator, scale: bool) -> None:
     assert reward_advantages([], estimator, scale=scale) == []
     assert reward_advantages([[], [2.0]], estimator, scale=scale) == [[], [0.0]]
+
+
+@given(GROUPS)
+def test_groups_without_signal_are_those_whose_rewards_are_all_equal(
+    rewards: list[list[float]],
+) -> None:
+    groups, results = [], {}
+    for row, values in enumerate(rewards):
+        prompt = Prompt(id=f"d/{row}", dataset="d", row=row, messages=())
+        rollouts = tuple(
+            Rollout(
+                prompt_id=prompt.id,
+                index=index,
+                turns=(),
+                messages=(),
+                status="completed",
+                end_reason="answer",
+            )
+            for index in range(len(values))
+        )
+        groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
+        results |= {
+            rollout.id: RewardResult(total=value, breakdown={"r": value})
+            for rollout, value in zip(rollouts, values, strict=True)
+        }
+    advantages = rollout_advantages(groups, results, "grpo", scale=True)
+    left_out = without_signal(groups, advantages)
+    assert left_out == {
+        rollout.id
+        for group, values in zip(groups, rewards, strict=True)
+        for rollout in group.rollouts
+        if len({*values}) == 1
+    }

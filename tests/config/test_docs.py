@@ -59,7 +59,7 @@ def test_what_is_said_of_defaults_is_what_is_done() -> None:
     assert "since the last save" in lines["save_minutes"]
 
 
-def test_an_adapter_is_not_offered_as_the_student() -> None:
-    """rnow.models.resolve refuses a folder that holds only an adapter."""
+def test_an_adapter_as_the_student_is_said_to_be_its_base_with_it() -> None:
     description = SECTIONS["model"].model_fields["path"].description or ""
-    assert description == "The student: a HuggingFace id or a local folder."
+    assert description.startswith("The student: a HuggingFace id or a local folder;")
+    assert "the folder of an adapter is its base with that adapter" in description

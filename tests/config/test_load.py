@@ -296,7 +296,6 @@ def test_top_k_off_is_silent(load: Load, top_k: int) -> None:
 
 EXAMPLES = {
     "dataset_type": ["sft", "midtrain"],
-    "model.path": ["[a, b]"],
 }
 ALLOWED = {
     "teacher.agentic": ["true", "false", "null"],

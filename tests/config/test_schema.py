@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rnow.config import Config
 from rnow.config.problems import InvalidValues
-from rnow.errors import ConfigError, NotYetSupported
+from rnow.errors import ConfigError
 
 
 def make(**changes: Any) -> Config:
@@ -80,8 +80,9 @@ def test_spellings_of_train_file(train_file: Any, sources: list[tuple[str, str, 
 def test_one_student_in_a_list_is_that_student() -> None:
     assert make(model={"path": ["a"]}).model.path == "a"
     assert make(model={"path": Path("models/a")}).model.path == "models/a"
-    with pytest.raises(NotYetSupported):
+    with pytest.raises(ConfigError, match="lists 2 students") as caught:
         make(model={"path": ["a", "b"]})
+    assert "-m a" in (caught.value.fix or "")
 
 
 def test_one_mcp_server_or_several() -> None:

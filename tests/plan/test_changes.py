@@ -140,6 +140,15 @@ def test_facts_that_the_config_does_not_show(fact: str) -> None:
     assert compared(config(), config(), facts={"teacher": "y"}) == Changes()
 
 
+def test_the_content_of_the_adapter_to_start_from_counts_and_not_its_path() -> None:
+    found = compared(config(), config(model__adapter="runs/sft"), facts={"start_adapter": "a"})
+    assert found.free == ("model.adapter: None -> runs/sft",)
+    assert found.refused == ("the adapter that the run starts from changed",)
+    old, new = ({**FACTS, "config": config(), "start_adapter": name} for name in (None, "a"))
+    earlier = {key: value for key, value in old.items() if key != "start_adapter"}
+    assert measurement(old, READERS) == measurement(earlier, READERS) != measurement(new, READERS)
+
+
 def test_a_diff_shows_old_and_new() -> None:
     (line,) = changed(trainer__learning_rate=2e-5).warned
     assert line == "trainer.learning_rate: 0.0001 -> 2e-05"
@@ -176,7 +185,7 @@ def test_other_rewards_are_told() -> None:
 TABLE: dict[Change, str] = {
     "free": """
         project_id project_name description organization_id output_dir residency wandb_project wandb_name evals
-        evaluation.teacher model.name model.description teacher.url rollout.reward_timeout
+        evaluation.teacher model.name model.description model.adapter teacher.url rollout.reward_timeout
         trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints
         trainer.micro_batch_tokens trainer.gradient_checkpointing trainer.max_billing
         teacher.protocol|vllm teacher
@@ -195,7 +204,7 @@ TABLE: dict[Change, str] = {
     """,
     "length": "trainer.num_epochs trainer.max_steps",
     "warn": """
-        algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards
+        algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards algorithm.drop_equal_groups
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence
         algorithm.gae_lambda|value head
         algorithm.value_learning_rate|value head

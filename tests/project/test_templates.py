@@ -133,6 +133,35 @@ def test_a_failed_write_is_an_input_error_without_leftovers(
     assert snapshot(target) == {}
 
 
+def test_what_templates_share_is_copied_from_the_one_that_has_it(
+    template: Template, tmp_path: Path
+) -> None:
+    folder = tmp_path / "second"
+    folder.mkdir()
+    (folder / "config.yml").write_text("# Another.\n")
+    (folder / "shared.txt").write_text("# from elsewhere\ntemplate/models\ntemplate/train.jsonl\n")
+    second = Template(name="second", folder=folder, description="Another.")
+    written = write_template(plan_init(second, tmp_path / "project"))
+    assert [str(path) for path in written] == ["config.yml", "models/weights.bin", "train.jsonl"]
+    assert snapshot(tmp_path / "project") == {
+        "config.yml": b"# Another.\n",
+        "models/weights.bin": bytes(range(256)),
+        "train.jsonl": b"{}\n",
+    }
+    again = plan_init(second, tmp_path / "project")
+    assert (again.new, again.conflicts, len(again.same)) == ((), (), 3)
+
+
+@pytest.mark.parametrize("name", sorted(load_templates()))
+def test_what_a_template_shares_is_there(name: str) -> None:
+    missing = [source for source in find_template(name).files().values() if not source.is_file()]
+    assert missing == []
+    shared = ROOT / "templates" / name / "shared.txt"
+    if shared.is_file():
+        named = [line for line in shared.read_text().splitlines() if not line.startswith("#")]
+        assert all((ROOT / "templates" / line).exists() for line in named)
+
+
 def test_unknown_template_gets_a_suggestion() -> None:
     with pytest.raises(InputError) as caught:
         find_template("Distil")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rnow.errors import EXIT_FAILED, RnowError
@@ -54,16 +56,38 @@ def test_where_none_has_worked_the_first_step_ends_the_run() -> None:
     assert "rnow test" in (caught.value.fix or "")
 
 
-def test_after_one_that_worked_it_takes_three_steps_in_a_row() -> None:
+def test_after_it_worked_it_takes_three_steps_in_a_row() -> None:
     watch = RewardWatch(lambda text: None, teaching=True)
     watch.step(1, of(WORKED, HALF))
     for step in (2, 3):
         watch.step(step, of(BOTH, BOTH))
-    watch.step(4, of(HALF, BOTH))
+    watch.step(4, of(WORKED, BOTH))
     for step in (5, 6):
         watch.step(step, of(BOTH, BROKEN))
-    with pytest.raises(RnowError, match=f"{MAX_UNREWARDED} steps in a row"):
+    with pytest.raises(RnowError, match=f"{MAX_UNREWARDED} steps in a row every reward"):
         watch.step(7, of(BROKEN))
+
+
+def test_one_of_several_that_fails_on_every_rollout_ends_the_run_too() -> None:
+    """Its zeros would be added to what the others give, and learned from."""
+    trace = "Traceback (most recent call last):\n  File \"rewards.py\", line 3\nKeyError: 'a'"
+    traced = replace(HALF, tracebacks={"style": trace})
+    watch = RewardWatch(lambda text: None, teaching=True)
+    with pytest.raises(RnowError, match='step 1 the reward "style" failed on every') as caught:
+        watch.step(1, of(HALF, traced))
+    assert caught.value.details[0].endswith("in 2 of 2 rollouts")
+    assert [line.strip() for line in caught.value.details[1:]] == [
+        line.strip() for line in trace.splitlines()
+    ]
+    watch = RewardWatch(lambda text: None, teaching=True)
+    watch.step(1, of(HALF, WORKED))
+    watch.step(2, of(HALF, HALF))
+    watch.step(3, {})
+    watch.step(4, of(BROKEN, WORKED))
+    for step in (5, 6):
+        watch.step(step, of(HALF))
+    with pytest.raises(RnowError, match='3 steps in a row the reward "style"'):
+        watch.step(7, of(HALF, LOST))
 
 
 def test_rewards_that_only_track_end_nothing_and_a_step_without_rewards_says_nothing() -> None:

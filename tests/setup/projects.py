@@ -101,11 +101,15 @@ class Watcher(QuietDisplay):
         self.notes: list[str] = []
         self.stages: list[str] = []
         self.lines: list[str] = []
+        self.started: list[str] = []
         self._actions: dict[tuple[str, int], Callable[[], None]] = {}
 
     def at(self, stage: str, nth: int, action: Callable[[], None]) -> Watcher:
         self._actions[stage, nth] = action
         return self
+
+    def start(self, plan_lines: Any) -> None:
+        self.started = list(plan_lines)
 
     def stage(self, name: str) -> None:
         self.stages.append(name)

@@ -48,7 +48,11 @@ def test_where_rewards_teach_the_run_ends_before_it_trains_on_nothing(project: P
     with pytest.raises(RnowError, match="in step 1 every reward") as caught:
         run(config, folder=project.folder, display=watcher)
     assert caught.value.exit_code == EXIT_FAILED
-    assert caught.value.details == (f"{LINE}8 of 8 rollouts",)
+    first, *trace = caught.value.details
+    assert first == f"{LINE}8 of 8 rollouts"
+    assert trace[0].strip().startswith("Traceback")
+    assert any('args.metadata["length"]' in line for line in trace)
+    assert trace[-1].strip() == "KeyError: 'length'"
     assert len(told(watcher)) == 1
     assert (project.run_dir / "checkpoints" / "step-000000").is_dir(), "the state is saved"
     (project.folder / "rewards.py").write_text(REWARDS)
@@ -56,6 +60,21 @@ def test_where_rewards_teach_the_run_ends_before_it_trains_on_nothing(project: P
     assert run(config, folder=project.folder, display=watcher).values["steps"] == 2
     assert any("continuing after step 0" in note for note in watcher.notes)
     assert [row["reward_failures/short"] for row in project.metrics] == [0.0, 0.0]
+
+
+def test_one_reward_of_two_that_always_fails_ends_the_run(project: Project) -> None:
+    (project.folder / "rewards.py").write_text(
+        f"{REWARDS}\n@reward\ndef broken(args, messages):\n    return 1 / 0\n"
+    )
+    rows = (project.folder / "train.jsonl").read_text()
+    (project.folder / "train.jsonl").write_text(rows.replace('["short"]', '["short", "broken"]'))
+    values = project.values(dataset_type="rl", trainer={"max_steps": 2})
+    del values["teacher"]
+    with pytest.raises(RnowError, match='in step 1 the reward "broken" failed on every') as caught:
+        run(type(project.config())(**values), folder=project.folder)
+    assert "ZeroDivisionError" in caught.value.details[-1]
+    kept = project.run_dir / "metrics.jsonl"
+    assert not kept.is_file() or not kept.read_text(), "nothing was trained on its zeros"
 
 
 def test_a_fresh_run_that_ends_so_is_continued_by_its_name(project: Project) -> None:

@@ -153,8 +153,13 @@ def test_a_run_that_is_not_there_is_no_model_of_the_hub(
     assert caught.value.fix == "train one first: rnow run"
 
 
-def test_a_run_is_no_student_to_start_from(project: Project) -> None:
-    config = project.config(model={"path": "runs/tiny", "name": "second"})
-    with pytest.raises(ModelError, match="is a LoRA adapter") as caught:
-        run(config, folder=project.folder)
-    assert "rnow test --model runs/tiny" in (caught.value.fix or "")
+def test_a_second_stage_is_tried_with_the_adapter_that_it_starts_from(project: Project) -> None:
+    trained, _ = answers(project, "runs/tiny")
+    base = project.config(model={"path": str(project.student), "adapter": "tiny"})
+    console = Console(file=io.StringIO(), width=400)
+    rehearse(base, folder=project.folder, limit=2, console=console)
+    rows = sorted((project.folder / "rollouts").rglob("*.json"))
+    assert [json.loads(file.read_text())["completion"] for file in rows] == trained
+    # A run that is named on the command line is tried itself, whatever the project would start from.
+    other = {"adapter": "runs/tiny/checkpoints/step-000001"}
+    assert answers(project, "runs/tiny", model=other)[0] == trained

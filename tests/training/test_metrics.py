@@ -13,6 +13,7 @@ from rnow.training.metrics import (
     call_metrics,
     reward_metrics,
     rollout_metrics,
+    signal_metrics,
     teacher_metrics,
     tool_trouble,
 )
@@ -156,3 +157,28 @@ def test_the_kl_of_each_teacher_is_over_the_tokens_it_judged() -> None:
         "teacher_kl/teacher/b": 4.0,
     }
     assert teacher_metrics(training, {}) == {}
+
+
+def test_groups_with_equal_rewards_are_counted() -> None:
+    def group(*rewards: float | None, failed: int = 0) -> tuple[RolloutGroup, dict[str, Any]]:
+        made = [
+            rollout(SAYS, index=index, status="failed" if index < failed else "completed")
+            for index in range(len(rewards))
+        ]
+        found = {
+            one.id: RewardResult(total=reward, breakdown={"r": reward})
+            for one, reward in zip(made, rewards, strict=True)
+            if reward is not None
+        }
+        return RolloutGroup(prompt=PROMPT, rollouts=tuple(made)), found
+
+    for parts, share in (
+        ([group(1.0, 1.0)], 1.0),
+        ([group(1.0, 0.0)], 0.0),
+        ([group(5.0, 1.0, 1.0, failed=1)], 1.0),
+        ([group(1.0), group(None, None)], None),
+    ):
+        groups = [one for one, _ in parts]
+        rewards = {key: value for _, found in parts for key, value in found.items()}
+        expected = {} if share is None else {"reward/equal_groups_fraction": share}
+        assert signal_metrics(groups, rewards) == expected

@@ -204,6 +204,24 @@ def test_steps_without_a_gradient_are_told_of_and_end_the_run(desk: Desk) -> Non
     assert caught.value.title == "Nothing to learn"
 
 
+def test_a_step_whose_groups_are_all_left_out_says_so_and_ten_end_the_run(desk: Desk) -> None:
+    for step in range(1, 11):
+        desk.recorder.end_if_idle()
+        desk.record(step, replace(step_data(), left_out=2), skipped="no tokens")
+    assert desk.display.notes[0] == (
+        "no update in step 1: all rollouts of each group have the same reward"
+    )
+    assert desk.display.notes[9].endswith("same reward (10 steps in a row)")
+    assert [row["skipped_updates"] for row in desk.rows] == [float(n) for n in range(1, 11)]
+    assert [row["reward/equal_groups_fraction"] for row in desk.rows] == [1.0] * 10
+    with pytest.raises(RnowError, match="all groups of 10 steps in a row were left out") as caught:
+        desk.recorder.end_if_idle()
+    assert "raise data.group_size" in (caught.value.fix or "")
+    with pytest.raises(RnowError, match="nothing was trained") as caught:
+        desk.recorder.end_if_untrained(0)
+    assert "same reward" in str(caught.value.why)
+
+
 def test_a_gradient_starts_that_count_again(desk: Desk) -> None:
     for step in range(1, 31):
         # A step without any rollout says nothing of the gradient.

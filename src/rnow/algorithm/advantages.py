@@ -62,6 +62,19 @@ def rollout_advantages(
     return advantages
 
 
+def without_signal(
+    groups: Sequence[RolloutGroup], advantages: Mapping[str, float]
+) -> frozenset[str]:
+    """Ids of the rollouts in groups that have no advantage other than 0: those whose rewards are all equal (DAPO, Yu et al. 2025,
+    section 3.2, samples others in their place; here the step is the smaller)."""
+    return frozenset(
+        rollout.id
+        for group in groups
+        if not any(advantages[rollout.id] for rollout in group.rollouts)
+        for rollout in group.rollouts
+    )
+
+
 def _comparable(group: RolloutGroup, rewards: Mapping[str, RewardResult]) -> list[str]:
     """Ids of the rollouts of a group to which the same rewards gave a number."""
     ids = [r.id for r in group.rollouts if r.status != "failed" and r.id in rewards]

@@ -118,11 +118,13 @@ class StepData:
         training: the samples of the step.
         groups: the rollouts behind them, those that gave no sample included; empty for samples that nobody rolled out.
         rewards: rollout id -> its reward, for the rollouts whose prompt names one.
+        left_out: samples that are not trained on because their groups say nothing.
     """
 
     training: Sequence[TrainingSample]
     groups: Sequence[RolloutGroup] = ()
     rewards: Mapping[str, RewardResult] = field(default_factory=dict)
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

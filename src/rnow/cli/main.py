@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -12,17 +10,10 @@ import typer
 
 from rnow import __version__
 from rnow.cli import account, check, download, generate, init, rehearse, rollouts, run, runs, status
+from rnow.cli.faults import report
 from rnow.cli.hosted import hosted_client_note
-from rnow.cli.output import clean, hide, outlets, print_error, print_note
-from rnow.errors import (
-    ALL_ERRORS,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    SAME_COMMAND,
-    InputError,
-    RnowError,
-    TemporaryError,
-)
+from rnow.cli.output import hide, outlets, print_note
+from rnow.errors import ALL_ERRORS, EXIT_FAILED, EXIT_INTERRUPTED, InputError
 from rnow.text.redact import Redactor
 from rnow.text.suggest import closest, did_you_mean
 
@@ -84,34 +75,6 @@ def _options(
     """Options that stand before a command."""
 
 
-def _refused_by_the_system(error: Exception) -> RnowError | None:
-    """What the system refuses any program, so that it may meet any line of this one: a file of another user, or more of what
-    it shares out."""
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return InputError(
-            "this user may not read or write what is needed",
-            where=str(error.filename),
-            why=error.strerror,
-            fix="change its permissions, or work in a folder of your own",
-        )
-    if isinstance(error, FileNotFoundError) and error.filename is None:  # only getcwd names no file
-        return InputError(
-            "the working directory is gone", fix="go to a folder that exists, and start again"
-        )
-    if number in (errno.EMFILE, errno.ENFILE):
-        what, switch = "open files", "-n"
-    elif number == errno.EAGAIN or "can't start new thread" in str(error):
-        what, switch = "processes and threads", "-u"
-    else:
-        return None
-    return TemporaryError(
-        f"this system allows no more {what}",
-        why=str(error),
-        fix=f"raise the limit (`ulimit {switch}` shows it), or end other programs, then {SAME_COMMAND}",
-    )
-
-
 def _refuse_unknown(given: Sequence[str]) -> None:
     """Typer would suggest a command for any word."""
     known = [str(each.name) for each in (*app.registered_commands, *app.registered_groups)]
@@ -151,16 +114,8 @@ def _run_command_line(given: list[str]) -> int:
         app(args=given, prog_name="rnow")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else EXIT_FAILED * bool(exit_.code)
-    except RnowError as error:
-        print_error(error, everything=everything)
-        return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
-        if (refused := _refused_by_the_system(error)) is not None:
-            print_error(refused)
-            return refused.exit_code
-        sys.stderr.write(clean(traceback.format_exc()))
-        print_note("This is a fault in rnow itself; please report it with the lines above.")
-        return EXIT_FAILED
+        return report(error, everything=everything)
     return 0

@@ -83,7 +83,7 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     hide(Redactor(secrets))
     settings = [f"{SHORTHANDS[name]}={value}" for name, value in flags.items() if value is not None]
     loaded = load_config(folder, [*settings, *(overrides or [])])
-    hide(writing_redactor(secrets, loaded.config))
+    hide(writing_redactor(secrets, loaded.configs[0]))
     for line in loaded.warnings:
         print_warning(line)
     for line in loaded.changes:

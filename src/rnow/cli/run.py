@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +24,9 @@ from rnow.cli.options import (
     placed,
 )
 
+if TYPE_CHECKING:
+    from rnow.config import Config, LoadedConfig
+
 
 def run(
     overrides: Overrides = None,
@@ -38,7 +43,7 @@ def run(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train the project's student. Run it again to continue after a stop."""
+    """Train the project's student, or each of a list of them. Run it again to continue after a stop."""
     given = {
         "model": model,
         "epochs": epochs,
@@ -60,12 +65,48 @@ def run(
         # The model libraries, which checking needs, take seconds to import: something is seen before.
         display.stage("starting")
         loaded = load(folder, overrides, **given)
-        from rnow.setup import build
+        if len(loaded.configs) == 1:
+            from rnow.setup import build
 
-        with placed(loaded):
-            summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)
+            with placed(loaded):
+                summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)
     finally:
         display.close()
         settle(shown_on)
-    if as_json:
+    if len(loaded.configs) > 1:
+        _run_each(loaded, folder, fresh=fresh, as_json=as_json)
+    elif as_json:
         print_json(summary.values)
+
+
+def _run_each(loaded: LoadedConfig, folder: Path, *, fresh: bool, as_json: bool) -> None:
+    """One run for each student, then a table of all. Raises typer.Exit with another code than 0 when one failed."""
+    from rnow.cli.faults import report
+    from rnow.cli.output import console, print_json, settle
+    from rnow.cli.several import exit_code, outcome_table, outcome_values
+    from rnow.display.display import Display, build_display
+    from rnow.setup.several import run_each
+
+    shown_on = console(stderr=as_json, aside=True)
+
+    @contextmanager
+    def display() -> Iterator[Display]:
+        shown = build_display(shown_on)
+        try:
+            with placed(loaded):
+                yield shown
+        finally:
+            shown.close()
+            settle(shown_on)
+
+    def failed(config: Config, error: Exception) -> None:
+        report(error)
+
+    outcomes = run_each(loaded.configs, folder=folder, fresh=fresh, display=display, failed=failed)
+    if as_json:
+        print_json(outcome_values(outcomes))
+    else:
+        shown_on.print(outcome_table(outcomes))
+        settle(shown_on)
+    if code := exit_code(outcomes):
+        raise typer.Exit(code)

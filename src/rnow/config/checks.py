@@ -46,6 +46,7 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from _streamed_elsewhere(config)
     yield from _across_tokenizers(config)
     yield from _without_signal(config)
+    yield from _dropping(config)
     yield from _unknown_to_its_estimator(config)
     yield from _uncontrolled(config)
     yield from _truncated(config)
@@ -268,6 +269,27 @@ def _without_signal(config: Schema) -> Iterator[Problem]:
             f"the others of its {'group' if in_group else 'batch'}, so every advantage would be 0",
             hint="set data.group_size to 2 or more"
             + (", or algorithm.adv_estimator: reinforce" if in_group else ""),
+        )
+
+
+def _dropping(config: Schema) -> Iterator[Problem]:
+    """Groups that are to be left out although something is learned from them."""
+    algorithm = config.algorithm
+    if algorithm.drop_equal_groups is not True:
+        return
+    path = ("algorithm", "drop_equal_groups")
+    if config.dataset_type != "rl":
+        yield Problem(
+            path=path,
+            message="drop_equal_groups would leave out what the teacher says of those answers",
+            hint="remove it; it is for dataset_type: rl",
+        )
+    elif algorithm.adv_estimator != "grpo":
+        yield Problem(
+            path=path,
+            message=f"with adv_estimator {algorithm.adv_estimator} a group with equal rewards still says something: it is judged "
+            "against the others of its batch, or against what is expected",
+            hint="remove drop_equal_groups, or set adv_estimator: grpo",
         )
 
 

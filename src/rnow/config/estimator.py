@@ -28,6 +28,15 @@ def has_value_head(config: Schema) -> bool:
     return config.algorithm.adv_estimator == "gae" and config.algorithm.reward_coef > 0
 
 
+def drops_equal_groups(config: Schema) -> bool:
+    """Whether groups whose rewards are all equal are left out of the update: nothing is learned from them, or it is asked for."""
+    algorithm = config.algorithm
+    if algorithm.drop_equal_groups != "auto":
+        return algorithm.drop_equal_groups
+    rewarded = config.dataset_type == "rl" and algorithm.adv_estimator == "grpo"
+    return rewarded and algorithm.kl_penalty_coef == 0
+
+
 def _knows_only_sampled(config: Schema) -> bool:
     """Whether a setting chooses ``kl_estimator: sampled``, since no other knows it."""
     algorithm = config.algorithm

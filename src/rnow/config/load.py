@@ -14,6 +14,7 @@ from rnow.config.checks import find_contradictions
 from rnow.config.explain import explain
 from rnow.config.json_text import parse_json_document
 from rnow.config.legacy import migrate
+from rnow.config.normalise import several_students
 from rnow.config.notices import find_notices
 from rnow.config.overrides import apply_overrides, describe_changes, parse_override
 from rnow.config.places import Places, place
@@ -21,6 +22,7 @@ from rnow.config.problems import InvalidValues
 from rnow.config.reserved import refuse_reserved, refuse_value
 from rnow.config.schema import SECTION_NAMES, Schema
 from rnow.config.strict_yaml import Document, decode, parse_document
+from rnow.config.students import each_student
 from rnow.errors import ConfigError, NotYetSupported
 from rnow.text.user_files import is_present, read_regular
 
@@ -33,7 +35,7 @@ class Config(Schema):
 
     Raises:
         InvalidValues: (a ConfigError) naming every key that does not fit.
-        NotYetSupported: for a list of several students.
+        ConfigError: for a list of several students too: each is a config of its own.
     """
 
     def __init__(self, **values: object) -> None:
@@ -48,7 +50,7 @@ class Config(Schema):
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
         """Read config.yml or config.json (or the folder that holds one), with ``key=value`` overrides.
 
-        Raises ConfigError or NotYetSupported. Warnings are available from ``rnow.config.load_config``.
+        Raises ConfigError, for a list of several students too, or NotYetSupported. Warnings are available from ``rnow.config.load_config``.
         """
         return load_config(path, overrides).config
 
@@ -69,14 +71,22 @@ def fill_defaults(values: Mapping[str, object]) -> dict[str, Any]:
 class LoadedConfig:
     """A config and what there is to say about it.
 
-    ``changes`` are the overrides as ``key: old -> new``; ``path`` is the file that was read.
+    ``configs``: one for each student of ``model.path``, in order. ``changes`` are the overrides as ``key: old -> new``; ``path`` is
+    the file that was read.
     """
 
-    config: Config
+    configs: tuple[Config, ...]
     path: Path
     warnings: list[str]
     changes: list[str]
     places: Places
+
+    @property
+    def config(self) -> Config:
+        """The config of the only student. Raises ConfigError where there are several."""
+        if len(self.configs) > 1:
+            raise several_students([config.model.path for config in self.configs])
+        return self.configs[0]
 
 
 def find_config_file(path: Path) -> Path:
@@ -142,17 +152,18 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     kind = "dataset_type"
     refuse_value(kind, data.get(kind), places.where(kind))
     try:
-        config = Config(**data)
+        configs = [Config(**one) for one in each_student(data, folder=file.resolve().parent.name)]
     except InvalidValues as error:
         raise place(error.problems, places) from None
-    except NotYetSupported as error:
+    except (ConfigError, NotYetSupported) as error:
         error.where = places.where(error.where) if error.where else None
         raise
-    refuse_reserved(config, places.where)
+    for config in configs:
+        refuse_reserved(config, places.where)
     return LoadedConfig(
-        config=config,
+        configs=tuple(configs),
         path=file,
-        warnings=warnings + find_notices(config),
+        warnings=warnings + find_notices(configs[0]),
         changes=describe_changes(document.data, settings),
         places=places,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from rnow.errors import NotYetSupported
+from rnow.errors import ConfigError
 
 _USER_INFO = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]*://)?)([^\s/?#@]+)@(.*)", re.DOTALL)
 
@@ -76,17 +76,23 @@ def name_sources(value: object) -> object:
 def one_path(value: object) -> object:
     """A list of one student is that student.
 
-    Raises NotYetSupported for several: each would be a run of its own.
+    Raises ConfigError for several: each is a run of its own.
     """
     if isinstance(value, list | tuple):
         if len(value) > 1:
-            raise NotYetSupported(
-                "a list of several students is not supported yet",
-                where="model.path",
-                fix="start one run for each: rnow run model.path=<id> model.name=<name>",
-            )
+            raise several_students(value)
         return plain_path(value[0]) if value else value
     return plain_path(value)
+
+
+def several_students(paths: Sequence[object]) -> ConfigError:
+    """The error for a list of students where there can be one."""
+    return ConfigError(
+        f"model.path lists {len(paths)} students, and this takes one",
+        where="model.path",
+        why="`rnow run` and `rnow check` take each of them in turn; what else there is takes one",
+        fix=f"name one with -m, e.g. -m {paths[0]}; from Python, make a Config for each",
+    )
 
 
 def path_is_section(value: object) -> object:

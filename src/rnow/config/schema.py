@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from rnow.config.keys import Change, Key, Reserved, key, reserved
+from rnow.config.keys import Change, Key, key, reserved
 from rnow.config.normalise import (
     auto_or_bool,
     hide_user_info,
@@ -30,6 +30,7 @@ from rnow.config.normalise import (
     none_is,
     one_path,
     path_is_section,
+    plain_path,
     text_or_list,
 )
 from rnow.config.problems import KeyPath
@@ -79,8 +80,16 @@ class ModelSection(Section):
 
     path: Annotated[Text, BeforeValidator(one_path)] = key(
         ...,
-        "The student: a HuggingFace id or a local folder.",
-        reserved=Reserved("a list of several", lambda value: False, "start one run for each"),
+        "The student: a HuggingFace id or a local folder; the folder of an adapter is its base with that adapter as `adapter`. A list "
+        "is one run for each.",
+        type_text="text, or a list of texts",
+    )
+    adapter: Annotated[Text | None, BeforeValidator(plain_path)] = key(
+        None,
+        "An adapter to continue from, with a fresh optimizer: a run (`runs/sft`, or its name), one of its checkpoints, or a folder "
+        "that PEFT wrote. Rank, scale and layers are its own.",
+        "a new adapter",
+        change="free",
     )
     qlora_rank: Positive = key(32, "Rank of the LoRA adapter.")
     qlora_alpha: Positive | None = key(None, "Scale of the LoRA adapter.", "2 x `qlora_rank`")
@@ -305,6 +314,11 @@ class AlgorithmSection(Section):
     )
     reward_coef: AtLeast0 = key(
         0.0, "Weight of the rewards; at 0 they are tracked only.", "0.0 in distill, 1.0 in rl"
+    )
+    drop_equal_groups: Annotated[Literal["auto", True, False], BeforeValidator(auto_or_bool)] = key(
+        "auto",
+        "Leave groups whose rewards are all equal out of the update (`adv_estimator: grpo`): they do not say which answer is better. "
+        "`auto` does where nothing else is learned from them: in rl with `kl_penalty_coef: 0`.",
     )
     scale_rewards: bool = key(True, "Divide group advantages by the group's deviation.")
     kl_estimator: Literal["auto", "sampled", "exact", "topk"] = key(

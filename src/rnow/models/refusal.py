@@ -31,7 +31,9 @@ class Refusal:
         """The report; its title and place come from the setting."""
         return ModelError(
             message,
-            title=f"Unusable {role_of(self.key)} model",
+            title="Unusable adapter"
+            if self.key.endswith(".adapter")
+            else f"Unusable {role_of(self.key)} model",
             where=self.key,
             why=why,
             fix=fix,
@@ -40,14 +42,19 @@ class Refusal:
 
 
 def adapter_refused(refusal: Refusal) -> ModelError:
-    """The error for an adapter where a whole model is needed."""
-    test = f"; `rnow test --model {refusal.path}` tries it"
+    """The error for an adapter where a whole model is needed: a teacher's, or one that the hub has."""
+    merge = "merge it first: AutoPeftModelForCausalLM.from_pretrained(<adapter>).merge_and_unload().save_pretrained(<folder>)"
+    if role_of(refusal.key) == "student":
+        return refusal.error(
+            f"'{refusal.path}' is a LoRA adapter, not a whole model",
+            why="an adapter to continue from has to be on this machine",
+            fix=f"hf download {refusal.path} --local-dir adapter, then {refusal.key}: its base model and model.adapter: adapter; or "
+            f"{merge}",
+        )
     return refusal.error(
         f"'{refusal.path}' is a LoRA adapter, not a whole model",
-        why="starting from an adapter is not supported yet",
-        fix=f"{refusal.key}: the base model; or merge first: "
-        "AutoPeftModelForCausalLM.from_pretrained(<adapter>).merge_and_unload().save_pretrained(<folder>)"
-        + (test if role_of(refusal.key) == "student" else ""),
+        why="what judges the student is a whole model",
+        fix=f"{refusal.key}: the base model; or {merge}",
     )
 
 

@@ -25,6 +25,7 @@ FACTS: Mapping[str, tuple[str, Change]] = {
     "student_revision": ("the student's revision", "refuse"),
     "student_weights": ("the student's weights", "refuse"),
     "student_config": ("the student's config.json", "refuse"),
+    "start_adapter": ("the adapter that the run starts from", "refuse"),
     "teacher_weights": ("the teacher's weights", "judges"),
     "teacher_config": ("the teacher's config.json", "judges"),
     "teacher_tokenizer": ("the teacher's tokenizer", "judges"),
@@ -56,6 +57,7 @@ ADDED_KEYS: Mapping[str, object] = {
     "model.lora_targets": ["all-linear"],
     "teacher.tokenizer": "same",
     "teacher.residency": "auto",
+    "algorithm.drop_equal_groups": "auto",
 }
 """Keys that earlier versions did not have, as those behaved."""
 
@@ -161,6 +163,8 @@ def measurement(facts: Facts, readers: frozenset[Reader]) -> str:
     }
     kinds = {name: kind for name, (_, kind) in FACTS.items()} | {"teacher_revision": "evaluates"}
     shaping |= {name: facts.get(name) for name, kind in kinds.items() if kind in MEASURING}
+    if shaping["start_adapter"] is None:  # as those that earlier versions wrote
+        del shaping["start_adapter"]
     shaping |= {"teachers": named} if named else {}
     text = json.dumps(shaping, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

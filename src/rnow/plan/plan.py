@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, cpu_tile_bytes
 from rnow.config import Config
 from rnow.config.teachers import TEACHER
 from rnow.errors import ConfigError
 from rnow.models.activations import update_tokens
+from rnow.models.adapter import describe
 from rnow.models.loading import choose_device
 from rnow.models.scoring import scoring_tokens
 from rnow.models.shape import ModelShape, build_empty, shape_of
@@ -57,7 +59,7 @@ from rnow.plan.roles import (
 )
 from rnow.plan.streamed import Streaming, asked_to_stream, could_stream, describe_streaming
 from rnow.plan.unread import unread_settings
-from rnow.policy.lora import count_adapter
+from rnow.policy.lora import check_fit, count_adapter
 from rnow.sampling.transformers import CPU_BATCH_BYTES, GPU_BATCH_FRACTION
 from rnow.training.residency import Part
 
@@ -138,7 +140,7 @@ class Plan:
 
     ``models`` is by role, the student first; ``judged`` how many of the prompts each teacher judges; ``longest_told`` the
     longest prompt that a teacher reads in other words than the student, 0 without any. ``recomputed_layers`` of the student's
-    ``layers`` keep no activations for the backward pass. ``completion_tokens`` is the longest
+    ``layers`` keep no activations for the backward pass; ``starts_from`` is the adapter that training goes on from. ``completion_tokens`` is the longest
     answer, ``max_total_tokens`` what all answers together cannot exceed.
     """
 
@@ -168,6 +170,7 @@ class Plan:
     trainable_parameters: int
     recomputed_layers: int
     layers: int
+    starts_from: str | None
     devices: tuple[DevicePlan, ...]
     checkpoint_bytes: int
     checkpoints_bytes: int
@@ -251,6 +254,7 @@ def build_plan(
         trainable_parameters=layout.adapter,
         recomputed_layers=layout.recomputed,
         layers=layout.shapes[STUDENT].layers,
+        starts_from=None if prepared.start is None else describe(prepared.start),
         devices=planned,
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),  # and the next
@@ -279,9 +283,10 @@ def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
     """The sizes of every model, and the parameters of the student's adapter.
 
     Raises:
-        ModelError: a model of a family that cannot be used, or layers to adapt that are not there.
+        ModelError: a model of a family that cannot be used, layers to adapt that are not there, or an adapter to go on from that
+            is none of this student.
     """
-    section, adapter = prepared.config.model, 0
+    adapter = 0
     shapes = {}
     for name, model in prepared.models.items():
         role = model.role
@@ -298,8 +303,15 @@ def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
         )
         shapes[name] = shape_of(empty)
         if role.trained:
-            adapter = count_adapter(empty, rank=section.qlora_rank, targets=section.lora_targets)
+            adapter = _count_adapter(prepared, empty)
     return shapes, adapter
+
+
+def _count_adapter(prepared: Prepared, student: Any) -> int:
+    section, start = prepared.config.model, prepared.start
+    if start is not None:
+        return check_fit(student, start, asked=section.lora_targets)
+    return count_adapter(student, rank=section.qlora_rank, targets=section.lora_targets)
 
 
 def _teacher_notice(layout: _Layout) -> tuple[str, ...]:
@@ -332,7 +344,9 @@ def answering_teachers(
     judging = {prompt.teacher for prompt in prepared.evaluated}
     models = [model for model in teachers_of(prepared.models) if model.role.name in judging]
     if any(model.own_base for model in models):
-        return frozenset()  # its answers are those of the student before training
+        return (
+            frozenset()
+        )  # its answers are those of the student before training, or of no model that is trained
     # A teacher of another tokenizer cannot answer in the student's tokens.
     asked = all(
         not role.crosses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from rnow.config.teachers import teacher_sections
 from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder, choose_run_folder, find_run_folder
 from rnow.errors import ConfigError, InputError
+from rnow.models.adapter import TrainedAdapter, check_base
 from rnow.models.ids import check_model_id
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
@@ -33,6 +34,7 @@ from rnow.plan.roles import (
     used_roles,
 )
 from rnow.plan.sources import SourcePlan, plan_source
+from rnow.plan.start import find_start
 from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import TOOLS_FILE, Project, is_agentic, load_project
 from rnow.project.secrets import load_secrets
@@ -52,6 +54,7 @@ class Prepared:
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
         images: those that rows name, each with the place of the first.
+        start: the adapter that the run goes on from; ``config`` has its base, rank and scale.
         notices: where what is sandboxed runs, and what else is as it was asked for.
         warnings: what of the user's code is not used.
     """
@@ -62,6 +65,7 @@ class Prepared:
     rendered: Rendered
     source: SourcePlan | None
     tools: ToolSchemas
+    start: TrainedAdapter | None = None
     sandboxed: frozenset[str] = frozenset()
     images: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
@@ -73,6 +77,11 @@ class Prepared:
     def student(self) -> RunModel:
         """The model that is trained."""
         return self.models[STUDENT]
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """The layers that the adapter changes: those of the one to go on from, else what the config says."""
+        return self.config.model.lora_targets if self.start is None else self.start.targets
 
     @property
     def evaluated(self) -> Sequence[Prompt]:
@@ -170,13 +179,13 @@ def prepare(
         InputError: the first thing that is wrong.
     """
     refuse_reserved(config)
+    config, start = find_start(config, folder)
     _check_served(config)
     roles = roles_of(config)
     for role in roles.values():
         check_model_id(role.section.path, key=f"{role.key}.path", base_dir=folder)
-    listed = None
-    if is_agentic(folder, config):
-        listed = list_tools(config, folder, load_secrets(folder))
+    agentic = is_agentic(folder, config)
+    listed = list_tools(config, folder, load_secrets(folder)) if agentic else None
     tools = None if listed is None else listed.schemas
     _refuse_toolless(config, tools)
     project = load_project(folder, config, tools=tools or ())
@@ -186,35 +195,38 @@ def prepare(
     configured, roles = roles, used_roles(roles, {prompt.teacher for prompt in prompts})
     if training:  # what is not trained is rehearsed, by transformers alone
         check_engines(roles)
-        refuse_tools(roles.values(), agentic=listed is not None)
+        refuse_tools(roles.values(), agentic=agentic)
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
     images = _images(dataset)
     notices = [*check_sandbox(functions, images, folder), *_idle(configured, roles)]
-    notices += _check_horizon(config, agentic=listed is not None, dataset=dataset)
-    notices += _told_of_servers(config, images, agentic=listed is not None)
+    notices += _check_horizon(config, agentic=agentic, dataset=dataset)
+    notices += _told_of_servers(config, images, agentic=agentic)
     source = plan_source(config, project) if training else None
     if training:
         _check_evals(config, held_out=len(dataset.held_out))
     models = _models(roles, folder, weights=weights, training=training)
+    now = _date_of(_run_folder(config, folder, fresh=fresh, writable=training))
+    rendered = render_prompts(
+        config, prompts, models, tools, now=now, privileged=dataset.privileged
+    )
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(
-            config,
-            prompts,
-            models,
-            tools,
-            now=_date_of(_run_folder(config, folder, fresh=fresh, writable=training)),
-            privileged=dataset.privileged,
-        ),
+        rendered=rendered,
         source=source,
         tools=tools or {},
+        start=start,
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
         images=images,
         notices=tuple(notices),
-        warnings=tuple(_unused(project, functions, config)),
+        warnings=(*_unused(project, functions, config), *_unsure(start, models)),
     )
+
+
+def _unsure(start: TrainedAdapter | None, models: Models) -> Iterable[str]:
+    """What cannot be told of the base of the adapter that the run goes on from. Raises ModelError where it is another."""
+    return () if start is None else check_base(start, models[STUDENT].resolved)
 
 
 def _models(

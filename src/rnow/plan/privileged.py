@@ -150,10 +150,10 @@ def own_base_warnings(
             "to 17% worse, so compare the evaluations before and after; rollout.reasoning_mode: none trains answers without"
         )
     if config.evaluation.teacher is True:
-        yield (
-            "evaluation.teacher has no effect: the teacher is the student's own base, and its answers without what it is told "
-            "are those of the evaluation `before`"
-        )
+        why = "its answers without what it is told are those of the evaluation `before`"
+        if config.model.adapter is not None:
+            why = "the base without the adapter that the run starts from is not evaluated"
+        yield f"evaluation.teacher has no effect: the teacher is the student's own base, and {why}"
 
 
 def _without_context(
@@ -163,7 +163,7 @@ def _without_context(
     name, key = teacher.role.name, teacher.role.key
     judged = [prompt for prompt in prompts if (prompt.teacher or TEACHER) == name]
     without = sum(prompt.id not in told for prompt in judged)
-    as_before = "it scores as the student did before training, which holds the student near that"
+    as_before = "it scores as the student's base does, which holds the student near that"
     if 0 < without < len(judged):
         yield f"{without} of {len(judged)} rows tell the {name} nothing more than the student: on these {as_before}"
     if without < len(judged):

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from rnow.algorithm.advantages import rollout_advantages
+from rnow.algorithm.advantages import rollout_advantages, without_signal
 from rnow.config import Config
+from rnow.config.estimator import drops_equal_groups
 from rnow.project.project import Project
-from rnow.training.loop import OnPolicy, Source, Workers
+from rnow.training.loop import OnPolicy, Source, Workers, nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +44,12 @@ def plan_source(config: Config, project: Project) -> SourcePlan:
     advantages = partial(
         rollout_advantages, estimator=algorithm.adv_estimator, scale=algorithm.scale_rewards
     )
+    left_out = without_signal if drops_equal_groups(config) else nothing
     return SourcePlan(
         num_steps=steps,
         content_hash=dataset.content_hash,
         summary=f"{len(dataset.prompts)} prompts, {data.batch_size} x {data.group_size} rollouts per step, {steps} steps",
         open=lambda workers: OnPolicy(
-            prompts_of=prompts_of, advantages=advantages, workers=workers
+            prompts_of=prompts_of, advantages=advantages, left_out=left_out, workers=workers
         ),
     )

@@ -61,6 +61,8 @@ def _facts(plan: Plan) -> Table:
         "trainable",
         f"{_count(plan.trainable_parameters)} LoRA parameters ({share:.2%} of the student)",
     )
+    if plan.starts_from:
+        row("starts from", plan.starts_from)
     again = plan.recomputed_layers
     row(
         "recomputed",

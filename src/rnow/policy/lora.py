@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rnow.errors import ModelError
+from rnow.models.adapter import TrainedAdapter
 from rnow.models.loading import CausalLM, ran_out_of_memory
 from rnow.models.parts import adapted_by_default, linear_layers
 from rnow.models.refusal import one_line, shorten
@@ -54,8 +56,9 @@ def attach_lora(
     return model
 
 
-def count_adapter(model: Any, *, rank: int, targets: Sequence[str]) -> int:
-    """Parameters of the adapter that ``attach_lora`` would put on ``model``, which is wrapped and of no use afterwards.
+def adapter_shapes(model: Any, *, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Tensors of the adapter that ``attach_lora`` would put on ``model``, by their names on disk. The model is wrapped, and of no
+    use afterwards.
 
     Args:
         model: it may be without weights, on torch's meta device.
@@ -65,7 +68,70 @@ def count_adapter(model: Any, *, rank: int, targets: Sequence[str]) -> int:
     """
     with torch.random.fork_rng(devices=[]):
         wrapped = _wrap(model, lora_config(model, rank=rank, alpha=rank, targets=targets))
-    return sum(parameter.numel() for _, parameter in trainable_parameters(wrapped))
+    return {saved_name(name): tuple(p.shape) for name, p in trainable_parameters(wrapped)}
+
+
+def count_adapter(model: Any, *, rank: int, targets: Sequence[str]) -> int:
+    """Parameters of that adapter. Raises as ``adapter_shapes``."""
+    return sum(map(math.prod, adapter_shapes(model, rank=rank, targets=targets).values()))
+
+
+def check_fit(model: Any, adapter: TrainedAdapter, *, asked: Sequence[str] = (ALL_LINEAR,)) -> int:
+    """Parameters of an adapter from which a student is trained on, held against its base, which is wrapped and of no use afterwards.
+
+    Args:
+        model: it may be without weights, on torch's meta device.
+        asked: ``model.lora_targets``; all linear layers, its default, asks for nothing.
+
+    Raises:
+        ModelError: the adapter cannot be read, it has other layers or shapes than the model or lacks some, or it changes other
+            layers than those asked for.
+    """
+    tensors = adapter.tensors()
+    wanted = None if tuple(asked) == (ALL_LINEAR,) else _layers(model, asked)
+    try:
+        own = _layers(model, adapter.targets)
+        expected = adapter_shapes(model, rank=adapter.rank, targets=adapter.targets)
+    except ModelError as error:
+        raise _unfit(adapter, [error.message]) from error
+    if wanted is not None and wanted != own:
+        raise ModelError(
+            "model.lora_targets names other layers than those that the adapter to continue from changes",
+            where="model.lora_targets",
+            details=shorten(sorted(wanted ^ own)),
+            fix=f"remove model.lora_targets: the layers are those of '{adapter.refusal.path}'",
+        )
+    if faults := _misfits(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected
+    ):
+        raise _unfit(adapter, faults)
+    return sum(map(math.prod, expected.values()))
+
+
+def _layers(model: Any, targets: Sequence[str]) -> frozenset[str]:
+    """What PEFT is told to adapt, by name."""
+    config = lora_config(model, rank=1, alpha=1, targets=targets)
+    return frozenset((*(config.target_modules or ()), *(config.target_parameters or ())))
+
+
+def _misfits(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    faults += [f"{name}: the model has no such layer" for name in found if name not in expected]
+    return faults + [
+        f"{name} has shape {found[name]}, and the model needs {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+
+
+def _unfit(adapter: TrainedAdapter, faults: Sequence[str]) -> ModelError:
+    return adapter.refusal.error(
+        f"the adapter in '{adapter.folder}' does not fit the model it is put on",
+        details=shorten(faults),
+        fix=f"set model.path: {adapter.base}, which is its base; or name an adapter of this model",
+    )
 
 
 def lora_config(model: Any, *, rank: int, alpha: int, targets: Sequence[str]) -> LoraConfig:
@@ -183,3 +249,8 @@ def _leaf(name: str) -> str:
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of the adapter, in a fixed order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def saved_name(name: str) -> str:
+    """PEFT's on-disk name of a parameter: without the adapter's own name."""
+    return name.replace(".default.", ".")

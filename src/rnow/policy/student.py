@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from rnow.models.recompute import recomputing
 from rnow.models.scoring import PassPlan, hidden_rows, plan_samples
 from rnow.models.shape import shape_of
 from rnow.policy.float16 import add_gradients
-from rnow.policy.lora import ALL_LINEAR, attach_lora, trainable_parameters
+from rnow.policy.lora import ALL_LINEAR, attach_lora, saved_name, trainable_parameters
 from rnow.policy.streams import PassStreams
 from rnow.types import Adapter
 
@@ -249,7 +250,7 @@ class LoraPolicy:
     def adapter(self) -> Adapter:
         """See ``Policy.adapter``."""
         config = self.model.peft_config["default"].to_dict()
-        tensors = {_saved_name(name): p.detach() for name, p in self._parameters.items()}
+        tensors = {saved_name(name): p.detach() for name, p in self._parameters.items()}
         return Adapter(tensors=tensors, config=_plain(config))
 
     @torch.no_grad()
@@ -259,7 +260,7 @@ class LoraPolicy:
         Raises:
             ValueError: names or shapes do not match this adapter.
         """
-        mine = {_saved_name(name): p for name, p in self._parameters.items()}
+        mine = {saved_name(name): p for name, p in self._parameters.items()}
         if mine.keys() != tensors.keys():
             raise ValueError("the saved adapter has other layers than this one")
         for name, parameter in mine.items():
@@ -268,6 +269,16 @@ class LoraPolicy:
                     f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
                 )
             parameter.copy_(tensors[name])
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The student with another adapter of the same shape meanwhile. Raises as ``load_adapter``."""
+        now = {name: tensor.clone() for name, tensor in self.adapter().tensors.items()}
+        self.load_adapter(tensors)
+        try:
+            yield
+        finally:
+            self.load_adapter(now)
 
     @property
     def updates(self) -> int:
@@ -282,7 +293,7 @@ class LoraPolicy:
             state = self._adamw.state.get(parameter, {})
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state:
-                    moments[f"{_saved_name(name)}.{key}"] = state[key].detach()
+                    moments[f"{saved_name(name)}.{key}"] = state[key].detach()
         return {"updates": self._updates, "moments": moments}
 
     def load_state_dict(self, state: PolicyState) -> None:
@@ -301,7 +312,7 @@ class LoraPolicy:
             with torch.no_grad():
                 parameter.copy_(moments[name])
         for name, parameter in self._trained.items():
-            saved = _saved_name(name)
+            saved = saved_name(name)
             if f"{saved}.exp_avg" in moments:
                 for key in ("exp_avg", "exp_avg_sq"):
                     moment = moments.get(f"{saved}.{key}")
@@ -339,11 +350,6 @@ class LoraPolicy:
         yield from self._trained.values()
         for state in self._adamw.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-def _saved_name(name: str) -> str:
-    """PEFT's on-disk name of a parameter: without the adapter's own name."""
-    return name.replace(".default.", ".")
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,18 +17,38 @@ from rnow.text.suggest import closest
 from rnow.text.user_files import place_of
 
 _CONFIG = "config.yml"
-_NOT_COPIED = frozenset({"__pycache__", "runs", "rollouts", "wandb", ".DS_Store"})
+_SHARED = "shared.txt"
+_NOT_COPIED = frozenset({"__pycache__", "runs", "rollouts", "wandb", ".DS_Store", _SHARED})
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """A folder that ``rnow init`` can copy. ``description`` is the first comment of its config.yml."""
+    """A folder that ``rnow init`` can copy. ``description`` is the first comment of its config.yml.
+
+    What it has in common with another template is there once: a line of its ``shared.txt`` names a file or a folder of that one
+    (``quickstart/student``), which is copied under its own name too.
+    """
 
     name: str
     folder: Path
     description: str
+
+    def files(self) -> dict[Path, Path]:
+        """Every file of a new project, relative, with where it comes from."""
+        found = {path: self.folder / path for path in _files(self.folder)}
+        for shared in self._shared():
+            if shared.is_dir():
+                found |= {shared.name / path: shared / path for path in _files(shared)}
+            else:
+                found[Path(shared.name)] = shared
+        return dict(sorted(found.items()))
+
+    def _shared(self) -> list[Path]:
+        path = self.folder / _SHARED
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [self.folder.parent / line for line in lines if line and not line.startswith("#")]
 
     def setup_commands(self) -> list[str]:
         """What to type before the project can run, from the first comments of its requirements.txt."""
@@ -111,12 +131,12 @@ def plan_init(template: Template, folder: Path) -> InitPlan:
     same: list[Path] = []
     conflicts: list[Path] = []
     place_of(folder, Path(), where="--dir")
-    for relative in _files(template.folder):
+    for relative, source in template.files().items():
         target = folder / relative
         _refuse_wrong_kind(folder, relative)
         if not os.path.lexists(target):
             new.append(relative)
-        elif target.is_file() and filecmp.cmp(template.folder / relative, target, shallow=False):
+        elif target.is_file() and filecmp.cmp(source, target, shallow=False):
             same.append(relative)
         else:
             conflicts.append(relative)
@@ -141,10 +161,11 @@ def write_template(
     """
     chosen = [*plan.new, *(path for path in plan.conflicts if path in overwrite)]
     written: list[Path] = []
+    sources = plan.template.files()
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         for relative in sorted(chosen):
-            content = (plan.template.folder / relative).read_bytes()
+            content = sources[relative].read_bytes()
             if project_name is not None and relative == Path(_CONFIG):
                 content = set_project_name(content.decode("utf-8"), project_name).encode("utf-8")
             _write_whole(plan.folder / relative, content)

@@ -139,15 +139,19 @@ class RewardRunner:
                 await self._sandboxes.release(context.rollout_id)
         breakdown: dict[str, float] = {}
         errors: dict[str, str] = {}
+        tracebacks: dict[str, str] = {}
         passed = True
-        for info, (value, problem) in zip(infos, [task.result() for task in tasks], strict=True):
+        outcomes = [task.result() for task in tasks]
+        for info, (value, problem, detail) in zip(infos, outcomes, strict=True):
             breakdown[info.name] = value
             if problem is not None:
                 errors[info.name] = problem
+            if detail is not None:
+                tracebacks[info.name] = detail
             if info.precondition and value == 0.0:
                 passed = False
         total = math.fsum(breakdown.values()) if passed else 0.0
-        return RewardResult(total=total, breakdown=breakdown, errors=errors)
+        return RewardResult(total=total, breakdown=breakdown, errors=errors, tracebacks=tracebacks)
 
     def close(self) -> None:
         """End the processes. A later ``score`` starts them again."""
@@ -161,8 +165,9 @@ class RewardRunner:
 
     async def _run(
         self, info: FunctionInfo, given: Mapping[str, object], context: ToolContext
-    ) -> tuple[float, str | None]:
-        """(value, None), or (0, what went wrong: one line, with the line of the file that raised, or where the function is)."""
+    ) -> tuple[float, str | None, str | None]:
+        """(value, None, None), or (0, what went wrong: one line, with the line of the file that raised, or where the function is, and
+        the traceback where it raised)."""
         limit = self._timeout if info.timeout is None else info.timeout
 
         async def attempt() -> CallOutcome:
@@ -182,10 +187,12 @@ class RewardRunner:
         if outcome.status == "ok" and outcome.value is not None:
             value = float(outcome.value)
             if abs(value) <= LARGEST_REWARD:
-                return value, None
-            return 0.0, f"returned {value:g}, more than training can reckon with ({info.place})"
+                return value, None, None
+            problem = f"returned {value:g}, more than training can reckon with ({info.place})"
+            return 0.0, problem, None
         fix = f"; {outcome.fix}" if outcome.fix else ""
-        return 0.0, f"{outcome.error or outcome.status} ({outcome.place or info.place}){fix}"
+        problem = f"{outcome.error or outcome.status} ({outcome.place or info.place}){fix}"
+        return 0.0, problem, outcome.detail
 
 
 def conversation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,17 +14,28 @@ MAX_UNREWARDED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """How often one reward failed; ``error`` is the first of its errors, with the line of the user's file."""
+    """How often one reward failed; ``error`` is the first of its errors, with the line of the user's file, ``traceback`` the first
+    where it raised."""
 
     name: str
     error: str
     count: int
     rollouts: int
+    traceback: str | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it failed on every rollout that it was to judge."""
+        return self.count == self.rollouts
 
     def line(self) -> str:
         """``reward "style" fails: KeyError: 'answer' (rewards.py:12), in 3 of 8 rollouts``."""
         where = f"in {self.count} of {self.rollouts} rollouts"
         return f'reward "{self.name}" fails: {self.error}, {where}'
+
+    def lines(self) -> list[str]:
+        """The same, and the traceback below it."""
+        return [self.line(), *(f"  {line}" for line in (self.traceback or "").splitlines())]
 
 
 def failures(results: Iterable[RewardResult]) -> list[Failure]:
@@ -36,6 +48,7 @@ def failures(results: Iterable[RewardResult]) -> list[Failure]:
             error=next(result.errors[name] for result in judged if name in result.errors),
             count=sum(name in result.errors for result in judged),
             rollouts=sum(name in result.breakdown or name in result.errors for result in judged),
+            traceback=next((r.tracebacks[name] for r in judged if name in r.tracebacks), None),
         )
         for name in names
     ]
@@ -53,8 +66,8 @@ class RewardWatch:
         self._warn = warn
         self._teaching = teaching
         self._told: set[str] = set()
-        self._worked = False
-        self._unrewarded = 0
+        self._worked: set[str] = set()
+        self._failing: Counter[str] = Counter()
 
     def look(self, where: str, rewards: Mapping[str, RewardResult]) -> list[Failure]:
         """Tell of rewards that fail for the first time. ``where``: ``of step 3``."""
@@ -63,30 +76,46 @@ class RewardWatch:
             if failure.name not in self._told:
                 self._told.add(failure.name)
                 self._warn(f"{failure.line()} {where}")
-        self._worked |= any(result.breakdown and result.worked for result in rewards.values())
+        for result in rewards.values():
+            self._worked |= result.breakdown.keys() - result.errors.keys()
         return found
 
     def step(self, step: int, rewards: Mapping[str, RewardResult]) -> None:
         """Look at the rewards of a step, before it is trained on.
 
         Raises:
-            RnowError: the student is to learn from the rewards, and every reward of every rollout failed: at once where none
-                has worked since the start, else at the third step in a row.
+            RnowError: the student is to learn from the rewards, and one of them failed on every rollout that it was to judge: at
+                once where it has not worked since the start, else at the third step in a row. Its zeros would be learned from.
         """
         found = self.look(f"of step {step}", rewards)
-        judged = [result for result in rewards.values() if result.breakdown]
-        if not judged or any(result.worked for result in judged):
-            self._unrewarded = 0
+        dead = [failure for failure in found if failure.everywhere]
+        called = {name for result in rewards.values() for name in result.breakdown}
+        for name in called - {failure.name for failure in dead}:
+            del self._failing[name]
+        self._failing.update(failure.name for failure in dead)
+        ended = [
+            failure
+            for failure in dead
+            if failure.name not in self._worked or self._failing[failure.name] >= MAX_UNREWARDED
+        ]
+        if not (self._teaching and ended):
             return
-        self._unrewarded += 1
-        if self._teaching and (not self._worked or self._unrewarded >= MAX_UNREWARDED):
-            steps = (
-                f"step {step}" if self._unrewarded == 1 else f"{self._unrewarded} steps in a row"
-            )
-            raise RnowError(
-                f"in {steps} every reward of every rollout failed: there is nothing to learn from",
-                title="Rewards fail",
-                details=[failure.line() for failure in found],
-                where="rewards.py",
-                fix=f"mend it and try it with `rnow test`, then {SAME_COMMAND}: it continues from there",
-            )
+        all_failed = all(not result.worked for result in rewards.values() if result.breakdown)
+        raise self._ended(step, dead if all_failed else ended, all_failed=all_failed)
+
+    def _ended(self, step: int, failed: list[Failure], *, all_failed: bool) -> RnowError:
+        count = max(self._failing[failure.name] for failure in failed)
+        when = f"step {step}" if count == 1 else f"{count} steps in a row"
+        names = " and ".join(f'"{failure.name}"' for failure in failed)
+        what = (
+            "every reward of every rollout failed: there is nothing to learn from"
+            if all_failed
+            else f"the reward {names} failed on every rollout: its zeros would be learned from"
+        )
+        return RnowError(
+            f"in {when} {what}",
+            title="Rewards fail",
+            details=[line for failure in failed for line in failure.lines()],
+            where="rewards.py",
+            fix=f"mend it and try it with `rnow test`, then {SAME_COMMAND}: it continues from there",
+        )

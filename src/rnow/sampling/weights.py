@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rnow.errors import ModelError
+from rnow.models.adapter import OTHER_FORMS
 from rnow.models.loading import CausalLM, take_apart
 from rnow.models.parts import routes_tokens
 from rnow.sampling.packed import PackedLinear, ReadsWeights, can_replace
@@ -31,10 +32,6 @@ def sampling_mode(student: CausalLM) -> SamplingMode:
     if student.quantization == "none" and floating == {torch.float32}:
         return "merged"
     return "shared"
-
-
-OTHER_FORMS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-"""What PEFT's config says of an adapter that is not ``lora_alpha / r * B A`` in every layer."""
 
 
 class MergedWeights:

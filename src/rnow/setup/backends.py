@@ -25,6 +25,7 @@ from rnow.setup.models import (
     LocalStudent,
     StudentFacts,
     answer_with,
+    as_begun,
     build_student,
     load_model,
     read_across,
@@ -113,9 +114,9 @@ async def load_backends(
     facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
     if loader.chosen.turns:
         facts["residency"] = "time_shared"
-    teacher, answering = await loader.load_teachers(student.reference)
+    teacher, answering = await loader.load_teachers(student.own_base)
     if teacher is None and config.dataset_type == "rl" and config.algorithm.kl_penalty_coef > 0:
-        teacher = student.reference
+        teacher = as_begun(prepared, student)
     if teacher is not None and prepared.rendered.teacher_token_ids:
         teacher = PrivilegedTeacher(teacher, prepared.rendered.teacher_token_ids)
     return Backends(

@@ -19,6 +19,7 @@ from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import read_rows
 from rnow.display.display import Display
 from rnow.display.terminal import one_line
+from rnow.models.adapter import describe
 from rnow.models.resolve import tokenizer_hash
 from rnow.models.weight_files import config_fingerprint, weights_fingerprint
 from rnow.plan.choices import CONTROLS, DEFAULT_MAX_TURNS
@@ -68,6 +69,7 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
         "seed": prepared.config.seed,
         **models,
         "teachers": teachers,
+        "start_adapter": prepared.start and prepared.start.content_hash(),
         "kl_estimator": kl_estimator(prepared.config),
         "value_head": has_value_head(prepared.config),
         "stop_ids": list(prepared.rendered.stop_ids),
@@ -130,6 +132,7 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     control = [] if found is None else [f"control: {found.upper()}, {CONTROLS[found]}"]
     lines = [
         f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
+        *_start_lines(prepared),
         *_teacher_lines(prepared),
         *control,
         f"objective: {build_objective(prepared).describe()}, "
@@ -141,6 +144,11 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
         f"run folder: {run_dir}",
     ]
     return [*lines, f"continues: after step {done}"] if done else lines
+
+
+def _start_lines(prepared: Prepared) -> list[str]:
+    start = prepared.start
+    return [] if start is None else [f"starts from: {describe(start)}, with a fresh optimizer"]
 
 
 def _teacher_lines(prepared: Prepared) -> list[str]:
@@ -155,7 +163,8 @@ def _teacher_lines(prepared: Prepared) -> list[str]:
         judged = prepared.judged
         return [f"{role}: {name}, judges {judged[role]} prompts" for role, name in teachers.items()]
     held = prepared.config.dataset_type == "rl" and prepared.config.algorithm.kl_penalty_coef > 0
-    none = "none; the rewards teach, and the base model holds the student near" if held else "none"
+    kept = "the base model" if prepared.start is None else "the adapter it starts from"
+    none = f"none; the rewards teach, and {kept} holds the student near" if held else "none"
     return [f"teacher: {next(iter(teachers.values()), none)}"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rnow.algorithm.head import Head
@@ -50,14 +51,14 @@ class LocalStudent:
     Attributes:
         sampler: draws with the trainer's weights; None where something else draws.
         as_teacher: scores with the student as it is now.
-        reference: scores with the student's base, as it was before training: the teacher of itself, or of a run without one.
+        own_base: scores with the student's base, adapter off: the teacher of itself.
     """
 
     facts: StudentFacts
     policy: LoraPolicy
     sampler: TransformersSampler | None
     as_teacher: TransformersTeacher
-    reference: ReferenceTeacher
+    own_base: ReferenceTeacher
 
 
 def load_model(
@@ -124,8 +125,17 @@ def build_student(
         policy=policy,
         sampler=sampler,
         as_teacher=as_teacher,
-        reference=ReferenceTeacher(as_teacher, policy.model.disable_adapter),
+        own_base=ReferenceTeacher(as_teacher, policy.model.disable_adapter),
     )
+
+
+def as_begun(prepared: Prepared, student: LocalStudent) -> ReferenceTeacher:
+    """Scores with the student as the run began, which a run without a teacher stays near: its base, or the base with the adapter to
+    go on from."""
+    if prepared.start is None:
+        return student.own_base
+    began = partial(student.policy.holding, prepared.start.tensors())
+    return ReferenceTeacher(student.as_teacher, began)
 
 
 def score_with(
@@ -171,14 +181,8 @@ def answer_as_trained(
     """
     student = build_student(prepared, lm, poll, {}, embedded=True)
     assert student.sampler is not None, "asked for"
-    try:
-        student.policy.load_adapter(trained.tensors())
-    except ValueError as error:
-        raise trained.refusal.error(
-            f"the adapter in '{trained.folder}' does not fit its base '{trained.base}'",
-            why=str(error),
-            fix="name a run whose base model is as it was when the run was trained",
-        ) from error
+    if trained is not prepared.start:
+        put_on(student.policy, trained)
     student.sampler.load_policy(student.policy.adapter(), version=0)
     return student.sampler
 
@@ -201,11 +205,11 @@ def build_policy(
     config = prepared.config
     trainer, model = config.trainer, config.model
     resolved = prepared.student.resolved
-    return LoraPolicy(
+    policy = LoraPolicy(
         student,
         rank=model.qlora_rank,
         alpha=model.lora_alpha,
-        targets=model.lora_targets,
+        targets=prepared.lora_targets,
         seed=config.seed,
         # An adapter outlives the folder it was trained from: a local base is named by its full path.
         base_name=str(resolved.local_dir.resolve()) if resolved.revision is None else model.path,
@@ -225,6 +229,21 @@ def build_policy(
         recomputed_layers=recomputed,
         poll=poll,
     )
+    if prepared.start is not None:
+        put_on(policy, prepared.start)
+    return policy
+
+
+def put_on(policy: LoraPolicy, trained: TrainedAdapter) -> None:
+    """Give the student the weights of an adapter. Raises ModelError where it cannot be read or is of another model."""
+    try:
+        policy.load_adapter(trained.tensors())
+    except ValueError as error:
+        raise trained.refusal.error(
+            f"the adapter in '{trained.folder}' does not fit its base '{trained.base}'",
+            why=str(error),
+            fix="name a run whose base model is as it was when the run was trained",
+        ) from error
 
 
 def device_name(device: torch.device) -> str:

@@ -102,7 +102,7 @@ def _rehearse(
     places = (folder, folder / config.output_dir, Path())
     trained = find_adapter(config.model.path, key="model.path", places=places)
     if trained is not None:
-        config = _with_base(config, trained)
+        config = _as_trained(config, trained)
     elif not any((place / config.model.path).expanduser().exists() for place in places):
         _refuse_missing_run(config, folder)
     prepared = prepare_to_answer(config, folder, console)
@@ -113,7 +113,7 @@ def _rehearse(
     if config.sampler.backend == "vllm" or config.sampler.url is not None:
         console.print("rnow test samples with transformers; vllm is for rnow run", soft_wrap=True)
     stop = StopFlag()
-    sampler = _load(prepared, trained, console, stop.poll)
+    sampler = _load(prepared, console, stop.poll)
     redact = prepared.project.redact
     try:
         with (
@@ -151,9 +151,14 @@ def _refuse_missing_run(config: Config, folder: Path) -> None:
     )
 
 
-def _with_base(config: Config, trained: TrainedAdapter) -> Config:
-    """The config with the adapter's base as its student, for an adapter like this one."""
-    changes = {"path": trained.base, "qlora_rank": trained.rank, "qlora_alpha": trained.alpha}
+def _as_trained(config: Config, trained: TrainedAdapter) -> Config:
+    """The config with this adapter as its student, whatever it would be trained on from."""
+    changes = {
+        "path": str(trained.folder.absolute()),
+        "adapter": None,
+        "qlora_rank": trained.rank,
+        "qlora_alpha": trained.alpha,
+    }
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
@@ -176,12 +181,8 @@ def prepare_to_answer(
     return prepared
 
 
-def _load(
-    prepared: Prepared,
-    trained: TrainedAdapter | None,
-    console: Console,
-    poll: Callable[[], None],
-) -> Sampler:
+def _load(prepared: Prepared, console: Console, poll: Callable[[], None]) -> Sampler:
+    trained = prepared.start
     with console.status("loading the student ..."):
         student = load_model(prepared.student, prepared.rendered)
         if trained is None:

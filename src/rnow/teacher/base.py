@@ -1,5 +1,5 @@
-"""The student's own base as the teacher: of itself, where it is told more (``teacher.path: self``), and what keeps
-``dataset_type: rl`` near the model it started from."""
+"""The student with other adapter weights as the teacher: its own base, where it is told more (``teacher.path: self``), and the
+student as the run began, which ``dataset_type: rl`` stays near."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from rnow.types import Sample
 
 
 class ReferenceTeacher:
-    """Scores with the weights that the trainer holds anyway, its adapter switched off meanwhile.
+    """Scores with the weights that the trainer holds anyway, its adapter switched off or exchanged meanwhile.
 
     Args:
         trainer: scores with the student as it is now.
-        without_adapter: switches the adapter off while it is open (PEFT's ``disable_adapter``).
+        as_reference: makes the student the reference while it is open (PEFT's ``disable_adapter``).
     """
 
     def __init__(
         self,
         trainer: TransformersTeacher,
-        without_adapter: Callable[[], AbstractContextManager[None]],
+        as_reference: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._trainer = trainer
-        self._without_adapter = without_adapter
+        self._as_reference = as_reference
 
     async def score(
         self, samples: Sequence[Sample], needs: TeacherNeeds = SAMPLED
     ) -> Mapping[str, Evidence]:
         """See ``Teacher.score``."""
-        with self._without_adapter():
+        with self._as_reference():
             return self._trainer.score_now(samples, needs)

@@ -15,8 +15,8 @@ _SAME = (
 
 
 def why_idle(data: StepData, metrics: Mapping[str, float]) -> tuple[str, str]:
-    """Why every gradient of a step was zero, and what to do about it."""
-    if metrics.get("advantage/std") == metrics.get("advantage/mean") == 0.0:
+    """Why every gradient of a step was zero, or all its groups were left out, and what to do about it."""
+    if data.left_out or metrics.get("advantage/std") == metrics.get("advantage/mean") == 0.0:
         facts, fixes = [], []
         errors = [text for result in data.rewards.values() for text in result.errors.values()]
         if errors and all(result.errors for result in data.rewards.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,13 +92,20 @@ class Workers:
     scores_early: bool = False
 
 
+def nothing(groups: Sequence[RolloutGroup], advantages: Mapping[str, float]) -> Collection[str]:
+    """No rollout is left out: from those, too, whose rewards say nothing something else is learned."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnPolicy:
-    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens."""
+    """A ``Source``: the student answers the step's prompts, rewards judge its answers and the teacher its tokens. ``left_out``:
+    ids of the rollouts that are not trained on, by the advantages of their groups."""
 
     prompts_of: Callable[[int], Sequence[Prompt]]
     advantages: Callable[[Sequence[RolloutGroup], Mapping[str, RewardResult]], Mapping[str, float]]
     workers: Workers
+    left_out: Callable[[Sequence[RolloutGroup], Mapping[str, float]], Collection[str]] = nothing
 
     async def batch(self, step: int, clock: StageClock) -> StepData:
         """See ``Source.batch``."""
@@ -121,10 +128,16 @@ class OnPolicy:
                 judged = groups if at.settings.horizon is None else []
                 rewards = await score_rewards(judged, at.rewarder, poll=poll)
                 at.reward_watch.step(step, rewards)
-                samples = build_samples(groups)
+                advantages = self.advantages(groups, rewards)
+                answered, left_out = build_samples(groups), self.left_out(groups, advantages)
+                samples = [sample for sample in answered if sample.id not in left_out]
             async with gpu.only("teacher", clock):
                 with clock.stage("teacher"):
                     evidence = await scoring.evidence(samples)
-                    advantages = self.advantages(groups, rewards)
                     training = build_training_samples(samples, advantages, evidence)
-        return StepData(training=training, groups=groups, rewards=rewards)
+        return StepData(
+            training=training,
+            groups=groups,
+            rewards=rewards,
+            left_out=len(answered) - len(samples),
+        )

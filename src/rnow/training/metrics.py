@@ -36,6 +36,23 @@ def reward_metrics(
     return metrics
 
 
+def signal_metrics(
+    groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult]
+) -> dict[str, float]:
+    """``reward/equal_groups_fraction``: the share of groups, of those with two or more rewards, whose rewards are all equal. Group
+    advantages are 0 there."""
+    totals = [
+        [rewards[r.id].total for r in group.rollouts if r.id in rewards and r.status != "failed"]
+        for group in groups
+    ]
+    compared = [found for found in totals if len(found) > 1]
+    if not compared:
+        return {}
+    return {
+        "reward/equal_groups_fraction": _mean([float(len({*found}) == 1) for found in compared])
+    }
+
+
 def rollout_metrics(groups: Sequence[RolloutGroup], *, agentic: bool = False) -> dict[str, float]:
     """``completions/*`` and ``tokens/*`` of a step; with ``agentic``, ``tools/*`` and how the rollouts ended."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]

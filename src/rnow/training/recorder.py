@@ -20,6 +20,7 @@ from rnow.training.metrics import (
     memory_metrics,
     reward_metrics,
     rollout_metrics,
+    signal_metrics,
     teacher_metrics,
     throughput_metrics,
     tool_trouble,
@@ -69,6 +70,7 @@ class Recorder:
         self._settings = settings
         self._skipped = 0
         self._idle = 0
+        self._left_out = False
         self._idle_because = ("", "")
         self._skipped_because: tuple[str | None, str] = (
             None,
@@ -123,6 +125,7 @@ class Recorder:
             OSError: the transcript of an earlier step could not be written. That of this one is written beside the next.
         """
         metrics = dict(update.metrics) | reward_metrics(data.groups, data.rewards)
+        metrics |= signal_metrics(data.groups, data.rewards)
         metrics |= rollout_metrics(data.groups, agentic=self._agentic)
         if self._by_teacher:
             metrics |= teacher_metrics(data.training, update.streams)
@@ -130,9 +133,14 @@ class Recorder:
             metrics |= call_metrics(data.groups, lambda prompt: prompt.dataset)
         if self._agentic and self._by_teacher:
             metrics |= call_metrics(data.groups, lambda prompt: prompt.teacher)
-        self._skipped = self._skipped + 1 if update.skipped else 0
+        equal = update.skipped == "no tokens" and data.left_out > 0
+        self._skipped = self._skipped + 1 if update.skipped and not equal else 0
+        if equal or update.zero_gradient:
+            self._idle += 1
+        elif not update.skipped:
+            self._idle = 0
         if update.skipped:
-            metrics["skipped_updates"] = float(self._skipped)
+            metrics["skipped_updates"] = float(self._idle if equal else self._skipped)
         metrics |= clock.metrics()
         metrics |= throughput_metrics(metrics) | memory_metrics()
         self.completion_tokens += int(metrics.get("tokens/completion", 0))
@@ -141,9 +149,9 @@ class Recorder:
             sink.log(step, metrics)
         self._display.step(step, self._num_steps, metrics)
         self._tell_trouble(step, data.groups)
-        if update.skipped:
+        if update.skipped and not equal:
             self._tell_skipped(step, update, data, last_good)
-        else:
+        elif self._idle:
             self._tell_idle(step, update, data)
 
     def end_if_idle(self) -> None:
@@ -153,8 +161,13 @@ class Recorder:
         """
         if self._idle >= MAX_IDLE:
             why, fix = self._idle_because
+            happened = (
+                f"all groups of {self._idle} steps in a row were left out of the update"
+                if self._left_out
+                else f"the gradient of {self._idle} steps in a row was exactly zero"
+            )
             raise RnowError(
-                f"the gradient of {self._idle} steps in a row was exactly zero; the state is saved",
+                f"{happened}; the state is saved",
                 title="Nothing to learn",
                 where=str(self._folder.path),
                 why=why,
@@ -186,12 +199,14 @@ class Recorder:
         self._in_trouble = trouble is not None
 
     def _tell_idle(self, step: int, update: UpdateResult, data: StepData) -> None:
-        """Once, and again after a step that had a gradient."""
-        self._idle = self._idle + 1 if update.zero_gradient else 0
-        if not update.zero_gradient:
-            return
+        """A step without an update, each time; one whose gradient was zero once, and again after one that had a gradient."""
         self._idle_because = why_idle(data, update.metrics)
-        if self._idle == 1:
+        self._left_out = update.skipped is not None
+        if self._left_out:
+            self._skipped_because = self._idle_because
+            in_a_row = f" ({self._idle} steps in a row)" if self._idle > 1 else ""
+            self._display.note(f"no update in step {step}: {self._idle_because[0]}{in_a_row}")
+        elif self._idle == 1:
             self._display.warn(
                 f"nothing was learned in step {step}, its gradient is exactly zero: {self._idle_because[0]}"
             )

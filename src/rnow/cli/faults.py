@@ -1,0 +1,51 @@
+"""What the user is told of an exception, and the code that the program ends with for it."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+
+from rnow.cli.output import clean, print_error, print_note
+from rnow.errors import EXIT_FAILED, SAME_COMMAND, InputError, RnowError, TemporaryError
+
+
+def report(error: Exception, *, everything: bool = False) -> int:
+    """Print an error and give its exit code. An RnowError is a short report on standard error, and so is what the system
+    refuses; anything else is a fault of the program, shown with its traceback, and gives 1. ``everything``: every fault of
+    a long list."""
+    known = error if isinstance(error, RnowError) else _refused_by_the_system(error)
+    if known is not None:
+        print_error(known, everything=everything)
+        return known.exit_code
+    sys.stderr.write(clean("".join(traceback.format_exception(error))))
+    print_note("This is a fault in rnow itself; please report it with the lines above.")
+    return EXIT_FAILED
+
+
+def _refused_by_the_system(error: Exception) -> RnowError | None:
+    """What the system refuses any program, so that it may meet any line of this one: a file of another user, or more of what
+    it shares out."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return InputError(
+            "this user may not read or write what is needed",
+            where=str(error.filename),
+            why=error.strerror,
+            fix="change its permissions, or work in a folder of your own",
+        )
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # only getcwd names no file
+        return InputError(
+            "the working directory is gone", fix="go to a folder that exists, and start again"
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        what, switch = "open files", "-n"
+    elif number == errno.EAGAIN or "can't start new thread" in str(error):
+        what, switch = "processes and threads", "-u"
+    else:
+        return None
+    return TemporaryError(
+        f"this system allows no more {what}",
+        why=str(error),
+        fix=f"raise the limit (`ulimit {switch}` shows it), or end other programs, then {SAME_COMMAND}",
+    )
