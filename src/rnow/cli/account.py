@@ -13,9 +13,8 @@ NOT_NEEDED = ("login", "logout", "orgs")
 MISSING: Mapping[str, str] = {
     "status": "what a run does is in its own terminal and in runs/<name>/metrics.jsonl",
     "stop": "press Ctrl-C where the run works, or `kill -INT` its process; `rnow run` continues it",
-    "eval": "set data.val_split and `rnow run` evaluates before and after; `rnow test` tries the student",
     "download": "nothing has to be fetched: the trained adapter is in runs/<name>/adapter",
-    "deploy": "serve runs/<name>/adapter yourself, e.g. `vllm serve MODEL --enable-lora --lora-modules NAME=FOLDER`",
+    "deploy": "`rnow serve NAME` serves a run's adapter on this machine",
 }
 """Command -> what to do instead."""
 

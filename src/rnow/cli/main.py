@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rnow import __version__
-from rnow.cli import account, check, init, rehearse, rollouts, run
+from rnow.cli import account, check, evaluate, init, rehearse, rollouts, run, serve
 from rnow.cli.hosted import hosted_client_note
 from rnow.cli.output import clean, hide, outlets, print_error, print_note
 from rnow.errors import (
@@ -42,6 +42,8 @@ app.command("check")(check.check)
 app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
 app.command("rollouts")(rollouts.show_rollouts)
+app.command("eval")(evaluate.evaluate_subjects)
+app.command("serve")(serve.serve_run)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),

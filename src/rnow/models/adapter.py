@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rnow.disk.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rnow.disk.files import sha256_of
+from rnow.errors import ModelError
 from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.text.user_files import place_of
+from rnow.types import Adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +33,32 @@ class TrainedAdapter:
     alpha: int
     refusal: Refusal
 
+    def content_hash(self) -> str:
+        """Half of the sha256 of its config and of its weights each, hexadecimal. Raises ModelError when they cannot be read."""
+        try:
+            return "".join(
+                sha256_of(self.folder / n)[:32] for n in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+            )
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def adapter(self) -> Adapter:
+        """Its weights and its config, as a sampler loads them. Raises ModelError when they cannot be read."""
+        config = read_json(self.folder / ADAPTER_CONFIG, self.refusal)
+        return Adapter(tensors=self.tensors(), config=config)
+
     def tensors(self) -> dict[str, Tensor]:
         """Its weights, by PEFT's names. Raises ModelError when they cannot be read."""
         try:
             return load_file(self.folder / ADAPTER_WEIGHTS)
         except (OSError, SafetensorError) as error:
-            raise self.refusal.error(
-                f"{ADAPTER_WEIGHTS} in '{self.folder}' cannot be read: {one_line(error)}",
-                fix="name another run, or a folder checkpoints/step-... of this one",
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ModelError:
+        return self.refusal.error(
+            f"{ADAPTER_WEIGHTS} in '{self.folder}' cannot be read: {one_line(error)}",
+            fix="name another run, or a folder checkpoints/step-... of this one",
+        )
 
 
 def find_adapter(path: str, *, key: str, places: Sequence[Path]) -> TrainedAdapter | None:

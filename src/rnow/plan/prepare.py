@@ -47,7 +47,7 @@ class Prepared:
     """A project that passed its checks.
 
     Attributes:
-        models: by role, the student first; the student alone when nothing is to be trained (``rnow test``).
+        models: by role, the student first; without the teachers where nobody asks them (``rnow test``).
         source: of the samples to train on; None when nothing is to be trained.
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
@@ -155,15 +155,26 @@ def _run_folder(config: Config, folder: Path, *, fresh: bool, writable: bool = T
     return choose_run_folder(place, name, fresh=fresh) if writable else find_run_folder(place, name)
 
 
+def find_own_run(config: Config, folder: Path) -> RunFolder:
+    """The run folder of the project's config, which need not exist."""
+    return _run_folder(config, folder, fresh=False, writable=False)
+
+
 def prepare(
-    config: Config, folder: Path, *, weights: bool, training: bool = True, fresh: bool = False
+    config: Config,
+    folder: Path,
+    *,
+    weights: bool,
+    training: bool = True,
+    teachers: bool = False,
+    fresh: bool = False,
 ) -> Prepared:
     """Check ids, data, models and tokenizers, in the order of what is cheapest to be told.
 
     Args:
         folder: the project.
         weights: fetch the weights too (a run), or only what describes them (a check).
-        training: the number of steps matters; False leaves batch sizes and the teacher out.
+        training: the number of steps matters; False leaves batch sizes out, and the teachers unless ``teachers``.
         fresh: a new run is begun, instead of that which the run folder holds.
 
     Raises:
@@ -195,19 +206,13 @@ def prepare(
     source = plan_source(config, project) if training else None
     if training:
         _check_evals(config, held_out=len(dataset.held_out))
-    models = _models(roles, folder, weights=weights, training=training)
+    models = _models(roles, folder, weights=weights, teachers=training or teachers)
+    run = _run_folder(config, folder, fresh=fresh, writable=training)
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=render_prompts(
-            config,
-            prompts,
-            models,
-            tools,
-            now=_date_of(_run_folder(config, folder, fresh=fresh, writable=training)),
-            privileged=dataset.privileged,
-        ),
+        rendered=_render(config, dataset, models, tools, run),
         source=source,
         tools=tools or {},
         sandboxed=frozenset(info.kind for info in functions if info.sandbox),
@@ -217,13 +222,27 @@ def prepare(
     )
 
 
+def _render(
+    config: Config, dataset: Dataset, models: Models, tools: ToolSchemas | None, run: RunFolder
+) -> Rendered:
+    """All prompts as they are read in this run, on the date that it had when it began."""
+    return render_prompts(
+        config,
+        [*dataset.prompts, *dataset.held_out],
+        models,
+        tools,
+        now=_date_of(run),
+        privileged=dataset.privileged,
+    )
+
+
 def _models(
-    roles: Mapping[str, Role], folder: Path, *, weights: bool, training: bool
+    roles: Mapping[str, Role], folder: Path, *, weights: bool, teachers: bool
 ) -> dict[str, RunModel]:
-    """The models of these roles; with ``training`` off the student alone."""
+    """The models of these roles; with ``teachers`` off the student alone."""
     found: dict[str, RunModel] = {}
     for name, role in roles.items():
-        if not (training or role.trained):
+        if not (teachers or role.trained):
             continue
         model = RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
         found[name] = replace(
