@@ -96,22 +96,10 @@ def test_what_passed_is_counted_by_prompt() -> None:
     assert kept == {"dataset_0/0": (4, 4), "dataset_0/1": (4, 1)}, "the third names no reward"
 
 
-def test_a_store_hears_of_each_rollout() -> None:
-    class Store:
-        def __init__(self) -> None:
-            self.done: list[str] = []
-
-        def finished(self, prompt_id: str, index: int) -> Rollout | None:
-            return None
-
-        def add(self, rollout: Rollout) -> None:
-            self.done.append(rollout.id)
-
-    store = Store()
-    evaluate(FakeRewarder(None), store=store)
-    assert sorted(store.done) == [
-        f"dataset_0/{row}#{index}" for row in range(3) for index in range(4)
-    ]
+def test_each_rollout_is_told_as_it_is_done() -> None:
+    done: list[str] = []
+    evaluate(FakeRewarder(None), finished=lambda prompt, rollout: done.append(rollout.id))
+    assert sorted(done) == [f"dataset_0/{row}#{index}" for row in range(3) for index in range(4)]
 
 
 def test_prompts_without_rewards_have_no_pass_rate() -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
@@ -360,11 +361,12 @@ async def _sample(
     if asked.seed is not None:
         settings = replace(settings, run_seed=asked.seed)
 
-    def count(done: int) -> None:
-        show(f"{name} at temperature {temperature:g}: {done:,} of {wanted:,} answers")
+    done = count(1)
 
-    count(0)
-    evaluator = replace(evaluator, settings=settings, store=_Counter(count))
+    def finished(prompt: Prompt, rollout: Rollout) -> None:
+        show(f"{name} at temperature {temperature:g}: {next(done):,} of {wanted:,} answers")
+
+    evaluator = replace(evaluator, settings=settings, finished=finished)
     passed: dict[str, int] = {}
 
     def keep(groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult]) -> None:
@@ -383,21 +385,6 @@ async def _sample(
         "passed": passed,
         "metrics": metrics,
     }
-
-
-class _Counter:
-    """A ``RolloutStore`` that keeps nothing, and tells how many rollouts are done."""
-
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self._tell = tell
-        self._done = 0
-
-    def finished(self, prompt_id: str, index: int) -> Rollout | None:
-        return None
-
-    def add(self, rollout: Rollout) -> None:
-        self._done += 1
-        self._tell(self._done)
 
 
 def _show(status: Status, text: str) -> None:

@@ -12,11 +12,11 @@ from rnow.algorithm.records import SAMPLED, sampled_logprobs
 from rnow.protocols import Environment, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import RewardWatch
-from rnow.rollout.collect import RolloutSettings, RolloutStore, collect_rollouts
+from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.training.metrics import reward_metrics, rollout_metrics, tool_trouble
 from rnow.training.recorder import Recorder
 from rnow.training.residency import Part, Residency
-from rnow.types import Prompt, RewardResult, RolloutGroup
+from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 
 PASS_AT = (1, 4, 8)
 BEFORE, AFTER, TEACHER = "before", "after", "teacher"
@@ -48,7 +48,7 @@ class Evaluator:
         agentic: the student has tools; what it did with them is reported too.
         by_teacher: there are several, and the numbers of each are reported besides.
         warn: told when most tool calls failed.
-        store: told of each rollout that is done.
+        finished: told of each rollout as it is done.
     """
 
     prompts: Sequence[Prompt]
@@ -62,7 +62,7 @@ class Evaluator:
     agentic: bool = False
     by_teacher: bool = False
     warn: Callable[[str], None] = lambda text: None
-    store: RolloutStore | None = None
+    finished: Callable[[Prompt, Rollout], None] = lambda prompt, rollout: None
 
     async def evaluate(
         self,
@@ -105,7 +105,7 @@ class Evaluator:
                     self.environments,
                     self.settings,
                     step=0,
-                    store=self.store,
+                    finished=self.finished,
                 )
             found |= {group.prompt.id: group for group in groups}
         return [found[prompt.id] for prompt in self.prompts]
