@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rnow.algorithm.products import wide_product
+from rnow.algorithm.products import linear, wide_product
+from rnow.models.linear import is_linear
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -75,14 +76,11 @@ def _only_adapter(layer: LoraLayer, x: Tensor) -> str | None:
 
 
 def _is_plain(base: nn.Module, x: Tensor) -> bool:
-    """Whether calling it is one product with a frozen weight: not quantised, no hook that would bring or move the weight."""
+    """Whether calling it is one product with a frozen weight of the same number format."""
     return (
-        type(base) is nn.Linear
+        is_linear(base)
         and base.weight.dtype == x.dtype
-        and not base.weight.requires_grad
-        and not (base.bias is not None and base.bias.requires_grad)
-        and "forward" not in vars(base)
-        and not (base._forward_hooks or base._forward_pre_hooks)
+        and not any(parameter.requires_grad for parameter in base.parameters())
     )
 
 
@@ -93,16 +91,12 @@ class _Whole(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        x = x.contiguous()
+        rows = x.view(-1, x.shape[-1])
         down = rows @ a.to(x.dtype).t()
-        # Written into a tensor of the final shape: models may change in place what a layer returns, which a view forbids.
-        result = x.new_empty(*x.shape[:-1], weight.shape[0])
-        flat = result.view(-1, weight.shape[0])
-        if bias is None:
-            torch.mm(rows, weight.t(), out=flat)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=flat)
-        flat.addmm_(down, b.to(x.dtype).t(), alpha=scale)
+        # Of the final shape: models may change in place what a layer returns, which a view forbids.
+        result = linear(x, weight, bias)
+        result.view(-1, weight.shape[0]).addmm_(down, b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(rows, down, weight, a, b)
         ctx.scale, ctx.shape = scale, x.shape
         return result
@@ -114,7 +108,7 @@ class _Whole(torch.autograd.Function):
         towards, of_a, of_b = _adapter_gradients(gradient, rows, down, a, b, ctx.scale)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ weight
+            of_x = linear(gradient, weight.t())
             of_x = of_x.addmm_(towards, a.to(rows.dtype), alpha=ctx.scale).view(ctx.shape)
         return of_x, None, None, of_a, of_b, None
 
