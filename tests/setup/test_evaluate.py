@@ -288,7 +288,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
     assert refused("tiny", asked=missing).where == "--prompts"
     rl = {"dataset_type": "rl", "teacher": None}
     assert "no teacher to evaluate" in refused("teacher", sections=rl).message
-    own = {"teacher": {"path": "self"}}
+    own = {"teacher": {"path": "self", "system_prompt": "Be brief."}}
     assert refused("teacher", sections=own).fix == "evaluate it as `base`"
 
 

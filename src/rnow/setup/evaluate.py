@@ -286,14 +286,14 @@ def _depends_on(
         ]
     )  # fmt: skip
     return {
-        **{name: facts[name] for name in (*names, *_DEPENDS_ON)},
+        **{name: facts.get(name) for name in (*names, *_DEPENDS_ON)},
         "adapter": subject.trained and subject.trained.adapter.content_hash(),
         "held_as": [[m.role.backend, dtype_name(m.role.dtype), m.quantization] for m in models],
         "template_day": str(facts["template_date"])[:10],
         "vocabulary": prepared.rendered.vocabulary,
         "window": prepared.rendered.window,
         "rollout": {key: value for key, value in rollout.items() if key not in _NOT_ON},
-        "prompts": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexcontent_hash(),
+        "prompts": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
         "samplings": _samplings(config, asked),
         "seed": config.seed if asked.seed is None else asked.seed,
         "success_reward": config.evaluation.success_reward,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
+
 CONFIDENCE = 0.95
-RESAMPLES = 2000
+RESAMPLES, CHUNKS = 10_000, 100
 HOW = "95% intervals: percentile bootstrap over prompts; differences are of the same prompts"
 
 
@@ -38,10 +39,16 @@ def mean_interval(values: Sequence[float], *, least: float = 0.0, most: float = 
         return Interval(
             mean=mean, low=mean - others * (mean - least), high=mean + others * (most - mean)
         )
-    draw = random.Random(0)
-    means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    left_out = int(tail * RESAMPLES)
-    return Interval(mean=mean, low=means[left_out], high=means[-1 - left_out])
+    low, high = np.quantile(_resampled(np.asarray(values)), [tail, 1 - tail])
+    return Interval(mean=mean, low=float(low), high=float(high))
+
+
+def _resampled(values: np.ndarray) -> np.ndarray:
+    """Means of ``RESAMPLES`` draws of as many values, with replacement."""
+    # RandomState: its numbers are promised to stay.
+    draw, size = np.random.RandomState(0), (RESAMPLES // CHUNKS, len(values))
+    chunks = [values[draw.randint(len(values), size=size)].mean(axis=1) for _ in range(CHUNKS)]
+    return np.concatenate(chunks)
 
 
 def difference_interval(before: Mapping[str, float], after: Mapping[str, float]) -> Interval:
