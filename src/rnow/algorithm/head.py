@@ -74,7 +74,7 @@ class Head:
         elif self.packed is not None and weight.shape == self.weight.shape:
             logits = packed_linear(hidden, self.packed, bias)
         else:
-            logits = linear(hidden.to(weight.dtype), weight, bias)
+            logits = linear(hidden.to(weight.dtype), weight, bias, steady=True)
             logits = logits.to(self.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -291,7 +291,7 @@ class MeanRow:
         """Add a tile's as they are, or ``share`` ``[r]`` of them."""
         rows = self._head.weight[columns]
         if rows.dtype == self.value.dtype:
-            found = linear(weights, rows.t())
+            found = linear(weights, rows.t(), steady=True)
         else:
             found = wide_product(weights.to(rows.dtype), rows)
         if share is None:

@@ -7,18 +7,25 @@ from functools import cache
 import torch
 from torch import Tensor
 
-ONEDNN_WORK = 2**24
-"""Multiplications of a product from which on oneDNN is asked: setting a shape up for the first time costs it a millisecond."""
+ONEDNN_WORK, STEADY_WORK = 2**29, 2**24
+"""Multiplications of a product from which on oneDNN is asked. It sets every shape up once, in a millisecond, and keeps what it
+made: only products of shapes that come again and again may be small."""
 PACKED_ROWS = 16
 """Rows that a packed weight is laid out for; with other numbers of them the layout is as fast."""
 
 
-def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, steady: bool = False
+) -> Tensor:
     """``rows @ weight.T + bias`` ``[..., N]`` from ``[..., K]`` and ``[N, K]``, outside autograd.
 
     A large product in float32 on a CPU is oneDNN's, 6 to 15 % faster there than that of the BLAS that torch takes.
+
+    Args:
+        steady: products of the very same shapes come again.
     """
-    if _is_onednns(rows, weight) and rows.numel() * weight.shape[0] >= ONEDNN_WORK:
+    least = STEADY_WORK if steady else ONEDNN_WORK
+    if rows.numel() * weight.shape[0] >= least and _is_onednns(rows, weight):
         return _onednn(rows, weight, bias)
     return torch.nn.functional.linear(rows, weight, bias)
 
