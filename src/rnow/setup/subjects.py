@@ -234,8 +234,8 @@ def _is_run(folder: Path) -> bool:
 
 def _no_such_step(name: str, step: int, found: Trained, command: str) -> InputError:
     assert found.run is not None
-    saved = [_number(path) for path in found.run.checkpoints.glob("step-*")]
-    steps = sorted({*filter(None, saved), *([found.step] if found.step else [])})
+    found_steps = (found.step, *map(_number, found.run.checkpoints.glob("step-*")))
+    steps = sorted({number for number in found_steps if number is not None})
     nearest = min(steps, key=lambda other: abs(other - step), default=None)
     return InputError(
         f"there is no checkpoint after step {step}; there are {_listed(steps)}",
