@@ -63,6 +63,8 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
         ["run", "--help"],
         ["rollouts", "--help"],
         ["generate", "--help"],
+        ["eval", "--help"],
+        ["serve", "--help"],
         ["init", "-y", "-t", "distill"],
         ["init", "--list"],
         ["login"],

@@ -497,7 +497,7 @@ def on_a_terminal(arguments: list[str], *, answers: str, cwd: Path) -> tuple[int
         os.close(master)
 
 
-@pytest.mark.parametrize("verb", ["eval", "deploy"])
+@pytest.mark.parametrize("verb", ["deploy"])
 def test_verbs_of_the_hosted_client_answer_in_one_line(rnow_: Run, verb: str) -> None:
     code, out, err = rnow_(verb, "some-run", "--force")
     assert (code, out) == (2, "")

@@ -522,6 +522,7 @@ def _main() -> None:
     parser.add_argument("--served-model-name")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--lora-modules", type=json.loads)
     parser.add_argument("--stop-after", type=int, help="exit at this completion request")
     parser.add_argument(
         "--starts", help="a file that counts the starts; --stop-after holds for the first --faulty"
@@ -536,6 +537,8 @@ def _main() -> None:
             starts = len(file.read())
     server = ScriptedServer(known.port, os.environ.get("VLLM_API_KEY"))
     server.models = {known.served_model_name: (known.model, None)}
+    if module := known.lora_modules:
+        server.models[module["name"]] = (module["path"], module["base_model_name"])
 
     def maybe_stop(handler: Handler, answer: dict[str, Any]) -> bool:
         if len(server.asked("/v1/completions")) >= known.stop_after:

@@ -13,7 +13,7 @@ from tests.fakes import FakeEnvironment, FakeRewarder, FakeSampler, FakeTeacher
 
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
-from rnow.training.evaluations import Answering, Evaluator, pass_at_k
+from rnow.training.evaluations import Answering, Evaluator, count_passed, pass_at_k
 from rnow.training.residency import Residency
 from rnow.types import Prompt, Rollout
 
@@ -45,9 +45,11 @@ def evaluate(
         "reward_watch": RewardWatch(pytest.fail, teaching=False),
         "success_reward": 1.0,
     }
+    kept = {"keep": changes.pop("keep")} if "keep" in changes else {}
     evaluator = Evaluator(**fields | changes)
     drawn = sampler or FakeSampler([[4, END]])
-    return asyncio.run(evaluator.evaluate([Answering(sampler=drawn)], teacher, Residency()))
+    answering = [Answering(sampler=drawn)]
+    return asyncio.run(evaluator.evaluate(answering, teacher, Residency(), **kept))
 
 
 @pytest.mark.parametrize("n", [1, 4, 6])
@@ -78,6 +80,26 @@ def test_pass_at_k_is_averaged_over_prompts() -> None:
 def test_success_is_a_reward_of_at_least_the_bar() -> None:
     assert evaluate(FakeRewarder(0.5), success_reward=0.5)["pass@1"] == 1.0
     assert evaluate(FakeRewarder(0.49), success_reward=0.5)["pass@1"] == 0.0
+
+
+def test_what_passed_is_counted_by_prompt() -> None:
+    kept: dict[str, tuple[int, int]] = {}
+    right = {0: 4, 1: 1}
+
+    def reward(prompt: Prompt, rollout: Rollout) -> float | None:
+        return None if prompt.row == 2 else float(rollout.index < right[prompt.row])
+
+    def keep(groups: Any, rewards: Any) -> None:
+        kept.update(count_passed(groups, rewards, 1.0))
+
+    evaluate(FakeRewarder(reward), keep=keep)
+    assert kept == {"dataset_0/0": (4, 4), "dataset_0/1": (4, 1)}, "the third names no reward"
+
+
+def test_each_rollout_is_told_as_it_is_done() -> None:
+    done: list[str] = []
+    evaluate(FakeRewarder(None), finished=lambda prompt, rollout: done.append(rollout.id))
+    assert sorted(done) == [f"dataset_0/{row}#{index}" for row in range(3) for index in range(4)]
 
 
 def test_prompts_without_rewards_have_no_pass_rate() -> None:

@@ -11,8 +11,7 @@ from rnow.errors import EXIT_BAD_INPUT
 NOT_NEEDED = ("login", "logout", "orgs")
 
 MISSING: Mapping[str, str] = {
-    "eval": "set data.val_split and `rnow run` evaluates before and after; `rnow test` tries the student",
-    "deploy": "serve runs/<name>/adapter yourself, e.g. `vllm serve MODEL --enable-lora --lora-modules NAME=FOLDER`",
+    "deploy": "`rnow serve NAME` serves a run's adapter on this machine",
 }
 """Command -> what to do instead."""
 

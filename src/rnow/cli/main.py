@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from rnow import __version__
-from rnow.cli import account, check, download, generate, init, rehearse, rollouts, run, runs, status
+from rnow.cli import (
+    account,
+    check,
+    download,
+    evaluate,
+    generate,
+    init,
+    rehearse,
+    rollouts,
+    run,
+    runs,
+    serve,
+    status,
+)
 from rnow.cli.faults import report
 from rnow.cli.hosted import hosted_client_note
 from rnow.cli.output import hide, outlets, print_note
@@ -39,6 +52,8 @@ app.command("stop")(status.stop_run)
 app.command("logs")(status.show_logs)
 app.add_typer(runs.app, name="runs")
 app.command("download", hidden=True)(download.download)
+app.command("eval")(evaluate.evaluate_subjects)
+app.command("serve")(serve.serve_run)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),

@@ -1,6 +1,13 @@
 """config.yml -> Config: strict types, overrides, suggestions, each fault at its line. No torch."""
 
-from rnow.config.load import Config, LoadedConfig, find_config_file, load_config
+from rnow.config.load import (
+    Config,
+    LoadedConfig,
+    config_for,
+    find_config_file,
+    has_config,
+    load_config,
+)
 from rnow.config.names import fill_name
 from rnow.config.normalise import full_address
 from rnow.config.output import config_hash, dump_yaml, split_by_default, to_dict, to_yaml
@@ -34,11 +41,13 @@ __all__ = [
     "SamplerSection",
     "TeacherSection",
     "TrainerSection",
+    "config_for",
     "config_hash",
     "dump_yaml",
     "fill_name",
     "find_config_file",
     "full_address",
+    "has_config",
     "is_key",
     "load_config",
     "refuse_reserved",

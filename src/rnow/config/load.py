@@ -89,6 +89,21 @@ class LoadedConfig:
         return self.configs[0]
 
 
+def has_config(folder: Path) -> bool:
+    """Whether there is a config file in a folder."""
+    return any((folder / name).exists() for name in FILE_NAMES)
+
+
+def config_for(model: str, overrides: Sequence[str] = ()) -> Config:
+    """A config for a model outside of any project: all but the overrides at its default.
+
+    Raises ConfigError.
+    """
+    settings = [parse_override(text) for text in overrides]
+    bare = {"dataset_type": "rl", "model": {"path": model}}
+    return Config(**apply_overrides(bare, settings))
+
+
 def find_config_file(path: Path) -> Path:
     """The config file of a folder, or the file itself.
 

@@ -24,6 +24,7 @@ from rnow.models.resolved import ResolvedModel
 from rnow.models.weight_files import weights_fingerprint
 from rnow.text.suggest import closest
 from rnow.text.user_files import place_of
+from rnow.types import Adapter
 
 MERGE = "AutoPeftModelForCausalLM.from_pretrained(<adapter>).merge_and_unload().save_pretrained(<folder>)"
 """How an adapter becomes a whole model."""
@@ -58,6 +59,11 @@ class TrainedAdapter:
     alpha: int
     targets: tuple[str, ...]
     refusal: Refusal
+
+    def adapter(self) -> Adapter:
+        """Its weights and its config, as a sampler loads them. Raises ModelError when they cannot be read."""
+        config = read_json(self.folder / ADAPTER_CONFIG, self.refusal)
+        return Adapter(tensors=self.tensors(), config=config)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its weights, by PEFT's names.

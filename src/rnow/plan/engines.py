@@ -17,21 +17,30 @@ def check_engines(roles: Mapping[str, Role]) -> None:
         ConfigError: a number format that it cannot use here, or too few cards.
     """
     for role in roles.values():
-        if not role.starts_vllm:
-            continue
-        require_vllm(f"{role.serving_key}.backend")
-        quantization, dtype = role.serving_format
-        if quantization == "nf4":
-            require_nf4(f"{role.serving_key}.quantization", dtype=dtype)
-        if role.trained and role.on_gpu and dtype == "float32":
-            asked = role.serving.dtype == "float32"
-            raise ConfigError(
-                "vLLM cannot use a LoRA adapter in float32 on a GPU",
-                where=f"{role.serving_key if asked else role.key}.dtype",
-                why="its kernels for adapters take 16-bit numbers only",
-                fix=f"set {role.serving_key}.dtype: bfloat16, or {role.serving_key}.backend: transformers",
-            )
+        if role.starts_vllm:
+            require_vllm(f"{role.serving_key}.backend")
+            check_format(role)
     cards_of(roles)
+
+
+def check_format(role: Role) -> None:
+    """Whether vLLM can hold a model as the config says.
+
+    Raises:
+        ModelError: it cannot load 4 bits.
+        ConfigError: a number format that it cannot use here.
+    """
+    quantization, dtype = role.serving_format
+    if quantization == "nf4":
+        require_nf4(f"{role.serving_key}.quantization", dtype=dtype)
+    if role.trained and role.on_gpu and dtype == "float32":
+        asked = role.serving.dtype == "float32"
+        raise ConfigError(
+            "vLLM cannot use a LoRA adapter in float32 on a GPU",
+            where=f"{role.serving_key if asked else role.key}.dtype",
+            why="its kernels for adapters take 16-bit numbers only",
+            fix=f"set {role.serving_key}.dtype: bfloat16, or {role.serving_key}.backend: transformers",
+        )
 
 
 def cards_of(roles: Mapping[str, Role]) -> dict[str, tuple[int, ...]]:

@@ -49,7 +49,7 @@ class Prepared:
     """A project that passed its checks.
 
     Attributes:
-        models: by role, the student first; the student alone when nothing is to be trained (``rnow test``).
+        models: by role, the student first; without the teachers where nobody asks them (``rnow test``).
         source: of the samples to train on; None when nothing is to be trained.
         tools: what the student can call, by name.
         sandboxed: ``tools`` and ``rewards``, as far as one of them has ``sandbox=True``.
@@ -164,15 +164,26 @@ def _run_folder(config: Config, folder: Path, *, fresh: bool, writable: bool = T
     return choose_run_folder(place, name, fresh=fresh) if writable else find_run_folder(place, name)
 
 
+def find_own_run(config: Config, folder: Path) -> RunFolder:
+    """The run folder of the project's config, which need not exist."""
+    return _run_folder(config, folder, fresh=False, writable=False)
+
+
 def prepare(
-    config: Config, folder: Path, *, weights: bool, training: bool = True, fresh: bool = False
+    config: Config,
+    folder: Path,
+    *,
+    weights: bool,
+    training: bool = True,
+    teachers: bool = False,
+    fresh: bool = False,
 ) -> Prepared:
     """Check ids, data, models and tokenizers, in the order of what is cheapest to be told.
 
     Args:
         folder: the project.
         weights: fetch the weights too (a run), or only what describes them (a check).
-        training: the number of steps matters; False leaves batch sizes and the teacher out.
+        training: the number of steps matters; False leaves batch sizes out, and the teachers unless ``teachers``.
         fresh: a new run is begun, instead of that which the run folder holds.
 
     Raises:
@@ -191,8 +202,8 @@ def prepare(
     project = load_project(folder, config, tools=tools or ())
     _refuse_secret_name(_run_name(config, folder), project)
     dataset = project.dataset
-    prompts = [*dataset.prompts, *dataset.held_out]
-    configured, roles = roles, used_roles(roles, {prompt.teacher for prompt in prompts})
+    judged = {prompt.teacher for prompt in (*dataset.prompts, *dataset.held_out)}
+    configured, roles = roles, used_roles(roles, judged)
     if training:  # what is not trained is rehearsed, by transformers alone
         check_engines(roles)
         refuse_tools(roles.values(), agentic=agentic)
@@ -204,16 +215,13 @@ def prepare(
     source = plan_source(config, project) if training else None
     if training:
         _check_evals(config, held_out=len(dataset.held_out))
-    models = _models(roles, folder, weights=weights, training=training)
-    now = _date_of(_run_folder(config, folder, fresh=fresh, writable=training))
-    rendered = render_prompts(
-        config, prompts, models, tools, now=now, privileged=dataset.privileged
-    )
+    models = _models(roles, folder, weights=weights, teachers=training or teachers)
+    run = _run_folder(config, folder, fresh=fresh, writable=training)
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=rendered,
+        rendered=_render(config, dataset, models, tools, run),
         source=source,
         tools=tools or {},
         start=start,
@@ -229,13 +237,27 @@ def _unsure(start: TrainedAdapter | None, models: Models) -> Iterable[str]:
     return () if start is None else check_base(start, models[STUDENT].resolved)
 
 
+def _render(
+    config: Config, dataset: Dataset, models: Models, tools: ToolSchemas | None, run: RunFolder
+) -> Rendered:
+    """All prompts as they are read in this run, on the date that it had when it began."""
+    return render_prompts(
+        config,
+        [*dataset.prompts, *dataset.held_out],
+        models,
+        tools,
+        now=_date_of(run),
+        privileged=dataset.privileged,
+    )
+
+
 def _models(
-    roles: Mapping[str, Role], folder: Path, *, weights: bool, training: bool
+    roles: Mapping[str, Role], folder: Path, *, weights: bool, teachers: bool
 ) -> dict[str, RunModel]:
-    """The models of these roles; with ``training`` off the student alone."""
+    """The models of these roles; with ``teachers`` off the student alone."""
     found: dict[str, RunModel] = {}
     for name, role in roles.items():
-        if not (training or role.trained):
+        if not (teachers or role.trained):
             continue
         model = RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
         found[name] = replace(

@@ -79,11 +79,20 @@ class VllmSettings:
         Raises:
             ModelError: vLLM has no room for this rank.
         """
-        for allowed in LORA_RANKS:
-            if self.max_lora_rank <= allowed:
-                return allowed
-        raise ModelError(
-            f"vLLM loads LoRA adapters up to rank {LORA_RANKS[-1]}, and this one has {self.max_lora_rank}",
-            where="model.qlora_rank",
-            fix=f"use a rank of at most {LORA_RANKS[-1]}, or sampler.backend: transformers",
-        )
+        return allowed_rank(self.max_lora_rank)
+
+
+def allowed_rank(rank: int) -> int:
+    """The smallest ``max_lora_rank`` of vLLM that holds an adapter of this rank.
+
+    Raises:
+        ModelError: it has no room for it.
+    """
+    for allowed in LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise ModelError(
+        f"vLLM loads LoRA adapters up to rank {LORA_RANKS[-1]}, and this one has {rank}",
+        where="model.qlora_rank",
+        fix=f"use a rank of at most {LORA_RANKS[-1]}, or sampler.backend: transformers",
+    )

@@ -10,6 +10,7 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rnow import progress
@@ -34,17 +35,17 @@ _PORTS_TRIED = 5
 _PORT_TAKEN = "address already in use"
 
 
-def require_vllm(where: str) -> None:
+def require_vllm(where: str, *, otherwise: str = "set the backend to transformers") -> None:
     """
+    Args:
+        otherwise: what else mends it; empty for nothing.
+
     Raises:
         ModelError: vLLM is not installed in this environment, or too old.
     """
+    fix = f"{install_command('vllm')}{', or ' if otherwise else ''}{otherwise}"
     if importlib.util.find_spec("vllm") is None:
-        raise ModelError(
-            "vLLM is not installed in this environment",
-            where=where,
-            fix=f"{install_command('vllm')}, or set the backend to transformers",
-        )
+        raise ModelError("vLLM is not installed in this environment", where=where, fix=fix)
     version = vllm_version()
     known = re.match(r"(\d+)\.(\d+)", version or "")
     if known and OLD_BUILDS < (int(known[1]), int(known[2])) < OLDEST:
@@ -52,7 +53,7 @@ def require_vllm(where: str) -> None:
             f"vLLM {version} is too old: rnow needs {'.'.join(map(str, OLDEST))} or newer",
             where=where,
             why="before that its block tables lie in the memory that sleeping discards, and it draws from wrong weights after",
-            fix=f"{install_command('vllm')}, or set the backend to transformers",
+            fix=fix,
         )
 
 
@@ -94,6 +95,21 @@ def _serve_command() -> list[str]:
     return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a server listens. ``key`` is what its clients must know; None lets in everybody who reaches it."""
+
+    host: str
+    port: int
+    key: str | None
+
+    @property
+    def url(self) -> str:
+        """How it is reached from this machine."""
+        host = {"0.0.0.0": HOST, "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
 class VllmServer:
     """vLLM's OpenAI-compatible server under the leash.
 
@@ -105,6 +121,7 @@ class VllmServer:
         env: further environment variables.
         poll: called while it starts; may raise to stop.
         command: what to run instead of this environment's vLLM; the arguments are appended.
+        address: where it listens; None: on this machine alone, on any port, behind a random key.
     """
 
     def __init__(
@@ -117,6 +134,7 @@ class VllmServer:
         env: Mapping[str, str] | None = None,
         poll: Callable[[], None] = lambda: None,
         command: Sequence[str] | None = None,
+        address: Address | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -126,6 +144,7 @@ class VllmServer:
         self._poll = poll
         self._command = tuple(command or _serve_command())
         self._process: ManagedProcess | None = None
+        self._address = address
         self._key = ""
         self.url = ""
 
@@ -136,9 +155,10 @@ class VllmServer:
             StartFailed: it ended or was not ready in time; the end of its log is in the details.
         """
         self.stop()
-        for last in (*[False] * (_PORTS_TRIED - 1), True):
+        tries = _PORTS_TRIED if self._address is None else 1
+        for last in (*[False] * (tries - 1), True):
             try:
-                await self._start_once(free_port(HOST))
+                await self._start_once(self._address or _private_address())
                 return
             except StartFailed:
                 taken = self._process is not None and any(
@@ -169,7 +189,7 @@ class VllmServer:
 
     def client(self, *, timeout: float) -> VllmClient:
         """A client for the server as it runs now; a restart needs another."""
-        return VllmClient(self.url, self._key, timeout, alive=self.alive)
+        return VllmClient(self.url, self._key or None, timeout, alive=self.alive)
 
     def alive(self) -> bool:
         """Whether the server's process runs."""
@@ -179,14 +199,18 @@ class VllmServer:
         """The last lines of its log since it was last started."""
         return self._process.log_tail(lines) if self._process else []
 
+    def failure(self, what: str) -> RnowError:
+        """An error saying that the server did ``what``, with the end of its log."""
+        assert self._process is not None, "it was started"
+        return self._process.failure(what)
+
     def stop(self, grace: float = 5.0) -> None:
         """End it with all its processes. Idempotent."""
         if self._process is not None:
             self._process.stop(grace)
 
-    async def _start_once(self, port: int) -> None:
-        self._key = secrets.token_urlsafe(32)
-        self.url = f"http://{HOST}:{port}"
+    async def _start_once(self, address: Address) -> None:
+        self._key, self.url = address.key or "", address.url
         self._process = ManagedProcess(
             [
                 *self._command,
@@ -195,9 +219,9 @@ class VllmServer:
                 "--served-model-name",
                 self.name,
                 "--host",
-                HOST,
+                address.host,
                 "--port",
-                str(port),
+                str(address.port),
                 # Without this the model's generation_config.json changes every request that leaves something out.
                 "--generation-config",
                 "vllm",
@@ -205,7 +229,11 @@ class VllmServer:
                 *self._arguments,
             ],
             # In the environment: a command line can be read by every user of the machine.
-            env={"VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1", **self._env},
+            env={
+                **({"VLLM_API_KEY": self._key} if self._key else {}),
+                "VLLM_NO_USAGE_STATS": "1",
+                **self._env,
+            },
             log=self.log,
             name=self.name,
         )
@@ -223,3 +251,7 @@ class VllmServer:
             return False
 
         await self._process.wait_until(ready, timeout=START_TIMEOUT)
+
+
+def _private_address() -> Address:
+    return Address(host=HOST, port=free_port(HOST), key=secrets.token_urlsafe(32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from rnow.config import EvalEntry
@@ -11,6 +12,7 @@ from rnow.setup.backends import Backends
 from rnow.setup.usercode import UserCode, build_episodes, rollout_settings
 from rnow.training.evaluations import PASS_AT, Evaluations, Evaluator, Scheduled
 from rnow.training.recorder import Recorder
+from rnow.types import Prompt
 
 
 def build_evaluations(
@@ -23,40 +25,33 @@ def build_evaluations(
     """The held-out prompts before and after training, and the config's ``evals`` in between."""
     section = prepared.config.evaluation
     held_out = prepared.evaluated
-    environments = build_episodes(prepared, code)
 
     def evaluator(samples: int, temperature: float, pass_at: tuple[int, ...]) -> Evaluator:
-        settings = rollout_settings(prepared, "eval", group_size=samples)
-        return Evaluator(
-            prompts=held_out,
-            environments=environments,
-            settings=replace(
-                settings, temperature=temperature, top_p=1.0, top_k=0, poll=backends.poll
-            ),
-            rewarder=code.rewarder,
+        return build_evaluator(
+            prepared,
+            code,
+            held_out,
             reward_watch=reward_watch,
-            success_reward=section.success_reward,
-            judged=temperature == prepared.config.rollout.temperature,
-            pass_at=pass_at,
-            agentic=code.toolbox is not None,
-            by_teacher=prepared.several_teachers,
+            poll=backends.poll,
             warn=recorder.warn,
+            samples=samples,
+            temperature=temperature,
+            pass_at=pass_at,
         )
 
     def scheduled(index: int, entry: EvalEntry) -> Scheduled:
-        by_temperature: dict[float, list[int]] = {}
+        temperatures = {}
         for k in PASS_AT:
             if getattr(entry, f"pass{k}"):
                 chosen = getattr(entry, f"pass{k}_temp")
-                temperature = section.temperature if chosen is None else chosen
-                by_temperature.setdefault(temperature, []).append(k)
+                temperatures[k] = section.temperature if chosen is None else chosen
         samples = entry.num_samples or section.num_samples
         return Scheduled(
             name=entry.name or f"eval_{index}",
             every=entry.step,
             evaluators=[
-                evaluator(max(samples, *ks, 1), temperature, tuple(ks))
-                for temperature, ks in by_temperature.items()
+                evaluator(max(samples, *ks, 1), temperature, ks)
+                for temperature, ks in by_temperature(temperatures).items()
             ],
         )
 
@@ -68,4 +63,41 @@ def build_evaluations(
         teachers=backends.answering,
         gpu=backends.gpu,
         recorder=recorder,
+    )
+
+
+def by_temperature(temperatures: Mapping[int, float]) -> dict[float, tuple[int, ...]]:
+    """k -> temperature as temperature -> the k that are measured at it, in order: samples at one temperature serve them all."""
+    found: dict[float, tuple[int, ...]] = {}
+    for k, temperature in temperatures.items():
+        found[temperature] = (*found.get(temperature, ()), k)
+    return found
+
+
+def build_evaluator(
+    prepared: Prepared,
+    code: UserCode,
+    prompts: Sequence[Prompt],
+    *,
+    reward_watch: RewardWatch,
+    poll: Callable[[], None],
+    warn: Callable[[str], None],
+    samples: int,
+    temperature: float,
+    pass_at: tuple[int, ...],
+) -> Evaluator:
+    """What asks these prompts, ``samples`` rollouts each, drawn from the whole distribution at one temperature."""
+    settings = rollout_settings(prepared, "eval", group_size=samples)
+    return Evaluator(
+        prompts=prompts,
+        environments=build_episodes(prepared, code),
+        settings=replace(settings, temperature=temperature, top_p=1.0, top_k=0, poll=poll),
+        rewarder=code.rewarder,
+        reward_watch=reward_watch,
+        success_reward=prepared.config.evaluation.success_reward,
+        judged=temperature == prepared.config.rollout.temperature,
+        pass_at=pass_at,
+        agentic=code.toolbox is not None,
+        by_teacher=prepared.several_teachers,
+        warn=warn,
     )

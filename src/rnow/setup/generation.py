@@ -47,8 +47,8 @@ from rnow.plan.rendered import tool_names
 from rnow.plan.roles import STUDENT
 from rnow.project.secrets import load_secrets, reading_redactor, writing_redactor
 from rnow.protocols import Sampler
+from rnow.setup.answering import prepare_told, tell
 from rnow.setup.models import answer_with, load_model
-from rnow.setup.rehearse import prepare_to_answer, tell
 from rnow.setup.usercode import UserCode, build_episodes, open_user_code, rollout_settings
 from rnow.setup.vllm import start_vllm_sampler
 from rnow.tasks import run_anywhere
@@ -91,7 +91,7 @@ def _generate(config: Config, wanted: Wanted, folder: Path, console: Console) ->
     local = name if wanted.url is None else None
     asked = as_student(config, prompts_file, local=local)
     try:
-        prepared = prepare_to_answer(asked, folder, console, weights=local is not None)
+        prepared = prepare_told(asked, folder, console, weights=local is not None)
     except RnowError as error:
         places = {"data.train_file": "--prompts"} | (
             {} if local is None else {"model.path": "--teacher"}

@@ -18,17 +18,16 @@ from rnow.core.messages import message_text
 from rnow.disk.files import to_json
 from rnow.disk.folder import check_place
 from rnow.display.conversation import ENDINGS, message_lines, safe_markup
-from rnow.display.terminal import escape_control
 from rnow.errors import InputError, RnowError, StopRequested
-from rnow.models.adapter import TrainedAdapter, find_adapter
+from rnow.models.adapter import find_adapter
 from rnow.models.loading import quiet_libraries
-from rnow.plan.prepare import Prepared, prepare
+from rnow.plan.prepare import Prepared
 from rnow.project.secrets import load_secrets, writing_redactor
 from rnow.protocols import Sampler
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import failures
 from rnow.rollout.collect import collect_rollouts
-from rnow.rollout.rendering import tell_of_alterations
+from rnow.setup.answering import as_trained, prepare_told, tell
 from rnow.setup.models import answer_as_trained, answer_with, load_model
 from rnow.setup.usercode import (
     build_episodes,
@@ -102,10 +101,10 @@ def _rehearse(
     places = (folder, folder / config.output_dir, Path())
     trained = find_adapter(config.model.path, key="model.path", places=places)
     if trained is not None:
-        config = _as_trained(config, trained)
+        config = as_trained(config, trained)
     elif not any((place / config.model.path).expanduser().exists() for place in places):
         _refuse_missing_run(config, folder)
-    prepared = prepare_to_answer(config, folder, console)
+    prepared = prepare_told(config, folder, console)
     target = prepared.project.folder / FOLDER
     for place in (target, *_earlier(target)):
         check_place(place, what="rollouts", fix="change the permissions, or copy the project")
@@ -151,36 +150,6 @@ def _refuse_missing_run(config: Config, folder: Path) -> None:
     )
 
 
-def _as_trained(config: Config, trained: TrainedAdapter) -> Config:
-    """The config with this adapter as its student, whatever it would be trained on from."""
-    changes = {
-        "path": str(trained.folder.absolute()),
-        "adapter": None,
-        "qlora_rank": trained.rank,
-        "qlora_alpha": trained.alpha,
-    }
-    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
-
-
-def prepare_to_answer(
-    config: Config, folder: Path, console: Console, *, weights: bool = True
-) -> Prepared:
-    """A project whose student is to answer and not to be trained, with what is to be said of it said."""
-    with console.status("checking ..."):
-        prepared = prepare(config, folder, weights=weights, training=False)
-    redact = prepared.project.redact
-    prepared = replace(
-        prepared, warn=lambda text: tell(console, redact(text), mark="[yellow]warning:[/] ")
-    )
-    dataset = prepared.project.dataset
-    for warning in (*prepared.warnings, *dataset.warnings, *prepared.rendered.warnings):
-        prepared.warn(warning)
-    tell_of_alterations(prepared.rendered.tokenizer, prepared.warn)
-    for notice in prepared.notices:
-        tell(console, redact(notice))
-    return prepared
-
-
 def _load(prepared: Prepared, console: Console, poll: Callable[[], None]) -> Sampler:
     trained = prepared.start
     with console.status("loading the student ..."):
@@ -191,11 +160,6 @@ def _load(prepared: Prepared, console: Console, poll: Callable[[], None]) -> Sam
     told = f"the student is {prepared.student.resolved.name} with {trained.folder}"
     tell(console, prepared.project.redact(told))
     return sampler
-
-
-def tell(console: Console, text: str, *, mark: str = "") -> None:
-    """Print a line as it is."""
-    console.print(f"{mark}{escape(escape_control(text))}", soft_wrap=True, highlight=False)
 
 
 def _failing(rewards: Rewards, redact: Redactor) -> RnowError | None:

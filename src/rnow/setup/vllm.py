@@ -173,15 +173,20 @@ def _teacher_settings(
     )
 
 
+def answer_with_served(prepared: Prepared, model: RunModel, teacher: ServedTeacher) -> Sampler:
+    """Answers with a served teacher. Raises ModelError where its server cannot."""
+    vocabulary = prepared.rendered.vocabulary
+    return VllmTeacherSampler(
+        teacher,
+        vocabulary=vocabulary,
+        padding=padded_ids(model.resolved.local_dir, vocabulary),
+    )
+
+
 def teacher_sampler(prepared: Prepared, model: RunModel, teacher: ServedTeacher) -> Sampler | None:
     """Answers with a served teacher; None, and a warning, where its server cannot."""
-    vocabulary = prepared.rendered.vocabulary
     try:
-        return VllmTeacherSampler(
-            teacher,
-            vocabulary=vocabulary,
-            padding=padded_ids(model.resolved.local_dir, vocabulary),
-        )
+        return answer_with_served(prepared, model, teacher)
     except ModelError as error:
         prepared.warn(f"the {model.role.name} itself is not evaluated: {error.message}")
         return None

@@ -16,7 +16,7 @@ from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.training.metrics import reward_metrics, rollout_metrics, tool_trouble
 from rnow.training.recorder import Recorder
 from rnow.training.residency import Part, Residency
-from rnow.types import Prompt, RewardResult, RolloutGroup
+from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 
 PASS_AT = (1, 4, 8)
 BEFORE, AFTER, TEACHER = "before", "after", "teacher"
@@ -48,6 +48,7 @@ class Evaluator:
         agentic: the student has tools; what it did with them is reported too.
         by_teacher: there are several, and the numbers of each are reported besides.
         warn: told when most tool calls failed.
+        finished: told of each rollout as it is done.
     """
 
     prompts: Sequence[Prompt]
@@ -61,6 +62,7 @@ class Evaluator:
     agentic: bool = False
     by_teacher: bool = False
     warn: Callable[[str], None] = lambda text: None
+    finished: Callable[[Prompt, Rollout], None] = lambda prompt, rollout: None
 
     async def evaluate(
         self,
@@ -98,7 +100,12 @@ class Evaluator:
             asked = [p for p in self.prompts if who.role is None or who.role == p.teacher]
             async with gpu.only(who.part):
                 groups = await collect_rollouts(
-                    asked, who.sampler, self.environments, self.settings, step=0
+                    asked,
+                    who.sampler,
+                    self.environments,
+                    self.settings,
+                    step=0,
+                    finished=self.finished,
                 )
             found |= {group.prompt.id: group for group in groups}
         return [found[prompt.id] for prompt in self.prompts]
@@ -106,11 +113,7 @@ class Evaluator:
     def _pass_at(
         self, groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult]
     ) -> dict[str, float]:
-        counts = [
-            (len(results), sum(result.total >= self.success_reward for result in results))
-            for group in groups
-            if (results := [rewards[r.id] for r in group.rollouts if r.id in rewards])
-        ]
+        counts = count_passed(groups, rewards, self.success_reward).values()
         return {
             f"pass@{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
             for k in self.pass_at
@@ -136,6 +139,17 @@ class Evaluator:
             if self.by_teacher:
                 gaps.setdefault(f"teacher_kl/{sample.teacher}", []).extend(found)
         return {name: math.fsum(of) / len(of) if of else math.nan for name, of in gaps.items()}
+
+
+def count_passed(
+    groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult], success_reward: float
+) -> dict[str, tuple[int, int]]:
+    """Prompt id -> how many of its rollouts were judged, and how many of those passed; prompts with rewards only."""
+    return {
+        group.prompt.id: (len(totals), sum(total >= success_reward for total in totals))
+        for group in groups
+        if (totals := [rewards[r.id].total for r in group.rollouts if r.id in rewards])
+    }
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -1,0 +1,63 @@
+"""How sure a mean over prompts is, and a difference of two means over the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES, CHUNKS = 10_000, 100
+HOW = "95% intervals: percentile bootstrap over prompts; differences are of the same prompts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean over prompts, and the interval around it: the prompts are taken for a sample of all that might have been asked."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float], *, least: float = 0.0, most: float = 1.0) -> Interval:
+    """The mean of one value per prompt with its percentile bootstrap interval (Efron 1979), always the same one.
+
+    Where all values are equal, resampling shows no spread. The interval then is what the share of other values may be in
+    general: at most 1 - 0.025^(1/n) (Clopper and Pearson 1934, for n equal ones), each anything in [``least``, ``most``].
+
+    Raises:
+        ValueError: no value.
+    """
+    if not values:
+        raise ValueError("no prompt")
+    mean, tail = fmean(values), (1 - CONFIDENCE) / 2
+    if min(values) == max(values):
+        others = 1 - tail ** (1 / len(values))
+        return Interval(
+            mean=mean, low=mean - others * (mean - least), high=mean + others * (most - mean)
+        )
+    low, high = np.quantile(_resampled(np.asarray(values)), [tail, 1 - tail])
+    return Interval(mean=mean, low=float(low), high=float(high))
+
+
+def _resampled(values: np.ndarray) -> np.ndarray:
+    """Means of ``RESAMPLES`` draws of as many values, with replacement."""
+    # RandomState: its numbers are promised to stay.
+    draw, size = np.random.RandomState(0), (RESAMPLES // CHUNKS, len(values))
+    chunks = [values[draw.randint(len(values), size=size)].mean(axis=1) for _ in range(CHUNKS)]
+    return np.concatenate(chunks)
+
+
+def difference_interval(before: Mapping[str, float], after: Mapping[str, float]) -> Interval:
+    """How much larger the values of ``after`` are than those of ``before``, in [0, 1] each, prompt by prompt: what makes one
+    prompt harder than another is in both, and cancels.
+
+    Raises:
+        ValueError: they are not of the same prompts.
+    """
+    if before.keys() != after.keys():
+        raise ValueError("not the same prompts")
+    return mean_interval([after[key] - before[key] for key in before], least=-1.0)
