@@ -56,6 +56,7 @@ def show_rollouts(
     found = _find(run, folder)
     steps = steps_of(found.transcripts)
     if not steps:
+        _refuse_rows(found)
         raise InputError(
             "this run has no transcripts yet: they are written after each step",
             where=str(found.transcripts),
@@ -83,6 +84,20 @@ def show_rollouts(
     for part in rollout_view(rows, step=step, total=total, of_steps=max(steps)):
         # No highlighting: it takes minutes for a long text.
         out.print(part, highlight=False)
+
+
+def _refuse_rows(found: RunFolder) -> None:
+    """A run of sft or midtrain never has any."""
+    from rnow.disk.files import read_json_object
+
+    config = read_json_object(found.facts).get("config")
+    kind = config.get("dataset_type") if isinstance(config, dict) else None
+    if kind in ("sft", "midtrain"):
+        raise InputError(
+            f"this run has no rollouts: with dataset_type {kind} the student learns from rows and answers nothing",
+            where=str(found.facts),
+            fix=f"let it answer: rnow test -m {found.path}",
+        )
 
 
 def _find(run: str, folder: Path) -> RunFolder:
