@@ -49,7 +49,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -207,7 +207,7 @@ def _call(command: Sequence[str | Path]) -> None:
 # ---- what both sides read ---------------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, name: str) -> None:
+def prepare(folder: Path, name: str, size: Size) -> None:
     """``folder/<name>``: models, config and all prompts; ``folder/<name>-held-out``: a project of those that are kept apart."""
     import yaml
     from estimators_runs import HELD_OUT, MODELS, TEMPLATES
@@ -215,7 +215,7 @@ def prepare(folder: Path, name: str) -> None:
     from rnow.models.loading import quiet_libraries
 
     quiet_libraries()
-    size, project, apart = SIZES[name], folder / name, folder / f"{name}-held-out"
+    project, apart = folder / name, folder / f"{name}-held-out"
     project.mkdir()
     apart.mkdir()
     quickstart = TEMPLATES / "quickstart"
@@ -351,14 +351,15 @@ def _public(versions: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where it happens. ``pythons``: side -> interpreter."""
+    """Where it happens, and with what ``sizes``. ``pythons``: side -> interpreter."""
 
     folder: Path
     pythons: Mapping[str, Path]
+    sizes: Mapping[str, Size] = field(default_factory=lambda: SIZES)
 
     def speed(self, name: str, side: str, *, steps: int, accumulation: int) -> dict[str, Any]:
         """One process of one side."""
-        size = SIZES[name]
+        size = self.sizes[name]
         task = Task(
             side=side,
             project=str(write_start(self.folder / name, 0)),
@@ -529,9 +530,9 @@ def measure(
         plan = Learning(seconds=2.0, judged=16, rates=(1e-3,), seeds=2, marks=2)
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(folder=Path(name).resolve(), pythons=pythons)
-        for size in SIZES:
+        for size, about in SIZES.items():
             if size in (*given.sizes, *given.learning):
-                prepare(bench.folder, size)
+                prepare(bench.folder, size, about)
         for size in given.sizes:
             steps = DROPPED + 1 if given.quick else None
             rows += measure_speed(bench, size, sides, given.pairs, steps)

@@ -127,7 +127,8 @@ class _Kept:
 
     Attributes:
         student, teacher: the softmax of a tile alone; None, like the others, where nothing comes back to it.
-        gaps: the student's logits minus the teacher's.
+        gaps: the student's logits minus the teacher's; for ``reverse`` and ``jsd`` in the end what ``student`` is multiplied by,
+            times ``student``.
         slopes: the softcap's.
     """
 
@@ -180,9 +181,13 @@ class _Chunk:
                 pick.look(columns, values)
             p = self._student.tile(logits, self._of(kept.student, columns))
             q = self._teacher.tile(judged, self._of(kept.teacher, columns))
-            gap = torch.sub(logits, judged, out=self._of(kept.gaps, columns))
             means[0].append(expect(p, logits))
-            means[1].append(expect(p, gap))
+            if self._objective.divergence == "reverse":
+                gap = logits.sub_(judged)
+                means[1].append(torch.mul(p, gap, out=self._of(kept.gaps, columns)).sum(-1))
+            else:
+                gap = torch.sub(logits, judged, out=self._of(kept.gaps, columns))
+                means[1].append(expect(p, gap))
             if self._objective.divergence == "forward":
                 means[2].append(expect(q, gap))
         self._settle(chosen, means)
@@ -222,15 +227,14 @@ class _Chunk:
         return losses + found.losses.detach(), slopes
 
     def _jsd(self) -> Tensor:
-        """With s = log sigmoid(a): log(p / m) = s + log 2, log(q / m) = s - a + log 2. The gaps become s."""
+        """With s = log sigmoid(a): log(p / m) = s + log 2, log(q / m) = s - a + log 2. The gaps become p s."""
         of_student, of_teacher = [], []
         for columns in self._columns:
-            gaps = self._of(self._kept.gaps, columns).sub_(self._offset[:, None].to(self._picked))
             p, q = self._of(self._kept.student, columns), self._of(self._kept.teacher, columns)
-            of_teacher.append(-expect(q, gaps))
-            gaps.copy_(torch.nn.functional.logsigmoid(gaps))
-            of_student.append(expect(p, gaps))
-            of_teacher[-1] += expect(q, gaps)
+            gaps = self._of(self._kept.gaps, columns).sub_(_column(self._offset, p))
+            s = torch.nn.functional.logsigmoid(gaps)
+            of_teacher.append(-expect(q, gaps.sub_(s)))
+            of_student.append(torch.mul(p, s, out=gaps).sum(-1))
         self._middle = self._student.expect(of_student)
         return 0.5 * (self._middle + self._teacher.expect(of_teacher)) + math.log(2.0)
 
@@ -248,15 +252,19 @@ class _Chunk:
         elif self._objective.divergence == "forward":
             p_scale = p_scale * (1.0 - extra)
         for tile, columns in enumerate(self._columns):
-            towards = _scaled(self._of(self._kept.student, columns), p_scale[tile])
+            p, gaps = self._of(self._kept.student, columns), self._of(self._kept.gaps, columns)
             if self._objective.divergence == "forward":
-                towards.sub_(_scaled(self._of(self._kept.teacher, columns), q_scale[tile]))
+                q = self._of(self._kept.teacher, columns)
+                towards = p.mul_(_column(p_scale[tile], p)).addcmul_(
+                    q, _column(q_scale[tile], q), value=-1
+                )
             else:
-                gaps = self._of(self._kept.gaps, columns)
-                towards.mul_(gaps.sub_(constant[:, None].to(gaps.dtype)))
+                towards = gaps.addcmul_(p, _column(constant, p), value=-1)
             if self._kept.slopes is not None:
                 towards.mul_(self._of(self._kept.slopes, columns))
-            mean.accumulate(towards, columns)
+            mean.accumulate(
+                towards, columns, None if self._objective.divergence == "forward" else p_scale[tile]
+            )
         found = weight * mean.value
         if reward_slopes is not None:
             slope = head.slope(self._picked, temperature)
@@ -272,5 +280,5 @@ class _Chunk:
         return tile.view(self._rows, columns.stop - columns.start)
 
 
-def _scaled(values: Tensor, by: Tensor) -> Tensor:
-    return values.mul_(by[:, None].to(values.dtype))
+def _column(numbers: Tensor, like: Tensor) -> Tensor:
+    return numbers[:, None].to(like.dtype)

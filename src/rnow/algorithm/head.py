@@ -282,9 +282,15 @@ class MeanRow:
             weights *= (normaliser - self._total).exp_().to(weights.dtype)[:, None]
         self.accumulate(weights, columns)
 
-    def accumulate(self, weights: Tensor, columns: slice) -> None:
-        """Add a tile's as they are."""
+    def accumulate(self, weights: Tensor, columns: slice, share: Tensor | None = None) -> None:
+        """Add a tile's as they are, or ``share`` ``[r]`` of them."""
         rows = self._head.weight[columns]
+        if share is not None:
+            share = share[:, None].to(weights.dtype)
+            if rows.shape[0] > rows.shape[1] and rows.dtype == self.value.dtype:
+                self.value.addcmul_(weights @ rows, share)
+                return
+            weights.mul_(share)
         if rows.dtype == self.value.dtype:
             self.value.addmm_(weights, rows)
         else:

@@ -285,6 +285,7 @@ class AlgorithmSection(Section):
     loss_fn: Literal["ppo", "importance_sampling"] = key(
         "ppo",
         "Clipped (`ppo`) or plain importance sampling; the same step at one update per batch.",
+        reader="surrogate",
     )
     adv_estimator: Literal["grpo", "gae", "reinforce"] = key(
         "grpo",

@@ -70,7 +70,8 @@ def ordered(rows: Sequence[Row], by: str | None = None, *, reverse: bool = False
     values = [row[SORTS[by]] for row in rows]
     known = [i for i, value in enumerate(values) if value is not None and not math.isnan(value)]
     found = sorted(known, key=lambda index: values[index], reverse=not reverse)
-    return found + [index for index in range(len(rows)) if index not in set(known)]
+    with_number = set(known)
+    return found + [index for index in range(len(rows)) if index not in with_number]
 
 
 def _read_table(path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | None) -> list[Row]:

@@ -124,6 +124,16 @@ def unusable_gpu() -> str | None:
     return f"torch {torch.__version__} does not find it; its CUDA {torch.version.cuda} may need a newer NVIDIA driver"
 
 
+def scores_early(config: Config) -> bool:
+    """Whether the teacher is asked for each rollout as soon as it is finished: the one teacher is behind a server, which has
+    machines of its own, and is not the server that samples."""
+    sections = [section for _, section in teacher_sections(config)]
+    if len(sections) != 1 or control_of(config) is not None:
+        return False
+    (teacher,) = sections
+    return teacher.url is not None and teacher.url != config.sampler.url
+
+
 def teacher_backend(section: TeacherSection) -> Literal["transformers", "vllm"]:
     """``teacher.backend`` with ``auto`` decided: a given url is a vLLM server, anything else is loaded here."""
     if section.backend != "auto":

@@ -104,16 +104,19 @@ async def collect_rollouts(
     *,
     step: int,
     store: RolloutStore | None = None,
+    finished: Callable[[Prompt, Rollout], None] = lambda prompt, rollout: None,
 ) -> list[RolloutGroup]:
     """``group_size`` rollouts of every prompt, concurrently; groups in the order of the prompts.
 
     An environment that raises makes a rollout of status ``failed``, which is data; a sampler that raises ends the step.
+    ``finished`` is told of each rollout, of those in ``store`` too.
     """
     places = asyncio.Semaphore(settings.max_live or max(1, len(prompts) * settings.group_size))
 
     async def one(prompt: Prompt, index: int) -> Rollout:
         known = store.finished(prompt.id, index) if store else None
         if known is not None:
+            finished(prompt, known)
             return known
         # A rollout that waits for its place is not live: a batching sampler does not wait for it.
         async with places:
@@ -122,6 +125,7 @@ async def collect_rollouts(
                 rollout = await episode.run(environments)
         if store is not None:
             store.add(rollout)
+        finished(prompt, rollout)
         return rollout
 
     try:

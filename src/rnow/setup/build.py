@@ -49,7 +49,7 @@ from rnow.errors import (
 )
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
-from rnow.plan.choices import control_warning, sampler_backend, slow_paths
+from rnow.plan.choices import control_warning, sampler_backend, scores_early, slow_paths
 from rnow.plan.plan import Plan, build_plan, may_take_turns, measure
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.roles import Models, teachers_of
@@ -698,6 +698,7 @@ class _Run:
             reward_watch=watch,
             teacher=controlled(backends.teacher, control_of(self._config)),
             needs=build_objective(self._prepared).needs,
+            scores_early=scores_early(self._config),
             gpu=backends.gpu,
         )
 

@@ -15,6 +15,7 @@ from rnow.rollout.collect import RolloutSettings, RolloutStore, collect_rollouts
 from rnow.training.recorder import Recorder
 from rnow.training.residency import Residency, StageClock
 from rnow.training.saver import Saver
+from rnow.training.scoring import Scoring
 from rnow.types import Prompt, RewardResult, RolloutGroup
 
 
@@ -86,7 +87,7 @@ async def train_step(parts: Parts, step: int) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
     """What a source may ask for the samples of a step, once everything is loaded. ``needs``: what the objective asks of the
-    teacher."""
+    teacher; ``scores_early``: see ``Scoring``."""
 
     environments: Callable[[Prompt, int], Environment]
     settings: RolloutSettings
@@ -97,6 +98,7 @@ class Workers:
     teacher: Teacher | None
     needs: TeacherNeeds
     gpu: Residency
+    scores_early: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,21 +112,28 @@ class OnPolicy:
     async def batch(self, step: int, clock: StageClock) -> StepData:
         """See ``Source.batch``."""
         at, gpu, poll = self.workers, self.workers.gpu, self.workers.settings.poll
-        async with gpu.only("sampler", clock):
-            with clock.stage("rollout"):
-                prompts, store = self.prompts_of(step), at.journal(step)
-                groups = await collect_rollouts(
-                    prompts, at.sampler, at.environments, at.settings, step=step, store=store
-                )
-        with clock.stage("reward"):
-            # An answer that is cut by the horizon is none that a reward could judge.
-            judged = groups if at.settings.horizon is None else []
-            rewards = await score_rewards(judged, at.rewarder, poll=poll)
-            at.reward_watch.step(step, rewards)
-            samples = build_samples(groups)
-        async with gpu.only("teacher", clock):
-            with clock.stage("teacher"):
-                evidence = await at.teacher.score(samples, at.needs) if at.teacher else None
-                advantages = self.advantages(groups, rewards)
-                training = build_training_samples(samples, advantages, evidence)
+        async with Scoring(at.teacher, at.needs, early=at.scores_early) as scoring:
+            async with gpu.only("sampler", clock):
+                with clock.stage("rollout"):
+                    prompts, store = self.prompts_of(step), at.journal(step)
+                    groups = await collect_rollouts(
+                        prompts,
+                        at.sampler,
+                        at.environments,
+                        at.settings,
+                        step=step,
+                        store=store,
+                        finished=scoring.finished,
+                    )
+            with clock.stage("reward"):
+                # An answer that is cut by the horizon is none that a reward could judge.
+                judged = groups if at.settings.horizon is None else []
+                rewards = await score_rewards(judged, at.rewarder, poll=poll)
+                at.reward_watch.step(step, rewards)
+                samples = build_samples(groups)
+            async with gpu.only("teacher", clock):
+                with clock.stage("teacher"):
+                    evidence = await scoring.evidence(samples)
+                    advantages = self.advantages(groups, rewards)
+                    training = build_training_samples(samples, advantages, evidence)
         return StepData(training=training, groups=groups, rewards=rewards)
