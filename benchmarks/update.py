@@ -100,9 +100,9 @@ def formed(form: str, model: Any) -> Iterator[None]:
 
 
 def whole_rows(head: Any, *, kept: bool = False) -> Any:
-    from rnow.algorithm.head import CPU_BUFFER_BYTES, Tiling
+    from rnow.algorithm.head import Tiling
 
-    rows = max(16, CPU_BUFFER_BYTES // (4 * head.vocabulary))
+    rows = max(16, 64 * 2**20 // (4 * head.vocabulary))
     return Tiling(rows=rows, width=head.vocabulary)
 
 
