@@ -102,7 +102,7 @@ def test_overrides_change_values_and_are_told(load: Load) -> None:
     assert [s.path for s in config.data.sources] == ["a.jsonl", "b.jsonl"]
     assert config.evaluation.teacher is False
     assert loaded.changes == [
-        "trainer.learning_rate: 0.0001 (default) -> 2e-5",
+        "trainer.learning_rate: 1e-4 in distill and rl, 5e-5 in sft and midtrain (default) -> 2e-5",
         "data.batch_size: 2 -> 8",
         "data.train_file: train.jsonl -> [a.jsonl, b.jsonl]",
         "evaluation.teacher: auto (default) -> false",

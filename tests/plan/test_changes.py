@@ -196,12 +196,13 @@ TABLE: dict[Change, str] = {
     """,
     "length": "trainer.num_epochs trainer.max_steps",
     "warn": """
-        algorithm.loss_fn algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards|answers
+        algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards|answers
         algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence|answers
         algorithm.gae_lambda|value head
         algorithm.value_learning_rate|value head
         algorithm.kl_clamp|kl clamp
         algorithm.teacher_top_k|top k
+        algorithm.loss_fn|surrogate
         algorithm.clip_ratio_low|surrogate
         algorithm.clip_ratio_high|surrogate
         algorithm.ratio_cap|importance ratio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -31,6 +32,8 @@ _CONTROL = re.compile(
     r"<[|｜][^<>\s]*?[|｜]>|<\|\w+>|<\w+\|>|</?s>|<(?:start|end)_of_(?:turn|utterance)>|<(?:bos|eos)>|\[/?INST\]"
 )
 _PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+MORE_STOPS = ("<|user|>", "<|observation|>", "<|return|>", "<|call|>", "<|tool_response>", "<|END_OF_TURN_TOKEN|>")  # fmt: skip
 
 ASKED = ("FIRST question", "SECOND question")
 ANSWERED = ("ALPHA one", "BETA two")
@@ -68,9 +71,9 @@ CONVERSATIONS: Mapping[str, Conversation] = {
 
 def tokenizer_for(source: str) -> Any:
     """One that has the template's control tokens, with what ends a turn as its end of sequence."""
-    special = [*dict.fromkeys(["<|end|>", *_CONTROL.findall(source)])]
-    tokenizer = byte_tokenizer(source, "<|end|>", special, _PLAIN)
-    end = end_of_turn_id(tokenizer)
+    special = [*dict.fromkeys(["<|eos|>", *_CONTROL.findall(source)])]
+    tokenizer = byte_tokenizer(source, "<|eos|>", special, _PLAIN)
+    end = end_of_turn_id(tokenizer) if "eos_token" not in source else None
     if end is not None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
@@ -82,7 +85,10 @@ def tokenizer_of(name: str) -> Any:
 
 
 def stops_of(tokenizer: Any) -> tuple[int, ...]:
-    return tuple(sorted({tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None}))
+    """With what generation_config.json of these families adds, where the template writes it."""
+    vocabulary = tokenizer.get_added_vocab()
+    more = {vocabulary[text] for text in MORE_STOPS if text in vocabulary}
+    return tuple(sorted({tokenizer.eos_token_id, end_of_turn_id(tokenizer), *more} - {None}))
 
 
 def mask(
@@ -94,6 +100,12 @@ def mask(
         partial(encode_texts, tokenizer),
         stop_ids=stops_of(tokenizer) if stops is None else stops,
     )
+
+
+@cache
+def masked(name: str) -> Mapping[str, MaskedConversation | MaskFault | TemplateFault]:
+    """Every conversation, as a template of TRL's reads it."""
+    return dict(zip(CONVERSATIONS, mask(tokenizer_of(name), *CONVERSATIONS.values()), strict=True))
 
 
 def plain(*messages: Message) -> Conversation:
@@ -117,17 +129,41 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def letters(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> tuple[str, list[bool]]:
+    """The text of these tokens, and the mask of each of its letters."""
+    texts = [text_of(tokenizer, [token]) for token in ids]
+    each = [[bool(on)] * len(text) for text, on in zip(texts, mask, strict=True)]
+    return "".join(texts), [on for part in each for on in part]
+
+
 # --- every template -------------------------------------------------------------------------------------------------
 
-# What a template does that forbids it, and to which conversations; "agent" is not listed where a template takes no tools.
-REFUSED: Mapping[str, str] = {}
+# What forbids it, and to which conversations. Templates that refuse tools, or would print a call as nothing at all:
+_NO_TOOLS = (
+    "cohere cohere2 cohere2_training cohere_training gemma gemma3 gemma3_training gemma_training idefics3 idefics3_training "
+    "llava_next llava_next_training smolvlm smolvlm_training "
+    "deepseek_r1_distill_training lfm2 lfm2_training llama3 llama3_training phi3 phi3_5 phi3_5_training phi3_training "
+    "qwen2_5_vl qwen2_5_vl_training smollm2"
+)
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(_NO_TOOLS.split(), "agent"),
+    # It opens an answer with thinking, and prints one without.
+    **dict.fromkeys(["deepseek_r1_distill", "deepseekv3"], "one two agent"),
+    **dict.fromkeys(
+        (f"nemotron_3_{size}" for size in ("5_lightning", "nano", "super", "ultra")),
+        "one two agent",
+    ),
+    # It prints the last answer otherwise than earlier ones: with thinking, or another end.
+    **dict.fromkeys(["gptoss", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"], "two"),
+    "qwen3": "two agent",
+}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_loss_is_on_what_the_assistant_says_and_nothing_else(name: str) -> None:
     tokenizer, stops = tokenizer_of(name), stops_of(tokenizer_of(name))
     refused = []
-    for kind, found in zip(CONVERSATIONS, mask(tokenizer, *CONVERSATIONS.values()), strict=True):
+    for kind, found in masked(name).items():
         if not isinstance(found, MaskedConversation):
             refused.append(kind)
             continue
@@ -137,21 +173,19 @@ def test_the_loss_is_on_what_the_assistant_says_and_nothing_else(name: str) -> N
             tokenizer,
             [t for t, on in zip(found.token_ids, found.loss_mask, strict=True) if not on],
         )
+        stop_texts = [text_of(tokenizer, [stop]) for stop in stops]
         if kind != "agent":
-            assert len(runs) == len(SAID[kind]), trained
+            turns = [text for text in trained if text not in stop_texts]
+            assert len(turns) == len(SAID[kind]), trained
         for said in SAID[kind]:
-            if (
-                kind == "agent"
-                and said == "GAMMA"
-                and said not in text_of(tokenizer, found.token_ids)
-            ):
-                continue  # a template that prints no calls
             assert sum(said in text for text in trained) == 1, (said, trained)
             assert said not in other
         for told in TOLD[kind]:
             assert all(told not in text for text in trained), trained
         assert runs[-1][-1] in stops, (kind, trained)
-        if kind != "agent":
+        if (
+            name != "gptoss_training"
+        ):  # whose marks end earlier turns with a token that ends no turn of the sampler's
             assert all(run[-1] in stops for run in runs), (kind, trained)
     assert " ".join(refused) == REFUSED.get(name, "")
 
@@ -162,31 +196,48 @@ def test_the_template_s_own_marks_agree(name: str, kind: str) -> None:
     """With transformers' reading of them, but for blanks behind an end of turn, and an end of turn that they leave out."""
     tokenizer = tokenizer_of(name)
     messages, tools = CONVERSATIONS[kind]
-    (found,) = mask(tokenizer, CONVERSATIONS[kind])
+    found = masked(name)[kind]
     if not isinstance(found, MaskedConversation):
         pytest.skip("refused, as the test above says")
-    try:
-        theirs = tokenizer.apply_chat_template(
-            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
-        )
-    except Exception as error:
-        pytest.skip(f"only in the form that ours gives messages: {error}")
-    ids, marked = theirs["input_ids"], theirs["assistant_masks"]
-    length = min(len(ids), len(found.token_ids))
-    assert list(found.token_ids[:length]) == ids[:length]
-    assert not any(marked[length:]) or not text_of(tokenizer, ids[length:]).strip()
-    only_theirs = [ids[i] for i in range(length) if marked[i] and not found.loss_mask[i]]
-    assert not text_of(tokenizer, only_theirs).strip()
-    only_ours = [
-        token
-        for i, token in enumerate(found.token_ids)
-        if found.loss_mask[i] and not (i < len(marked) and marked[i])
+    parted = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
     ]
-    assert set(only_ours) <= set(stops_of(tokenizer))
+    for form in (messages, parted):
+        with suppress(Exception):  # of a form that the template does not take
+            theirs = tokenizer.apply_chat_template(
+                form, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, marked = theirs["input_ids"], theirs["assistant_masks"]
+            if ASKED[0] in text_of(tokenizer, ids):
+                break
+    else:
+        pytest.fail("transformers reads neither form")
+    shown, their_mask = letters(tokenizer, ids, marked)
+    read, our_mask = letters(tokenizer, found.token_ids, found.loss_mask)
+    length = min(len(shown), len(read))
+    assert read[:length] == shown[:length]
+    only_theirs = "".join(
+        letter
+        for i, letter in enumerate(shown)
+        if their_mask[i] and not (i < len(our_mask) and our_mask[i])
+    )
+    assert not only_theirs.strip()
+    only_ours = "".join(
+        letter
+        for i, letter in enumerate(read)
+        if our_mask[i] and not (i < len(their_mask) and their_mask[i])
+    )
+    for stop in stops_of(tokenizer):
+        only_ours = only_ours.replace(text_of(tokenizer, [stop]), "")
+    assert not only_ours
 
 
 # Whose marks hold what the generation prompt gives: the opening of the turn.
-OPENED: tuple[str, ...] = ()
+OPENED = (
+    "deepseek_r1_distill_training", "deepseekv3_training", "gptoss_training", "muse_glimmer_training", "qwen2_5_training",
+    "qwen3_5_nothink_training", "qwen3_5_think_training", "qwen3_6_training", "qwen3_8_training",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -194,16 +245,18 @@ def test_turn_by_turn_is_what_the_marks_say(name: str, monkeypatch: pytest.Monke
     """Where a template that has marks can be read without them, both agree."""
     tokenizer = tokenizer_of(name)
     chosen = [CONVERSATIONS["one"], CONVERSATIONS["two"]]
-    by_marks = mask(tokenizer, *chosen)
+    by_marks = [masked(name)["one"], masked(name)["two"]]
     monkeypatch.setattr(masks, "_MARKED", re.compile(r"(?!)"))
     by_turns = mask(tokenizer, *chosen)
     compared = 0
     for one, other in zip(by_marks, by_turns, strict=True):
         if isinstance(one, MaskedConversation) and isinstance(other, MaskedConversation):
             compared += 1
-            assert other.token_ids == one.token_ids
-            if name not in OPENED:
-                assert other.loss_mask == one.loss_mask
+            read, marked = letters(tokenizer, one.token_ids, one.loss_mask)
+            again, found = letters(tokenizer, other.token_ids, other.loss_mask)
+            assert again == read
+            differ = {letter for i, letter in enumerate(read) if marked[i] != found[i]}
+            assert name in OPENED or not "".join(differ).strip()
     if name not in OPENED:
         assert compared or all(isinstance(one, MaskFault) for one in by_turns)
 
@@ -256,11 +309,11 @@ def test_an_answer_of_nothing_is_its_end() -> None:
 
 def test_an_answer_that_begins_with_what_its_opening_ends_with() -> None:
     """Two newlines would be one token, half of it the opening's: the student never writes that one after its opening."""
-    messages = [ONE[0], {"role": "assistant", "content": "\nthere"}]
+    messages = [ONE[0], {"role": "assistant", "content": "\n\nthere"}]
     (found,) = mask(ours(), plain(*messages))
     assert isinstance(found, MaskedConversation)
     (run,) = segments(found)
-    assert text_of(ours(), run) == "\nthere<|im_end|>"
+    assert text_of(ours(), run) == "\n\nthere<|im_end|>"
     whole = ours().encode(text_of(ours(), found.token_ids), add_special_tokens=False)
     assert len(found.token_ids) == len(whole) + 1
 
@@ -303,7 +356,7 @@ def test_a_template_that_writes_earlier_answers_anew() -> None:
     assert trained(tokenizer, *ONE) == ["ALPHA one<|im_end|>"]
     assert refused(tokenizer, *TWO) == (
         "the chat template writes message 2 anew when others follow it: "
-        "'one<|im_end|>\\n' becomes 'ONE<|im_end|>\\n<|im_star'"
+        "'one<|im_end|>\\n' becomes 'ONE<|im_end|>\\n<|im_start'"
     )
 
 

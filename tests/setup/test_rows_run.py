@@ -38,7 +38,7 @@ ROWS: dict[str, list[Any]] = {
 }
 SECTIONS: dict[str, Any] = {
     "data": {"batch_size": 5, "val_split": 0.25},
-    "rollout": {"max_context_window": 64},
+    "rollout": {"max_context_window": 70},
     "trainer": {"num_epochs": 2, "save_step": 2, "learning_rate": 1e-2},
     "evals": [{"step": 2, "name": "often"}],
 }
@@ -185,7 +185,7 @@ def test_kill_9_and_resume_are_bit_identical(
     tiny_model_dir: MakeModel,
     kind: str,
 ) -> None:
-    """Killed in the third step, after a checkpoint at the second, in a process of its own."""
+    """Killed in the fourth step, after a checkpoint at the second, in a process of its own."""
     project = project_of(tmp_path, tiny_model_dir, kind)
     values = project.values(**SECTIONS)
     program = (
@@ -233,7 +233,7 @@ def test_what_may_change_between_two_starts(
     free = compared(algorithm={"kl_penalty_coef": 1.0}, sampler={"max_num_seqs": 3})
     assert len(free.free) == 2
     assert free.evaluations_hold
-    window = compared(rollout={"max_context_window": 65})
+    window = compared(rollout={"max_context_window": 71})
     assert len(window.refused) == 1
     assert len(compared(trainer={**SECTIONS["trainer"], "learning_rate": 1e-3}).warned) == 1
     assert facts["rewards_hash"] is None, "no reward is run"

@@ -473,7 +473,9 @@ class TrainerSection(Section):
 
     num_epochs: Positive = key(1, "Passes over the prompts.", change="length")
     max_steps: Positive | None = key(None, "Stop after so many steps.", "no limit", change="length")
-    learning_rate: Above0 = key(1e-4, "Learning rate of AdamW.", "1e-4; 5e-5 in sft and midtrain")
+    learning_rate: Above0 = key(
+        1e-4, "Learning rate of AdamW.", "1e-4 in distill and rl, 5e-5 in sft and midtrain"
+    )
     save_step: int = key(
         -1, "Save a checkpoint every so many steps; -1 saves at the end.", ge=-1, change="free"
     )

@@ -66,6 +66,9 @@ def render_rows(
         InputError: the window is larger than the model's limit.
     """
     student = models[STUDENT]
+    order = [source.name for source in config.data.sources]
+    # As in the files: the first line at fault is named.
+    prompts = sorted(prompts, key=lambda prompt: (order.index(prompt.dataset), prompt.row))
     tokenizer = dated_tokenizer(student, now or local_time())
     window = max(LEAST_WINDOW, choose_window(config.rollout.max_context_window, models))
     stops = stop_token_ids(tokenizer, student.resolved.local_dir)
@@ -198,8 +201,8 @@ def _refuse_unmasked(
         title="Answers cannot be told",
         where=place_of(prompt),
         why="the loss is on what the student would write itself, token by token",
-        fix="give each of these rows one answer, as its last message; or put {% generation %} marks around the assistant's text in "
-        "the chat_template.jinja of a local copy of the model",
+        fix="give each of these rows one answer, as its last message; set rollout.reasoning_mode: none if it is the thinking that "
+        "differs; or put {% generation %} marks around the assistant's text in the chat_template.jinja of a local copy of the model",
         details=lines[:MAX_SHOWN],
         more=lines[MAX_SHOWN:],
     )

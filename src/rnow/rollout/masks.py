@@ -23,6 +23,7 @@ from rnow.rollout.rendering import (
     template_text,
 )
 from rnow.rollout.template_process import TemplateFault
+from rnow.types import Message
 
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PRIVATE = range(0xE000, 0xF8FF)
@@ -81,13 +82,14 @@ def mask_conversations(
     Raises:
         InputError: the template takes too long, or writes too much.
     """
+    ending = _Ending(tokenizer=tokenizer, stops=tuple(stop_ids))
     found = _by_marks(tokenizer, conversations, reasoning_mode)
     others = [index for index in range(len(conversations)) if index not in found]
-    turns = _by_turns(tokenizer, [conversations[index] for index in others], reasoning_mode)
+    turns = _by_turns(tokenizer, [conversations[i] for i in others], ending.texts, reasoning_mode)
     found |= dict(zip(others, turns, strict=True))
+    found = {i: _with_calls(one, conversations[i][0]) for i, one in found.items()}
     read = {index: one for index, one in found.items() if isinstance(one, _Read)}
     tokens = dict(zip(read, _tokenise(tokenizer, encode, [*read.values()]), strict=True))
-    ending = _Ending(tokenizer=tokenizer, stops=tuple(stop_ids))
     masked: list[MaskedConversation | MaskFault | TemplateFault] = []
     for index in range(len(conversations)):
         one, cut = found[index], tokens.get(index)
@@ -106,7 +108,7 @@ def mask_conversations(
 
 def _by_marks(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], mode: str | None
-) -> dict[int, _Read | TemplateFault]:
+) -> dict[int, _Read | MaskFault | TemplateFault]:
     """Those whose template marks the assistant's text, by index."""
     marking = {
         tools: bool(_MARKED.search(template_text(tokenizer, tools=tools)))
@@ -122,7 +124,7 @@ def _by_marks(
         generation_prompt=False,
         generation_marks=marks,
     )
-    found: dict[int, _Read | TemplateFault] = {}
+    found: dict[int, _Read | MaskFault | TemplateFault] = {}
     for index, text in zip(asked, texts, strict=True):
         if isinstance(text, TemplateFault):
             found[index] = text
@@ -158,9 +160,12 @@ def _between(rendered: Rendering, marks: tuple[str, str]) -> _Read | None:
 
 
 def _by_turns(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], mode: str | None
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    stops: Sequence[str],
+    mode: str | None,
 ) -> list[_Read | MaskFault | TemplateFault]:
-    """The text and spans of each, from renderings that end before and after every answer."""
+    """The text and spans of each, from renderings that end before and after every answer. ``stops``: what ends a turn."""
     answers = [
         [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         for messages, _ in conversations
@@ -182,7 +187,7 @@ def _by_turns(
     openings = iter(render(tokenizer, opened, reasoning_mode=mode))
     endings = iter(render(tokenizer, closed, reasoning_mode=mode, generation_prompt=False))
     return [
-        _spans_of(own, [*islice(openings, len(own))], [*islice(endings, len(ending))])
+        _spans_of(own, [*islice(openings, len(own))], [*islice(endings, len(ending))], stops)
         for own, ending in zip(answers, ends, strict=True)
     ]
 
@@ -191,6 +196,7 @@ def _spans_of(
     answers: Sequence[int],
     openings: Sequence[Rendering | TemplateFault],
     endings: Sequence[Rendering | TemplateFault],
+    stops: Sequence[str],
 ) -> _Read | MaskFault | TemplateFault:
     """Where each answer lies in the whole conversation, which is the last of ``endings``."""
     *_, whole = endings
@@ -210,13 +216,45 @@ def _spans_of(
                 f"the chat template writes message {index + 1} otherwise than it opens an answer there: "
                 + _difference(opening.text, ending.text)
             )
-        if not whole.text.startswith(ending.text):
+        end = _end_in(whole.text, ending.text, len(opening.text), stops)
+        if end is None:
             return MaskFault(
                 f"the chat template writes message {index + 1} anew when others follow it: "
                 + _difference(ending.text, whole.text)
             )
-        spans.append((len(opening.text), len(ending.text)))
+        spans.append((len(opening.text), end))
     return _Read(text=whole.text, spans=tuple(spans), whole=True, altered=whole.altered)
+
+
+def _end_in(whole: str, ending: str, start: int, stops: Sequence[str]) -> int | None:
+    """Where the answer from ``start`` on ends in the whole conversation; None where that has another answer there. What ends a
+    conversation besides its last turn (Phi-3's ``<|endoftext|>``) goes when others follow."""
+    if whole.startswith(ending):
+        return len(ending)
+    pattern = re.compile("|".join(map(re.escape, stops)) or "(?!)")
+    ends = [match.end() for match in pattern.finditer(ending, start)]
+    for end in reversed(ends):
+        if not pattern.sub("", ending[end:]).strip() and whole.startswith(ending[:end]):
+            return end
+    return None
+
+
+def _with_calls(
+    read: _Read | MaskFault | TemplateFault, messages: Sequence[Message]
+) -> _Read | MaskFault | TemplateFault:
+    """What was read, if the tool calls of every answer are in it: one that is not printed would teach to answer nothing."""
+    if not isinstance(read, _Read):
+        return read
+    said = "".join(read.text[start:end] for start, end in read.spans)
+    for index, message in enumerate(messages):
+        calls = message.get("tool_calls") if message["role"] == "assistant" else None
+        for call in calls if isinstance(calls, list) else ():
+            name = str(call.get("function", call).get("name") or "")
+            if name not in said:
+                return MaskFault(
+                    f"the chat template does not print the tool calls of message {index + 1}"
+                )
+    return read
 
 
 def _difference(one: str, other: str) -> str:
@@ -278,6 +316,12 @@ class _Ending:
 
     tokenizer: Tokenizer
     stops: tuple[int, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What ends a turn, as templates write it: the longest first."""
+        texts = {decode_all(self.tokenizer, [token]) for token in self.stops} - {""}
+        return tuple(sorted(texts, key=lambda text: (-len(text), text)))
 
     def close(
         self, read: _Read, token_ids: list[int], spans: Spans
