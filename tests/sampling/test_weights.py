@@ -11,9 +11,11 @@ import pytest
 import torch
 from tests.sampling.conformance import HEAD_ROWS, VOCABULARY, load_student, make_policy
 
+from rnow.algorithm.products import can_pack
 from rnow.errors import ModelError
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.policy.student import LoraPolicy
+from rnow.sampling.packed import PackedLinear
 from rnow.sampling.weights import MergedWeights, sampling_mode
 
 IDS = torch.tensor([[5, 16, 27, 38, 49, 60, 71, 82]])
@@ -46,7 +48,51 @@ def test_every_load_replaces_the_last(student: CausalLM) -> None:
     merged.load(strong)
     nothing = replace(strong, tensors={name: t * 0 for name, t in strong.tensors.items()})
     merged.load(nothing)
-    assert torch.equal(logprobs(merged.lm.model), base)
+    torch.testing.assert_close(logprobs(merged.lm.model), base, atol=1e-6, rtol=0)
+
+
+class ReadsItsWeight(torch.nn.Module):
+    """A layer that multiplies by another's weight itself."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mlp: Any = self.inner
+        (x,) = args
+        return mlp.down_proj(
+            mlp.act_fn(torch.nn.functional.linear(x, mlp.gate_proj.weight)) * mlp.up_proj(x)
+        )
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_model_that_reads_its_weights_gets_plain_ones(student: CausalLM, reads: bool) -> None:
+    for layer in student.body.layers if reads else ():
+        layer.mlp = ReadsItsWeight(layer.mlp)
+    merged = MergedWeights(student)
+    policy = make_policy(student)
+    if reads:  # the trainer's layer must add the adapter there as well
+        adapter = policy.adapter()
+        kept = {name: t for name, t in adapter.tensors.items() if "gate_proj" not in name}
+        policy.load_adapter(kept | {n: t * 0 for n, t in adapter.tensors.items() if n not in kept})
+    merged.load(policy.adapter())
+    packed = [m for m in merged.lm.model.modules() if isinstance(m, PackedLinear)]
+    assert bool(packed) == (not reads and can_pack(torch.ones(8, 8)))
+    torch.testing.assert_close(logprobs(merged.lm.model), logprobs(policy.model), atol=1e-5, rtol=0)
+    merged.load(policy.adapter())
+    torch.testing.assert_close(logprobs(merged.lm.model), logprobs(policy.model), atol=1e-5, rtol=0)
+
+
+def test_without_onednn_the_layers_stay_plain(
+    student: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnow.algorithm.products._has_onednn", lambda: False)
+    merged = MergedWeights(student)
+    policy = make_policy(student)
+    merged.load(policy.adapter())
+    assert not any(isinstance(m, PackedLinear) for m in merged.lm.model.modules())
+    torch.testing.assert_close(logprobs(merged.lm.model), logprobs(policy.model), atol=1e-5, rtol=0)
 
 
 def test_the_base_never_changes(student: CausalLM) -> None:
@@ -81,7 +127,9 @@ def test_what_no_adapter_touches_is_not_copied(student: CausalLM) -> None:
 def test_nothing_of_the_copy_is_trained(student: CausalLM) -> None:
     merged = MergedWeights(student)
     merged.load(make_policy(student).adapter())
+    layers = [*merged.lm.model.modules()]
     own = [p for p in merged.lm.model.parameters() if p.data_ptr() not in pointers(student)]
+    own += [layer._packed for layer in layers if isinstance(layer, PackedLinear)]  # type: ignore[misc]
     assert own, "the merged layers have weights of their own"
     assert not any(parameter.requires_grad for parameter in own)
 

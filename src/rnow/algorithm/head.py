@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rnow.algorithm.products import wide_product
+from rnow.algorithm.products import linear, packed_linear, wide_product
 
 CPU_TILE_BYTES = 2**20
 """Of one core: a tile of logits and one of probabilities stay in its caches."""
@@ -39,12 +39,14 @@ class Head:
         bias: ``[V]`` or None.
         scale: a constant factor on the logits (Cohere, Granite), 1 for most.
         softcap: ``c`` in ``c * tanh(logits / c)`` (Gemma 2), or None.
+        packed: the weight once more, for products with few rows (``products.pack``), or None.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    packed: Tensor | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -69,8 +71,10 @@ class Head:
         if hidden.is_cuda and hidden.ndim == 2:
             logits = wide_product(hidden.to(weight.dtype), weight.t())
             logits = logits if bias is None else logits.add_(bias)
+        elif self.packed is not None and weight.shape == self.weight.shape:
+            logits = packed_linear(hidden, self.packed, bias)
         else:
-            logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+            logits = linear(hidden.to(weight.dtype), weight, bias, steady=True)
             logits = logits.to(self.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -286,16 +290,14 @@ class MeanRow:
     def accumulate(self, weights: Tensor, columns: slice, share: Tensor | None = None) -> None:
         """Add a tile's as they are, or ``share`` ``[r]`` of them."""
         rows = self._head.weight[columns]
-        if share is not None:
-            share = share[:, None].to(weights.dtype)
-            if rows.shape[0] > rows.shape[1] and rows.dtype == self.value.dtype:
-                self.value.addcmul_(weights @ rows, share)
-                return
-            weights.mul_(share)
         if rows.dtype == self.value.dtype:
-            self.value.addmm_(weights, rows)
+            found = linear(weights, rows.t(), steady=True)
         else:
-            self.value += wide_product(weights.to(rows.dtype), rows)
+            found = wide_product(weights.to(rows.dtype), rows)
+        if share is None:
+            self.value += found
+        else:
+            self.value.addcmul_(found, share[:, None].to(found.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

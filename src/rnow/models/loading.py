@@ -16,6 +16,7 @@ from rnow.algorithm.head import Head
 from rnow.errors import ModelError, RnowError
 from rnow.models.attention import register_grouped_attention
 from rnow.models.families import not_streamed
+from rnow.models.linear import freeze_linear
 from rnow.models.offload import tensors_of
 from rnow.models.parts import body_of, output_layer
 from rnow.models.refusal import one_line
@@ -367,6 +368,7 @@ def take_apart(
 ) -> CausalLM:
     """Find body and head of a HuggingFace causal LM already in memory, ``layers`` excepted."""
     register_grouped_attention()
+    freeze_linear(model)
     output = output_layer(model)
     weight: Tensor = output.weight.detach()
     rows = min(vocabulary, weight.shape[0])

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from rnow.algorithm.batching import pad_right
 from rnow.algorithm.head import Head
+from rnow.algorithm.products import can_pack, pack
 from rnow.sampling.cache import build_cache
 from rnow.types import SamplingParams
 
 RANDOM_BLOCK = 64
 BLOCK, UNBLOCKED = 512, 4096
 BELOW_ONE = math.nextafter(1.0, 0.0)
+PACKING_STEPS = 8
+"""Tokens from which on laying out the head for few rows is repaid: it costs what two of them save."""
 COMPACTION_STEPS = 0.5
 """What moving the cache of the rows that go on costs, in steps of theirs."""
 
@@ -68,6 +71,8 @@ def decode(
     cache, hidden, padding, positions = _prefill(body, requests, device)
     rows = len(requests)
     limits = torch.tensor([request.params.max_tokens for request in requests], device=device)
+    if int(limits.max()) >= PACKING_STEPS and can_pack(head.weight):
+        head = replace(head, packed=pack(head.weight))
     stops = torch.tensor(params.stop_token_ids, device=device)
     longest = int(limits.max())
     mask = _Mask(padding, longest)

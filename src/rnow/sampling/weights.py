@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from rnow.errors import ModelError
 from rnow.models.loading import CausalLM, take_apart
 from rnow.models.parts import routes_tokens
+from rnow.sampling.packed import PackedLinear, ReadsWeights, can_replace
 from rnow.types import Adapter
 
 SamplingMode = Literal["merged", "shared"]
@@ -41,14 +42,15 @@ class MergedWeights:
 
     ``load`` writes ``base + alpha / rank * B A`` into those weights from the untouched base, so nothing is ever
     subtracted and no rounding builds up. All other tensors (embeddings, norms, head) are shared with the base. Costs one
-    more copy of the linear layers. Make it before PEFT wraps the base.
+    more copy of the linear layers, packed for sampling where that can be. Make it before PEFT wraps the base.
     """
 
     def __init__(self, student: CausalLM) -> None:
         tensors = [*student.model.parameters(), *student.model.buffers()]
         model = copy.deepcopy(student.model, {id(tensor): tensor for tensor in tensors})
         self.lm = take_apart(model, vocabulary=student.head.vocabulary)
-        self._base: dict[str, torch.Tensor] = {}
+        self._own: dict[str, _Own] = {}
+        self._packs: bool | None = None  # None: not tried yet
 
     @torch.no_grad()
     def load(self, adapter: Adapter) -> None:
@@ -64,18 +66,52 @@ class MergedWeights:
         for name, down in adapter.tensors.items():
             if not name.endswith(_DOWN):
                 continue
-            target = name.removeprefix(_PREFIX).removesuffix(_DOWN)
             up = adapter.tensors[name.removesuffix(_DOWN) + _UP]
-            module = self._own_linear(target)
-            base, merged = self._base[target], module.weight.data
-            if isinstance(module, Conv1D):  # GPT-2's linear layer keeps its weight transposed
-                torch.addmm(base, down.T, up.T, alpha=scale, out=merged)
-            else:
-                torch.addmm(base, up, down, alpha=scale, out=merged)
+            self._own_layer(name.removeprefix(_PREFIX).removesuffix(_DOWN)).hold(up, down, scale)
+        if self._packs is None:
+            self._packs = self._can_run()
+            if not self._packs:
+                for target, own in self._own.items():
+                    self.lm.model.set_submodule(target, own.replaced)
+                self._own.clear()
+                self.load(adapter)
 
-    def _own_linear(self, target: str) -> Any:
-        module = self.lm.model.get_submodule(target)
-        if target not in self._base:
-            self._base[target] = module.weight.detach()
-            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-        return module
+    def _own_layer(self, target: str) -> _Own:
+        if target not in self._own:
+            module: Any = self.lm.model.get_submodule(target)
+            own = self._own[target] = _Own(
+                module, packed=self._packs is not False and can_replace(module)
+            )
+            self.lm.model.set_submodule(target, own.layer)
+        return self._own[target]
+
+    def _can_run(self) -> bool:
+        """Whether the model only calls its layers. The number formats are those of ``SamplingMode`` merged, the values any."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.lm.device)
+        try:
+            self.lm.body(input_ids=ids, position_ids=torch.arange(2)[None].to(ids), use_cache=False)
+        except ReadsWeights:
+            return False
+        return True
+
+
+class _Own:
+    """A linear layer with a weight of its own."""
+
+    def __init__(self, replaced: Any, *, packed: bool) -> None:
+        self.replaced = replaced
+        self._base: torch.Tensor = replaced.weight.detach()
+        # GPT-2's linear layer keeps its weight transposed.
+        self._transposed = isinstance(replaced, Conv1D)
+        self.layer: Any = PackedLinear(replaced) if packed else copy.copy(replaced)
+        if not packed:
+            self.layer._parameters = dict(replaced._parameters)
+            self.layer.weight = nn.Parameter(self._base.clone(), requires_grad=False)
+
+    def hold(self, up: torch.Tensor, down: torch.Tensor, scale: float) -> None:
+        """Make the weight ``base + scale * up down``."""
+        factors = (down.T, up.T) if self._transposed else (up, down)
+        if isinstance(self.layer, PackedLinear):
+            self.layer.hold(torch.addmm(self._base, *factors, alpha=scale))
+        else:
+            torch.addmm(self._base, *factors, alpha=scale, out=self.layer.weight.data)
