@@ -56,12 +56,7 @@ def show_rollouts(
     found = _find(run, folder)
     steps = steps_of(found.transcripts)
     if not steps:
-        _refuse_rows(found)
-        raise InputError(
-            "this run has no transcripts yet: they are written after each step",
-            where=str(found.transcripts),
-            fix="wait for its first step, or name another run",
-        )
+        raise _no_rollouts(found)
     step = step or max(steps)
     if step not in steps:
         raise InputError(
@@ -86,18 +81,23 @@ def show_rollouts(
         out.print(part, highlight=False)
 
 
-def _refuse_rows(found: RunFolder) -> None:
-    """A run of sft or midtrain never has any."""
+def _no_rollouts(found: RunFolder) -> InputError:
+    """Why a run has none; one of sft or midtrain never has any."""
     from rnow.disk.files import read_json_object
 
     config = read_json_object(found.facts).get("config")
     kind = config.get("dataset_type") if isinstance(config, dict) else None
     if kind in ("sft", "midtrain"):
-        raise InputError(
+        return InputError(
             f"this run has no rollouts: with dataset_type {kind} the student learns from rows and answers nothing",
             where=str(found.facts),
             fix=f"let it answer: rnow test -m {found.path}",
         )
+    return InputError(
+        "this run has no transcripts yet: they are written after each step",
+        where=str(found.transcripts),
+        fix="wait for its first step, or name another run",
+    )
 
 
 def _find(run: str, folder: Path) -> RunFolder:
