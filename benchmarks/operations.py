@@ -103,10 +103,12 @@ class Count(TorchDispatchMode):
 
 
 _UNDECOMPOSED: set[Any] = set()
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "addmv", "mv", "_int_mm", "_linear_pointwise"}  # fmt: skip
+"""The last is oneDNN's, whose first argument is ``X``."""
 
 
 def _kind(name: str) -> Kind:
-    if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "addmv", "mv", "_int_mm"):
+    if name in _PRODUCTS:
         return "products"
     return "attention" if "attention" in name else "passes"
 
@@ -126,7 +128,7 @@ def _flops(name: str, given: Mapping[str, Any], result: Any) -> float:
     the forward one's two."""
     kind = _kind(name)
     if kind == "products":
-        left = given.get("mat1", given.get("batch1", given.get("self")))
+        left = next(given[key] for key in ("mat1", "batch1", "X", "self") if key in given)
         return 2.0 * result.numel() * left.shape[-1]
     if kind == "attention":
         query, key, value = given["query"], given["key"], given["value"]

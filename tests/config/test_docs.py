@@ -49,7 +49,7 @@ def test_what_is_said_of_defaults_is_what_is_done() -> None:
     page = PAGE.read_text(encoding="utf-8")
     lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
     gib = 2**30
-    cpu = f"on a CPU {activations.CPU_MICRO_BATCH_TOKENS} or what {activations.CPU_ACTIVATION_BYTES // gib} GiB"
+    cpu = f"on a CPU {activations.CPU_MICRO_BATCH_TOKENS} or what {activations.CPU_ACTIVATION_BYTES // 2**20} MiB"
     gpu = f"on a GPU {activations.GPU_MICRO_BATCH_TOKENS} or what {activations.GPU_ACTIVATION_BYTES // gib} GiB"
     assert cpu in lines["micro_batch_tokens"]
     assert gpu in lines["micro_batch_tokens"]

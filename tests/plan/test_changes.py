@@ -92,7 +92,7 @@ def test_free(change: dict[str, Any]) -> None:
     [
         {"trainer__learning_rate": 2e-5},
         {"algorithm__kl_penalty_coef": 0.5},
-        {"algorithm__divergence": "forward"},
+        {"algorithm__kl_estimator": "sampled"},
         {"rollout__temperature": 0.7},
         {"rollout__max_tokens": 7},
         {"teacher__quantization": "nf4"},

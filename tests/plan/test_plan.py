@@ -14,6 +14,7 @@ from tests.plan.test_rendered import make_config, prompts_of
 
 from rnow.config import Config
 from rnow.errors import ConfigError, DataError, ModelError
+from rnow.models.activations import CPU_MICRO_BATCH_TOKENS
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
 from rnow.models.shape import ModelShape
@@ -192,7 +193,7 @@ def test_the_tokens_of_a_pass_follow_from_the_model_and_not_from_what_is_free(
     half = held(plan_of(models, trainer=never))
     assert 0.4 * whole < half <= 0.52 * whole, "the mask of rows comes on top"
     assert held(plan_of(models, trainer=never, device=CRAMPED)) == half
-    asked = held(plan_of(models, trainer=never | {"micro_batch_tokens": 4096}))
+    asked = held(plan_of(models, trainer=never | {"micro_batch_tokens": CPU_MICRO_BATCH_TOKENS}))
     assert asked == whole
 
 

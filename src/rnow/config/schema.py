@@ -496,7 +496,7 @@ class TrainerSection(Section):
     micro_batch_tokens: Positive | None = key(
         None,
         "Tokens in one forward and backward pass, padding included; what several samples begin with counts once.",
-        "on a CPU 4096 or what 2 GiB of activations hold, on a GPU 16384 or what 12 GiB hold, where that is less",
+        "on a CPU 2048 or what 256 MiB of activations hold, on a GPU 16384 or what 12 GiB hold, where that is less",
         change="free",
     )
     gradient_checkpointing: Annotated[

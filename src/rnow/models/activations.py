@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rnow.models.shape import ModelShape
 
-CPU_MICRO_BATCH_TOKENS = 4096
+CPU_MICRO_BATCH_TOKENS = 2048
 GPU_MICRO_BATCH_TOKENS = 16384
-LEAST_MICRO_BATCH_TOKENS = 1024
-CPU_ACTIVATION_BYTES = 2 * 2**30
+LEAST_MICRO_BATCH_TOKENS = 512
+CPU_ACTIVATION_BYTES = 2**28
 GPU_ACTIVATION_BYTES = 12 * 2**30
 """Of one pass, where the tokens of the config do not say. Fixed: what happens to be free must not decide which rows share a
 product, or a run that continues would not be the run that went on."""
@@ -28,7 +28,8 @@ def layer_activation_bytes(shape: ModelShape, *, width: int, rank: int) -> float
     if width != FLOAT32:
         # With a float16 base PEFT casts each input to float32 and keeps that copy. bfloat16 does without: this is above it.
         kept += sum(inputs * FLOAT32 for inputs, _ in shape.linear)
-    kept += len(shape.linear) * rank * FLOAT32
+        # What A makes of them; in float32 the adapter is merged, or there are so few rows that it is next to nothing.
+        kept += len(shape.linear) * rank * FLOAT32
     return kept / shape.layers + LAYER_NORM_COPIES * shape.hidden * FLOAT32
 
 
