@@ -40,7 +40,8 @@ class Prompt:
     """One row of a training file: what the student is asked, and what its rewards may look at.
 
     ``id`` is stable across epochs and runs (``dataset_0/<row>``); ``line`` is its 1-based line in the file, if it has one;
-    ``teacher`` is the role of the model that judges its answers, None in a run without.
+    ``teacher`` is the role of the model that judges its answers, None in a run without. ``text`` is the document that a row of
+    midtrain is, which has no ``messages``.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Prompt:
     source: str = ""
     line: int | None = None
     teacher: str | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,7 +109,6 @@ CASES: dict[str, Case] = {
     "override_of_a_section": yml(BASE, "model=Qwen/Qwen3-4B"),
     "override_below_a_value": yml(BASE, "seed.x=1"),
     # reserved
-    "reserved_sft": yml("dataset_type: sft\nmodel:\n  path: Qwen/Qwen3-8B\n"),
     "student_twice": yml(BASE.replace("Qwen/Qwen3-8B", "[Qwen/Qwen3-8B, Qwen/Qwen3-8B]")),
     # legacy keys keep their place
     "legacy_wrong_value": more("rollout:\n  thinking_mode: sometimes\n"),

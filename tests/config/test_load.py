@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnow.config import SHORTHANDS, Config, LoadedConfig, load_config
+from rnow.config.notices import find_notices
 from rnow.config.output import dump_yaml
 from rnow.config.overrides import parse_override
-from rnow.config.reserved import RESERVED, refuse_reserved
+from rnow.config.reserved import RESERVED
 from rnow.config.schema import field_at
 from rnow.config.strict_yaml import NULL
 from rnow.errors import ConfigError, NotYetSupported
@@ -101,7 +102,7 @@ def test_overrides_change_values_and_are_told(load: Load) -> None:
     assert [s.path for s in config.data.sources] == ["a.jsonl", "b.jsonl"]
     assert config.evaluation.teacher is False
     assert loaded.changes == [
-        "trainer.learning_rate: 0.0001 (default) -> 2e-5",
+        "trainer.learning_rate: 1e-4 in distill and rl, 5e-5 in sft and midtrain (default) -> 2e-5",
         "data.batch_size: 2 -> 8",
         "data.train_file: train.jsonl -> [a.jsonl, b.jsonl]",
         "evaluation.teacher: auto (default) -> false",
@@ -294,9 +295,7 @@ def test_top_k_off_is_silent(load: Load, top_k: int) -> None:
 
 # reserved
 
-EXAMPLES = {
-    "dataset_type": ["sft", "midtrain"],
-}
+EXAMPLES = {}
 ALLOWED = {
     "teacher.agentic": ["true", "false", "null"],
     "teacher.backend": ["auto", "transformers", "vllm"],
@@ -333,9 +332,28 @@ def test_other_values_of_reserved_keys_pass(load: Load, key: str, value: str) ->
 
 
 def test_reserved_values_from_python() -> None:
-    config = Config(dataset_type="sft", model={"path": "s"})
-    with pytest.raises(NotYetSupported, match="dataset_type: sft"):
-        refuse_reserved(config)
+    with pytest.raises(NotYetSupported, match="several students"):
+        Config(dataset_type="sft", model={"path": ["a", "b"]})
+
+
+@pytest.mark.parametrize("kind", ["sft", "midtrain"])
+def test_the_types_that_learn_from_rows_have_a_learning_rate_of_their_own(kind: str) -> None:
+    def rate(**trainer: object) -> float:
+        config = Config(dataset_type=kind, model={"path": "s"}, trainer=trainer)
+        return config.trainer.learning_rate
+
+    assert (rate(), rate(learning_rate=1e-4), rate(num_epochs=2)) == (5e-5, 1e-4, 5e-5)
+
+
+def test_settings_of_answers_contradict_nothing_where_there_are_none() -> None:
+    """ppo with top_p, or both coefficients at 0, are faults of a run that samples."""
+    config = Config(
+        dataset_type="sft",
+        model={"path": "s"},
+        algorithm={"kl_penalty_coef": 0.0, "reward_coef": 0.0},
+        rollout={"top_p": 0.9},
+    )
+    assert find_notices(config) == []
 
 
 def test_a_dumped_config_loads(load: Load) -> None:

@@ -133,6 +133,30 @@ def test_reward_column_only_when_there_is_a_reward(clock: Clock) -> None:
     assert "reward" not in [column.title for column in choose_columns(120, history)]
 
 
+ROW_METRICS = {"loss": 2.5, "entropy": 1.0, "time/batch": 0.1, "time/update": 2.0, "time/step": 2.2}
+
+
+def test_a_run_that_learns_from_rows_shows_its_loss(clock: Clock) -> None:
+    display = LiveTable(recorder(120), clock=clock)
+    try:
+        display.start(PLAN)
+        for step in (1, 2):
+            clock.now += 3
+            display.step(step, 9, {**ROW_METRICS, "loss": 3.5 - step})
+        shown = picture(display, 120)
+    finally:
+        display.close()
+    assert shown[1].split() == ["step", "loss", "trend", "update", "other", "entropy"]
+    assert shown[-3].split()[:2] == ["2/9", "1.500"]
+    assert "teacher" not in "".join(shown)
+    console = recorder(120)
+    plain = PlainLines(console, clock=clock)
+    plain.step(9, 9, ROW_METRICS)
+    assert written(console).startswith("step 9/9  loss 2.500  update 2.00s")
+    plain.evaluation("after", {"loss": 2.5, "perplexity": 12.18})
+    assert "evaluation after:  loss 2.500  perplexity 12.2" in written(console)
+
+
 def test_table_shows_the_newest_step_and_thins_fast_ones(
     live: tuple[LiveTable, Console], clock: Clock
 ) -> None:

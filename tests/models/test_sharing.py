@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.models.families import VOCABULARY, every_family, tiny_config, tiny_model
 from tests.models.test_families import batch_of, build_policy, gradient
 
+from rnow.algorithm.batching import pad
 from rnow.algorithm.records import sampled_logprobs
 from rnow.models.families import SEPARATE_ROWS, SHARES_ROWS, UNUSABLE
 from rnow.models.loading import CausalLM, take_apart, with_sharing
@@ -143,6 +144,24 @@ def test_in_sixteen_bits_it_is_tried_with_their_rounding(dtype: torch.dtype) -> 
 
 
 # ---- left out by name --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_packed_together_have_the_logits_of_each_alone(kind: str) -> None:
+    """Rows of sft: other prompts, other lengths, several turns; none sees another."""
+    draw = random.Random(3)
+    samples = [draw_group(draw, f"row{number}")[0] for number in range(9)]
+    family, changes = KINDS[kind]
+    lm = loaded(family, **changes)
+    assert lm.sharing is not None, lm.separate
+    passes = plan_samples(lm, samples, 4096)
+    assert any(max(part.per_row or (1,)) > 1 for part in passes), "nothing is packed"
+    with torch.no_grad():
+        for part in passes:
+            own = [samples[index] for index in part.indices]
+            packed = lm.head.logits(hidden_rows(lm, pad(own, "cpu", part.per_row)))
+            alone = [lm.head.logits(hidden_rows(lm, pad([sample], "cpu"))) for sample in own]
+            assert (packed - torch.cat(alone)).abs().max() < TOLERANCE
 
 
 def test_every_family_is_shared_or_separate_with_a_reason() -> None:

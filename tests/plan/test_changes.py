@@ -45,7 +45,7 @@ READERS = find_readers(
     ),
     agentic=False,
 )
-ALL_READERS = frozenset(said.reader for said in KEYS.values())
+ALL_READERS = frozenset(said.reader for said in KEYS.values() if said.reader is not None)
 
 
 def compared(
@@ -185,9 +185,10 @@ def test_other_rewards_are_told() -> None:
 TABLE: dict[Change, str] = {
     "free": """
         project_id project_name description organization_id output_dir residency wandb_project wandb_name evals
-        evaluation.teacher model.name model.description model.adapter teacher.url rollout.reward_timeout
+        model.name model.description model.adapter teacher.url
         trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints
         trainer.micro_batch_tokens trainer.gradient_checkpointing trainer.max_billing
+        evaluation.teacher rollout.reward_timeout|answers
         teacher.protocol|vllm teacher
         teacher.device|local teacher
         teacher.device_map|local teacher
@@ -204,8 +205,8 @@ TABLE: dict[Change, str] = {
     """,
     "length": "trainer.num_epochs trainer.max_steps",
     "warn": """
-        algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards algorithm.drop_equal_groups
-        algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence
+        algorithm.kl_penalty_coef algorithm.reward_coef algorithm.scale_rewards algorithm.drop_equal_groups|answers
+        algorithm.kl_estimator algorithm.kl_baseline algorithm.kl_discount algorithm.divergence|answers
         algorithm.gae_lambda|value head
         algorithm.value_learning_rate|value head
         algorithm.kl_clamp|kl clamp
@@ -218,20 +219,23 @@ TABLE: dict[Change, str] = {
         trainer.max_grad_norm trainer.warmup_steps trainer.lr_schedule
     """,
     "measures": """
-        evaluation.num_samples evaluation.max_prompts evaluation.temperature evaluation.success_reward
+        evaluation.max_prompts
+        evaluation.num_samples evaluation.temperature evaluation.success_reward|answers
     """,
     "evaluates": """
-        teacher.revision teacher.trust_remote_code teacher.tokenizer teacher.backend rollout.include_thinking
+        teacher.revision teacher.trust_remote_code teacher.tokenizer teacher.backend
+        rollout.include_thinking|answers
         teacher.template teacher.system_prompt
         teacher.quantization|local teacher
         teacher.dtype|local teacher
         teacher.attn_implementation|local teacher
         teacher.served_model|vllm teacher
     """,
-    "samples": "algorithm.kl_horizon",
+    "samples": "algorithm.kl_horizon|answers",
     "shapes": """
-        teacher.agentic rollout.max_tokens rollout.termination_policy rollout.mcp_url rollout.rollout_timeout
-        rollout.temperature rollout.top_p rollout.top_k sampler.backend sampler.url
+        teacher.agentic rollout.mcp_url
+        rollout.max_tokens rollout.termination_policy rollout.rollout_timeout|answers
+        rollout.temperature rollout.top_p rollout.top_k sampler.backend sampler.url|answers
         rollout.max_turns|several turns
         rollout.tool_timeout|tools
         rollout.max_tool_response|tools
@@ -241,9 +245,10 @@ TABLE: dict[Change, str] = {
     """,
     "judges": "teacher.path",
     "refuse": """
-        dataset_type seed data.train_file data.batch_size data.group_size data.val_split data.shuffle
+        dataset_type seed data.train_file data.batch_size data.val_split data.shuffle
+        data.group_size algorithm.adv_estimator|answers
         model.path model.qlora_rank model.qlora_alpha model.lora_targets model.quantization model.dtype model.revision model.device
-        model.attn_implementation model.trust_remote_code teacher.control algorithm.adv_estimator rollout.reasoning_mode
+        model.attn_implementation model.trust_remote_code teacher.control rollout.reasoning_mode
         rollout.max_context_window
     """,
 }
@@ -255,8 +260,8 @@ def rows(text: str) -> dict[str, str]:
     found = {}
     for line in text.strip().splitlines():
         if "|" in line:
-            key, reader = line.strip().split("|")
-            found[key] = reader
+            keys, reader = line.split("|")
+            found |= dict.fromkeys(keys.split(), reader)
         else:
             found |= dict.fromkeys(line.split(), "every run")
     return found

@@ -85,7 +85,7 @@ def test_one_warning_for_each_section(sections: dict[str, Any], words: list[str]
 
 def test_readers_of_a_run_without_a_teacher() -> None:
     alone = Config(dataset_type="rl", model={"path": "s", "device": "cpu"})
-    own = {"every run", "embedded sampler", "kl clamp", "importance ratio", "surrogate"}
+    own = {"every run", "answers", "embedded sampler", "kl clamp", "importance ratio", "surrogate"}
     assert find_readers(alone, agentic=False) == own
     assert find_readers(alone, agentic=True) == own | {"tools", "several turns"}
 
@@ -101,7 +101,7 @@ def test_each_teacher_has_a_warning_of_its_own() -> None:
         "teachers.there.dtype has no effect with a teacher at teachers.there.url",
     ]
     assert find_readers(config(teachers=teachers), agentic=False) == {
-        "every run", "embedded sampler", "local teacher", "vllm teacher",
+        "every run", "answers", "embedded sampler", "local teacher", "vllm teacher",
         "top k", "kl clamp", "importance ratio",
     }  # fmt: skip
 

@@ -211,6 +211,36 @@ def test_sft_rows_end_with_an_assistant_message(tmp_path: Path) -> None:
     assert len(load(tmp_path, "a.jsonl", dataset_type="sft").prompts) == 1
 
 
+def test_rows_of_midtrain_are_texts(tmp_path: Path) -> None:
+    rows = [
+        {"text": "one", "metadata": {"n": 1}},
+        {"text": "$x two", "messages": []},
+        {"text": "3", "prompt": "p"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load(tmp_path, "a.jsonl", dataset_type="midtrain")
+    assert [prompt.text for prompt in found.prompts] == ["one", "$x two", "3"]
+    assert {prompt.messages for prompt in found.prompts} == {()}
+    assert found.prompts[0].metadata == {"n": 1}
+    (warning,) = found.warnings
+    assert '"messages", "prompt"' in warning
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, [{"text": "two"}, *rows[1:]])))
+    assert load(tmp_path, "b.jsonl", dataset_type="midtrain").content_hash != found.content_hash
+
+
+def test_the_questions_of_rows_with_answers(tmp_path: Path) -> None:
+    said = [{"role": role, "content": f"{n}"} for n, role in enumerate(["user", "assistant"] * 2)]
+    rows = [said, said[:2], [said[1]], [*said, said[0]]]
+    text = [json.dumps({"messages": messages}) for messages in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(text))
+    asked = load(tmp_path, "a.jsonl", dataset_type="sft").questions()
+    assert [(prompt.row, len(prompt.messages)) for prompt in asked.prompts] == [
+        (0, 3),
+        (1, 1),
+        (3, 3),
+    ]
+
+
 def taught(
     folder: Path, rows: list[Any], dataset_type: str = "distill", **teachers: Any
 ) -> Dataset:

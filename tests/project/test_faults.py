@@ -165,6 +165,29 @@ def test_an_sft_row_without_an_answer(check_golden: Any, tmp_path: Path) -> None
     refused(check_golden, tmp_path, "sft_without_an_answer", lines(GOOD), dataset_type="sft")
 
 
+def test_texts_that_are_none(check_golden: Any, tmp_path: Path) -> None:
+    """Rows of midtrain, and a row of another type among them."""
+    content = lines(
+        '{"text": "good"}',
+        "{}",
+        '{"text": ["a", "list"]}',
+        '{"text": "  \\n"}',
+        '{"txet": "misspelt"}',
+        '{"text": null, "metadata": 3}',
+        GOOD,
+    )
+    refused(check_golden, tmp_path, "midtrain_without_text", content, dataset_type="midtrain")
+
+
+def test_documents_among_conversations(check_golden: Any, tmp_path: Path) -> None:
+    content = lines('{"text": "a document"}')
+    refused(check_golden, tmp_path, "text_without_messages", content, dataset_type="sft")
+
+
+def test_an_empty_file_of_documents(check_golden: Any, tmp_path: Path) -> None:
+    refused(check_golden, tmp_path, "empty_midtrain", b"", dataset_type="midtrain")
+
+
 def test_a_line_of_200_mb_is_not_read_whole(check_golden: Any, tmp_path: Path) -> None:
     import tracemalloc
 

@@ -217,7 +217,7 @@ def test_every_template_is_a_valid_project(name: str, tmp_path: Path) -> None:
     file = asked if asked.is_file() else tmp_path / "train.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) >= max(16, loaded.config.data.batch_size)
-    assert len({json.dumps(row["messages"]) for row in rows}) == len(rows)
+    assert len({json.dumps(row.get("messages") or row["text"]) for row in rows}) == len(rows)
 
 
 def test_the_checkout_has_both_templates() -> None:

@@ -48,11 +48,7 @@ def show_rollouts(
     found = find_run(run, folder, command="rnow rollouts")
     steps = steps_of(found.transcripts)
     if not steps:
-        raise InputError(
-            "this run has no transcripts yet: they are written after each step",
-            where=str(found.transcripts),
-            fix="wait for its first step, or name another run",
-        )
+        raise _no_rollouts(found)
     step = step or max(steps)
     if step not in steps:
         raise InputError(
@@ -75,3 +71,22 @@ def show_rollouts(
     for part in rollout_view(rows, step=step, total=total, of_steps=max(steps)):
         # No highlighting: it takes minutes for a long text.
         out.print(part, highlight=False)
+
+
+def _no_rollouts(found: RunFolder) -> InputError:
+    """Why a run has none; one of sft or midtrain never has any."""
+    from rnow.disk.files import read_json_object
+
+    config = read_json_object(found.facts).get("config")
+    kind = config.get("dataset_type") if isinstance(config, dict) else None
+    if kind in ("sft", "midtrain"):
+        return InputError(
+            f"this run has no rollouts: with dataset_type {kind} the student learns from rows and answers nothing",
+            where=str(found.facts),
+            fix=f"let it answer: rnow test -m {found.path}",
+        )
+    return InputError(
+        "this run has no transcripts yet: they are written after each step",
+        where=str(found.transcripts),
+        fix="wait for its first step, or name another run",
+    )

@@ -45,11 +45,12 @@ def find_contradictions(config: Schema) -> Iterator[Problem]:
     yield from _unknown_to_its_engine(config)
     yield from _streamed_elsewhere(config)
     yield from _across_tokenizers(config)
-    yield from _without_signal(config)
-    yield from _dropping(config)
-    yield from _unknown_to_its_estimator(config)
-    yield from _uncontrolled(config)
-    yield from _truncated(config)
+    if config.on_policy:
+        yield from _without_signal(config)
+        yield from _dropping(config)
+        yield from _unknown_to_its_estimator(config)
+        yield from _uncontrolled(config)
+        yield from _truncated(config)
     yield from _names_taken(config)
 
 
@@ -66,7 +67,8 @@ def _without_its_teacher(config: Schema) -> Iterator[Problem]:
         yield Problem(
             path=path,
             message=f"a teacher is only used with dataset_type distill, not {config.dataset_type}",
-            hint="remove the teacher section, or set dataset_type: distill",
+            hint="remove the teacher section, or set dataset_type: distill"
+            + ("; sft learns the answers that are in the rows" * (config.dataset_type == "sft")),
         )
 
 
@@ -244,8 +246,6 @@ def _across_tokenizers(config: Schema) -> Iterator[Problem]:
 def _without_signal(config: Schema) -> Iterator[Problem]:
     """Settings under which every advantage is 0, or the rewards' part of it."""
     algorithm, data = config.algorithm, config.data
-    if config.dataset_type not in ("distill", "rl"):
-        return
     if algorithm.kl_penalty_coef == algorithm.reward_coef == 0:
         yield Problem(
             path=("algorithm", "kl_penalty_coef"),

@@ -14,8 +14,11 @@ Estimator = Literal["sampled", "exact", "topk"]
 
 
 def kl_estimator(config: Schema) -> Estimator:
-    """``algorithm.kl_estimator`` with ``auto`` decided. Settings that only ``sampled`` knows choose it."""
+    """``algorithm.kl_estimator`` with ``auto`` decided. Settings that only ``sampled`` knows choose it; so do sft and midtrain,
+    which estimate none."""
     algorithm, taught = config.algorithm, any(teacher_sections(config))
+    if not config.on_policy:
+        return "sampled"
     if algorithm.kl_estimator != "auto":
         return algorithm.kl_estimator
     if not taught or _knows_only_sampled(config) or algorithm.kl_penalty_coef == 0:
@@ -25,7 +28,8 @@ def kl_estimator(config: Schema) -> Estimator:
 
 def has_value_head(config: Schema) -> bool:
     """Whether a value head learns beside the adapter: rewards teach, and ``gae`` makes advantages of them."""
-    return config.algorithm.adv_estimator == "gae" and config.algorithm.reward_coef > 0
+    algorithm = config.algorithm
+    return config.on_policy and algorithm.adv_estimator == "gae" and algorithm.reward_coef > 0
 
 
 def drops_equal_groups(config: Schema) -> bool:

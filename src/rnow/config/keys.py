@@ -25,11 +25,12 @@ refuse: the checkpoint would be meaningless.
 """
 
 Reader = Literal[
-    "every run", "tools", "several turns", "vllm sampler", "local vllm sampler", "embedded sampler",
+    "every run", "answers", "tools", "several turns", "vllm sampler", "local vllm sampler", "embedded sampler",
     "local teacher", "vllm teacher", "local vllm teacher", "top k", "kl clamp", "importance ratio", "surrogate", "value head",
 ]  # fmt: skip
 """Who reads a key. ``plan.unread`` tells which of them a run has; to the others a key makes no difference.
 
+answers: of the student, which distill and rl sample and sft and midtrain do not.
 several turns: rollouts that can have more than one. local: loaded or started by this run, not behind a given url.
 top k, kl clamp, importance ratio, surrogate: parts of objectives; which has which is what ``setup.objective`` builds.
 """
@@ -44,11 +45,6 @@ class Reserved:
     instead: str
 
 
-def reserved(*values: str, instead: str) -> Reserved:
-    """Reserve some of a key's choices."""
-    return Reserved(", ".join(values), lambda value: value in values, instead)
-
-
 @dataclass(frozen=True, slots=True)
 class Key:
     """What a key says about itself; see ``key``."""
@@ -56,7 +52,7 @@ class Key:
     default_text: str | None
     type_text: str | None
     change: Change | None
-    reader: Reader
+    reader: Reader | None
     reserved: Reserved | None
 
 
@@ -67,7 +63,7 @@ def key(
     type_text: str | None = None,
     *,
     change: Change | None = None,
-    reader: Reader = "every run",
+    reader: Reader | None = None,
     reserved: Reserved | None = None,
     **limits: Any,
 ) -> Any:
@@ -78,7 +74,7 @@ def key(
         description: a sentence for the documentation.
         default_text, type_text: how the documentation words default and type, where they do not speak for themselves.
         change: what another value means for a run that was started before; None is what the section says.
-        reader: who reads the key. To a run without that reader it makes no difference.
+        reader: who reads the key; None is what the section says. To a run without that reader it makes no difference.
         reserved: values that nothing implements yet.
         limits: pydantic's own (``ge``, ``lt``, ``min_length``, ...).
     """

@@ -19,7 +19,7 @@ from rnow.config.notices import find_notices
 from rnow.config.overrides import apply_overrides, describe_changes, parse_override
 from rnow.config.places import Places, place
 from rnow.config.problems import InvalidValues
-from rnow.config.reserved import refuse_reserved, refuse_value
+from rnow.config.reserved import refuse_reserved
 from rnow.config.schema import SECTION_NAMES, Schema
 from rnow.config.strict_yaml import Document, decode, parse_document
 from rnow.config.students import each_student
@@ -28,6 +28,8 @@ from rnow.text.user_files import is_present, read_regular
 
 FILE_NAMES = ("config.yml", "config.yaml", "config.json")
 RL_DEFAULTS = {"kl_penalty_coef": 0.01, "reward_coef": 1.0}
+ROWS_DEFAULTS = {"learning_rate": 5e-5}
+"""Of sft and midtrain, in ``trainer``."""
 
 
 class Config(Schema):
@@ -64,6 +66,9 @@ def fill_defaults(values: Mapping[str, object]) -> dict[str, Any]:
         if filled.get("dataset_type") == "rl":
             algorithm = {**RL_DEFAULTS, **algorithm}
         filled["algorithm"] = algorithm
+    trainer = filled.get("trainer", {})
+    if isinstance(trainer, Mapping) and filled.get("dataset_type") in ("sft", "midtrain"):
+        filled["trainer"] = {**ROWS_DEFAULTS, **trainer}
     return filled
 
 
@@ -163,9 +168,6 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         overridden=frozenset(setting.path for setting in settings),
         moved=moved,
     )
-    # Before the rest is read: its rules about other keys would only mislead.
-    kind = "dataset_type"
-    refuse_value(kind, data.get(kind), places.where(kind))
     try:
         configs = [Config(**one) for one in each_student(data, folder=file.resolve().parent.name)]
     except InvalidValues as error:

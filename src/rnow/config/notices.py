@@ -14,12 +14,13 @@ def find_notices(config: Schema) -> list[str]:
     rollout = config.rollout
     cuts = [f"top_p {rollout.top_p:g}"] if rollout.top_p < 1 else []
     cuts += [f"top_k {rollout.top_k}"] if rollout.top_k > 0 else []
-    if cuts:
+    if cuts and config.on_policy:
         notices.append(
             f"rollout: with {' and '.join(cuts)} the sampled distribution differs from the trained one"
         )
     algorithm = config.algorithm
-    if algorithm.reward_coef == 0 and algorithm.adv_estimator != "grpo":
+    untaught = config.on_policy and algorithm.reward_coef == 0
+    if untaught and algorithm.adv_estimator != "grpo":
         notices.append(
             f"algorithm.adv_estimator {algorithm.adv_estimator} has no effect with reward_coef 0: rewards are tracked only"
         )

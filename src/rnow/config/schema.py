@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from rnow.config.keys import Change, Key, key, reserved
+from rnow.config.keys import Change, Key, Reader, key
 from rnow.config.normalise import (
     auto_or_bool,
     hide_user_info,
@@ -60,6 +60,7 @@ class Section(BaseModel):
 
     Attributes:
         change: what another value of a key means for a run that was started before, where the key does not say.
+        reader: who reads a key, where the key does not say.
     """
 
     model_config = ConfigDict(
@@ -71,6 +72,7 @@ class Section(BaseModel):
         hide_input_in_errors=True,
     )
     change: ClassVar[Change]
+    reader: ClassVar[Reader] = "every run"
 
 
 class ModelSection(Section):
@@ -268,12 +270,14 @@ class DataSection(Section):
         "text, or a list of texts and sections",
         min_length=1,
     )
-    batch_size: Positive = key(4, "Prompts per step.")
-    group_size: Positive = key(4, "Rollouts per prompt.")
-    val_split: Annotated[Fraction, none_is(0.0)] = key(
-        0.0, "Share of the prompts held out of training and evaluated."
+    batch_size: Positive = key(
+        4, "Prompts per step; in sft rows, in midtrain windows of the documents."
     )
-    shuffle: bool = key(True, "Shuffle the prompts of every epoch, from the seed.")
+    group_size: Positive = key(4, "Rollouts per prompt.", reader="answers")
+    val_split: Annotated[Fraction, none_is(0.0)] = key(
+        0.0, "Share of the rows held out of training and evaluated."
+    )
+    shuffle: bool = key(True, "Shuffle the rows of every epoch, from the seed.")
 
     @property
     def sources(self) -> tuple[DatasetSource, ...]:
@@ -282,9 +286,10 @@ class DataSection(Section):
 
 
 class AlgorithmSection(Section):
-    """The objective."""
+    """The objective of distill and rl; sft and midtrain have the cross-entropy of their rows."""
 
     change = "warn"
+    reader = "answers"
 
     loss_fn: Literal["ppo", "importance_sampling"] = key(
         "ppo",
@@ -364,9 +369,10 @@ class AlgorithmSection(Section):
 
 
 class RolloutSection(Section):
-    """How the student answers."""
+    """How the student answers; the window and the thinking switch are read in sft too."""
 
     change = "shapes"
+    reader = "answers"
 
     max_turns: Positive | None = key(
         None, "Turns of one rollout.", "1 without tools, 10 with", reader="several turns"
@@ -376,9 +382,10 @@ class RolloutSection(Section):
     )
     max_context_window: Positive | None = key(
         None,
-        "Tokens of a whole conversation; beyond it a rollout is truncated.",
+        "Tokens of a whole conversation; beyond it a rollout is truncated, a row of sft refused, and a document of midtrain cut.",
         "the smaller of 32768 and the model's limit",
         change="refuse",
+        reader="every run",
     )
     termination_policy: Literal["last_tool", "max_turns"] = key(
         "last_tool", "End on an answer without a tool call, or only after `max_turns`."
@@ -388,9 +395,10 @@ class RolloutSection(Section):
         "The chat template's thinking switch, where the model has one.",
         "the template's own",
         change="refuse",
+        reader="every run",
     )
     mcp_url: Annotated[tuple[Url, ...], BeforeValidator(text_or_list)] = key(
-        (), "Address or addresses of MCP servers.", "none"
+        (), "Address or addresses of MCP servers.", "none", reader="every run"
     )
     tool_timeout: Above0 = key(60.0, "Seconds for one tool call.", reader="tools")
     reward_timeout: Above0 = key(60.0, "Seconds for one reward call.", change="free")
@@ -412,6 +420,7 @@ class SamplerSection(Section):
     """The engine that writes the rollouts."""
 
     change = "shapes"
+    reader = "answers"
 
     backend: Literal["auto", "transformers", "vllm"] = key(
         "auto",
@@ -478,7 +487,9 @@ class TrainerSection(Section):
 
     num_epochs: Positive = key(1, "Passes over the prompts.", change="length")
     max_steps: Positive | None = key(None, "Stop after so many steps.", "no limit", change="length")
-    learning_rate: Above0 = key(1e-4, "Learning rate of AdamW.")
+    learning_rate: Above0 = key(
+        1e-4, "Learning rate of AdamW.", "1e-4 in distill and rl, 5e-5 in sft and midtrain"
+    )
     save_step: int = key(
         -1, "Save a checkpoint every so many steps; -1 saves at the end.", ge=-1, change="free"
     )
@@ -523,12 +534,13 @@ class TrainerSection(Section):
 
 
 class EvaluationSection(Section):
-    """The evaluation of the held-out prompts (`data.val_split`), before and after training."""
+    """The evaluation of the held-out rows (`data.val_split`), before and after training. In sft and midtrain it is their loss."""
 
     change = "measures"
+    reader = "answers"
 
     num_samples: Positive = key(4, "Rollouts per prompt.")
-    max_prompts: Positive = key(256, "At most so many held-out prompts.")
+    max_prompts: Positive = key(256, "At most so many held-out rows.", reader="every run")
     temperature: Temperature = key(1.0, "Sampling temperature.")
     teacher: Annotated[Literal["auto", True, False], BeforeValidator(auto_or_bool)] = key(
         "auto",
@@ -563,9 +575,9 @@ class Schema(Section):
 
     dataset_type: DatasetType = key(
         ...,
-        "What the run does.",
+        "What the run does: `distill` follows a teacher, `rl` rewards; `sft` learns the answers in the rows, `midtrain` the "
+        "texts in them.",
         change="refuse",
-        reserved=reserved("sft", "midtrain", instead="use dataset_type: distill or rl"),
     )
     project_id: str | None = key(None, "Kept with the run.")
     project_name: str | None = key(None, "Kept with the run.")
@@ -598,6 +610,11 @@ class Schema(Section):
         (), "Evaluations repeated during training."
     )
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student learns from its own answers; in sft and midtrain it learns from the rows."""
+        return self.dataset_type in ("distill", "rl")
+
 
 SECTIONS: Mapping[str, type[Section]] = {
     "data": DataSection,
@@ -625,12 +642,14 @@ def _keys() -> dict[str, Key]:
         for name, field in model.model_fields.items():
             if said := key_of(field):
                 path = f"{section}.{name}" if section else name
-                found[path] = replace(said, change=said.change or model.change)
+                found[path] = replace(
+                    said, change=said.change or model.change, reader=said.reader or model.reader
+                )
     return found
 
 
 KEYS: Mapping[str, Key] = _keys()
-"""Every dotted key, ``change`` filled in from its section. A list of sections is one key."""
+"""Every dotted key, ``change`` and ``reader`` filled in from its section. A list of sections is one key."""
 
 
 def is_key(text: str) -> bool:

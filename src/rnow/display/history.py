@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 _KEPT_STEPS = 2048
@@ -18,6 +18,12 @@ class StepRow:
 
     number: int
     metrics: Mapping[str, float]
+
+
+def followed_metric(metrics: Collection[str]) -> str:
+    """The metric that says how a run is getting on: its loss, where it learns from rows and nobody judges answers."""
+    answered = "teacher_kl" in metrics or "completions/mean_length" in metrics
+    return "teacher_kl" if answered or "loss" not in metrics else "loss"
 
 
 def stage_seconds(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from rnow.display.history import StepHistory, StepRow, stage_seconds
+from rnow.display.history import StepHistory, StepRow, followed_metric, stage_seconds
 from rnow.display.tables import headline_text, quiet_table, result_table
 from rnow.display.terminal import (
     escape_control,
@@ -172,11 +172,12 @@ class LiveTable:
         if column.key == "step":
             return f"{row.number}/{self._history.total}"
         if column.key == "trend":
-            values = self._history.values("teacher_kl", up_to=row.number)
+            followed = followed_metric(row.metrics)
+            values = self._history.values(followed, up_to=row.number)
             # Every step that a trend in the table can show: one scale for all of them.
             first = self._history.thinned(_ROWS)[0].number - _TREND_STEPS
             recent = [
-                row.metrics.get("teacher_kl", math.nan)
+                row.metrics.get(followed, math.nan)
                 for row in self._history.rows
                 if row.number > first
             ]
@@ -219,16 +220,25 @@ def choose_columns(width: int, history: StepHistory) -> list[_Column]:
     """The columns that fit ``width`` cells, in display order, the least important left out first."""
     total_digits = len(str(history.total))
     metrics = {name for row in history.rows for name in row.metrics}
+    followed = followed_metric(metrics)
+    # Nobody waits for answers or a teacher where rows are learned.
+    stages = _STAGES if followed == "teacher_kl" else ("update", "other")
     columns = [
         _Column(key="step", title="step", width=max(5, 2 * total_digits + 1), rank=0),
-        _Column(key="teacher_kl", title="teacher_kl", width=10, rank=1),
+        _Column(key=followed, title=followed, width=10, rank=1),
         _Column(key="trend", title="trend", width=_TREND_STEPS if width >= 100 else 10, rank=4),
         _Column(key="reward/mean", title="reward", width=7, rank=2, always=False),
         _Column(
             key="throughput/completion_tokens_per_s", title="tok/s", width=5, rank=3, always=False
         ),
         *(
-            _Column(key=name, title=name, width=7 if name != "other" else 6, rank=5 + index)
+            _Column(
+                key=name,
+                title=name,
+                width=7 if name != "other" else 6,
+                rank=5 + index,
+                always=name in stages,
+            )
             for index, name in enumerate(_STAGES)
         ),
         _Column(key="entropy", title="entropy", width=7, rank=9, always=False),

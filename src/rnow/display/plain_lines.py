@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from rnow.display.history import StepHistory, stage_seconds
+from rnow.display.history import StepHistory, followed_metric, stage_seconds
 from rnow.display.tables import headline_text, result_table
 from rnow.display.terminal import (
     escape_control,
@@ -101,8 +101,8 @@ class PlainLines:
 
     def _step_line(self, step: int, total: int, metrics: Mapping[str, float]) -> str:
         parts = [f"step {step}/{total}"]
-        if "teacher_kl" in metrics:
-            parts.append(f"teacher_kl {format_number(metrics['teacher_kl'])}")
+        if (followed := followed_metric(metrics)) in metrics:
+            parts.append(f"{followed} {format_number(metrics[followed])}")
         if "reward/mean" in metrics:
             parts.append(f"reward {format_number(metrics['reward/mean'])}")
         if "throughput/completion_tokens_per_s" in metrics:

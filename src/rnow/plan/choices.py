@@ -30,8 +30,11 @@ DEFAULT_MAX_TURNS = 10
 
 
 def sampler_backend(config: Config) -> Literal["transformers", "vllm"]:
-    """``sampler.backend`` with ``auto`` decided: vllm on CUDA where it is installed, or where a url is given."""
+    """``sampler.backend`` with ``auto`` decided: vllm on CUDA where it is installed, or where a url is given. Where nothing is
+    sampled it is transformers, which trains."""
     section = config.sampler
+    if not config.on_policy:
+        return "transformers"
     if section.backend != "auto":
         return section.backend
     if section.url is not None:
@@ -100,7 +103,8 @@ def slow_paths(config: Config) -> list[str]:
         why = unusable_gpu()
         if why is not None:
             found.append(f"this machine has a GPU, and the run is on the CPU: {why}")
-    embedded = config.sampler.backend == "auto" and sampler_backend(config) == "transformers"
+    chosen = config.on_policy and config.sampler.backend == "auto"
+    embedded = chosen and sampler_backend(config) == "transformers"
     if device.type == "cuda" and embedded:
         found.append(
             "the student samples with transformers, several times slower than vLLM, since vLLM is not installed: "

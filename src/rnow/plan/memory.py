@@ -164,6 +164,7 @@ class MemorySettings:
         head_tile: bytes of one tile of logits.
         head_kept: bytes of one chunk of logits, where a chunk is held until its last tile.
         hidden_states: the update reads the teachers' hidden states of the step, and their heads.
+        sampled: the student's sequences are sampled, with caches of their own; else they are rows of the data.
     """
 
     models: Mapping[str, ModelMemory]
@@ -182,6 +183,7 @@ class MemorySettings:
     head_kept: int
     teacher_extra: int = 0
     hidden_states: bool = False
+    sampled: bool = True
 
     @property
     def teachers(self) -> list[ModelMemory]:
@@ -197,6 +199,13 @@ class MemorySettings:
     def student(self) -> ModelMemory:
         """The model that is trained."""
         return self.models[STUDENT]
+
+    @property
+    def merges_copy(self) -> bool:
+        """Whether the student is sampled through a merged copy of its linear layers, in this process."""
+        model = self.student
+        plain = model.quantization == "none" and model.width == FLOAT32 and not model.shape.routed
+        return self.sampled and plain
 
     @property
     def sequence_tokens(self) -> int:
@@ -317,7 +326,7 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
     parts = [part("weights", "always", model.weight_bytes, host=model.pinned_bytes)]
     if model.engine is not None:
         parts += _engine_parts(model, settings)
-    elif model.quantization == "none" and model.width == FLOAT32 and not model.shape.routed:
+    elif settings.merges_copy:
         # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
         merged = model.shape.linear_parameters * FLOAT32
         parts.append(part("merged copy", "always", merged, host=model.pinned_bytes))
@@ -325,7 +334,7 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
         part("adapter", "always", lora, host=lora),
         part("optimizer", "always", 2 * lora, host=2 * lora),
     ]
-    if model.engine is None:
+    if model.engine is None and settings.sampled:
         parts.append(part("sampling cache", "sampling", _cache_bytes(settings)))
     return [
         *parts,
@@ -472,6 +481,8 @@ def _alternatives(settings: MemorySettings) -> Iterator[tuple[str, MemorySetting
         tokens = max(settings.sequence_tokens, settings.update_pass.tokens // 4)
         smaller = replace(settings, micro_batch_tokens=tokens, scoring_tokens=tokens)
         yield f"trainer.micro_batch_tokens: {tokens}", smaller
+    if not settings.sampled:
+        return
     if settings.completion_tokens >= 64:
         tokens = settings.completion_tokens // 4
         yield f"rollout.max_tokens: {tokens}", replace(settings, completion_tokens=tokens)

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from rnow.plan.roles import (
     sharers,
     teachers_of,
 )
+from rnow.plan.sources import rows_of
 from rnow.plan.streamed import Streaming, asked_to_stream, could_stream, describe_streaming
 from rnow.plan.unread import unread_settings
 from rnow.policy.lora import check_fit, count_adapter
@@ -135,16 +137,31 @@ class DevicePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowsPlan:
+    """What is trained on where nothing is sampled: ``sequences`` of one epoch, rows of sft or windows of documents, and the
+    ``tokens`` and ``loss_tokens`` in them; the tokens of the ``longest``, held out ones too; what ends a document, where the rows
+    are documents."""
+
+    sequences: int
+    tokens: int
+    loss_tokens: int
+    longest: int
+    end: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Counts are totals of the run unless named per step; sizes are bytes.
 
     ``models`` is by role, the student first; ``judged`` how many of the prompts each teacher judges; ``longest_told`` the
     longest prompt that a teacher reads in other words than the student, 0 without any. ``recomputed_layers`` of the student's
-    ``layers`` keep no activations for the backward pass; ``starts_from`` is the adapter that training goes on from. ``completion_tokens`` is the longest
-    answer, ``max_total_tokens`` what all answers together cannot exceed.
+    ``layers`` keep no activations for the backward pass; ``starts_from`` is the adapter that training goes on from.
+    ``completion_tokens`` is the longest answer, ``max_total_tokens`` what all answers together cannot exceed. With ``rows`` there are
+    no answers.
     """
 
     dataset_type: str
+    rows: RowsPlan | None
     signal: str
     tools: tuple[str, ...]
     max_turns: int
@@ -220,7 +237,7 @@ def build_plan(
     """
     config, dataset, rendered = prepared.config, prepared.project.dataset, prepared.rendered
     data, trainer = config.data, config.trainer
-    per_step = data.batch_size * data.group_size
+    per_step = data.batch_size * data.group_size if config.on_policy else 0
     rollouts = prepared.num_steps * per_step
     turns = may_take_turns(prepared)
     layout, planned = _where_it_fits(_layout(prepared, known=devices or {}), turns)
@@ -229,6 +246,7 @@ def build_plan(
     checkpoint = layout.adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
+        rows=None if config.on_policy else _rows_plan(prepared),
         signal=describe_signal(config),
         tools=tuple(prepared.tools),
         max_turns=(config.rollout.max_turns or DEFAULT_MAX_TURNS) if prepared.tools else 1,
@@ -241,7 +259,7 @@ def build_plan(
         epochs=trainer.num_epochs,
         steps=prepared.num_steps,
         prompts_per_step=data.batch_size,
-        rollouts_per_prompt=data.group_size,
+        rollouts_per_prompt=data.group_size if config.on_policy else 0,
         rollouts=rollouts,
         updates=prepared.num_steps * trainer.updates_per_batch,
         window=rendered.window,
@@ -267,6 +285,25 @@ def build_plan(
     )
 
 
+def _rows_plan(prepared: Prepared) -> RowsPlan:
+    rendered = prepared.rendered
+    own = rows_of(prepared.project.dataset.prompts, rendered.rows)
+    end = rendered.tokenizer.eos_token_id
+    documents = prepared.config.dataset_type == "midtrain" and end is not None
+    return RowsPlan(
+        sequences=len(own),
+        tokens=sum(len(row.token_ids) for row in own),
+        loss_tokens=sum(row.loss_tokens for row in own),
+        longest=_longest_row(prepared),
+        end=rendered.tokenizer.decode([end]) if documents and end is not None else None,
+    )
+
+
+def _longest_row(prepared: Prepared) -> int:
+    rows = chain.from_iterable(prepared.rendered.rows.values())
+    return max((len(row.token_ids) for row in rows), default=0)
+
+
 def _warnings(prepared: Prepared) -> tuple[str, ...]:
     config, project = prepared.config, prepared.project
     return (
@@ -290,7 +327,11 @@ def measure(prepared: Prepared) -> tuple[dict[str, ModelShape], int]:
     shapes = {}
     for name, model in prepared.models.items():
         role = model.role
-        answers = role.trained or prepared.config.evaluation.teacher is True
+        answers = (
+            prepared.config.on_policy
+            if role.trained
+            else prepared.config.evaluation.teacher is True
+        )
         empty = build_empty(
             model.resolved,
             key=f"{role.key}.path",
@@ -424,7 +465,9 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
 
 
 def _completion_tokens(prepared: Prepared) -> int:
-    """The longest answer. A conversation with tools may fill the window."""
+    """The longest answer, or row where nothing is sampled. A conversation with tools may fill the window."""
+    if not prepared.config.on_policy:
+        return _longest_row(prepared)
     lengths = map(len, prepared.rendered.prompt_token_ids.values())
     room = prepared.rendered.window - min(lengths, default=0)
     cap = prepared.config.rollout.max_tokens or DEFAULT_MAX_TOKENS
@@ -623,8 +666,9 @@ def _settings(
         },
         rank=config.model.qlora_rank,
         adapter_parameters=layout.adapter,
-        rollouts=config.data.batch_size * config.data.group_size,
+        rollouts=config.data.batch_size * (config.data.group_size if config.on_policy else 1),
         prompts=config.data.batch_size,
+        sampled=config.on_policy,
         prompt_tokens=rendered.longest_prompt,
         teacher_extra=rendered.teacher_extra,
         completion_tokens=layout.completion,

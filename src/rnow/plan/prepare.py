@@ -33,7 +33,8 @@ from rnow.plan.roles import (
     teachers_of,
     used_roles,
 )
-from rnow.plan.sources import SourcePlan, plan_source
+from rnow.plan.rows import render_rows
+from rnow.plan.sources import SourcePlan, plan_rows, plan_source
 from rnow.plan.start import find_start
 from rnow.project.dataset import Dataset, place_of
 from rnow.project.project import TOOLS_FILE, Project, is_agentic, load_project
@@ -200,6 +201,8 @@ def prepare(
     tools = None if listed is None else listed.schemas
     _refuse_toolless(config, tools)
     project = load_project(folder, config, tools=tools or ())
+    if not training and not config.on_policy:
+        project = _asked(project, config)
     _refuse_secret_name(_run_name(config, folder), project)
     dataset = project.dataset
     judged = {prompt.teacher for prompt in (*dataset.prompts, *dataset.held_out)}
@@ -208,24 +211,29 @@ def prepare(
         check_engines(roles)
         refuse_tools(roles.values(), agentic=agentic)
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
-    images = _images(dataset)
-    notices = [*check_sandbox(functions, images, folder), *_idle(configured, roles)]
+    # Where the rows are learned none of the user's code is called.
+    answers = config.on_policy or not training
+    called, images = (functions, _images(dataset)) if answers else ([], {})
+    notices = [*check_sandbox(called, images, folder), *_idle(configured, roles)]
     notices += _check_horizon(config, agentic=agentic, dataset=dataset)
     notices += _told_of_servers(config, images, agentic=agentic)
-    source = plan_source(config, project) if training else None
+    source = plan_source(config, project) if training and config.on_policy else None
     if training:
         _check_evals(config, held_out=len(dataset.held_out))
     models = _models(roles, folder, weights=weights, teachers=training or teachers)
-    run = _run_folder(config, folder, fresh=fresh, writable=training)
+    now = _date_of(_run_folder(config, folder, fresh=fresh, writable=training))
+    rendered = _render(config, dataset, models, tools, now, training=training)
+    if training and source is None:
+        source = plan_rows(config, dataset, rendered.rows)
     return Prepared(
         config=config,
         project=project,
         models=models,
-        rendered=_render(config, dataset, models, tools, run),
+        rendered=rendered,
         source=source,
         tools=tools or {},
         start=start,
-        sandboxed=frozenset(info.kind for info in functions if info.sandbox),
+        sandboxed=frozenset(info.kind for info in called if info.sandbox),
         images=images,
         notices=tuple(notices),
         warnings=(*_unused(project, functions, config), *_unsure(start, models)),
@@ -238,17 +246,38 @@ def _unsure(start: TrainedAdapter | None, models: Models) -> Iterable[str]:
 
 
 def _render(
-    config: Config, dataset: Dataset, models: Models, tools: ToolSchemas | None, run: RunFolder
+    config: Config,
+    dataset: Dataset,
+    models: Models,
+    tools: ToolSchemas | None,
+    now: datetime | None,
+    *,
+    training: bool,
 ) -> Rendered:
-    """All prompts as they are read in this run, on the date that it had when it began."""
-    return render_prompts(
-        config,
-        [*dataset.prompts, *dataset.held_out],
-        models,
-        tools,
-        now=_date_of(run),
-        privileged=dataset.privileged,
-    )
+    """The prompts that the student answers, or the rows that it learns from."""
+    prompts = [*dataset.prompts, *dataset.held_out]
+    if training and not config.on_policy:
+        return render_rows(config, prompts, models, tools, now=now)
+    told = dataset.privileged
+    return render_prompts(config, prompts, models, tools, now=now, privileged=told)
+
+
+def _asked(project: Project, config: Config) -> Project:
+    """A project of sft as its rows would ask the student."""
+    if config.dataset_type == "midtrain":
+        raise InputError(
+            "the rows of dataset_type midtrain are texts, and ask nothing that the student could answer",
+            where="dataset_type",
+            fix="ask it with a project of another type: rnow test -m runs/NAME there",
+        )
+    dataset = project.dataset.questions()
+    if not dataset.prompts:
+        raise InputError(
+            "no row asks anything: each begins with the assistant's answer",
+            where="data.train_file",
+            fix="give rows a user message before the answer",
+        )
+    return replace(project, dataset=dataset)
 
 
 def _models(
@@ -291,7 +320,7 @@ def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
 def _check_horizon(config: Config, *, agentic: bool, dataset: Dataset) -> Iterator[str]:
     """Raise ConfigError where cut answers would mean something else; say what they leave out."""
     horizon = config.algorithm.kl_horizon
-    if horizon is None:
+    if horizon is None or not config.on_policy:
         return
     if agentic:
         raise ConfigError(

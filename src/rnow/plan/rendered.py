@@ -40,6 +40,7 @@ from rnow.rollout.rendering import (
     template_date,
 )
 from rnow.rollout.template_process import TemplateFault
+from rnow.training.rows import TokenRow
 from rnow.types import Message, Prompt
 
 ToolSchemas = Mapping[str, ToolDescription]
@@ -73,6 +74,7 @@ class Rendered:
         dialogues: the tools a prompt may use, by name -> how they are shown and called; empty without tools.
         warnings: what the user should know, each one sentence.
         crossed: by role, how a teacher with another tokenizer reads them. ``vocabulary`` and ``window`` are not its.
+        rows: prompt id -> what is trained on of a row of sft or midtrain, one sequence or several; such a run has no prompts.
     """
 
     tokenizer: Tokenizer
@@ -86,6 +88,7 @@ class Rendered:
     dialogues: Mapping[tuple[str, ...], Dialogue]
     warnings: tuple[str, ...]
     crossed: Mapping[str, Crossed] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[TokenRow]] = field(default_factory=dict, repr=False)
 
     def tokenizer_of(self, role: str) -> Tokenizer:
         """What a model reads with."""
@@ -145,7 +148,7 @@ def render_prompts(
     """
     student = models[STUDENT]
     now = now or local_time()
-    tokenizer = _load_tokenizer(student, now)
+    tokenizer = dated_tokenizer(student, now)
     require_chat_template(tokenizer, path=student.resolved.path, key=f"{student.role.key}.path")
     alike = {name: model for name, model in models.items() if not model.role.crosses}
     mode = config.rollout.reasoning_mode
@@ -156,14 +159,14 @@ def render_prompts(
     window, teacher_window = _fit_windows(config, alike, prompts, own, told, tools=bool(tools))
 
     found = _compare(tokenizer, alike, prompts, own, told, mode, tools, now)
-    warnings = [*own.warnings, *told.warnings, *_rope_warnings(alike, window), *found.warnings]
-    vocabulary = _cut_to_rows(found.vocabulary, alike, warnings)
+    warnings = [*own.warnings, *told.warnings, *rope_warnings(alike, window), *found.warnings]
+    vocabulary = cut_to_rows(found.vocabulary, alike, warnings)
     crossed = _cross(tokenizer, models, prompts, own.texts, found.stop_token_ids, mode, window, now)
     warnings += [note for view in crossed.values() for note in view.notes]
     dialogues = _load_dialogues(tokenizer, prompts, tools or {}, found.stop_token_ids, mode)
     _check_known(prompts, [own, told], vocabulary)
     warnings += _check_window(config.rollout.max_tokens, prompts, own.ids, window, alike)
-    warnings += _reasoning_warnings(tokenizer, prompts, mode)
+    warnings += reasoning_warnings(tokenizer, prompts, mode)
     thinks = bool(prompts) and mode not in THINKING_OFF and _thinks(tokenizer, prompts[0])
     warnings += own_base_warnings(config, models, prompts, told.ids, thinks=thinks)
     return Rendered(
@@ -174,14 +177,15 @@ def render_prompts(
         prompt_token_ids=own.ids,
         teacher_token_ids=told.ids,
         teacher_window=teacher_window,
-        template_date=_date_in(tokenizer, *(view.crossing.tokenizer for view in crossed.values())),
+        template_date=date_in(tokenizer, *(view.crossing.tokenizer for view in crossed.values())),
         dialogues=dialogues,
         warnings=tuple(warnings),
         crossed=crossed,
     )
 
 
-def _load_tokenizer(model: RunModel, now: datetime) -> Tokenizer:
+def dated_tokenizer(model: RunModel, now: datetime) -> Tokenizer:
+    """A model's tokenizer, whose chat template reads ``now`` as the date."""
     trust = model.role.section.trust_remote_code
     tokenizer = load_tokenizer(model.resolved, trust_remote_code=trust)
     set_template_date(tokenizer, now)
@@ -249,7 +253,7 @@ def _compare(
     for teacher in (model for model in teachers_of(models) if not model.own_base):
         agreement = compare_tokenizers(
             tokenizer,
-            _load_tokenizer(teacher, now),
+            dated_tokenizer(teacher, now),
             {**own.texts, **teachers_own},
             student_dir=student_dir,
             teacher_dir=teacher.resolved.local_dir,
@@ -282,7 +286,7 @@ def _cross(
     for teacher in teachers_of(models):
         if not teacher.role.crosses:
             continue
-        own, key = _load_tokenizer(teacher, now), f"{teacher.role.key}.path"
+        own, key = dated_tokenizer(teacher, now), f"{teacher.role.key}.path"
         require_chat_template(own, path=teacher.resolved.path, key=key)
         asked = [(prompt, prompt.messages) for prompt in prompts]
         theirs, _ = _render(own, asked, mode, None, reader=teacher.role.name)
@@ -299,7 +303,7 @@ def _cross(
     return crossed
 
 
-def _date_in(*tokenizers: Tokenizer) -> datetime | None:
+def date_in(*tokenizers: Tokenizer) -> datetime | None:
     """The date that one of their templates wrote."""
     dates = map(template_date, tokenizers)
     return next((date for date in dates if date is not None), None)
@@ -332,9 +336,10 @@ def tool_names(prompt: Prompt, tools: ToolSchemas | None) -> tuple[str, ...]:
     return tuple(name for name in tools or () if allowed is None or name in allowed)
 
 
-def _reasoning_warnings(
+def reasoning_warnings(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], mode: str | None
 ) -> list[str]:
+    """That the template has no switch for ``rollout.reasoning_mode``; empty where it has, or none is asked for."""
     if mode is None or not prompts or not _ignores_reasoning(tokenizer, prompts[0]):
         return []
     return [
@@ -369,7 +374,7 @@ def choose_window(asked: int | None, models: Models) -> int:
     Raises:
         InputError: the configured window is larger than a model's limit.
     """
-    known = _limits(models)
+    known = window_limits(models)
     if asked is None:
         return min([DEFAULT_WINDOW, *known.values()])
     for name, limit in known.items():
@@ -382,13 +387,13 @@ def choose_window(asked: int | None, models: Models) -> int:
     return asked
 
 
-def _limits(models: Models) -> dict[str, int]:
+def window_limits(models: Models) -> dict[str, int]:
     """What each model reads at most, of those that say."""
     limits = {name: model_limit(model.resolved.local_dir) for name, model in models.items()}
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-def _rope_warnings(models: Models, window: int) -> list[str]:
+def rope_warnings(models: Models, window: int) -> list[str]:
     """What a window beyond the switch of a longrope model means for short sequences."""
     return [
         f"the {name} has other rotary factors beyond {switch} tokens (longrope): in a window of {window} every sequence is "
@@ -441,7 +446,7 @@ def _render(
     return texts, [f"{whose}{count}{noun} control tokens; {BROKEN} ({altered[0]})"]
 
 
-def _cut_to_rows(vocabulary: int, models: Models, warnings: list[str]) -> int:
+def cut_to_rows(vocabulary: int, models: Models, warnings: list[str]) -> int:
     """Never more ids than each model has rows for: a token added to a tokenizer alone has no embedding."""
     for model in models.values():
         rows = config_value(model.resolved.local_dir, "vocab_size")
@@ -476,7 +481,7 @@ def _check_window(
 ) -> list[str]:
     too_long = [(p, len(token_ids[p.id])) for p in prompts if len(token_ids[p.id]) + 1 > window]
     if too_long:
-        raise oversized_rows_error(too_long, window - 1, reading=_limits(models))
+        raise oversized_rows_error(too_long, window - 1, reading=window_limits(models))
     tight = [p for p in prompts if cap is not None and len(token_ids[p.id]) + cap > window]
     if not tight:
         return []

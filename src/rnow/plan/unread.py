@@ -14,8 +14,11 @@ from rnow.plan.choices import reads_hidden_states, sampler_backend, teacher_back
 
 
 def find_readers(config: Config, *, agentic: bool) -> frozenset[Reader]:
-    """The readers that this run has: its backends decide, and whether there are tools."""
+    """The readers that this run has: its type and its backends decide, and whether there are tools."""
     found: set[Reader] = {"every run"}
+    if not config.on_policy:
+        return frozenset(found)
+    found.add("answers")
     rollout = config.rollout
     if agentic:
         found |= {"tools", "several turns"}
@@ -47,7 +50,7 @@ def _objective_readers(config: Config) -> set[Reader]:
 
 
 def _readers_of(teacher: TeacherSection) -> set[Reader]:
-    found: set[Reader] = {"every run"}
+    found: set[Reader] = {"every run", "answers"}
     if teacher.url is None and not teacher.own_base:
         found.add("local teacher")
     if teacher_backend(teacher) == "vllm":
@@ -56,7 +59,10 @@ def _readers_of(teacher: TeacherSection) -> set[Reader]:
 
 
 def unread_settings(config: Config, *, agentic: bool) -> list[str]:
-    """One warning for each section with settings that nothing reads: the chosen backend does not, or there are no tools."""
+    """One warning for each section with settings that nothing reads: the chosen backend does not, there are no tools, or the
+    student gives no answers."""
+    if not config.on_policy:
+        return _unread_by_rows(config)
     backend = f"with sampler.backend {sampler_backend(config)}"
     given = "with a sampler at sampler.url"
     algorithm = config.algorithm
@@ -77,6 +83,14 @@ def unread_settings(config: Config, *, agentic: bool) -> list[str]:
         reason = f"with {name}.path: self" if section.own_base else reason
         found.append((_unread(TEACHER, section, _readers_of(section), name), reason))
     return [f"{', '.join(names)} has no effect {reason}" for names, reason in found if names]
+
+
+def _unread_by_rows(config: Config) -> list[str]:
+    sections = ("data", "algorithm", "rollout", "sampler", "evaluation")
+    readers = find_readers(config, agentic=False)
+    found = [_unread(name, getattr(config, name), readers, name) for name in sections]
+    reason = f"with dataset_type {config.dataset_type}, in which nothing is sampled"
+    return [f"{', '.join(names)} has no effect {reason}" for names in found if names]
 
 
 def _unread(kind: str, section: Section, readers: Collection[Reader], shown: str) -> list[str]:

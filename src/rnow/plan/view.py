@@ -9,7 +9,7 @@ from rich.text import Text
 from rnow.display.tables import quiet_table
 from rnow.display.terminal import bar, escape_control
 from rnow.plan.memory import Residence, Stage
-from rnow.plan.plan import HOST_FIX, DevicePlan, ModelPlan, Plan, format_bytes
+from rnow.plan.plan import HOST_FIX, DevicePlan, ModelPlan, Plan, RowsPlan, format_bytes
 from rnow.plan.roles import STUDENT
 
 _STAGES: dict[Stage, str] = {
@@ -70,6 +70,10 @@ def _facts(plan: Plan) -> Table:
         if again
         else "no activations",
     )
+    if plan.rows is not None:
+        for name, text in _rows(plan, plan.rows).items():
+            row(name, text)
+        return table
     row("shared prompts", _shared(plan))
     if plan.signal:
         row("signal", plan.signal)
@@ -99,6 +103,30 @@ def _facts(plan: Plan) -> Table:
     )
     row("run folder", plan.run_dir)
     return table
+
+
+def _rows(plan: Plan, rows: RowsPlan) -> dict[str, str]:
+    """What is said of a run that learns from rows: no teacher judges, and nothing is sampled."""
+    separate = plan.models[STUDENT].separate
+    held = f", {plan.held_out:,} held out" if plan.held_out else ""
+    documents = rows.end is not None
+    noun = "windows" if documents else "rows"
+    prompts = f"{plan.prompts:,}{held}; the longest has {rows.longest:,} tokens"
+    if documents:
+        prompts = f"{plan.prompts:,}{held}, each ended by {rows.end}, in {rows.sequences:,} windows"
+    return {
+        "packing": "several rows in one sequence, none of which sees another"
+        if not separate
+        else f"off, each row is a sequence of its own: {separate}",
+        "signal": "the tokens of the texts"
+        if documents
+        else "the assistant's tokens, its end of turn included",
+        "documents" if documents else "rows": prompts,
+        "steps": f"{plan.steps:,} of {plan.prompts_per_step} {noun}, {plan.epochs} epoch{'s' if plan.epochs > 1 else ''}",
+        "tokens": f"{_count(rows.tokens)} an epoch, {_count(rows.loss_tokens)} of them in the loss; window {plan.window:,}",
+        **({"tools": f"{', '.join(plan.tools)}, shown to the student"} if plan.tools else {}),
+        "run folder": plan.run_dir,
+    }
 
 
 def _shared(plan: Plan) -> str:

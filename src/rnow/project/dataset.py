@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rnow.config.schema import DatasetSource
@@ -53,12 +53,19 @@ class Dataset:
         order = self._order(epoch, seed)
         return [self.prompts[row] for row in order[index * batch_size : (index + 1) * batch_size]]
 
+    def questions(self) -> Dataset:
+        """The same prompts without the last answer of each, and what follows it, as someone would ask them; those that begin with
+        it ask nothing and are left out."""
+        return replace(
+            self, prompts=_questions(self.prompts), held_out=_questions(self.held_out), _epoch=None
+        )
+
     def _order(self, epoch: int, seed: int) -> Sequence[int]:
         if not self.shuffle:
             return range(len(self.prompts))
         if self._epoch is None or self._epoch[0] != (epoch, seed):
-            keys = [_key("epoch", seed, epoch, prompt.id) for prompt in self.prompts]
-            self._epoch = (epoch, seed), tuple(sorted(range(len(keys)), key=keys.__getitem__))
+            ids = [prompt.id for prompt in self.prompts]
+            self._epoch = (epoch, seed), shuffled(ids, epoch=epoch, seed=seed)
         return self._epoch[1]
 
     def _too_few(self, batch_size: int) -> DataError:
@@ -186,6 +193,8 @@ def _canonical(dataset: int, prompt: Prompt, privileged: Privileged | None) -> b
         prompt.metadata,
         prompt.variables,
     ]
+    if prompt.text is not None:
+        value.append(prompt.text)
     if prompt.docker is not None:
         value += [prompt.docker, prompt.docker_env]
     if privileged is not None:
@@ -194,6 +203,22 @@ def _canonical(dataset: int, prompt: Prompt, privileged: Privileged | None) -> b
         value.append({"teacher": prompt.teacher})
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return text.encode() + b"\n"
+
+
+def _questions(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    asked: list[Prompt] = []
+    for prompt in prompts:
+        roles = [message["role"] for message in prompt.messages]
+        last = len(roles) - 1 - roles[::-1].index("assistant")
+        if last:
+            asked.append(replace(prompt, messages=prompt.messages[:last]))
+    return tuple(asked)
+
+
+def shuffled(ids: Sequence[str], *, epoch: int, seed: int) -> tuple[int, ...]:
+    """The order of one epoch: indices of ``ids``, by nothing but the arguments."""
+    keys = [_key("epoch", seed, epoch, name) for name in ids]
+    return tuple(sorted(range(len(keys)), key=keys.__getitem__))
 
 
 def _held_out_rows(prompts: Sequence[Prompt], val_split: float, seed: int) -> set[int]:

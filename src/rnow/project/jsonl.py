@@ -50,7 +50,7 @@ def read_rows(path: Path, source: DatasetSource, rules: RowRules) -> RowFile:
         ) from None
     return rows.finish(
         empty="is empty",
-        fix='write one JSON object per line, e.g. {"messages": [{"role": "user", "content": "Hi"}]}',
+        fix=f"write one JSON object per line, e.g. {rules.example}",
         stopped_early=stopped_early,
     )
 

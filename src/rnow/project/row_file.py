@@ -50,7 +50,7 @@ class RowCollector:
             place: ``line 57``, ``row 3``.
             text: the JSON it was read from, for columns and excerpts; None for a row of a table.
         """
-        value, question = _with_messages(value)
+        value, question = (value, None) if self.rules.documents else _with_messages(value)
         if question is not None:
             self._questions.add(question)
         if isinstance(value, dict):

@@ -22,6 +22,7 @@ _T = TypeVar("_T")
 
 ROLES = ("system", "user", "assistant", "tool")
 PRIVILEGED_KEYS = ("privileged_context", "teacher_messages")
+DOCUMENT_KEYS = frozenset(("text", "metadata"))
 ROW_KEYS = frozenset(
     (
         "messages", "rewards", "tools", "metadata", "variables", "docker", "docker_env", "text", "teacher",
@@ -48,7 +49,8 @@ _KINDS = {
 class RowRules:
     """What the run expects of its rows.
 
-    ``dataset_type`` (``distill``, ``sft`` or ``rl``) decides what a row must end with. ``known_rewards`` are the functions of rewards.py; ``known_tools`` those of tools.py, or None when they cannot be
+    ``dataset_type`` decides what a row must hold: a text in ``midtrain``, else messages, and what those must end with.
+    ``known_rewards`` are the functions of rewards.py; ``known_tools`` those of tools.py, or None when they cannot be
     known before the run (an MCP server lists its own). ``dockerfiles`` are the x of the project's ``Dockerfile.x``.
     ``teachers`` judge the rows; None where nobody does, or nobody asks.
     """
@@ -62,6 +64,8 @@ class RowRules:
     @property
     def keys(self) -> frozenset[str]:
         """Those of a row that mean something."""
+        if self.documents:
+            return DOCUMENT_KEYS
         if self.taught:
             return ROW_KEYS
         # Rows to be trained on say who answered.
@@ -72,6 +76,20 @@ class RowRules:
     def taught(self) -> bool:
         """Whether a teacher judges the rows."""
         return self.dataset_type == "distill"
+
+    @property
+    def documents(self) -> bool:
+        """Whether the rows are texts, rather than conversations."""
+        return self.dataset_type == "midtrain"
+
+    @property
+    def example(self) -> str:
+        """A row as it should be."""
+        if self.documents:
+            return '{"text": "Once upon a time ..."}'
+        asked = '{"role": "user", "content": "Hi"}'
+        answered = ', {"role": "assistant", "content": "Hello"}'
+        return f'{{"messages": [{asked}{answered if self.dataset_type == "sft" else ""}]}}'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +135,9 @@ def check_row(
     if not isinstance(value, dict):
         return [RowFault(path=(), message=f"a row must be an object {{...}}, but {_is(value)}")]
     check = _Checker(value, rules)
+    if rules.documents:
+        document = _document(check, source, number, line)
+        return check.faults or Row(prompt=document)
     messages = check.messages()
     metadata = check.object("metadata")
     variables = check.object("variables")
@@ -137,6 +158,20 @@ def check_row(
     )
     privileged = check.privileged(messages, variables) if rules.taught else None
     return check.faults or Row(prompt=prompt, privileged=privileged)
+
+
+def _document(check: _Checker, source: DatasetSource, number: int, line: int | None) -> Prompt:
+    """A row of midtrain."""
+    return Prompt(
+        id=f"{source.name}/{number}",
+        dataset=source.name,
+        row=number,
+        messages=(),
+        text=check.text(),
+        metadata=check.object("metadata"),
+        source=source.path,
+        line=line,
+    )
 
 
 @dataclass(slots=True)
@@ -172,6 +207,19 @@ class _Checker:
         assert isinstance(plain, dict)
         return plain
 
+    def text(self) -> str | None:
+        """What a row of midtrain is."""
+        value = self.optional("text", str, "a string")
+        if self.row.get("text") is None:
+            near = hint("text", [key for key in self.row if key not in DOCUMENT_KEYS])
+            fix = 'give every row "text": "..."'
+            if "messages" in self.row:
+                fix += ", or train on the answers in its messages with dataset_type: sft"
+            self.fault((), f'the row has no "text"{near.replace("did you mean", "is it")}', fix=fix)
+        elif value is not None and not value.strip():
+            self.fault(("text",), '"text" is empty', fix="remove these rows")
+        return value
+
     def messages(self) -> list[dict[str, object]]:
         if self.row.get("messages") is None:
             near = ""
@@ -179,6 +227,8 @@ class _Checker:
                 near = hint("messages", [key for key in self.row if key not in ROW_KEYS])
                 near = near.replace("did you mean", "is it")
             fix = 'give every row "messages": [...]'
+            if self.row.get("text") is not None:
+                fix += ', or train on its "text" with dataset_type: midtrain'
             self.fault((), f'the row has no "messages"{near}', fix=fix)
             return []
         items = self.optional("messages", list, "a list")
@@ -198,7 +248,11 @@ class _Checker:
                 fix="remove the last assistant message of these rows, or train on it with dataset_type: sft",
             )
         if kind == "sft" and all(message["role"] != "assistant" for message in messages):
-            self.fault(("messages",), "the row has no assistant message to train on")
+            self.fault(
+                ("messages",),
+                "the row has no assistant message to train on",
+                fix="give the row an answer, or let the student write one with dataset_type: distill or rl",
+            )
         return messages
 
     def privileged(

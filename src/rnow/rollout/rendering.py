@@ -17,6 +17,7 @@ from rnow.protocols import Tokenizer, Tool
 from rnow.rollout.controls import Controls, Marks, Tools, change_texts
 from rnow.rollout.forms import Forms
 from rnow.rollout.template_process import PROCESS, TemplateFault, Written
+from rnow.rollout.template_worker import GENERATION_MARKS
 from rnow.text.strict_json import mend_surrogates
 from rnow.types import Message
 
@@ -79,6 +80,7 @@ def render(
     *,
     reasoning_mode: str | None = None,
     generation_prompt: bool = True,
+    generation_marks: tuple[str, str] | None = None,
 ) -> list[Rendering | TemplateFault]:
     """Each conversation as the chat template writes it, before tokenisation, or why the template refuses it.
 
@@ -92,16 +94,16 @@ def render(
         reasoning_mode: passed to the template as ``enable_thinking`` / ``thinking`` / ``reasoning_effort``, where it
             reads them.
         generation_prompt: whether the assistant's next turn is opened.
+        generation_marks: written before and after what the template marks as the assistant's (``{% generation %}``).
 
     Raises:
         InputError: the template takes too long, or writes too much.
     """
     student = _student(tokenizer)
     controls = student.controls
-    options = {
-        "add_generation_prompt": generation_prompt,
-        **_reasoning_switches(reasoning_mode),
-    }
+    options = {"add_generation_prompt": generation_prompt, **_reasoning_switches(reasoning_mode)}
+    if generation_marks is not None:
+        options[GENERATION_MARKS] = list(generation_marks)
 
     def write(messages: Sequence[Message], tools: Tools) -> str:
         (written,) = _write(tokenizer, student, [(messages, tools)], options)
@@ -191,6 +193,13 @@ def decode_all(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     )
 
 
+def as_text(tokenizer: Tokenizer, text: str) -> Rendering:
+    """A text of the data as it is read without a chat template: no control token comes out of it."""
+    controls = _student(tokenizer).controls
+    spelled = controls.spelled_in([{"role": "user", "content": text}], None)
+    return Rendering(text=controls.inert(text) if spelled else text, altered=spelled)
+
+
 def template_text(tokenizer: Tokenizer, *, tools: bool) -> str:
     """The source of the chat template that is used for prompts with, or without, tools: a tokenizer may have two."""
     return str(tokenizer.get_chat_template(tools=[{}] if tools else None))
@@ -277,6 +286,7 @@ def _write_itself(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools, options: Mapping[str, object]
 ) -> str | TemplateFault:
     """As the model's own code has it."""
+    options = {name: value for name, value in options.items() if name != GENERATION_MARKS}
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
     except Exception as error:

@@ -4,7 +4,8 @@ and nothing else. Standard library and jinja2 only.
 A line in holds one JSON object: ``items``, each the number of a template and its variables; ``sources`` of the numbers
 not named before; and ``now``. A line out holds, for each item, ``text`` and ``dated`` (whether the date was read), or
 ``error`` and whether it was a ``limit``. The environment is that of transformers'
-``apply_chat_template``; what would differ between two runs (the date, jinja's random filter) is given or fixed.
+``apply_chat_template``; what would differ between two runs (the date, jinja's random filter) is given or fixed. The variable
+``generation_marks``, two texts, is no template's: they are written around what stands between ``{% generation %}`` marks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import random
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from jinja2 import Template, nodes, pass_eval_context
 from jinja2.exceptions import TemplateError
@@ -27,12 +28,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 CPU_SECONDS = 10
 MEMORY_BYTES = 2 * 2**30
 MAX_CHARACTERS = 32 * 2**20
+GENERATION_MARKS = "generation_marks"
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks what the assistant wrote; here its body alone counts."""
+    """``{% generation %}`` marks what the assistant wrote; its body is written with the texts ``around`` it."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+    around: ClassVar[Sequence[str]] = ("", "")
 
     def parse(self, parser: Parser) -> nodes.Node:
         """A block of its own, as in transformers: what is set inside stays inside."""
@@ -42,7 +45,7 @@ class _Generation(Extension):
 
     @pass_eval_context
     def _body(self, context: nodes.EvalContext, caller: Callable[[], str]) -> str:
-        return caller()
+        return f"{self.around[0]}{caller()}{self.around[1]}"
 
 
 class _Clock:
@@ -118,6 +121,8 @@ def _render(template: Template, context: dict[str, object]) -> str:
 def _answer(number: int, context: dict[str, object], templates: _Templates) -> dict[str, object]:
     random.seed(0)
     templates.clock.read = False
+    marks = context.pop(GENERATION_MARKS, None)
+    _Generation.around = [str(mark) for mark in marks] if isinstance(marks, list) else ("", "")
     # Processor time, not the clock's: a busy machine is no fault of the template.
     signal.setitimer(signal.ITIMER_PROF, templates.seconds)
     try:

@@ -42,6 +42,7 @@ from rnow.teacher.privileged import PrivilegedTeacher
 from rnow.teacher.router import RoutedTeacher
 from rnow.training.evaluations import Answering
 from rnow.training.residency import Part, Residency, Sleeper
+from rnow.training.rows import NoSampler
 
 _KEY = re.compile(r"(?<![\w./-])teacher\.(?=[a-z])")
 
@@ -105,13 +106,7 @@ async def load_backends(
     vllm = loader.start_sampler()
     student = await loader.load_student(vllm)
     config = prepared.config
-    sampler: Sampler
-    if vllm is not None:
-        sampler, mode = vllm, "server" if config.sampler.url else "engine"
-    else:
-        assert student.sampler is not None, "built where no vLLM draws"
-        sampler, mode = student.sampler, f"{student.sampler.mode} weights"
-    facts: dict[str, str | None] = {"backend": prepared.student.role.backend, "mode": mode}
+    sampler, facts = _sampler(prepared, vllm, student)
     if loader.chosen.turns:
         facts["residency"] = "time_shared"
     teacher, answering = await loader.load_teachers(student.own_base)
@@ -130,6 +125,19 @@ async def load_backends(
         sampler_facts=facts,
         poll=poll,
     )
+
+
+def _sampler(
+    prepared: Prepared, vllm: VllmSampler | None, student: LocalStudent
+) -> tuple[Sampler, dict[str, str | None]]:
+    """What draws the answers, and what is said of it; nothing does where the rows are learned."""
+    backend = prepared.student.role.backend
+    if vllm is not None:
+        mode = "server" if prepared.config.sampler.url else "engine"
+        return vllm, {"backend": backend, "mode": mode}
+    if student.sampler is None:
+        return NoSampler(), {}
+    return student.sampler, {"backend": backend, "mode": f"{student.sampler.mode} weights"}
 
 
 def _watched(prepared: Prepared, turns: frozenset[Part]) -> Residency:
@@ -199,7 +207,7 @@ class _Loader:
             lm,
             self.poll,
             self.heads,
-            embedded=vllm is None,
+            embedded=vllm is None and prepared.config.on_policy,
             recomputed=self.chosen.recomputed,
         )
         if self.chosen.turns:
@@ -250,8 +258,13 @@ class _Loader:
                 yield
 
     def _tell_of_rows(self, lm: CausalLM, role: Role) -> None:
-        """What `rnow check` could not know: with these weights a prompt that several answers share must be computed with each."""
-        if lm.separate and lm.quantization != "int8" and why_separate(lm.model.config) is None:
+        """What `rnow check` could not know: with these weights a prompt that several answers share must be computed with each. Of
+        rows that are learned in any case: they are not packed then."""
+        if lm.separate and not self.prepared.config.on_policy:
+            self.prepared.note(
+                f"packing is off, each row is a sequence of its own, since {lm.separate}"
+            )
+        elif lm.separate and lm.quantization != "int8" and why_separate(lm.model.config) is None:
             self.prepared.note(
                 f"the {role.name}: prompts are computed once for each answer, since {lm.separate}"
             )

@@ -68,7 +68,7 @@ from rnow.rollout.rendering import tell_of_alterations
 from rnow.serving.http import LOOK_AT_SERVER
 from rnow.setup.addresses import check_addresses
 from rnow.setup.backends import Backends, load_backends
-from rnow.setup.evaluations import build_evaluations
+from rnow.setup.evaluations import build_evaluations, build_held_out
 from rnow.setup.facts import (
     RunSummary,
     answer_lines,
@@ -92,10 +92,10 @@ from rnow.tasks import run_anywhere
 from rnow.teacher.control import controlled
 from rnow.teacher.cross import CrossTeacher
 from rnow.teacher.served import CHECK_SECONDS, ServedTeacher
-from rnow.training.loop import Parts, Workers, train
+from rnow.training.loop import Parts, Schedule, Workers, train
 from rnow.training.recorder import Recorder
 from rnow.training.saver import Saver
-from rnow.training.selfcheck import run_selfcheck
+from rnow.training.selfcheck import PROMPTS, check_rows, run_selfcheck
 from rnow.training.signals import StopFlag
 from rnow.training.watchdog import Watchdog
 
@@ -378,6 +378,8 @@ class _Run:
             self._make_folder()  # from here on the run writes
             self._log.open(self._folder.log)
             self._keep_changed_adapter(checkpoint)
+            if not self._config.on_policy:
+                return await self._train(backends, checkpoint, None)
             async with open_user_code(self._prepared, self._folder.path, training=True) as code:
                 return await self._train(backends, checkpoint, code)
 
@@ -426,8 +428,9 @@ class _Run:
             )
 
     async def _train(
-        self, backends: Backends, checkpoint: Checkpoint | None, code: UserCode
+        self, backends: Backends, checkpoint: Checkpoint | None, code: UserCode | None
     ) -> RunSummary:
+        """``code`` is None where none is called: what is learned are the rows."""
         journals = self._build_journals()
         self._forget_outdated(journals, checkpoint)
         self._write_facts(saved=checkpoint is not None)
@@ -477,6 +480,7 @@ class _Run:
             device=backends.student.device,
             sampler=backends.sampler_facts,
             control=control_of(self._config),
+            on_policy=self._config.on_policy,
         )
         replace_file(self._folder.summary, readable_json(values))
         self._stop.result_is_there(
@@ -569,6 +573,9 @@ class _Run:
             self._folder.evaluations.unlink(missing_ok=True)
 
     async def _selfcheck(self, backends: Backends) -> None:
+        if not self._config.on_policy:
+            await self._check_rows(backends)
+            return
         async with backends.gpu.only("trainer"):
             backends.sampler.load_policy(backends.policy.adapter(), version=0)
         settings = rollout_settings(self._prepared, "test", group_size=1)
@@ -598,6 +605,16 @@ class _Run:
         gap = f"sampler and trainer agree to {found.max_gap:.1e} nats"
         kl = "" if found.teacher_kl is None else f"; teacher_kl now {found.teacher_kl:.3f}"
         self._display.note(gap + kl)
+
+    async def _check_rows(self, backends: Backends) -> None:
+        rows, dataset = self._prepared.rendered.rows, self._prepared.project.dataset
+        loss = await check_rows(
+            [rows[prompt.id][0].sample() for prompt in dataset.prompts[:PROMPTS]],
+            backends.trainer_as_teacher,
+            backends.student.vocabulary,
+            backends.gpu,
+        )
+        self._display.note(f"the loss of the first rows is {loss:.3f} now")
 
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note
@@ -652,12 +669,34 @@ class _Run:
         recorder: Recorder,
         saver: Saver,
         journals: JournalFolder,
-        code: UserCode,
+        code: UserCode | None,
     ) -> Parts:
-        assert self._prepared.source is not None, "prepared for training"
+        source = self._prepared.source
+        assert source is not None, "prepared for training"
+        workers: Workers | None = None
+        evaluations: Schedule
+        if code is None:
+            evaluations = build_held_out(self._prepared, backends, recorder)
+        else:
+            watch = RewardWatch(recorder.warn, teaching=self._config.algorithm.reward_coef > 0)
+            workers = self._workers(backends, journals, code, watch)
+            evaluations = build_evaluations(self._prepared, backends, recorder, code, watch)
+        return Parts(
+            num_steps=self._prepared.num_steps,
+            source=source.open(workers),
+            policy=backends.policy,
+            sampler=backends.sampler,
+            gpu=backends.gpu,
+            evaluations=evaluations,
+            recorder=recorder,
+            saver=saver,
+        )
+
+    def _workers(
+        self, backends: Backends, journals: JournalFolder, code: UserCode, watch: RewardWatch
+    ) -> Workers:
         group_size = self._config.data.group_size
-        watch = RewardWatch(recorder.warn, teaching=self._config.algorithm.reward_coef > 0)
-        workers = Workers(
+        return Workers(
             environments=build_episodes(self._prepared, code),
             settings=replace(
                 rollout_settings(self._prepared, "train", group_size=group_size),
@@ -671,16 +710,6 @@ class _Run:
             needs=build_objective(self._prepared).needs,
             scores_early=scores_early(self._config),
             gpu=backends.gpu,
-        )
-        return Parts(
-            num_steps=self._prepared.num_steps,
-            source=self._prepared.source.open(workers),
-            policy=backends.policy,
-            sampler=backends.sampler,
-            gpu=backends.gpu,
-            evaluations=build_evaluations(self._prepared, backends, recorder, code, watch),
-            recorder=recorder,
-            saver=saver,
         )
 
 

@@ -7,12 +7,28 @@ from dataclasses import replace
 
 from rnow.config import EvalEntry
 from rnow.plan.prepare import Prepared
+from rnow.plan.sources import rows_of
 from rnow.rewards.watch import RewardWatch
 from rnow.setup.backends import Backends
 from rnow.setup.usercode import UserCode, build_episodes, rollout_settings
 from rnow.training.evaluations import PASS_AT, Evaluations, Evaluator, Scheduled
+from rnow.training.held_out import HeldOutLoss
 from rnow.training.recorder import Recorder
 from rnow.types import Prompt
+
+
+def build_held_out(prepared: Prepared, backends: Backends, recorder: Recorder) -> HeldOutLoss:
+    """The loss of the held-out rows before and after training, and as often as the config's ``evals`` say."""
+    return HeldOutLoss(
+        rows=rows_of(prepared.evaluated, prepared.rendered.rows),
+        scheduled={
+            entry.name or f"eval_{index}": entry.step
+            for index, entry in enumerate(prepared.config.evals)
+        },
+        student=backends.trainer_as_teacher,
+        gpu=backends.gpu,
+        recorder=recorder,
+    )
 
 
 def build_evaluations(

@@ -48,6 +48,8 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
 
     folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
     redact = prepared.project.redact
+    judged = prepared.config.on_policy  # rows are learned as they are: no code of the user's runs
+    agentic = judged and prepared.project.agentic
     models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
     teachers: dict[str, dict[str, str | None]] = {}
     for role, model in prepared.models.items():
@@ -75,10 +77,10 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
         "stop_ids": list(prepared.rendered.stop_ids),
         "tokenizer_hash": tokenizer_hash(trained),
         "dataset_hash": prepared.source and prepared.source.content_hash,
-        "rewards_hash": _hash_of(folder / "rewards.py"),
-        "rewards_modules": _hash_modules(folder / "rewards.py"),
-        "tools_hash": _hash_of(folder / TOOLS_FILE) if prepared.project.agentic else None,
-        "tools_modules": _hash_modules(folder / TOOLS_FILE) if prepared.project.agentic else {},
+        "rewards_hash": _hash_of(folder / "rewards.py") if judged else None,
+        "rewards_modules": _hash_modules(folder / "rewards.py") if judged else {},
+        "tools_hash": _hash_of(folder / TOOLS_FILE) if agentic else None,
+        "tools_modules": _hash_modules(folder / TOOLS_FILE) if agentic else {},
         "tools": redact.data(prepared.tools),
         "threads": torch.get_num_threads(),
         "template_date": _isoformat(prepared.rendered.template_date),
@@ -130,16 +132,16 @@ def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: in
     tools = [f"tools: {named}; at most {turns} turns"] if named else []
     found = control_of(config)
     control = [] if found is None else [f"control: {found.upper()}, {CONTROLS[found]}"]
+    answering = [f"sampler: {sampler}", *tools] if config.on_policy else []
     lines = [
         f"student: {prepared.student.resolved.name}, LoRA rank {config.model.qlora_rank}, base {base}",
         *_start_lines(prepared),
-        *_teacher_lines(prepared),
+        *(_teacher_lines(prepared) if config.on_policy else []),
         *control,
         f"objective: {build_objective(prepared).describe()}, "
         f"learning rate {config.trainer.learning_rate:g}",
         f"data: {prepared.source.summary}" if prepared.source else "data: none",
-        f"sampler: {sampler}",
-        *tools,
+        *answering,
         f"device: {student.device}",
         f"run folder: {run_dir}",
     ]
@@ -259,15 +261,15 @@ def build_values(
     device: str,
     sampler: Mapping[str, str | None],
     control: str | None,
+    on_policy: bool = True,
 ) -> dict[str, object]:
     """Collect summary.json.
 
     ``teacher_kl`` first and last are means over the first and last tenth of the steps (at least one): a single step is
-    a handful of rollouts; ``averaged_steps`` says how many. ``teachers`` is there where others than ``teacher`` judge. Paths are absolute.
+    a handful of rollouts; ``averaged_steps`` says how many. A run that learns from rows has ``loss`` in the same form.
+    ``teachers`` is there where others than ``teacher`` judge. Paths are absolute.
     """
-    kls = (row.get("teacher_kl") for row in read_rows(folder.metrics))
-    series = [kl for kl in kls if kl is not None]
-    tenth = max(1, len(series) // 10)
+    rows = read_rows(folder.metrics)
     last = {row["name"]: {key: row[key] for key in row if key != "name"} for row in evaluations}
     return {
         "status": "finished",
@@ -276,11 +278,8 @@ def build_values(
         "steps": steps,
         "wall_seconds": round(counters["seconds"], 2),
         "completion_tokens": int(counters["completion_tokens"]),
-        "teacher_kl": {
-            "first": _mean(series[:tenth]),
-            "last": _mean(series[-tenth:]),
-            "averaged_steps": min(tenth, len(series)),
-        },
+        "teacher_kl": _course(rows, "teacher_kl"),
+        **({} if on_policy else {"loss": _course(rows, "loss")}),
         "evaluation": {
             "before": last.get(BEFORE),
             "after": last.get(AFTER),
@@ -294,6 +293,17 @@ def build_values(
         "device": device,
         "versions": facts.get("versions"),
         "config_hash": facts.get("config_hash"),
+    }
+
+
+def _course(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | int | None]:
+    """How a metric began and ended."""
+    series = [value for row in rows if (value := row.get(name)) is not None]
+    tenth = max(1, len(series) // 10)
+    return {
+        "first": _mean(series[:tenth]),
+        "last": _mean(series[-tenth:]),
+        "averaged_steps": min(tenth, len(series)),
     }
 
 

@@ -142,11 +142,13 @@ def score_with(
     prepared: Prepared, lm: CausalLM, poll: Callable[[], None], *, role: str
 ) -> TransformersTeacher:
     """A model in this process behind the Teacher protocol."""
+    config = prepared.config
     return TransformersTeacher(
         lm,
         role=role,
-        head_stays=role != STUDENT and reads_hidden_states(prepared.config),
-        temperature=prepared.config.rollout.temperature,
+        head_stays=role != STUDENT and reads_hidden_states(config),
+        # Of the answers; rows have none.
+        temperature=config.rollout.temperature if config.on_policy else 1.0,
         micro_batch_tokens=prepared.config.trainer.micro_batch_tokens,
         poll=poll,
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rnow.algorithm.baseline import KlBaseline
 from rnow.algorithm.bucket import TopKDivergence
+from rnow.algorithm.cross_entropy import CrossEntropy
 from rnow.algorithm.exact import ExactDivergence
 from rnow.algorithm.head import Head
 from rnow.algorithm.objective import Objective
@@ -22,7 +23,7 @@ NO_HEADS: Mapping[str, Head] = {}
 
 
 def build_objective(prepared: Prepared, heads: Mapping[str, Head] = NO_HEADS) -> Objective:
-    """The objective of the config's ``algorithm`` section.
+    """The objective of the config's ``algorithm`` section; in sft and midtrain the cross-entropy.
 
     Args:
         heads: the heads of models in this process by role, for objectives that read hidden states. Teachers' may be added later.
@@ -42,6 +43,8 @@ def build_objective(prepared: Prepared, heads: Mapping[str, Head] = NO_HEADS) ->
 
 def _without_value(prepared: Prepared, heads: Mapping[str, Head]) -> Objective:
     config, algorithm = prepared.config, prepared.config.algorithm
+    if not config.on_policy:
+        return CrossEntropy()
     # A vocabulary smaller than k is listed whole.
     top_k = min(algorithm.teacher_top_k, prepared.rendered.vocabulary)
     estimator = kl_estimator(config)

@@ -12,7 +12,6 @@ from rnow.protocols import Environment, Policy, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings, RolloutStore, collect_rollouts
-from rnow.training.evaluations import Evaluations
 from rnow.training.recorder import Recorder
 from rnow.training.residency import Residency, StageClock
 from rnow.training.saver import Saver
@@ -28,6 +27,16 @@ class Source(Protocol):
         ...
 
 
+class Schedule(Protocol):
+    """The evaluations of a run, each where it is due."""
+
+    async def before(self, done: int) -> None: ...
+
+    async def after_step(self, step: int) -> None: ...
+
+    async def after(self, step: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """Everything a run is made of. Steps count from 1; the policy after step n has version n."""
@@ -37,7 +46,7 @@ class Parts:
     policy: Policy
     sampler: Sampler
     gpu: Residency
-    evaluations: Evaluations
+    evaluations: Schedule
     recorder: Recorder
     saver: Saver
 

@@ -12,7 +12,7 @@ from rnow.types import Message, Prompt, RewardResult, Rollout, RolloutGroup
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rnow.algorithm.records import TrainingSample
+    from rnow.algorithm.records import StepData, TrainingSample
 
 TROUBLE = 8
 
@@ -71,6 +71,19 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, agentic: bool = False) ->
         "rollouts/failed_fraction": _count(rollouts, "failed") / max(1, len(rollouts)),
         "tokens/prompt": float(total - completion),
         "tokens/completion": float(completion),
+        "tokens/total": float(total),
+    }
+
+
+def row_metrics(data: StepData) -> dict[str, float]:
+    """``tokens/*`` of a step whose samples nobody rolled out: what is trained on counts as completion, the rest as prompt."""
+    if data.groups:
+        return {}
+    total = sum(len(item.sample.token_ids) for item in data.training)
+    learned = sum(sum(item.sample.loss_mask) for item in data.training)
+    return {
+        "tokens/prompt": float(total - learned),
+        "tokens/completion": float(learned),
         "tokens/total": float(total),
     }
 

@@ -20,6 +20,7 @@ from rnow.training.metrics import (
     memory_metrics,
     reward_metrics,
     rollout_metrics,
+    row_metrics,
     signal_metrics,
     teacher_metrics,
     throughput_metrics,
@@ -126,7 +127,7 @@ class Recorder:
         """
         metrics = dict(update.metrics) | reward_metrics(data.groups, data.rewards)
         metrics |= signal_metrics(data.groups, data.rewards)
-        metrics |= rollout_metrics(data.groups, agentic=self._agentic)
+        metrics |= rollout_metrics(data.groups, agentic=self._agentic) | row_metrics(data)
         if self._by_teacher:
             metrics |= teacher_metrics(data.training, update.streams)
         if self._agentic and self._by_dataset:
@@ -144,7 +145,8 @@ class Recorder:
         metrics |= clock.metrics()
         metrics |= throughput_metrics(metrics) | memory_metrics()
         self.completion_tokens += int(metrics.get("tokens/completion", 0))
-        self._transcripts.write(step, data, update.streams)
+        if data.groups:
+            self._transcripts.write(step, data, update.streams)
         for sink in self._sinks:
             sink.log(step, metrics)
         self._display.step(step, self._num_steps, metrics)

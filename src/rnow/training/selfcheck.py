@@ -89,6 +89,25 @@ async def run_selfcheck(
     )
 
 
+async def check_rows(
+    samples: Sequence[Sample], student: Teacher, vocabulary: int, gpu: Residency
+) -> float:
+    """Score a few rows with the student's own weights; the mean loss of their tokens, in nats.
+
+    Args:
+        student: its weights behind the Teacher protocol.
+        vocabulary: as in ``run_selfcheck``.
+
+    Raises:
+        ModelError: the log-probabilities of the student cannot be used.
+    """
+    async with gpu.only("trainer"):
+        own = _loss_values(samples, await student.score(samples, SAMPLED))
+    _check_finite("student", own)
+    _check_constant("student", own, vocabulary)
+    return -math.fsum(own) / len(own)
+
+
 def _chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first few, and the first of every teacher that judges none of those."""
     chosen = [*prompts[:PROMPTS]]
