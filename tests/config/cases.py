@@ -108,7 +108,7 @@ CASES: dict[str, Case] = {
     "override_not_yaml": yml(BASE, "data.train_file=[a.jsonl"),
     "override_of_a_section": yml(BASE, "model=Qwen/Qwen3-4B"),
     "override_below_a_value": yml(BASE, "seed.x=1"),
-    # reserved
+    # several students
     "student_twice": yml(BASE.replace("Qwen/Qwen3-8B", "[Qwen/Qwen3-8B, Qwen/Qwen3-8B]")),
     # legacy keys keep their place
     "legacy_wrong_value": more("rollout:\n  thinking_mode: sometimes\n"),

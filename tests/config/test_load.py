@@ -1,4 +1,4 @@
-"""From a file or folder to a Config: overrides, places, legacy keys, notices, reserved values."""
+"""From a file or folder to a Config: overrides, places, legacy keys, notices."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from rnow.config import SHORTHANDS, Config, LoadedConfig, load_config
 from rnow.config.notices import find_notices
 from rnow.config.output import dump_yaml
 from rnow.config.overrides import parse_override
-from rnow.config.reserved import RESERVED
 from rnow.config.schema import field_at
 from rnow.config.strict_yaml import NULL
-from rnow.errors import ConfigError, NotYetSupported
+from rnow.errors import ConfigError
 
 BASE = """\
 dataset_type: distill
@@ -291,49 +290,6 @@ def test_notices(load: Load, more: str, words: str) -> None:
 @pytest.mark.parametrize("top_k", [0, -1])
 def test_top_k_off_is_silent(load: Load, top_k: int) -> None:
     assert load(f"rollout:\n  top_k: {top_k}\n  top_p: 1.0\n").warnings == []
-
-
-# reserved
-
-EXAMPLES = {}
-ALLOWED = {
-    "teacher.agentic": ["true", "false", "null"],
-    "teacher.backend": ["auto", "transformers", "vllm"],
-    "algorithm.adv_estimator": ["grpo", "reinforce", "gae"],
-    "algorithm.kl_estimator": ["auto", "exact", "topk", "sampled"],
-    "algorithm.kl_baseline": ["optimal"],
-    "algorithm.kl_discount": ["0", "0.5"],
-    "rollout.max_turns": ["2", "null"],
-    "rollout.mcp_url": ["localhost:1", "[a, b]", "[]", "null"],
-    "sampler.backend": ["auto", "transformers", "vllm"],
-}
-
-
-def pairs(table: dict[str, list[str]]) -> list[tuple[str, str]]:
-    return [(key, value) for key, values in table.items() for value in values]
-
-
-@pytest.mark.parametrize("key", RESERVED)
-def test_every_reserved_key_is_tried(key: str) -> None:
-    assert key in EXAMPLES
-
-
-@pytest.mark.parametrize(("key", "value"), pairs(EXAMPLES))
-def test_reserved_values_are_refused(load: Load, key: str, value: str) -> None:
-    with pytest.raises(NotYetSupported) as caught:
-        load("", f"{key}={value}")
-    assert caught.value.where == f"command line ({key})"
-    assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize(("key", "value"), pairs(ALLOWED))
-def test_other_values_of_reserved_keys_pass(load: Load, key: str, value: str) -> None:
-    load("", f"{key}={value}")
-
-
-def test_reserved_values_from_python() -> None:
-    with pytest.raises(NotYetSupported, match="several students"):
-        Config(dataset_type="sft", model={"path": ["a", "b"]})
 
 
 @pytest.mark.parametrize("kind", ["sft", "midtrain"])

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rnow.config import load_config
-from rnow.config.schema import KEYS
 from rnow.errors import InputError
 from rnow.project import templates
 from rnow.project.templates import (
@@ -206,8 +205,6 @@ def test_any_name_is_read_back_as_text(name: str) -> None:
 def test_every_template_is_a_valid_project(name: str, tmp_path: Path) -> None:
     item = find_template(name)
     assert item.description
-    if name == "off-distill-agent" and KEYS["dataset_type"].reserved is not None:
-        pytest.skip("dataset_type: sft is still reserved")
     write_template(plan_init(item, tmp_path), project_name="my project")
     loaded = load_config(tmp_path)
     assert loaded.config.project_name == "my project"

@@ -13,16 +13,12 @@ from typing import Any
 import pytest
 
 from rnow.config import load_config
-from rnow.config.schema import KEYS
 from rnow.errors import DataError
 from rnow.project.project import load_project
 from rnow.project.templates import find_template, plan_init, write_template
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
 FOLDER = TEMPLATES / "off-distill-agent"
-needs_sft = pytest.mark.skipif(
-    KEYS["dataset_type"].reserved is not None, reason="dataset_type: sft is still reserved"
-)
 
 
 @pytest.fixture
@@ -74,14 +70,12 @@ def test_the_scripts_defaults(command: Callable[[list[str]], list[str]]) -> None
         assert command(given)[-len(given) :] == given
 
 
-@needs_sft
 def test_without_its_rows_it_says_who_writes_them(project: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_project(project, load_config(project).config, tools=["calc"])
     assert caught.value.fix == "python generate_teacher_data.py writes it"
 
 
-@needs_sft
 def test_its_teacher_writes_its_rows(project: Path) -> None:
     """The script as a user runs it, from another folder."""
     done = subprocess.run(

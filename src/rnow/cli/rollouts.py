@@ -14,6 +14,7 @@ from rnow.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rnow.disk.folder import RunFolder
     from rnow.disk.transcript_rows import Row
 
 DEFAULT_COUNT = 5

@@ -12,7 +12,6 @@ from rnow.config.names import fill_name
 from rnow.config.normalise import full_address
 from rnow.config.output import config_hash, dump_yaml, split_by_default, to_dict, to_yaml
 from rnow.config.overrides import SHORTHANDS
-from rnow.config.reserved import refuse_reserved
 from rnow.config.schema import (
     AlgorithmSection,
     DataSection,
@@ -50,7 +49,6 @@ __all__ = [
     "has_config",
     "is_key",
     "load_config",
-    "refuse_reserved",
     "split_by_default",
     "to_dict",
     "to_yaml",

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from rnow.config.legacy import RENAMED
 from rnow.config.overrides import SHORTHANDS, show
 from rnow.config.problems import dotted
-from rnow.config.reserved import RESERVED
 from rnow.config.schema import LISTS, SECTION_NAMES, SECTIONS, Schema, key_of
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def render() -> str:
         parts.append(_section(name, model))
         if name == "data":
             parts.append(_section("data.train_file[]", LISTS["data.train_file"]))
-    parts += [_section("evals[]", LISTS["evals"]), _reserved(), _legacy()]
+    parts += [_section("evals[]", LISTS["evals"]), _legacy()]
     return "\n".join(parts)
 
 
@@ -101,11 +100,8 @@ def _section(name: str, model: type[BaseModel]) -> str:
         if not name and key in SECTION_NAMES:
             continue
         said = key_of(field)
-        note = field.description or ""
-        if said and said.reserved:
-            note += f" Reserved: {said.reserved.values}."
         kind = (said and said.type_text) or _type(schema["properties"][key], schema)
-        rows.append((f"`{key}`", kind, _default(field), note))
+        rows.append((f"`{key}`", kind, _default(field), field.description or ""))
     text = f"{(model.__doc__ or '').strip()}\n\n" if name else ""
     text += _table(("key", "type", "default", "meaning"), rows)
     if name in NOTES:
@@ -144,21 +140,11 @@ def _type(schema: JsonSchemaValue, root: JsonSchemaValue) -> str:
     return f"{words[str(kind)]} {', '.join(shown)}".strip()
 
 
-def _reserved() -> str:
-    rows = [(f"`{key}`", entry.values, _sentence(entry.instead)) for key, entry in RESERVED.items()]
-    note = "These values are part of the format and do nothing yet. They are refused (exit code 2), never ignored."
-    return f"## Reserved\n\n{note}\n\n{_table(('key', 'values', 'instead'), rows)}"
-
-
 def _legacy() -> str:
     rows = [(f"`{dotted(old)}`", f"`{dotted(new)}`{note}") for old, new, _, note in RENAMED]
     rows.append(("`trainer.save_step: 0`", "`trainer.save_step: -1`"))
     note = "Accepted with one warning each. When the new key is set too, the old one is ignored."
     return f"## Old keys\n\n{note}\n\n{_table(('old', 'new'), rows)}"
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,15 +36,6 @@ top k, kl clamp, importance ratio, surrogate: parts of objectives; which has whi
 
 
 @dataclass(frozen=True, slots=True)
-class Reserved:
-    """Values that are part of the format and that nothing implements yet: in words, as a test, and what to do instead."""
-
-    values: str
-    refuses: Callable[[Any], bool]
-    instead: str
-
-
-@dataclass(frozen=True, slots=True)
 class Key:
     """What a key says about itself; see ``key``."""
 
@@ -53,7 +43,6 @@ class Key:
     type_text: str | None
     change: Change | None
     reader: Reader | None
-    reserved: Reserved | None
 
 
 def key(
@@ -64,7 +53,6 @@ def key(
     *,
     change: Change | None = None,
     reader: Reader | None = None,
-    reserved: Reserved | None = None,
     **limits: Any,
 ) -> Any:
     """A pydantic field with a ``Key`` in its metadata.
@@ -75,9 +63,8 @@ def key(
         default_text, type_text: how the documentation words default and type, where they do not speak for themselves.
         change: what another value means for a run that was started before; None is what the section says.
         reader: who reads the key; None is what the section says. To a run without that reader it makes no difference.
-        reserved: values that nothing implements yet.
         limits: pydantic's own (``ge``, ``lt``, ``min_length``, ...).
     """
     field = Field(default, description=description, **limits)
-    field.metadata.append(Key(default_text, type_text, change, reader, reserved))
+    field.metadata.append(Key(default_text, type_text, change, reader))
     return field

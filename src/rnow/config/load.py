@@ -19,11 +19,10 @@ from rnow.config.notices import find_notices
 from rnow.config.overrides import apply_overrides, describe_changes, parse_override
 from rnow.config.places import Places, place
 from rnow.config.problems import InvalidValues
-from rnow.config.reserved import refuse_reserved
 from rnow.config.schema import SECTION_NAMES, Schema
 from rnow.config.strict_yaml import Document, decode, parse_document
 from rnow.config.students import each_student
-from rnow.errors import ConfigError, NotYetSupported
+from rnow.errors import ConfigError
 from rnow.text.user_files import is_present, read_regular
 
 FILE_NAMES = ("config.yml", "config.yaml", "config.json")
@@ -52,7 +51,7 @@ class Config(Schema):
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
         """Read config.yml or config.json (or the folder that holds one), with ``key=value`` overrides.
 
-        Raises ConfigError, for a list of several students too, or NotYetSupported. Warnings are available from ``rnow.config.load_config``.
+        Raises ConfigError, for a list of several students too. Warnings are available from ``rnow.config.load_config``.
         """
         return load_config(path, overrides).config
 
@@ -154,9 +153,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         path: config.yml, config.yaml or config.json, or a folder with one of them.
         overrides: ``key=value`` settings; a later one wins.
 
-    Raises:
-        ConfigError: with file, line and column of each fault, ten at most.
-        NotYetSupported: for a setting that this version only reserves.
+    Raises ConfigError with file, line and column of each fault, ten at most.
     """
     file = find_config_file(Path(path))
     document = read_document(file)
@@ -172,11 +169,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         configs = [Config(**one) for one in each_student(data, folder=file.resolve().parent.name)]
     except InvalidValues as error:
         raise place(error.problems, places) from None
-    except (ConfigError, NotYetSupported) as error:
+    except ConfigError as error:
         error.where = places.where(error.where) if error.where else None
         raise
-    for config in configs:
-        refuse_reserved(config, places.where)
     return LoadedConfig(
         configs=tuple(configs),
         path=file,

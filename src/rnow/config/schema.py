@@ -1,8 +1,7 @@
 """The whole of config.yml as types: every key, its type, its default, and what it says about itself (``keys.Key``).
 
 The models are strict ("4" is not a number, true is not 1), frozen and refuse unknown keys. ``docs/configuration.md`` is
-generated from them; what a resumed run may change, which settings nothing reads, and which values are reserved are read
-from them too.
+generated from them; what a resumed run may change, and which settings nothing reads, are read from them too.
 """
 
 from __future__ import annotations

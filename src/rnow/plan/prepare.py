@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from rnow.config import Config, fill_name, refuse_reserved
+from rnow.config import Config, fill_name
 from rnow.config.problems import dotted
 from rnow.config.teachers import teacher_sections
 from rnow.disk.files import read_json_object
@@ -190,7 +190,6 @@ def prepare(
     Raises:
         InputError: the first thing that is wrong.
     """
-    refuse_reserved(config)
     config, start = find_start(config, folder)
     _check_served(config)
     roles = roles_of(config)
