@@ -62,7 +62,7 @@ def test_a_run_that_another_process_works_on(
     )
     at = read_state(folder)
     assert (at.state, at.pid, at.step, at.steps) == ("running", worker.pid, 3, 10)
-    assert (at.teacher_kl, at.reward) == (0.5, 1)
+    assert (at.teacher_kl, at.loss, at.reward) == (0.5, None, 1)
     assert at.seconds_left == 7 * 3.0, "the first step warms up"
     assert time.time() - at.changed < 60
     worker.kill()
@@ -70,6 +70,13 @@ def test_a_run_that_another_process_works_on(
     at = read_state(folder)
     assert (at.state, at.pid, at.step, at.steps) == ("stopped", None, 3, 10)
     assert math.isnan(at.seconds_left)
+
+
+def test_a_run_that_learns_from_rows_has_a_loss(folder: RunFolder) -> None:
+    write_steps(folder, {"loss": 2.0}, {"loss": 1.5})
+    at = read_state(folder)
+    assert (at.teacher_kl, at.loss) == (None, 1.5)
+    assert at.to_dict()["loss"] == 1.5
 
 
 def test_a_process_of_that_number_that_does_something_else(folder: RunFolder) -> None:

@@ -257,6 +257,40 @@ def test_prompts_of_a_file(project: Project, tmp_path: Path) -> None:
     assert report.count == 3
 
 
+def test_the_base_of_a_student_that_goes_on_from_an_adapter(project: Project) -> None:
+    """Whatever else is prepared before it."""
+    bare = texts(evaluated(project, "base").rows[0])
+    goes_on = {"model": {"adapter": "runs/tiny"}}
+    report = evaluated(project, "teacher", "base", "student", "tiny", sections=goes_on)
+    _, base, student, run = report.rows
+    assert texts(base) == bare
+    assert texts(student) == texts(run) != bare
+
+
+def test_rows_of_sft_are_asked_their_questions(tmp_path: Path, tiny_model_dir: MakeModel) -> None:
+    project = make_project(tmp_path / "rows", tiny_model_dir)
+    rows = read_jsonl(project.folder / "train.jsonl")
+    given = {"role": "assistant", "content": "an answer"}
+    project.write_rows([row | {"messages": [*row["messages"], given]} for row in rows])
+    sections: dict[str, Any] = {"dataset_type": "sft", "teacher": None, "trainer": {"max_steps": 1}}
+    run(project.config(**SECTIONS | sections), folder=project.folder)
+    report = evaluated(project, sections=sections)
+    assert [row.subject.name for row in report.rows] == ["student", "tiny"]
+    assert report.prompts == "4 held-out prompts"
+    for row in report.rows:
+        asked = {tuple(m["role"] for m in answer["messages"]) for answer in answers(row)}
+        assert asked == {("user",)}
+    # Rewards judge them, and a run that learns from rows has nothing to do with these.
+    (project.folder / "rewards.py").write_text(REWARDS + "\n")
+    assert [row.fresh for row in evaluated(project, sections=sections).rows] == [True, True]
+    assert [row.fresh for row in evaluated(project, sections=sections).rows] == [False, False]
+    # A file of questions is asked as in any other project.
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps(rows[0]) + "\n")
+    asked_file = Asked(temperatures={1: 1.0}, prompts=file)
+    assert evaluated(project, "tiny", asked=asked_file, sections=sections).count == 1
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -293,11 +327,9 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.usefixtures("nothing_loads")
-@pytest.mark.parametrize("kind", ["sft", "midtrain"])
-def test_rows_that_hold_their_answers_are_no_prompts(project: Project, kind: str) -> None:
-    config = project.config(**SECTIONS).model_copy(update={"dataset_type": kind})
+def test_texts_are_no_prompts(project: Project) -> None:
     with pytest.raises(InputError, match="they are no prompts") as caught:
-        evaluate(config, ["student"], folder=project.folder, console=Console(file=io.StringIO()))
+        evaluated(project, "student", sections={"dataset_type": "midtrain", "teacher": None})
     assert "--prompts" in (caught.value.fix or "")
 
 

@@ -44,12 +44,6 @@ def test_the_data_is_what_its_script_makes(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_model_is_the_quickstart_s_student(name: str) -> None:
-    for file in (TEMPLATES / "quickstart" / "student").iterdir():
-        assert file.read_bytes() == (TEMPLATES / name / "student" / file.name).read_bytes()
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_check_has_nothing_to_warn_of(tmp_path: Path, name: str) -> None:
     folder = project(tmp_path, name)
     config = load_config(folder).config

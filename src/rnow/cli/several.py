@@ -61,15 +61,17 @@ def _reason(error: Exception) -> str:
 
 
 def _progress(values: Mapping[str, object]) -> str:
-    """``pass@1 0.41 -> 0.93``; of the teacher KL, means over the first and last steps, where nothing was evaluated."""
+    """``pass@1 0.41 -> 0.93``; of the loss of rows or the teacher KL, means over the first and last steps, where
+    nothing was evaluated."""
     evaluation = values.get("evaluation")
     rows = evaluation if isinstance(evaluation, Mapping) else {}
     before, after = (_numbers(rows.get(name)) for name in ("before", "after"))
     shown = list(headline(after))[:MAX_METRICS] if after else []
     if not shown:
-        before, after = _numbers(values.get("teacher_kl")), {}
-        if {"first", "last"} <= before.keys():
-            return f"teacher_kl {format_number(before['first'])} -> {format_number(before['last'])}"
+        for name in ("loss", "teacher_kl"):
+            course = _numbers(values.get(name))
+            if {"first", "last"} <= course.keys():
+                return f"{name} {format_number(course['first'])} -> {format_number(course['last'])}"
         return "-"
     return ", ".join(
         f"{name} {format_number(before[name]) if name in before else '-'} -> {format_number(after[name])}"

@@ -30,6 +30,7 @@ STOP_SECONDS = 600.0
 
 LOOK_SECONDS = 0.2
 DEFAULT_LINES = 40
+MEASURED = ("teacher_kl", "loss", "reward")
 
 MaybeRun = Annotated[
     str | None,
@@ -40,7 +41,7 @@ MaybeRun = Annotated[
 
 
 def show_status(run: MaybeRun = None, folder: Folder = Path(), as_json: AsJson = False) -> None:
-    """List the runs of this project: state, step, KL, time left and process."""
+    """List the runs of this project: state, step, KL or loss, time left and process."""
     from rnow.cli.output import console, print_json, print_lines
     from rnow.disk.runs import find_runs, read_state
 
@@ -66,7 +67,9 @@ def _table(states: Sequence[RunState]) -> Table:
     table = quiet_table()
     for name in ("run", "state", "step"):
         table.add_column(name)
-    for name in ("teacher_kl", "reward", "ETA"):
+    # What no run here has would be an empty column.
+    measured = [name for name in MEASURED if any(getattr(at, name) is not None for at in states)]
+    for name in (*measured, "ETA"):
         table.add_column(name, justify="right")
     table.add_column("process")
     for at in states:
@@ -74,8 +77,10 @@ def _table(states: Sequence[RunState]) -> Table:
             Text(escape_control(at.name)),
             Text(at.state, style="green" if at.pid is not None else ""),
             f"{at.step}/{at.steps}" if at.steps else str(at.step),
-            "" if at.teacher_kl is None else format_number(at.teacher_kl),
-            "" if at.reward is None else format_number(at.reward),
+            *(
+                "" if (value := getattr(at, name)) is None else format_number(value)
+                for name in measured
+            ),
             format_clock(at.seconds_left) if math.isfinite(at.seconds_left) else "",
             Text(escape_control(_process(at))),
         )

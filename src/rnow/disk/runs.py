@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rnow.disk.files import read_json_object
 from rnow.disk.folder import LOCK, RunFolder
 from rnow.disk.sinks import read_rows
-from rnow.display.history import StepHistory
+from rnow.display.history import StepHistory, followed_metric
 
 State = Literal["running", "elsewhere", "stopped", "finished"]
 _PACE_ROWS = 21
@@ -29,6 +29,7 @@ class RunState:
         step: the last finished step, 0 before the first.
         steps: of the whole run, None where nothing says so.
         teacher_kl, reward: of the last step that has them.
+        loss: of the last step, where the run learns from rows.
         seconds_left: estimated for a run that is running; NaN otherwise, and before its first step.
         pid: of its process, while it is running.
         host: where it was started last.
@@ -41,6 +42,7 @@ class RunState:
     step: int
     steps: int | None
     teacher_kl: float | None
+    loss: float | None
     reward: float | None
     seconds_left: float
     pid: int | None
@@ -57,6 +59,7 @@ class RunState:
             "step": self.step,
             "steps": self.steps,
             "teacher_kl": self.teacher_kl,
+            "loss": self.loss,
             "reward": self.reward,
             "seconds_left": left if math.isfinite(left) else None,
             "pid": self.pid,
@@ -102,6 +105,7 @@ def read_state(folder: RunFolder) -> RunState:
         step=step,
         steps=steps,
         teacher_kl=_last(rows, "teacher_kl"),
+        loss=_last(rows, "loss") if rows and followed_metric(rows[-1]) == "loss" else None,
         reward=_last(rows, "reward/mean"),
         seconds_left=_seconds_left(rows, steps) if running else math.nan,
         pid=pid if running else None,

@@ -30,7 +30,7 @@ from rnow.training.evaluations import Answering
 def as_trained(config: Config, trained: TrainedAdapter) -> Config:
     """The config with this adapter as its student, whatever it would be trained on from."""
     size = {"qlora_rank": trained.rank, "qlora_alpha": trained.alpha}
-    return _with_model(config, path=str(trained.folder), adapter=None, **size)
+    return _with_model(config, path=str(trained.folder.absolute()), adapter=None, **size)
 
 
 def with_base(config: Config, trained: TrainedAdapter) -> Config:
@@ -127,8 +127,8 @@ def refuse_unable(prepared: Prepared, *, teachers: bool) -> None:
 async def student_answers(
     prepared: Prepared, work: RunFolder, poll: Callable[[], None]
 ) -> AsyncIterator[Sequence[Answering]]:
-    """The student as it begins: its base, with the adapter that it goes on from if there is one. What was loaded lives as long as somebody holds it; a vLLM
-    ends with the block.
+    """The student as it begins: its base, with the adapter that it goes on from if there is one. What was loaded lives as long as
+    somebody holds it; a vLLM ends with the block.
 
     Args:
         work: where a vLLM logs and finds adapters.

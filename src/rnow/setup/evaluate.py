@@ -53,9 +53,6 @@ from rnow.types import Prompt, RewardResult, Rollout, RolloutGroup
 TEMPERATURES: Mapping[int, float] = {1: 0.2, 4: 0.6, 8: 0.8}
 """k of pass@k -> the temperature at which the hosted service draws for it."""
 
-ANSWERED = ("sft", "midtrain")
-"""Types whose rows are no prompts."""
-
 PROMPTS = "prompts"
 """Name of the dataset that ``--prompts`` makes."""
 
@@ -230,7 +227,7 @@ def _student_of(
         one = subject.trained.adapter
         return as_trained(config, one), (one.base, one.rank, one.alpha, one.targets)
     bare = config if started is None else with_base(config, started)
-    return bare, bare.model.path
+    return bare, (bare.model.path, bare.model.adapter)
 
 
 def _starting(prepared: Prepared, subject: Subject) -> Prepared:
@@ -244,12 +241,11 @@ def _starting(prepared: Prepared, subject: Subject) -> Prepared:
 
 
 def _with_prompts(config: Config, file: Path | None) -> Config:
-    """The config with the rows of a file as its prompts; for None as it is."""
-    answered = config.dataset_type in ANSWERED
+    """The config with the rows of a file as its prompts; for None as it is, where rows of sft are asked as questions."""
     if file is None:
-        if answered:
+        if config.dataset_type == "midtrain":
             raise InputError(
-                f"rows of dataset_type: {config.dataset_type} hold their answers: they are no prompts to evaluate",
+                "rows of dataset_type: midtrain are texts: they are no prompts to evaluate",
                 where="dataset_type",
                 fix="give prompts with --prompts FILE, in rows as dataset_type: rl has them",
             )
@@ -262,7 +258,8 @@ def _with_prompts(config: Config, file: Path | None) -> Config:
         )
     source = DatasetSource(path=str(file.resolve()), name=PROMPTS)
     data = config.data.model_copy(update={"train_file": (source,), "val_split": 0.0})
-    kind = "rl" if answered else config.dataset_type
+    # Rows to be answered, which those of the other types are not.
+    kind = config.dataset_type if config.on_policy else "rl"
     return config.model_copy(update={"data": data, "dataset_type": kind})
 
 

@@ -48,7 +48,8 @@ def build_facts(prepared: Prepared) -> dict[str, object]:
 
     folder, trained = prepared.project.folder, prepared.student.resolved.local_dir
     redact = prepared.project.redact
-    judged = prepared.config.on_policy  # rows are learned as they are: no code of the user's runs
+    # Rows are learned as they are, and no code of the user's runs; where nothing is trained, they are questions.
+    judged = prepared.config.on_policy or prepared.source is None
     agentic = judged and prepared.project.agentic
     models: dict[str, str | None] = {TEACHER: None, f"{TEACHER}_revision": None}
     teachers: dict[str, dict[str, str | None]] = {}
