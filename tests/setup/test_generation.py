@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.models.test_adapter import peft_folder
 from tests.serving.scripted import ScriptedServer, body, chat, cut, hang_up, html, status
 from tests.setup.agents import AgentProject, ScriptedSampler, adds_up, mcp
 from tests.setup.projects import read_jsonl
@@ -29,7 +30,7 @@ from rnow.generation.wanted import Wanted
 from rnow.project.jsonl import read_rows
 from rnow.project.rows import RowRules
 from rnow.serving import http
-from rnow.setup import generation
+from rnow.setup import answering
 from rnow.setup.generation import generate
 
 KEY = "k3y-of-the-teacher"
@@ -159,9 +160,9 @@ def test_a_second_call_asks_nothing_and_more_samples_only_those(
 def test_a_model_here_gives_the_same_rows(
     project: AgentProject, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "load_model", lambda *arguments: None)
+    monkeypatch.setattr(answering, "load_model", lambda *arguments: None)
     monkeypatch.setattr(
-        generation,
+        answering,
         "answer_with",
         lambda prepared, lm, poll: ScriptedSampler(prepared.rendered.tokenizer, adds_up),
     )
@@ -226,6 +227,31 @@ def test_a_real_model_here(project: AgentProject) -> None:
     assert len(found) == 3
     assert {line["spent"]["completion_tokens"] for line in found} <= set(range(1, 9))
     assert not (project.folder / "train.jsonl").exists()
+
+
+def test_a_trained_student_answers_with_its_adapter(
+    project: AgentProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's folder, or PEFT's, as the teacher."""
+    adapter = peft_folder(project.folder / "runs" / "older" / "adapter", project.teacher)
+    answered_with: list[Path] = []
+
+    def answer_as_trained(prepared: Any, base: Any, trained: Any, poll: Any) -> ScriptedSampler:
+        answered_with.append(trained.folder)
+        return ScriptedSampler(prepared.rendered.tokenizer, adds_up)
+
+    monkeypatch.setattr(answering, "answer_as_trained", answer_as_trained)
+    summary, _ = run(project, None, teacher="runs/older", limit=2)
+    assert summary.rows == 2
+    assert answered_with == [adapter]
+    assert {row["teacher"] for row in rows(project)} == {"runs/older"}
+
+
+def test_an_endpoint_is_asked_before_there_is_an_adapter_to_go_on_from(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    sections = {"model": {"adapter": "runs/not-yet"}}
+    assert run(project, server, limit=1, sections=sections)[0].rows == 1
 
 
 # ---- what is left out ------------------------------------------------------------------------------------------------
@@ -625,13 +651,13 @@ def test_a_distill_projects_own_teacher_and_prompts(
     project: AgentProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (project.folder / "prompts.jsonl").rename(project.folder / "train.jsonl")
-    monkeypatch.setattr(generation, "load_model", lambda student, rendered: student)
+    monkeypatch.setattr(answering, "load_model", lambda student, rendered: student)
 
     def answer_with(prepared: Any, student: Any, poll: Any) -> ScriptedSampler:
         assert student.resolved.path == str(project.teacher)
         return ScriptedSampler(prepared.rendered.tokenizer, adds_up)
 
-    monkeypatch.setattr(generation, "answer_with", answer_with)
+    monkeypatch.setattr(answering, "answer_with", answer_with)
     with pytest.raises(InputError, match="holds the prompts"):
         run(project, None)
     assert run(project, None, output="sft.jsonl")[0].rows == 16

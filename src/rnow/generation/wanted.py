@@ -31,7 +31,7 @@ class Wanted:
     """What is to be generated, and by whom: the options of ``rnow generate``.
 
     Attributes:
-        teacher: a HuggingFace id or a folder, to run here; or
+        teacher: a HuggingFace id, a folder, or a run's folder, to run here; or
         url, model: an OpenAI-compatible endpoint up to ``/v1``, and the model's name there.
         key_variable: the environment variable, or name in ``.env``, that holds its key.
         prompts: a file, or whatever ``data.train_file`` may name; None: ``prompts.jsonl``, else what a distill or rl project
@@ -174,9 +174,10 @@ def as_student(config: Config, sources: tuple[DatasetSource, ...], *, local: str
     """The config as for a project whose student is the teacher, and answers these prompts.
 
     Args:
-        local: the model that answers here; None where an endpoint does: then the student stays, as the one who will read.
+        local: the model that answers here; None where an endpoint does: then the student stays, as the one who will read, without
+            the adapter that it goes on from, which may not be there yet.
     """
-    model = config.model
+    model = config.model.model_copy(update={"adapter": None})
     if local is not None:
         kept = {name: getattr(model, name) for name in _KEPT_OF_MODEL}
         model = ModelSection(path=local, **kept)

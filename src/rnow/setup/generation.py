@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,10 +47,8 @@ from rnow.plan.rendered import tool_names
 from rnow.plan.roles import STUDENT
 from rnow.project.secrets import load_secrets, reading_redactor, writing_redactor
 from rnow.protocols import Sampler
-from rnow.setup.answering import prepare_told, tell
-from rnow.setup.models import answer_with, load_model
+from rnow.setup.answering import prepare_told, student_answers, tell
 from rnow.setup.usercode import UserCode, build_episodes, open_user_code, rollout_settings
-from rnow.setup.vllm import start_vllm_sampler
 from rnow.tasks import run_anywhere
 from rnow.training.signals import StopFlag
 from rnow.types import Prompt
@@ -220,8 +218,7 @@ class _Generation:
             if wanted.temperature is not None:
                 settings = replace(settings, temperature=wanted.temperature)
             settings = replace(settings, poll=self.stop.poll)
-            with ExitStack() as stack:
-                sampler = self._load(stack)
+            async with self._load() as sampler:
                 self.stop.from_here(lambda: tell(self.console, "stopping ..."))
                 at_once = wanted.at_once or AT_ONCE_HERE
                 await ask_model(jobs, sampler, episodes, settings, desk, budget, at_once=at_once)
@@ -253,17 +250,18 @@ class _Generation:
             jobs, teacher, desk, at_once=most, stopping=lambda: self.stop.exit_code is not None
         )
 
-    def _load(self, stack: ExitStack) -> Sampler:
-        """The teacher, in this process or in a vLLM of ours."""
-        prepared, student = self.prepared, self.prepared.student
-        if student.role.backend == "vllm":
-            check_engines({STUDENT: student.role})
-            folder = RunFolder(prepared.project.folder / prepared.config.output_dir / WORK)
+    @asynccontextmanager
+    async def _load(self) -> AsyncIterator[Sampler]:
+        """The teacher, in this process or in a vLLM of ours; with its adapter, where a run or an adapter was named."""
+        prepared, role = self.prepared, self.prepared.student.role
+        folder = RunFolder(prepared.project.folder / prepared.config.output_dir / WORK)
+        by_vllm = role.backend == "vllm"
+        if by_vllm:
+            check_engines({STUDENT: role})
             folder.path.mkdir(parents=True, exist_ok=True)
-            tell(self.console, "starting vLLM for the teacher")
-            return start_vllm_sampler(prepared, folder, stack, time_shared=False)
-        tell(self.console, "loading the teacher")
-        return answer_with(prepared, load_model(student, prepared.rendered), self.stop.poll)
+        tell(self.console, f"{'starting vLLM for' if by_vllm else 'loading'} the teacher")
+        async with student_answers(prepared, folder, self.stop.poll) as (answering,):
+            yield answering.sampler
 
     def _summary(
         self,
