@@ -191,22 +191,16 @@ def prepare(
         InputError: the first thing that is wrong.
     """
     config, start = find_start(config, folder)
-    _check_served(config)
-    roles = roles_of(config)
-    for role in roles.values():
-        check_model_id(role.section.path, key=f"{role.key}.path", base_dir=folder)
+    configured = _configured_roles(config, folder)
     agentic = is_agentic(folder, config)
     listed = list_tools(config, folder, load_secrets(folder)) if agentic else None
     tools = None if listed is None else listed.schemas
-    _refuse_toolless(config, tools)
-    project = load_project(folder, config, tools=tools or ())
-    if not training and not config.on_policy:
-        project = _asked(project, config)
-    _refuse_secret_name(_run_name(config, folder), project)
+    project = _load(config, folder, tools, training=training)
     dataset = project.dataset
     judged = {prompt.teacher for prompt in (*dataset.prompts, *dataset.held_out)}
-    configured, roles = roles, used_roles(roles, judged)
+    roles = used_roles(configured, judged)
     if training:  # what is not trained is rehearsed, by transformers alone
+        _check_evals(config, held_out=len(dataset.held_out))
         check_engines(roles)
         refuse_tools(roles.values(), agentic=agentic)
     functions = [*(() if listed is None else listed.functions), *project.rewards.values()]
@@ -217,8 +211,6 @@ def prepare(
     notices += _check_horizon(config, agentic=agentic, dataset=dataset)
     notices += _told_of_servers(config, images, agentic=agentic)
     source = plan_source(config, project) if training and config.on_policy else None
-    if training:
-        _check_evals(config, held_out=len(dataset.held_out))
     models = _models(roles, folder, weights=weights, teachers=training or teachers)
     now = _date_of(_run_folder(config, folder, fresh=fresh, writable=training))
     rendered = _render(config, dataset, models, tools, now, training=training)
@@ -259,6 +251,25 @@ def _render(
         return render_rows(config, prompts, models, tools, now=now)
     told = dataset.privileged
     return render_prompts(config, prompts, models, tools, now=now, privileged=told)
+
+
+def _configured_roles(config: Config, folder: Path) -> dict[str, Role]:
+    """Every role of the config. Raises InputError for settings that exclude each other, or a model that nobody can have."""
+    _check_served(config)
+    roles = roles_of(config)
+    for role in roles.values():
+        check_model_id(role.section.path, key=f"{role.key}.path", base_dir=folder)
+    return roles
+
+
+def _load(config: Config, folder: Path, tools: ToolSchemas | None, *, training: bool) -> Project:
+    """The project; one of sft, where nothing is trained, as its rows would ask the student."""
+    _refuse_toolless(config, tools)
+    project = load_project(folder, config, tools=tools or ())
+    if not training and not config.on_policy:
+        project = _asked(project, config)
+    _refuse_secret_name(_run_name(config, folder), project)
+    return project
 
 
 def _asked(project: Project, config: Config) -> Project:
