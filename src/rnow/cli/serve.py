@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from rnow.cli.find import RUNS
 from rnow.cli.options import Folder, load, placed
-from rnow.cli.rollouts import RUNS
 
 Run = Annotated[
     str,

@@ -88,9 +88,10 @@ class LoadedConfig:
     @property
     def config(self) -> Config:
         """The config of the only student. Raises ConfigError where there are several."""
-        if len(self.configs) > 1:
+        config, *others = self.configs
+        if others:
             raise several_students([config.model.path for config in self.configs])
-        return self.configs[0]
+        return config
 
 
 def has_config(folder: Path) -> bool:

@@ -242,8 +242,7 @@ def build_plan(
     turns = may_take_turns(prepared)
     layout, planned = _where_it_fits(_layout(prepared, known=devices or {}), turns)
     layout, planned = _fewest_recomputed(layout, turns, planned)
-    completion = layout.completion
-    checkpoint = layout.adapter * 4 * MOMENTS_AND_ADAPTER
+    completion, checkpoint = layout.completion, layout.adapter * 4 * MOMENTS_AND_ADAPTER
     return Plan(
         dataset_type=config.dataset_type,
         rows=None if config.on_policy else _rows_plan(prepared),
