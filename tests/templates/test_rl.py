@@ -50,7 +50,7 @@ def test_it_trains_and_goes_on_after_a_kill_to_the_same_numbers(name: str, tmp_p
     assert all("reward/equal_groups_fraction" in row for row in trained)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["rl-single", "rl-tools"])
 def test_as_shipped_the_reward_rises_within_three_minutes(name: str, tmp_path: Path) -> None:
     began = time.monotonic()

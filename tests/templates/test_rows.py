@@ -69,7 +69,7 @@ def test_a_few_steps_lower_the_held_out_loss(tmp_path: Path, name: str) -> None:
     assert after["loss"] < 0.9 * before["loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_template(tmp_path: Path, name: str) -> None:
     """Well within three minutes, to the numbers that its README gives."""
