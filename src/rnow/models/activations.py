@@ -28,7 +28,7 @@ def layer_activation_bytes(shape: ModelShape, *, width: int, rank: int) -> float
     if width != FLOAT32:
         # With a float16 base PEFT casts each input to float32 and keeps that copy. bfloat16 does without: this is above it.
         kept += sum(inputs * FLOAT32 for inputs, _ in shape.linear)
-        # What A makes of them; in float32 the adapter is merged, or there are so few rows that it is next to nothing.
+        # What A makes of them: not kept where the adapter is merged into the weight for the pass, which the rows decide.
         kept += len(shape.linear) * rank * FLOAT32
     return kept / shape.layers + LAYER_NORM_COPIES * shape.hidden * FLOAT32
 
