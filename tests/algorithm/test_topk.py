@@ -40,6 +40,23 @@ def test_values_and_order(k: int, tile: int, temperature: float, softcap: float 
     assert not found.logprobs.requires_grad
 
 
+@pytest.mark.parametrize("k", [1, 20, 64, 3001])
+@pytest.mark.parametrize("width", [331, 1024, 4000])
+def test_of_many_tokens_the_likeliest_are_found(k: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    hidden = torch.randn(7, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3001, 6, generator=generator, dtype=torch.float64)
+    weight[2990:] *= 3  # the last groups, which a tile does not fill
+    bias = torch.randn(3001, generator=generator, dtype=torch.float64)
+    head = Head(weight=weight, bias=bias, scale=0.5)
+    found = top_logprobs(
+        hidden, head, torch.zeros(7, dtype=torch.long), k, tiling=Tiling(rows=3, width=width)
+    )
+    expected = torch.log_softmax(head.logits(hidden), -1).topk(k, dim=-1)
+    assert torch.equal(found.ids, expected.indices)
+    torch.testing.assert_close(found.logprobs, expected.values)
+
+
 def test_half_precision_is_normalised_in_float32() -> None:
     hidden, weight, targets = tensors(torch.bfloat16)
     found = top_logprobs(hidden, Head(weight=weight), targets, PADDED)

@@ -117,6 +117,15 @@ def test_a_float32_base_has_a_merged_copy() -> None:
     assert "student merged copy" not in sizes(settings_of())
 
 
+def test_the_head_is_there_once_more_while_answers_are_drawn_on_a_cpu() -> None:
+    plain = replace(STUDENT, quantization="none", width=4)
+    head = 4 * QWEN3_8B.vocabulary_rows * QWEN3_8B.hidden
+    assert sizes(settings_of(plain))["student packed head"] == head
+    small = replace(plain, shape=replace(QWEN3_8B, vocabulary_rows=32))
+    for student in (STUDENT, replace(plain, device="cuda:0"), small):
+        assert "student packed head" not in sizes(settings_of(student))
+
+
 def test_sequences_end_at_the_window_and_passes_hold_at_least_one() -> None:
     assert settings_of(window=2000).sequence_tokens == 2000
     assert settings_of(micro_batch_tokens=10).update_pass.tokens == 5096

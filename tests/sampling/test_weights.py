@@ -21,6 +21,12 @@ from rnow.sampling.weights import MergedWeights, sampling_mode
 IDS = torch.tensor([[5, 16, 27, 38, 49, 60, 71, 82]])
 
 
+@pytest.fixture(autouse=True)
+def _packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the layers of a larger model are."""
+    monkeypatch.setattr("rnow.algorithm.products.PACKED_NUMBERS", 0)
+
+
 @pytest.fixture
 def student(tiny_model_dir: Callable[..., Path]) -> CausalLM:
     return load_student(tiny_model_dir(vocab_size=HEAD_ROWS))

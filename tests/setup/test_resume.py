@@ -560,7 +560,7 @@ def test_a_fault_between_update_and_sync_does_not_train_a_step_twice(
     "sections",
     [
         {"trainer": {"learning_rate": 1e-4}},
-        {"algorithm": {"loss_fn": "importance_sampling"}},
+        {"algorithm": {"kl_estimator": "sampled"}},
         {"rollout": {"temperature": 0.5}},
     ],
     ids=["learning rate", "loss", "temperature"],

@@ -137,6 +137,7 @@ async def test_a_step_that_ends_asks_nothing_more() -> None:
         ({}, True),
         ({"teacher": {"path": "t"}}, False),
         ({"sampler": {"url": "http://here:1"}}, False),
+        ({"sampler": {"url": "http://here:1/"}}, False),
         ({"sampler": {"url": "http://there:1"}}, True),
         ({"teacher": {"path": "t", "url": "http://here:1", "control": "shuffled"}}, False),
         ({"teachers": {"math": {"path": "m", "url": "http://here:2"}}}, False),

@@ -10,6 +10,8 @@ from torch import Tensor
 ONEDNN_WORK, STEADY_WORK = 2**29, 2**24
 """Multiplications of a product from which on oneDNN is asked. It sets every shape up once, in a millisecond, and keeps what it
 made: only products of shapes that come again and again may be small."""
+PACKED_NUMBERS = 2**18
+"""Of a weight from which on it gains by being packed; of a smaller one the call itself is what costs."""
 PACKED_ROWS = 16
 """Rows that a packed weight is laid out for; with other numbers of them the layout is as fast."""
 
@@ -36,8 +38,8 @@ def packed_linear(rows: Tensor, packed: Tensor, bias: Tensor | None = None) -> T
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether there is a packed form of it: of float32 on a CPU, where torch has oneDNN."""
-    return _is_onednns(weight, weight)
+    """Whether there is a packed form of it that pays: of a large one in float32 on a CPU, where torch has oneDNN."""
+    return weight.numel() >= PACKED_NUMBERS and _is_onednns(weight, weight)
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rnow.algorithm.head import Head, Picked, TiledSoftmax, Tiling, tiling_for
 
-_GROUP = 32
+_GROUP, _COARSE = 8, 32
+"""Columns of a group: in a tile, where each costs a row of the head once more, and among maxima, where none does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,42 +51,71 @@ def top_logprobs(
     """
     if not 1 <= k <= head.vocabulary:
         raise ValueError(f"top_k {k} is not between 1 and the {head.vocabulary} ids of the head")
-    tiling = tiling or tiling_for(head, kept=True)
+    tiling = tiling or tiling_for(head)
     selected, ids, logprobs = [], [], []
-    held = hidden.new_empty(0, head.vocabulary, dtype=head.dtype)
     for at in tiling.chunks(hidden.shape[0]):
         part = hidden[at]
-        if len(part) != len(held):
-            held = held.new_empty(len(part), head.vocabulary)
         softmax, picked = TiledSoftmax(), Picked(targets[at, None], head.dtype)
+        likeliest = _Likeliest(k)
         for columns in tiling.columns(head.vocabulary):
             logits = head.tempered(part, columns, temperature)
             picked.look(columns, logits)
             softmax.tile(logits)
-            held[:, columns] = logits
-        best_logits, best_ids = _top(held, k)
+            likeliest.look(columns, logits)
         normaliser = softmax.normaliser[:, None]
+        best, values = likeliest.found(part, head, temperature)
         selected.append((picked.values - normaliser).to(head.dtype)[:, 0])
-        ids.append(best_ids)
-        logprobs.append((best_logits - normaliser).to(head.dtype))
+        ids.append(best)
+        logprobs.append((values - normaliser).to(head.dtype))
     return TopLogprobs(
         selected=torch.cat(selected), ids=torch.cat(ids), logprobs=torch.cat(logprobs)
     )
 
 
-def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest of each row ``[r, n]`` and their places, best first: those of the groups with the k largest maxima,
-    since no other group can hold one of them. A search through the whole row costs many times more than the maxima."""
+class _Likeliest:
+    """The ``k`` largest logits of each row, out of tiles that are not kept. Of each the maxima of groups of columns are: the k
+    largest logits are in the k groups with the largest maxima, whose few logits are computed once more."""
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self._maxima: list[Tensor] = []
+        # int64 [groups, 3] of each tile: first column, stride, where the tile ends.
+        self._groups: list[Tensor] = []
+
+    def look(self, columns: slice, logits: Tensor) -> None:
+        """A tile ``[r, w]``."""
+        rest = -logits.shape[1] % _GROUP
+        padded = torch.nn.functional.pad(logits, (0, rest), value=float("-inf")) if rest else logits
+        groups = padded.shape[1] // _GROUP
+        # A group is every so-many-th column: maxima of neighbours would not be taken by vector instructions.
+        self._maxima.append(padded.view(-1, _GROUP, groups).amax(1))
+        first = torch.arange(columns.start, columns.start + groups, device=logits.device)
+        stride, end = (torch.full_like(first, number) for number in (groups, columns.stop))
+        self._groups.append(torch.stack([first, stride, end], 1))
+
+    def found(self, hidden: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
+        """Their ids int64 ``[r, k]`` and tempered logits, best first."""
+        maxima = torch.cat(self._maxima, 1)
+        best = _top(maxima, min(self._k, maxima.shape[1]))
+        first, stride, end = torch.cat(self._groups)[best].unbind(-1)
+        steps = torch.arange(_GROUP, device=hidden.device)
+        ids = first[:, :, None] + stride[:, :, None] * steps
+        beyond = (ids >= end[:, :, None]).flatten(1)
+        ids = ids.flatten(1).clamp_(max=head.vocabulary - 1)
+        logits = head.tempered_at(hidden, ids, temperature).masked_fill_(beyond, float("-inf"))
+        found = logits.topk(self._k, dim=-1)
+        return ids.gather(1, found.indices), found.values
+
+
+def _top(values: Tensor, k: int) -> Tensor:
+    """Where the ``k`` largest of each row ``[r, n]`` are, best first: those of the groups with the k largest maxima. A search through the
+    whole row costs many times more than the maxima."""
     rows, width = values.shape
-    groups = width // _GROUP
+    groups = width // _COARSE
     if groups <= k:
-        found = values.topk(k, dim=-1)
-        return found.values, found.indices
-    # A group is every so-many-th column: maxima of neighbours would not be taken by vector instructions.
-    grouped = values[:, : groups * _GROUP].view(rows, _GROUP, groups)
-    _, best = _top(grouped.amax(1), k)
-    steps = torch.arange(0, groups * _GROUP, groups, device=values.device)
-    rest = torch.arange(groups * _GROUP, width, device=values.device)
+        return values.topk(k, dim=-1).indices
+    best = _top(values[:, : groups * _COARSE].view(rows, _COARSE, groups).amax(1), k)
+    steps = torch.arange(0, groups * _COARSE, groups, device=values.device)
+    rest = torch.arange(groups * _COARSE, width, device=values.device)
     places = torch.cat([(best[:, None, :] + steps[:, None]).flatten(1), rest.expand(rows, -1)], 1)
-    found = values.gather(1, places).topk(k, dim=-1)
-    return found.values, places.gather(1, found.indices)
+    return places.gather(1, values.gather(1, places).topk(k, dim=-1).indices)

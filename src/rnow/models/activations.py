@@ -6,7 +6,7 @@ from rnow.models.shape import ModelShape
 
 CPU_MICRO_BATCH_TOKENS = 2048
 GPU_MICRO_BATCH_TOKENS = 16384
-LEAST_MICRO_BATCH_TOKENS = 512
+LEAST_MICRO_BATCH_TOKENS = 256
 CPU_ACTIVATION_BYTES = 2**28
 GPU_ACTIVATION_BYTES = 12 * 2**30
 """Of one pass, where the tokens of the config do not say. Fixed: what happens to be free must not decide which rows share a
@@ -28,7 +28,7 @@ def layer_activation_bytes(shape: ModelShape, *, width: int, rank: int) -> float
     if width != FLOAT32:
         # With a float16 base PEFT casts each input to float32 and keeps that copy. bfloat16 does without: this is above it.
         kept += sum(inputs * FLOAT32 for inputs, _ in shape.linear)
-        # What A makes of them; in float32 the adapter is merged, or there are so few rows that it is next to nothing.
+        # What A makes of them: not kept where the adapter is merged into the weight for the pass, which the rows decide.
         kept += len(shape.linear) * rank * FLOAT32
     return kept / shape.layers + LAYER_NORM_COPIES * shape.hidden * FLOAT32
 

@@ -131,7 +131,8 @@ def scores_early(config: Config) -> bool:
     if len(sections) != 1 or control_of(config) is not None:
         return False
     (teacher,) = sections
-    return teacher.url is not None and teacher.url != config.sampler.url
+    samples = (config.sampler.url or "").rstrip("/")
+    return teacher.url is not None and teacher.url.rstrip("/") != samples
 
 
 def teacher_backend(section: TeacherSection) -> Literal["transformers", "vllm"]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Literal
 
 from rnow.algorithm.packing import plan_lengths, row_tokens
+from rnow.algorithm.products import PACKED_NUMBERS
 from rnow.models.activations import FLOAT32, activation_bytes
 from rnow.models.shape import ModelShape
 from rnow.models.sharing import cells_per_token
@@ -336,6 +337,10 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
     ]
     if model.engine is None and settings.sampled:
         parts.append(part("sampling cache", "sampling", _cache_bytes(settings)))
+        head = model.shape.vocabulary_rows * model.shape.hidden
+        if model.width == FLOAT32 and not model.on_gpu and head >= PACKED_NUMBERS:
+            # Laid out once more for few rows while answers are drawn (rnow.sampling.decode).
+            parts.append(part("packed head", "sampling", head * FLOAT32))
     return [
         *parts,
         part("gradients", "update", lora),

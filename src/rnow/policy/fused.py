@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rnow.algorithm.products import linear, wide_product
 from rnow.models.linear import is_linear
+from rnow.models.parts import routes_tokens
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -32,10 +33,13 @@ LAYERS = {
 
 def fuse_lora(model: nn.Module) -> None:
     """Give every linear LoRA layer in ``model`` the faster forward pass."""
+    # What merging rounds otherwise can send a token to another expert than the sampler's.
+    merging = not routes_tokens(model)
     for module in model.modules():
         kind = type(module)
         if f"{kind.__module__}.{kind.__qualname__}" in LAYERS:
             module.__class__ = _fused(kind)
+            module.merging = merging  # type: ignore[assignment]
 
 
 @cache
@@ -49,7 +53,8 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
         base, scale = self.base_layer, self.scaling[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if _is_plain(base, x):
-            return _Whole.apply(x, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return]
+            merging = self.merging and _merging_pays(x, base.weight)
+            return _Whole.apply(x, base.weight, base.bias, a, b, scale, merging)  # type: ignore[no-any-return]
         result = base(x)
         if result.dtype != x.dtype:
             return kind.forward(self, x)
@@ -85,19 +90,26 @@ def _is_plain(base: nn.Module, x: Tensor) -> bool:
 
 
 class _Whole(torch.autograd.Function):
-    """x W^T + bias + s (x A^T) B^T. In float32 or wider, and where there are so many rows that it is less work, as x (W + s B A)^T + bias,
+    """x W^T + bias + s (x A^T) B^T. With ``merging`` as x (W + s B A)^T + bias,
     whose weight is made again for the backward pass: then the adapter costs four products with the rows, not six, and
     no pass over the layer's output."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        merging: bool,
     ) -> Tensor:
         x = x.contiguous()
         rows = x.view(-1, x.shape[-1])
-        ctx.scale, ctx.shape, ctx.merges = scale, x.shape, _merges(rows, weight)
+        ctx.scale, ctx.shape, ctx.merging = scale, x.shape, merging
         # Of the final shape: models may change in place what a layer returns, which a view forbids.
-        if ctx.merges:
+        if merging:
             ctx.save_for_backward(rows, None, weight, a, b)
             return linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
         down = rows @ a.to(x.dtype).t()
@@ -114,19 +126,19 @@ class _Whole(torch.autograd.Function):
             down = rows @ a.t()
         towards, of_a, of_b = _adapter_gradients(gradient, rows, down, a, b, ctx.scale)
         of_x = None
-        if ctx.needs_input_grad[0] and ctx.merges:
+        if ctx.needs_input_grad[0] and ctx.merging:
             of_x = linear(gradient, torch.addmm(weight, b, a, alpha=ctx.scale).t())
         elif ctx.needs_input_grad[0]:
             of_x = linear(gradient, weight.t())
             of_x.addmm_(towards, a.to(rows.dtype), alpha=ctx.scale)
-        return None if of_x is None else of_x.view(ctx.shape), None, None, of_a, of_b, None
+        return None if of_x is None else of_x.view(ctx.shape), None, None, of_a, of_b, None, None
 
 
-def _merges(rows: Tensor, weight: Tensor) -> bool:
+def _merging_pays(x: Tensor, weight: Tensor) -> bool:
     """Whether to make ``W + s B A``, twice, is less work than to multiply the rows by A and B once more."""
     outputs, inputs = weight.shape
-    wide = rows.dtype in (torch.float32, torch.float64)
-    return wide and len(rows) * (inputs + outputs) > 2 * inputs * outputs
+    wide = x.dtype in (torch.float32, torch.float64)
+    return wide and x.numel() // inputs * (inputs + outputs) > 2 * inputs * outputs
 
 
 class _Beside(torch.autograd.Function):
