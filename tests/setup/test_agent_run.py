@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.rollouts import read_transcripts
-from tests.setup.agents import AgentProject, adds_up, call, mcp, script_student
+from tests.setup.agents import AgentProject, Script, adds_up, call, mcp, script_student
 from tests.setup.projects import Killed, Watcher, die
 
 from rnow.disk.transcript_rows import steps_of
@@ -78,15 +78,19 @@ def test_a_run_with_tools(project: AgentProject, monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_rewards_alone_can_teach(project: AgentProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``dataset_type: rl``: no teacher; the base model holds the student near."""
+def sometimes_right() -> Script:
     right_half = iter(range(10_000))
 
     def sometimes(text: str, number: int) -> str:
         said = adds_up(text, number)
         return said if "tool_call" in said or next(right_half) % 2 else "no"
 
-    script_student(monkeypatch, project, sometimes)
+    return sometimes
+
+
+def test_rewards_alone_can_teach(project: AgentProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``dataset_type: rl``: no teacher; the base model holds the student near."""
+    script_student(monkeypatch, project, sometimes_right())
     config = project.config(dataset_type="rl", trainer={"max_steps": 2})
     assert config.algorithm.reward_coef == 1.0
     run(config, folder=project.folder)
@@ -100,12 +104,13 @@ def test_rewards_alone_can_teach(project: AgentProject, monkeypatch: pytest.Monk
 def test_rl_without_a_penalty_has_no_kl(
     project: AgentProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script_student(monkeypatch, project, adds_up)
+    script_student(monkeypatch, project, sometimes_right())
     config = project.config(
         dataset_type="rl", trainer={"max_steps": 1}, algorithm={"kl_penalty_coef": 0}
     )
     run(config, folder=project.folder)
     assert "teacher_kl" not in project.metrics[0]
+    assert 0 < project.metrics[0]["reward/mean"] < 1
 
 
 def test_it_resumes_as_if_nothing_had_happened(
@@ -178,8 +183,9 @@ def answered(args: RewardArgs, messages: list) -> float:
 
 @reward(timeout=0.5)
 async def slow(args: RewardArgs, messages: list) -> float:
-    await asyncio.sleep(30)
-    return 1.0
+    if args.metadata["answer"]:
+        await asyncio.sleep(30)
+    return 0.0
 
 
 @reward
@@ -189,7 +195,9 @@ def used_tools(args: RewardArgs, messages: list) -> float:
 
 @reward
 def leaks(args: RewardArgs, messages: list) -> float:
-    raise ValueError("with " + args.secrets["CANARY_KEY"])
+    if args.metadata["answer"]:
+        raise ValueError("with " + args.secrets["CANARY_KEY"])
+    return 0.0
 """
 CANARY = "canary-5e2a91c7"
 
@@ -263,8 +271,12 @@ def test_a_hosted_project_runs_unchanged(
         assert row["rewards"]["answered"] == 1
         assert row["rewards"]["used_tools"] == 8
         assert row["reward"] == 9
-        assert "0.5 s" in row["reward_errors"]["slow"]
-        assert "[CANARY_KEY]" in row["reward_errors"]["leaks"]
+        if number == "0":
+            # Where rewards teach, one that fails on every rollout ends the run.
+            assert not row["reward_errors"]
+        else:
+            assert "0.5 s" in row["reward_errors"]["slow"]
+            assert "[CANARY_KEY]" in row["reward_errors"]["leaks"]
     kept = [path for path in project.run_dir.rglob("*") if path.is_file()]
     assert any(path.name == "tools.log" for path in kept)
     for path in kept:
