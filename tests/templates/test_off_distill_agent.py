@@ -60,6 +60,12 @@ def test_the_scripts_defaults(command: Callable[[list[str]], list[str]]) -> None
         assert command(given)[-len(given) :] == given
 
 
+def test_a_new_project_is_told_of_the_script_first() -> None:
+    assert find_template("off-distill-agent").setup_commands() == [
+        "python generate_teacher_data.py"
+    ]
+
+
 def test_without_its_rows_it_says_who_writes_them(project: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_project(project, load_config(project).config, tools=["calc"])

@@ -13,14 +13,13 @@ from rnow.project.json_text import JsonFault, parse
 from rnow.project.jsonl import read_rows
 from rnow.project.row_file import RowCollector, RowFile
 from rnow.project.rows import RowRules
+from rnow.project.templates import ROWS_SCRIPT
 from rnow.text.suggest import closest, did_you_mean
 from rnow.text.user_files import is_present, open_regular, place_of, read_regular
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 _LOCAL_SUFFIXES = frozenset((".jsonl", ".json", ".parquet"))
 _KEY = "data.train_file"
-_GENERATOR = "generate_teacher_data.py"
-"""The script of a template whose rows a teacher has yet to write."""
 
 
 def read_source(source: DatasetSource, rules: RowRules, base_dir: Path) -> RowFile:
@@ -78,8 +77,8 @@ def _missing(name: str, path: Path) -> DataError:
     fix = "correct the path, or give a HuggingFace dataset id like org/name"
     if near:
         fix = did_you_mean([prefix + file for file in near])
-    if path.name == "train.jsonl" and (folder / _GENERATOR).is_file():
-        fix = f"python {_GENERATOR} writes it"
+    if path.name == "train.jsonl" and (folder / ROWS_SCRIPT).is_file():
+        fix = f"python {ROWS_SCRIPT} writes it"
     return DataError(f"{name} does not exist", where=_KEY, why=f"looked for {path}", fix=fix)
 
 

@@ -18,6 +18,8 @@ from rnow.text.user_files import place_of
 
 _CONFIG = "config.yml"
 _SHARED = "shared.txt"
+ROWS_SCRIPT = "generate_teacher_data.py"
+"""Of a template whose rows a teacher has yet to write."""
 _NOT_COPIED = frozenset({"__pycache__", "runs", "rollouts", "wandb", ".DS_Store", _SHARED})
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
@@ -51,14 +53,18 @@ class Template:
         return [self.folder.parent / line for line in lines if line and not line.startswith("#")]
 
     def setup_commands(self) -> list[str]:
-        """What to type before the project can run, from the first comments of its requirements.txt."""
+        """What to type before the project can run: what the first comments of its requirements.txt say, and the script that
+        writes its rows."""
         path = self.folder / "requirements.txt"
-        if not path.is_file():
-            return []
-        text = path.read_text(encoding="utf-8")
-        extras = [install_command(name) for name in re.findall(r"rnow's extra (\w+)", text)]
-        after = re.findall(r"^# then: (.+)$", text, re.MULTILINE)
-        return [*extras, "pip install -r requirements.txt", *after]
+        commands: list[str] = []
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            commands += [install_command(name) for name in re.findall(r"rnow's extra (\w+)", text)]
+            commands += ["pip install -r requirements.txt"]
+            commands += re.findall(r"^# then: (.+)$", text, re.MULTILINE)
+        if (self.folder / ROWS_SCRIPT).is_file():
+            commands.append(f"python {ROWS_SCRIPT}")
+        return commands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
