@@ -1,6 +1,6 @@
 # make quickstart   install into .venv, then train the tiny student of templates/quickstart (a CPU is enough)
 # make test         lint, types and the default test suite, on two cores
-# make test-templates  templates trained as they are shipped, a few minutes
+# make test-whole   whole runs: templates as they are shipped, runs killed and continued, the commands of benchmarks; about eight minutes
 # make test-vllm    the tests against the real vLLM: its CPU build, in an environment of its own (about 3 GB)
 # make resolve      asks the package index whether constraints-cuda.txt still resolves; fetches metadata only
 # make test-real    the tests with a real language model: fetches SmolLM2-135M (93 MB) once; about five minutes
@@ -19,7 +19,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-templates test-real test-vllm run-test-vllm test-agents run-test-agents agents-packages resolve lint docs clean install install-dev
+.PHONY: help quickstart test test-whole test-real test-vllm run-test-vllm test-agents run-test-agents agents-packages resolve lint docs clean install install-dev
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -33,8 +33,8 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
-test-templates: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m whole tests/templates $(PYTEST_ARGS)
+test-whole: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m whole $(PYTEST_ARGS)
 
 test-real: $(VENV)/.installed-real real-models/student/config.json
 	$(BIN)/python -m pytest -m real tests/real $(PYTEST_ARGS)

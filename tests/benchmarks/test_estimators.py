@@ -270,7 +270,7 @@ def test_the_plot(script: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_command() -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "estimators.py", "--quick"],

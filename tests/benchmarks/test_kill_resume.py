@@ -35,7 +35,7 @@ def test_what_counts_as_a_difference(tmp_path: Path) -> None:
     assert "transcripts/step-000001.jsonl" in list(script.differences(other, whole))
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_it_kills_and_continues(tmp_path: Path) -> None:
     script = load_benchmark("kill_resume")
     finished = script.measure(tmp_path, kills=1, saves=1, steps=6, seed=1)

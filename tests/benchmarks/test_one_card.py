@@ -57,7 +57,7 @@ def test_a_case_on_vllm(
     check(script.measure(tmp_path, "none", "resident", tiny=True, backend="vllm", steps=2))
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_command(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -331,7 +331,7 @@ def test_the_options(script: ModuleType) -> None:
     assert parse("--learning", "b", "c").learning == ["b", "c"]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_command() -> None:
     """``exact`` is TRL's own objective: the loss of the first step and its gradient differ by the sampled answers alone."""
     pytest.importorskip("trl")

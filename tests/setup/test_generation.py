@@ -523,6 +523,7 @@ def finished(project: AgentProject) -> set[str]:
     return {line["row"]["messages"][0]["content"] for line in lines if "row" in line}
 
 
+@pytest.mark.whole
 def test_killed_it_loses_no_finished_row_and_pays_for_none_twice(
     project: AgentProject, server: ScriptedServer
 ) -> None:
@@ -550,6 +551,7 @@ def test_killed_it_loses_no_finished_row_and_pays_for_none_twice(
     ]
 
 
+@pytest.mark.whole
 def test_interrupted_it_finishes_what_is_under_way(
     project: AgentProject, server: ScriptedServer
 ) -> None:

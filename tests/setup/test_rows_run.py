@@ -178,6 +178,7 @@ def test_a_signal_in_each_stage_saves_and_the_run_goes_on(
     assert_same_run(project, whole[kind][0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_9_and_resume_are_bit_identical(
     whole: dict[str, tuple[Rows, RunSummary, Watcher]],
