@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from tests.setup.projects import Project
 
 from rnow.cli.main import run_command_line
-from rnow.config import dump_yaml
-from rnow.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from rnow.config import Config, dump_yaml
+from rnow.display.display import QuietDisplay
+from rnow.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, RnowError, TemporaryError
 from rnow.setup import build, several
 
 MakeModel = Callable[..., Path]
@@ -117,6 +120,47 @@ def test_a_fault_in_the_middle_of_one_is_reported_and_the_next_begins(
     one, other = json.loads(output)["runs"]
     assert (one["status"], one["error"]) == ("failed", "ZeroDivisionError: a fault of ours")
     assert (other["status"], other["error"]) == ("finished", None)
+
+
+class Weights:
+    """What a run loads."""
+
+
+def test_what_a_failed_one_had_loaded_is_let_go_and_no_kind_of_fault_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded: list[weakref.ref[Weights]] = []
+    begun: list[str] = []
+
+    def checked(config: Config, folder: Path) -> None:
+        if config.model.path == "unreachable":
+            raise TemporaryError("the disk is full")
+
+    def trained(config: Config, **options: Any) -> Any:
+        assert all(weights() is None for weights in loaded)
+        begun.append(config.model.path)
+        weights = Weights()
+        loaded.append(weakref.ref(weights))
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError as error:
+            raise RnowError("no room") from error
+
+    monkeypatch.setattr(several, "check", checked)
+    monkeypatch.setattr(several, "run", trained)
+    outcomes = several.run_each(
+        [Config(dataset_type="rl", model={"path": path}) for path in ("a", "unreachable", "b")],
+        folder=tmp_path,
+        fresh=False,
+        display=lambda: nullcontext(QuietDisplay()),
+        failed=lambda config, error: None,
+    )
+    assert begun == ["a", "b"]
+    assert [str(outcome.error) for outcome in outcomes] == [
+        "no room",
+        "the disk is full",
+        "no room",
+    ]
 
 
 def test_check_shows_each_and_test_takes_one(sweep: Sweep) -> None:
