@@ -210,6 +210,11 @@ def test_what_contradicts_the_adapter_is_refused(
         ("adapter", "runs/stf", "rnow run model.adapter=runs/sft"),
         ("adapter", "sftt", "rnow run model.adapter=runs/sft"),
         ("path", "runs/sftt", "rnow run -m runs/sft"),
+        (
+            "adapter",
+            "org/name",
+            "hf download org/name --local-dir adapter, then model.adapter: adapter",
+        ),
     ],
 )
 def test_a_run_that_is_not_there_is_suggested(
@@ -218,6 +223,23 @@ def test_a_run_that_is_not_there_is_suggested(
     with pytest.raises(ModelError, match=f"no adapter and no run '{named}'") as caught:
         train(project, second(project, **{key: named}))
     assert (caught.value.fix, caught.value.where) == (fix, f"model.{key}")
+
+
+@pytest.mark.parametrize("key", ["adapter", "path"])
+def test_a_run_that_has_no_checkpoint_yet_is_not_taken_for_one_that_is_missing(
+    project: Project, key: str
+) -> None:
+    (project.folder / "runs" / "begun").mkdir()
+    with pytest.raises(ModelError, match="there is no adapter in 'runs/begun'") as caught:
+        train(project, second(project, **{key: "runs/begun"}))
+    assert "first checkpoint" in (caught.value.why or "")
+
+
+def test_a_whole_model_is_no_adapter(project: Project) -> None:
+    (project.folder / "whole").symlink_to(project.student)
+    with pytest.raises(ModelError, match="'whole' is a whole model, not an adapter") as caught:
+        train(project, second(project, adapter="whole"))
+    assert "set model.path: whole" in (caught.value.fix or "")
 
 
 def cut_short(adapter: Path) -> None:

@@ -33,13 +33,13 @@ def find_start(config: Config, folder: Path) -> tuple[Config, TrainedAdapter | N
         )
     if model.adapter is not None:
         shown = Path(config.output_dir)
-        runs = folder / shown
-        start = find_adapter(model.adapter, key=ADAPTER, places=[folder, runs])
+        places = [folder, folder / shown]
+        start = find_adapter(model.adapter, key=ADAPTER, places=places)
         if start is None:
             raise no_adapter(
                 model.adapter,
                 key=ADAPTER,
-                runs=runs,
+                places=places,
                 shown=shown,
                 command="rnow run model.adapter=",
             )
@@ -68,9 +68,14 @@ def _refuse_another_size(config: Config, start: TrainedAdapter) -> None:
 
 
 def _refuse_missing_run(config: Config, folder: Path) -> None:
-    """``runs/NAME`` that is not there has the form of a HuggingFace id: the hub would be asked for it."""
+    """``runs/NAME`` that is not there has the form of a HuggingFace id: the hub would be asked for it. One without a checkpoint
+    yet is no model."""
     path, shown = config.model.path, Path(config.output_dir)
-    if Path(path).parent == shown and not (folder / path).exists():
+    if Path(path).parent == shown and not (folder / path / "config.json").is_file():
         raise no_adapter(
-            path, key="model.path", runs=folder / shown, shown=shown, command="rnow run -m "
+            path,
+            key="model.path",
+            places=[folder, folder / shown],
+            shown=shown,
+            command="rnow run -m ",
         )
