@@ -121,6 +121,16 @@ def test_killed_and_continued_it_is_the_same_run(project: Project) -> None:
     assert project.numbers == whole
 
 
+def test_continued_it_counts_on_the_steps_without_an_update(project: Project) -> None:
+    (project.folder / "rewards.py").write_text(CONSTANT)
+    made = config(project)
+    with pytest.raises(Killed):
+        run(made, folder=project.folder, display=Watcher().at("update", 3, die))
+    with pytest.raises(RnowError, match="nothing was trained"):
+        run(made, folder=project.folder)
+    assert [row["skipped_updates"] for row in project.metrics] == [1.0, 2.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
