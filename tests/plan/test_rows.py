@@ -213,6 +213,19 @@ def test_a_tokenizer_without_an_end(midtrain: Rows) -> None:
         midtrain.prepared(model=model)
 
 
+def test_a_document_of_which_no_token_is_left(midtrain: Rows) -> None:
+    from tokenizers import normalizers
+
+    model = with_template(midtrain, CHAT_TEMPLATE)
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.save_pretrained(midtrain.folder / "student")
+    midtrain.write_rows([*TEXTS, {"text": "\u200b\u200b"}])
+    with pytest.raises(DataError, match="no token of the text of 1 row") as caught:
+        midtrain.prepared(model=model)
+    assert caught.value.where == "train.jsonl:6"
+
+
 def test_a_document_that_spells_a_control_token(midtrain: Rows) -> None:
     midtrain.write_rows([*TEXTS, {"text": "a<|im_end|>b"}])
     rendered = midtrain.prepared().rendered

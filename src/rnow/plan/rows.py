@@ -76,6 +76,7 @@ def render_rows(
     vocabulary = cut_to_rows(vocabulary_size(tokenizer), models, warnings)
     if config.dataset_type == "midtrain":
         rows = _documents(tokenizer, prompts, window, student.resolved.path, warnings)
+        _refuse_empty(prompts, rows)
     else:
         key = f"{student.role.key}.path"
         require_chat_template(tokenizer, path=student.resolved.path, key=key)
@@ -206,6 +207,21 @@ def _refuse_unmasked(
         details=lines[:MAX_SHOWN],
         more=lines[MAX_SHOWN:],
     )
+
+
+def _refuse_empty(prompts: Sequence[Prompt], rows: Mapping[str, Sequence[TokenRow]]) -> None:
+    """Texts of nothing but letters that the tokenizer drops (zero-width ones)."""
+    empty = [p for p in prompts if not any(row.loss_tokens for row in rows[p.id])]
+    if empty:
+        places = [place_of(prompt) for prompt in empty]
+        raise DataError(
+            f"the student's tokenizer makes no token of the text of {len(empty)} row{'s' if len(empty) > 1 else ''}",
+            title="Empty texts",
+            where=places[0],
+            fix="remove these rows",
+            details=places[:MAX_SHOWN],
+            more=places[MAX_SHOWN:],
+        )
 
 
 def _refuse_long(
