@@ -170,7 +170,12 @@ def test_check_shows_each_and_test_takes_one(sweep: Sweep) -> None:
     runs = json.loads(output)["runs"]
     assert [one["student"]["path"] for one in runs] == ["a", "b"]
     assert [Path(one["run_dir"]).name for one in runs] == ["sweep-a", "sweep-b"]
+    sweep.write("a", "./nowhere", "b")
+    code, output, errors = sweep.run("--json", command="check")
+    assert code == EXIT_BAD_INPUT
+    assert "there is no folder './nowhere'" in errors
+    assert [one["student"]["path"] for one in json.loads(output)["runs"]] == ["a", "b"]
     code, _, errors = sweep.run(command="test")
     assert code == EXIT_BAD_INPUT
-    assert "lists 2 students" in errors
+    assert "lists 3 students" in errors
     assert "-m a" in errors
