@@ -128,6 +128,11 @@ def test_rewards_are_checked_and_not_run(sft: Rows) -> None:
     assert sft.prepared().warnings == ()
 
 
+def test_texts_are_told_nothing_of_rewards(midtrain: Rows) -> None:
+    (midtrain.folder / "rewards.py").write_text(REWARDS)
+    assert midtrain.prepared().warnings == ()
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +169,7 @@ def test_a_row_whose_answers_cannot_be_told_is_refused_with_its_line(sft: Rows) 
     assert "writes message 2 anew when others follow it" in error.details[0]
     assert error.fix is not None
     assert "one answer" in error.fix
+    assert "docs/how-to/sft.md" in error.fix
 
 
 def test_a_row_that_the_template_refuses(sft: Rows) -> None:

@@ -203,7 +203,8 @@ def _refuse_unmasked(
         where=place_of(prompt),
         why="the loss is on what the student would write itself, token by token",
         fix="give each of these rows one answer, as its last message; set rollout.reasoning_mode: none if it is the thinking that "
-        "differs; or put {% generation %} marks around the assistant's text in the chat_template.jinja of a local copy of the model",
+        "differs; or, as rows with tool calls need it, put {% generation %} marks around the assistant's text in the chat_template.jinja "
+        "of a local copy of the model (docs/how-to/sft.md)",
         details=lines[:MAX_SHOWN],
         more=lines[MAX_SHOWN:],
     )
