@@ -19,6 +19,7 @@ from tests.setup.projects import Watcher
 from rnow.cli.main import app
 from rnow.errors import ConfigError, StopRequested
 from rnow.plan import changes
+from rnow.plan.prepare import prepare
 from rnow.setup.build import run
 from rnow.setup.facts import RunSummary
 from rnow.setup.rehearse import rehearse
@@ -260,7 +261,11 @@ def test_several_datasets_have_losses_of_their_own(
     (project.folder / "more.jsonl").write_text(rows)
     files = [{"path": "train.jsonl", "name": "a"}, {"path": "more.jsonl", "name": "b"}]
     data = {"batch_size": 8, "val_split": 0.25, "train_file": files}
-    summary = run(project.config(data=data, trainer={"max_steps": 1}), folder=project.folder)
+    # Of eight rows that are held out four are evaluated: two of each.
+    config = project.config(data=data, trainer={"max_steps": 1}, evaluation={"max_prompts": 4})
+    evaluated = prepare(config, project.folder, weights=False).evaluated
+    assert [prompt.dataset for prompt in evaluated] == ["a", "a", "b", "b"]
+    summary = run(config, folder=project.folder)
     assert {"loss", "loss/a", "loss/b", "perplexity"} <= summary.evaluation["before"].keys()
     assert {"loss/a", "loss/b"} <= project.metrics[0].keys()
 

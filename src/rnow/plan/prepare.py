@@ -86,8 +86,15 @@ class Prepared:
 
     @property
     def evaluated(self) -> Sequence[Prompt]:
-        """The held-out prompts that evaluations ask."""
-        return self.project.dataset.held_out[: self.config.evaluation.max_prompts]
+        """The held-out prompts that evaluations ask: of several datasets as many of each, as far as they reach."""
+        held = self.project.dataset.held_out
+        seen: Counter[str] = Counter()
+        places: list[tuple[int, int]] = []
+        for index, prompt in enumerate(held):
+            places.append((seen[prompt.dataset], index))
+            seen[prompt.dataset] += 1
+        chosen = sorted(places)[: self.config.evaluation.max_prompts]
+        return [held[index] for index in sorted(index for _, index in chosen)]
 
     @property
     def judged(self) -> dict[str, int]:
