@@ -39,13 +39,25 @@ def first(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: MakeModel) -
     return project
 
 
-@pytest.fixture
-def project(first: Project, tmp_path: Path) -> Project:
-    """A copy of it, in which a second stage is run as ``second``."""
+def copy_of(first: Project, folder: Path) -> Project:
+    """A copy of a project, in which a second stage is run as ``second``."""
     copy = Project.__new__(Project)
     copy.__dict__ |= first.__dict__
-    copy.folder, copy.name = tmp_path / "project", "second"
+    copy.folder, copy.name = folder, "second"
     shutil.copytree(first.folder, copy.folder)
+    return copy
+
+
+@pytest.fixture
+def project(first: Project, tmp_path: Path) -> Project:
+    return copy_of(first, tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def whole(first: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Another copy, whose second stage nothing interrupted."""
+    copy = copy_of(first, tmp_path_factory.mktemp("whole") / "project")
+    train(copy, second(copy, adapter="sft"))
     return copy
 
 
@@ -104,9 +116,10 @@ def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in names}
 
 
-def test_a_folder_a_name_and_a_student_that_is_an_adapter_are_one_start(project: Project) -> None:
-    train(project, second(project, adapter="runs/sft"))
-    expected = project.numbers
+def test_a_folder_a_name_and_a_student_that_is_an_adapter_are_one_start(
+    project: Project, whole: Project
+) -> None:
+    expected = whole.numbers
     for name, model in {
         "by-folder": {"adapter": "runs/sft/adapter"},
         "by-checkpoint": {"adapter": str(project.folder / "runs/sft/checkpoints/step-000002")},
@@ -120,20 +133,17 @@ def test_a_folder_a_name_and_a_student_that_is_an_adapter_are_one_start(project:
     assert project.numbers != expected
 
 
-def test_stopped_and_continued_it_is_the_same_run(project: Project) -> None:
-    train(project, second(project, adapter="sft"))
-    whole, adapter = project.numbers, weights(project.run_dir / "adapter")
-    project.name = "stopped"
+def test_stopped_and_continued_it_is_the_same_run(project: Project, whole: Project) -> None:
     for stage, nth in (("teacher", 2), ("update", 1)):
         watcher = Watcher().at(stage, nth, die)
         with pytest.raises(Killed):
-            train(project, second(project, "stopped", adapter="sft"), watcher=watcher)
+            train(project, second(project, adapter="sft"), watcher=watcher)
     # The same weights elsewhere are the same start.
     shutil.copytree(project.folder / "runs/sft/adapter", project.folder / "start")
-    watcher = train(project, second(project, "stopped", adapter="start"))
+    watcher = train(project, second(project, adapter="start"))
     assert any("model.adapter: sft -> start" in note for note in watcher.notes)
-    assert project.numbers == whole
-    mine = weights(project.run_dir / "adapter")
+    assert project.numbers == whole.numbers
+    mine, adapter = (weights(of.run_dir / "adapter") for of in (project, whole))
     assert all(torch.equal(mine[name], tensor) for name, tensor in adapter.items())
 
 
