@@ -285,8 +285,9 @@ def test_a_swapped_base_is_refused(project: Project, tiny_model_dir: MakeModel) 
     assert f"set model.path: {project.student}" in (caught.value.fix or "")
 
 
-def test_the_plan_names_it(project: Project) -> None:
-    plan = check(type(project.config())(**second(project, path="runs/sft")), project.folder)
+@pytest.mark.parametrize("key", ["path", "adapter"])
+def test_the_plan_names_it(project: Project, key: str) -> None:
+    plan = check(type(project.config())(**second(project, **{key: "runs/sft"})), project.folder)
     assert plan.starts_from == "runs/sft (rank 4)"
     assert plan.to_dict()["starts_from"] == "runs/sft (rank 4)"
     assert plan.models["student"].path == str(project.student)
