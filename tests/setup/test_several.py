@@ -149,13 +149,17 @@ def test_what_a_failed_one_had_loaded_is_let_go_and_no_kind_of_fault_ends_the_ot
     monkeypatch.setattr(several, "check", checked)
     monkeypatch.setattr(several, "run", trained)
     outcomes = several.run_each(
-        [Config(dataset_type="rl", model={"path": path}) for path in ("a", "unreachable", "b")],
+        [
+            Config(dataset_type="rl", model={"path": path, "name": "on-{model.path}"})
+            for path in ("a", "unreachable", "b")
+        ],
         folder=tmp_path,
         fresh=False,
         display=lambda: nullcontext(QuietDisplay()),
         failed=lambda config, error: None,
     )
     assert begun == ["a", "b"]
+    assert [outcome.name for outcome in outcomes] == ["on-a", "on-unreachable", "on-b"]
     assert [str(outcome.error) for outcome in outcomes] == [
         "no room",
         "the disk is full",

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rnow.config import Config
+from rnow.config import Config, fill_name
 from rnow.display.display import Display
 from rnow.errors import StopRequested
 from rnow.setup.build import check, run
@@ -17,7 +17,7 @@ from rnow.setup.facts import RunSummary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How the run of one student ended: with a summary, or with an error."""
+    """How the run of one student ended: with a summary, or with an error. ``name`` is the run's."""
 
     student: str
     name: str
@@ -78,7 +78,7 @@ def run_each(
 def _outcome(
     config: Config, *, summary: RunSummary | None = None, error: Exception | None = None
 ) -> Outcome:
-    name = config.model.name or ""
+    name = fill_name(config.model.name or "", config)
     return Outcome(student=config.model.path, name=name, summary=summary, error=error)
 
 
