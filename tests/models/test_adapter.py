@@ -86,6 +86,7 @@ def test_an_adapter_of_peft_fits_its_base(folder: Path, base: Path) -> None:
     ("config", "layers"),
     [
         ({"layers_to_transform": [1]}, {"layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"}),
+        ({"layers_to_transform": 0}, {"layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"}),
         ({"target_modules": r".*\.0\.mlp\.(up|down)_proj"}, {"layers.0.mlp.up_proj", "layers.0.mlp.down_proj"}),
     ],
 )  # fmt: skip

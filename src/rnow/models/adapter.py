@@ -303,7 +303,10 @@ def _targets(folder: Path, config: Mapping[str, object], refusal: Refusal) -> tu
     """The names in its config; where those are a pattern, or some of their layers are left out, the layers that it has tensors of."""
     modules, parameters = config.get("target_modules"), config.get("target_parameters") or []
     stacked = [str(name) for name in parameters] if isinstance(parameters, list) else []
-    if isinstance(modules, list) and not any(config.get(name) for name in _SELECTIONS):
+    # One layer is a number, which may be 0.
+    if isinstance(modules, list) and all(
+        config.get(name) in (None, [], "") for name in _SELECTIONS
+    ):
         return (*map(str, modules), *stacked)
     if not modules and stacked:
         return tuple(stacked)
