@@ -614,7 +614,7 @@ class _Run:
             backends.student.vocabulary,
             backends.gpu,
         )
-        self._display.note(f"the loss of the first rows is {loss:.3f} now")
+        self._display.note(f"the loss of the first rows is {loss:.3f} before training")
 
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note
