@@ -209,6 +209,13 @@ def test_evaluations_of_nothing(sft: Rows) -> None:
         sft.prepared(evals=[{"step": 1}])
 
 
+def test_a_single_document_cannot_be_held_out(midtrain: Rows) -> None:
+    midtrain.write_rows([{"text": "a" * 400}])
+    with pytest.raises(InputError, match="holds out nothing") as caught:
+        midtrain.prepared(data={"val_split": 0.5}, rollout={"max_context_window": 16})
+    assert "add rows" in str(caught.value.fix)
+
+
 def test_a_tokenizer_without_an_end(midtrain: Rows) -> None:
     model = with_template(midtrain, CHAT_TEMPLATE)
     file = midtrain.folder / "student" / "tokenizer_config.json"

@@ -417,7 +417,8 @@ def _check_evals(config: Config, *, held_out: int) -> None:
         )
     if config.data.val_split > 0 and not held_out:
         raise InputError(
-            f"data.val_split {config.data.val_split} holds out no prompt of this dataset",
+            f"data.val_split {config.data.val_split} holds out nothing: each dataset has one row",
             where="data.val_split",
-            fix="raise it, or set it to 0",
+            why="one row at least of each dataset is trained on",
+            fix="add rows, or set it to 0",
         )
