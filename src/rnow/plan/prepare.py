@@ -409,16 +409,18 @@ def _check_served(config: Config) -> None:
 
 
 def _check_evals(config: Config, *, held_out: int) -> None:
-    if config.evals and not held_out:
-        raise ConfigError(
-            "evals are scheduled, but no prompts are held out to evaluate",
-            where="evals",
-            fix="set data.val_split, e.g. 0.05, or remove evals",
-        )
-    if config.data.val_split > 0 and not held_out:
+    if held_out:
+        return
+    if config.data.val_split > 0:
         raise InputError(
             f"data.val_split {config.data.val_split} holds out nothing: each dataset has one row",
             where="data.val_split",
             why="one row at least of each dataset is trained on",
             fix="add rows, or set it to 0",
+        )
+    if config.evals:
+        raise ConfigError(
+            "evals are scheduled, but no prompts are held out to evaluate",
+            where="evals",
+            fix="set data.val_split, e.g. 0.05, or remove evals",
         )

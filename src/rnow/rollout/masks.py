@@ -331,10 +331,10 @@ class _Ending:
             closed = self._end_of(token_ids, start, end)
             if closed is None and start == end and not read.whole:
                 continue  # a mark around nothing, and no end of a turn behind it
-            found = self._last_stop(token_ids, start, end)
-            if closed is None and read.whole and found is not None:
+            more = self._last_stop(token_ids, start, end) if closed is None and read.whole else None
+            if more is not None:
                 return MaskFault(
-                    f"the chat template writes more behind the end of an answer: {found[1][:24]!r}"
+                    f"the chat template writes more behind the end of an answer: {more[1][:24]!r}"
                 )
             if closed is None and not decode_all(self.tokenizer, token_ids[end:]).strip():
                 stop = self._own_stop
