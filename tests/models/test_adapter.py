@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rnow.disk.folder import folder_name
 from rnow.errors import ModelError
 from rnow.models.adapter import TrainedAdapter, check_base, find_adapter
 from rnow.models.resolve import resolve_model
@@ -257,6 +258,14 @@ def test_a_model_in_the_project_is_never_taken_for_a_run_of_its_name(
     assert find_adapter("student", key="model.adapter", places=places) is not None
     (tmp_path / "student").symlink_to(base)
     assert find_adapter("student", key="model.adapter", places=places) is None
+
+
+def test_a_model_s_id_names_no_run_that_is_called_after_it(tmp_path: Path, folder: Path) -> None:
+    """``output_dir: .`` with the name ``{model.path}``."""
+    folder.rename(tmp_path / folder_name("org/model"))
+    assert find_adapter("org/model", key="model.path", places=[tmp_path]) is None
+    by_name = find_adapter("org/model", key="model.adapter", places=[tmp_path], runs=tmp_path)
+    assert by_name is not None
 
 
 def test_its_hash_is_that_of_its_content(folder: Path, tmp_path: Path) -> None:

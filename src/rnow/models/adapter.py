@@ -101,20 +101,22 @@ class TrainedAdapter:
         return digest.hexdigest()
 
 
-def find_adapter(path: str, *, key: str, places: Sequence[Path]) -> TrainedAdapter | None:
+def find_adapter(
+    path: str, *, key: str, places: Sequence[Path], runs: Path | None = None
+) -> TrainedAdapter | None:
     """The adapter that ``path`` names: its folder, or a run's, of which the final adapter is meant or, before there is one, that
     of its newest checkpoint. None where it names something else, or nothing.
 
     Args:
         key: the setting it comes from.
-        places: where a relative path may start, the likeliest first. Of a folder of runs the name of a run is enough, as it was
-            given with ``-n``.
+        places: where a relative path may start, the likeliest first.
+        runs: the folder of runs, where a run may be meant by its name, as it was given with ``-n``.
 
     Raises:
         ModelError: it is damaged, or no plain LoRA adapter.
     """
     refusal = Refusal(path=path, key=key)
-    for folder in _named(path, key, places):
+    for folder in _named(path, key, places, runs):
         if _is_whole(folder):
             return None
         if (held := _adapter_in(folder)) is not None:
@@ -122,24 +124,25 @@ def find_adapter(path: str, *, key: str, places: Sequence[Path]) -> TrainedAdapt
     return None
 
 
-def _named(path: str, key: str, places: Sequence[Path]) -> Iterator[Path]:
+def _named(path: str, key: str, places: Sequence[Path], runs: Path | None) -> Iterator[Path]:
     """The folders that a path may name, which need not exist."""
     for place in places:
         yield place_of(path, place, where=key)
-        yield find_run_folder(place, path).path
+    if runs is not None:
+        yield find_run_folder(runs, path).path
 
 
 def no_adapter(
-    path: str, *, key: str, places: Sequence[Path], shown: Path, command: str
+    path: str, *, key: str, places: Sequence[Path], runs: Path, shown: Path, command: str
 ) -> ModelError:
     """The error for a name under which there is no adapter.
 
     Args:
-        places: as ``find_adapter`` takes them; the last is the folder of runs, ``shown`` as the user writes it.
+        places, runs: as ``find_adapter`` takes them; ``shown``: the latter as the user writes it.
         command: what to type, ended by the name of a run that is there.
     """
     refusal = Refusal(path=path, key=key)
-    for folder in filter(Path.is_dir, _named(path, key, places)):
+    for folder in filter(Path.is_dir, _named(path, key, places, runs)):
         if _is_whole(folder):
             return refusal.error(
                 f"'{path}' is a whole model, not an adapter",
@@ -150,9 +153,7 @@ def no_adapter(
             why="a run has one from its first checkpoint on (trainer.save_step)",
             fix="wait for it, or name another run or folder",
         )
-    there = sorted(
-        entry.name for entry in places[-1].glob("[!.]*") if _adapter_in(entry) is not None
-    )
+    there = sorted(entry.name for entry in runs.glob("[!.]*") if _adapter_in(entry) is not None)
     near = closest(Path(path).name, there, cutoff=0.0)
     fix = f"{command}{shown / near[0]}" if near else "train one first: rnow run"
     here = looks_like_a_path(path) or (places[0] / path).parent.is_dir()

@@ -31,15 +31,16 @@ def find_start(config: Config, folder: Path) -> tuple[Config, TrainedAdapter | N
             where=ADAPTER,
             fix=f"remove model.adapter, or set model.path: {start.base}, the base",
         )
+    shown = Path(config.output_dir)
+    runs = folder / shown
     if model.adapter is not None:
-        shown = Path(config.output_dir)
-        places = [folder, folder / shown]
-        start = find_adapter(model.adapter, key=ADAPTER, places=places)
+        start = find_adapter(model.adapter, key=ADAPTER, places=[folder, runs], runs=runs)
         if start is None:
             raise no_adapter(
                 model.adapter,
                 key=ADAPTER,
-                places=places,
+                places=[folder, runs],
+                runs=runs,
                 shown=shown,
                 command="rnow run model.adapter=",
             )
@@ -75,7 +76,8 @@ def _refuse_missing_run(config: Config, folder: Path) -> None:
         raise no_adapter(
             path,
             key="model.path",
-            places=[folder, folder / shown],
+            places=[folder],
+            runs=folder / shown,
             shown=shown,
             command="rnow run -m ",
         )
