@@ -14,6 +14,7 @@ from tests.conftest import CHAT_TEMPLATE, character_tokenizer
 from tests.setup.projects import REWARDS, Project
 
 from rnow.errors import ConfigError, DataError, InputError, ModelError
+from rnow.plan import rows as rows_module
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import unread_settings
 from rnow.plan.view import plan_view
@@ -154,7 +155,20 @@ def with_template(project: Rows, template: str) -> dict[str, Any]:
     return {"path": "student"}
 
 
-def test_a_row_whose_answers_cannot_be_told_is_refused_with_its_line(sft: Rows) -> None:
+def test_rows_are_made_in_portions(
+    sft: Rows, midtrain: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = {"max_context_window": 64}
+    at_once = [project.prepared(rollout=window).rendered.rows for project in (sft, midtrain)]
+    monkeypatch.setattr(rows_module, "AT_ONCE", 3)
+    again = [project.prepared(rollout=window).rendered.rows for project in (sft, midtrain)]
+    assert again == at_once
+
+
+def test_a_row_whose_answers_cannot_be_told_is_refused_with_its_line(
+    sft: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "AT_ONCE", 3)
     two = {"messages": says("q", "a", "q", "a")}
     sft.write_rows([*ANSWERS, two, ANSWERS[0], two])
     with pytest.raises(DataError) as caught:
