@@ -38,8 +38,15 @@ class Sweep:
             made = project.make_model(seed=seed, num_hidden_layers=1, vocab_size=128)
             (project.folder / name).symlink_to(made)
 
-    def write(self, *students: str, **sections: Any) -> None:
+    def write(self, *students: str, rows: bool = False, **sections: Any) -> None:
+        """``rows``: they learn from answers, which takes least time."""
         values = self.project.values(**{"trainer": {"max_steps": 1}, **sections})
+        if rows:
+            answer = {"role": "assistant", "content": "yes"}
+            asked = [{"messages": [{"role": "user", "content": f"q{n}"}, answer]} for n in range(8)]
+            self.project.write_rows(asked)
+            values["dataset_type"] = "sft"
+            del values["teacher"]
         values["model"] |= {"path": list(students), "name": "sweep"}
         (self.project.folder / "config.yml").write_text(dump_yaml(values))
 
@@ -75,7 +82,6 @@ def test_one_that_fails_holds_up_no_other_and_the_command_has_failed(sweep: Swee
 def test_the_same_command_goes_on_and_trains_nothing_twice(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep.write("a", "b", trainer={"max_steps": 2, "save_step": 1})
     real, begun = build._Run.load_and_train, []
 
     async def interrupted(self: Any) -> Any:
@@ -85,13 +91,13 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(
         return await real(self)
 
     monkeypatch.setattr(build._Run, "load_and_train", interrupted)
-    sweep.write("a", "b", "./a/", trainer={"max_steps": 2, "save_step": 1})
+    sweep.write("a", "b", "./a/", rows=True, trainer={"max_steps": 2, "save_step": 1})
     code, output, errors = sweep.run()
     assert code == EXIT_INTERRUPTED
     assert begun == ["sweep-a", "sweep-b"], "Ctrl-C ends all"
     assert "not begun: ./a/" in errors
     assert "outcome" not in output
-    sweep.write("a", "b", trainer={"max_steps": 2, "save_step": 1})
+    sweep.write("a", "b", rows=True, trainer={"max_steps": 2, "save_step": 1})
     code, output, errors = sweep.run("--json")
     assert code == 0, errors
     assert begun[2:] == ["sweep-b"], "the first is finished"
@@ -105,7 +111,7 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(
 def test_a_fault_in_the_middle_of_one_is_reported_and_the_next_begins(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep.write("a", "b")
+    sweep.write("a", "b", rows=True)
     real = several.run
 
     def broken(config: Any, **options: Any) -> Any:

@@ -20,7 +20,10 @@ from rnow.setup.build import check, run
 
 MakeModel = Callable[..., Path]
 WEIGHTS = "adapter_model.safetensors"
-EVALUATED: dict[str, Any] = {"data": {"val_split": 0.25}, "evaluation": {"teacher": False}}
+EVALUATED: dict[str, Any] = {
+    "data": {"val_split": 0.25},
+    "evaluation": {"teacher": False, "num_samples": 1},
+}
 
 
 @pytest.fixture(autouse=True)
