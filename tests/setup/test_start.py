@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.models.test_adapter import edit_tensors, peft_folder
+from tests.models.test_adapter import edit, edit_tensors, peft_folder
 from tests.setup.projects import Killed, Project, Watcher, die
 
 from rnow.errors import EXIT_BAD_INPUT, ConfigError, InputError, ModelError
@@ -246,6 +246,13 @@ def test_a_run_that_has_no_checkpoint_yet_is_not_taken_for_one_that_is_missing(
     with pytest.raises(ModelError, match="there is no adapter in 'runs/begun'") as caught:
         train(project, second(project, **{key: "runs/begun"}))
     assert "first checkpoint" in (caught.value.why or "")
+
+
+def test_a_base_that_was_moved_is_told_of(project: Project) -> None:
+    edit(project.folder / "runs/sft/adapter", base_model_name_or_path="/nowhere/student")
+    with pytest.raises(ModelError, match="is not where it was: /nowhere/student") as caught:
+        train(project, second(project, path="runs/sft"))
+    assert "and model.adapter: runs/sft" in (caught.value.fix or "")
 
 
 def test_a_whole_model_is_no_adapter(project: Project) -> None:

@@ -49,6 +49,12 @@ def find_start(config: Config, folder: Path) -> tuple[Config, TrainedAdapter | N
     if start is None:
         return config, None
     _refuse_another_size(config, start)
+    base = Path(start.base)
+    if model.adapter is None and base.is_absolute() and not base.exists():
+        raise start.refusal.error(
+            f"the base of the adapter in '{start.folder}' is not where it was: {start.base}",
+            fix=f"set model.path to where it is now, and model.adapter: {model.path}",
+        )
     changes: dict[str, object] = {"qlora_rank": start.rank, "qlora_alpha": start.alpha}
     if model.adapter is None:
         changes |= {"path": start.base, "adapter": model.path}
