@@ -111,6 +111,7 @@ def test_a_choice_of_layers_is_read_off_its_tensors(
         ({"lora_alpha": 2.5}, "whole numbers"),
         ({"lora_alpha": 0}, "above 0"),
         ({"r": -3}, "above 0"),
+        ({"lora_alpha": 1e300}, "above 0"),
         ({"base_model_name_or_path": None}, "lacks a base"),
         ({"base_model_name_or_path": ""}, "lacks a base"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4"),

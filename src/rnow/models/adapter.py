@@ -41,6 +41,7 @@ CHANGES_ITS_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Ways of PEFT to begin an adapter (``init_lora_weights``) that take what it begins with out of the base's weights: it belongs
 to a base that is in no file."""
 
+_SIZES = range(1, 2**63)
 _SELECTIONS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 """Choices among the target modules: which layers they leave is read off the tensors."""
 _PREFIX, _DOWN = "base_model.model.", ".lora_A.weight"
@@ -281,7 +282,8 @@ def _read(folder: Path, refusal: Refusal) -> TrainedAdapter:
         and base
         and isinstance(rank, int)
         and isinstance(alpha, int)
-        and min(rank, alpha) > 0
+        and rank in _SIZES
+        and alpha in _SIZES
     ):
         raise refusal.error(
             f"the adapter in '{folder}' is not one that rnow wrote, nor another plain LoRA adapter",
