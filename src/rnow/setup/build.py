@@ -455,7 +455,7 @@ class _Run:
         recorder.forget_after(done)
         if checkpoint is not None:
             saved = checkpoint.state.get("counters", {})
-            recorder.completion_tokens = int(saved.get("completion_tokens", 0))
+            recorder.count_on(saved)
             self._started -= float(saved.get("seconds", 0.0))
         replace_file(self._folder.config, dump_yaml(redacted_config(self._prepared)).encode())
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
@@ -497,7 +497,7 @@ class _Run:
     def _counters(self, recorder: Recorder) -> dict[str, float]:
         """Totals of the whole run, earlier attempts included."""
         seconds = time.monotonic() - self._started
-        return {"completion_tokens": recorder.completion_tokens, "seconds": seconds}
+        return {**recorder.counters, "seconds": seconds}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         checkpoint = self._store.latest()
@@ -614,7 +614,7 @@ class _Run:
             backends.student.vocabulary,
             backends.gpu,
         )
-        self._display.note(f"the loss of the first rows is {loss:.3f} now")
+        self._display.note(f"the loss of the first rows is {loss:.3f} before training")
 
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note

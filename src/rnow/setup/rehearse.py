@@ -98,8 +98,9 @@ def _rehearse(
     console: Console,
 ) -> Rehearsal:
     quiet_libraries()
-    places = (folder, folder / config.output_dir, Path())
-    trained = find_adapter(config.model.path, key="model.path", places=places)
+    runs = folder / config.output_dir
+    places = (folder, runs, Path())
+    trained = find_adapter(config.model.path, key="model.path", places=places, runs=runs)
     if trained is not None:
         config = as_trained(config, trained)
     elif not any((place / config.model.path).expanduser().exists() for place in places):

@@ -121,8 +121,8 @@ def find_trained(
         name, step = match["run"], int(match["step"])
     named = find_run_folder(folder / output_dir, name)
     path = str(named.path.resolve()) if named.facts.is_file() else name
-    places = (folder, folder / output_dir, Path())
-    adapter = find_adapter(path, key=WHERE, places=places)
+    runs = folder / output_dir
+    adapter = find_adapter(path, key=WHERE, places=(folder, runs, Path()), runs=runs)
     if adapter is None:
         raise _no_such_run(name, path, folder, output_dir, command)
     found = _of_run(adapter)
