@@ -34,13 +34,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def row(name: str, passed: list[int], *, fresh: bool = True) -> Evaluated:
+def row(name: str, passed: list[int], *, fresh: bool = True, **metrics: float) -> Evaluated:
     sampling = {
         "temperature": 0.6,
         "samples": 4,
         "pass_at": [1, 4],
         "passed": {f"dataset_0/{index}": count for index, count in enumerate(passed)},
-        "metrics": {"completions/mean_length": 12.5},
+        "metrics": {"completions/mean_length": 12.5, **metrics},
     }
     return Evaluated(
         subject=Subject(name=name, kind="student", label="student", place=Path("evals")),
@@ -111,7 +111,7 @@ def test_subjects_settings_and_options(
     assert config.rollout.max_tokens == 9
     assert subjects == ["student", "./my=run", "tiny@4"]
     asked = options["asked"]
-    assert asked.temperatures == {1: 0.3, 8: 0.9}
+    assert [*asked.temperatures.items()] == [(1, 0.9), (8, 0.3)], "as they were written"
     assert (asked.samples, asked.seed, asked.again) == (16, 3, True)
     assert asked.prompts == Path("test.jsonl")
     assert "measuring" in output
@@ -138,14 +138,16 @@ def test_json_is_all_of_standard_output(
     assert "measuring" in error
 
 
-def test_the_table() -> None:
+def shown(report: EvalReport) -> list[str]:
     console = Console(file=io.StringIO(), width=160)
-    for part in eval_view(REPORT):
+    for part in eval_view(report):
         console.print(part, highlight=False)
     lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
-    head, _, student, trained, difference, how, read, *kept = [
-        line.rstrip() for line in lines if line.strip()
-    ]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_the_table() -> None:
+    head, _, student, trained, difference, how, read, *kept = shown(REPORT)
     assert head.split() == [
         "4",
         "held-out",
@@ -170,22 +172,41 @@ def test_the_table() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "0", "1,", "a", "1.5", "4096", "-1"])
+def test_a_file_s_name_is_no_markup() -> None:
+    head, *_ = shown(EvalReport(rows=REPORT.rows, prompts="4 prompts of [/b]\x1b[2J", count=4))
+    assert "[/b]\\x1b[2J" in head
+
+
+def test_answers_that_failed_are_told_of_whenever_their_numbers_are_shown() -> None:
+    half = {"rollouts/failed_fraction": 0.5, "reward/failure_fraction": 0.5}
+    rows = [row("student", [0, 1]), row("[run]", [2, 4], fresh=False, **half)]
+    report = EvalReport(rows=rows, prompts="2 held-out prompts", count=2)
+    (told,) = [line for line in shown(report) if "failed" in line]
+    assert told.startswith("75.0% of the answers of [run] failed")
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert [subject["failed"] for subject in plain["subjects"]] == [0.0, 0.75]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "1,", "a", "1.5", "4096", "-1", "٣", pytest.param("1" * 5000, id="long")]
+)
 def test_what_is_no_k(text: str) -> None:
     with pytest.raises(InputError, match="--pass"):
         parse_ks(text)
 
 
-@pytest.mark.parametrize("text", ["", "x", "0.2,", "-1", "nan", "inf", "0.1,0.2"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "0.2,", "-1", "nan", "inf", "0.1,0.2", pytest.param("9" * 5000, id="long")]
+)
 def test_what_is_no_temperature(text: str) -> None:
     with pytest.raises(InputError, match="-t"):
         parse_temperatures(text, (1, 4, 8))
 
 
 def test_temperatures() -> None:
-    assert parse_ks("8, 1,1") == (1, 8)
+    assert parse_ks("8, 1,1") == (8, 1)
     assert parse_temperatures("0.7", (1, 8)) == {1: 0.7, 8: 0.7}
-    assert parse_temperatures("0,1.5", (1, 8)) == {1: 0.0, 8: 1.5}
+    assert parse_temperatures("0,1.5", (8, 1)) == {8: 0.0, 1: 1.5}
 
 
 def test_serve_in_a_project_and_outside_of_one(

@@ -20,7 +20,7 @@ def eval_view(report: EvalReport) -> Iterator[Table | Text]:
     """What is printed, from the top."""
     first, *others = report.rows
     table = quiet_table()
-    table.add_column(report.prompts, overflow="fold")
+    table.add_column(_name(report.prompts), overflow="fold")
     for k, temperature in first.temperatures.items():
         table.add_column(f"pass@{k} at {temperature:g}", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
@@ -37,6 +37,9 @@ def eval_view(report: EvalReport) -> Iterator[Table | Text]:
         yield Text(escape_control(f"read back: {read}; --again measures anew"), style="dim")
     for row in report.rows:
         yield Text(escape_control(f"{row.subject.name}: {row.kept}"), style="dim")
+        if row.failed:
+            text = f"{row.failed:.1%} of the answers of {row.subject.name} failed, or a reward on them; that counts as 0"
+            yield Text(escape_control(f"{text}. --again measures anew"), style="yellow")
 
 
 def _name(text: str) -> Text:

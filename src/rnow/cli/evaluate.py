@@ -14,7 +14,7 @@ from rnow.errors import InputError
 
 LARGEST_K = 1024
 _SETTING = re.compile(r"[A-Za-z_][\w.\[\]]*=")
-
+_K = re.compile(r"[0-9]{1,4}")
 
 Given = Annotated[
     list[str] | None,
@@ -88,7 +88,7 @@ def evaluate_subjects(
     from rnow.setup.evaluate import Asked, evaluate, hosted_temperatures
 
     asked = Asked(
-        temperatures=temperatures or hosted_temperatures(chosen),
+        temperatures=dict(sorted((temperatures or hosted_temperatures(chosen)).items())),
         samples=samples,
         prompts=prompts,
         seed=seed,
@@ -112,22 +112,22 @@ def evaluate_subjects(
 
 
 def parse_ks(text: str) -> tuple[int, ...]:
-    """``1,4,8`` -> the k of pass@k, in order, each once.
+    """``1,4,8`` -> the k of pass@k, as they were written, each once.
 
     Raises:
         InputError: something else.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= LARGEST_K for part in parts):
+    if not all(_K.fullmatch(part) and 1 <= int(part) <= LARGEST_K for part in parts):
         raise InputError(
-            f"--pass {text!r} is not a list of numbers from 1 to {LARGEST_K}",
+            f"--pass {text!r:.60} is not a list of numbers from 1 to {LARGEST_K}",
             fix="write it like --pass 1,4,8",
         )
-    return tuple(sorted({int(part) for part in parts}))
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def parse_temperatures(text: str, ks: Sequence[int]) -> dict[int, float]:
-    """``0.7``, or one temperature for each k in order -> k -> its temperature.
+    """``0.7``, or one temperature for each of ``ks`` -> k -> its temperature.
 
     Raises:
         InputError: something else.
@@ -138,7 +138,7 @@ def parse_temperatures(text: str, ks: Sequence[int]) -> dict[int, float]:
     except ValueError:
         found = []
     if not found or not all(0 <= value <= 1000 for value in found):
-        raise InputError(f"-t {text!r} is not a list of temperatures from 0 on", fix=fix)
+        raise InputError(f"-t {text!r:.60} is not a list of temperatures from 0 on", fix=fix)
     if len(found) == 1:
         found *= len(ks)
     if len(found) != len(ks):
