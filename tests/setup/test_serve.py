@@ -20,6 +20,7 @@ from tests.serving import scripted
 from tests.setup.projects import Project
 
 from rnow.config import config_for
+from rnow.disk.folder import folder_name
 from rnow.errors import InputError, ModelError, StopRequested
 from rnow.processes.leash import descendants
 from rnow.processes.process import ProcessFailed, free_port
@@ -143,6 +144,37 @@ def test_a_step_and_an_adapter_that_lies_anywhere(project: Project, tmp_path: Pa
     served(elsewhere, found, look, config=config_for(found.adapter.base, ["model.device=cpu"]))
     assert roots == [str(project.run_dir / "checkpoints/step-000001"), str(copied)]
     assert names == ["tiny", "mine"]
+
+
+def test_where_one_stands_and_what_was_copied(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(name: str) -> tuple[str | None, int | None]:
+        one = find_trained(name, folder=Path(), output_dir="runs", command="serve")
+        return one.run and one.run.path.name, one.step
+
+    checkpoints = project.run_dir / "checkpoints"
+    for place, expected in (
+        (project.run_dir / "adapter", ("tiny", 2)),
+        (project.run_dir, ("tiny", 2)),
+        (checkpoints / "step-000001", ("tiny", 1)),
+    ):
+        monkeypatch.chdir(place)
+        assert found(".") == expected
+    monkeypatch.chdir(project.folder)
+    (tmp_path / "best").symlink_to(checkpoints / "step-000001")
+    assert found(str(tmp_path / "best")) == ("tiny", 1)
+    # Neither a copy nor what was set aside is a checkpoint, whatever comes first by name.
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(project.run_dir, run)
+    shutil.rmtree(run / "adapter")
+    for name in ("step-000001-best", "damaged-step-000001"):
+        shutil.copytree(run / "checkpoints" / "step-000001", run / "checkpoints" / name)
+        assert found(str(run / "checkpoints" / name)) == ("tiny", None)
+    assert found(str(run)) == ("tiny", 2)
+    run.rename(run.with_name(folder_name("new@1")))
+    monkeypatch.chdir(tmp_path)
+    assert found("new@1")[1] == 2, "its own name, and no step of another"
 
 
 def test_the_port(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

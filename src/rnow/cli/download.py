@@ -31,10 +31,11 @@ def download(
     """Copy a finished run's adapter, as PEFT and vLLM load it, into a folder of its own."""
     from rnow.cli.output import print_lines
     from rnow.disk.files import unused
+    from rnow.disk.folder import saved_steps
 
     found = find_run(run, folder, command="rnow download")
     if not (found.adapter / "adapter_model.safetensors").is_file():
-        saved = sorted(found.checkpoints.glob("step-*"))
+        saved = [*saved_steps(found.checkpoints).values()]
         raise InputError(
             "this run has no adapter yet: it is written when the run is done",
             where=str(found.path),

@@ -26,6 +26,7 @@ ANOTHER_PLACE = "choose another place with output_dir=PATH, or change the permis
 
 LOCK = ".lock"
 PROCESS = "process.json"
+_CHECKPOINT = re.compile("step-[0-9]{6,}")
 
 
 class RunFolder:
@@ -153,6 +154,12 @@ class RunFolder:
         with suppress(OSError):
             who = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
             replace_file(self.process, readable_json({**who, "steps": steps}))
+
+
+def saved_steps(checkpoints: Path) -> dict[int, Path]:
+    """Step -> its checkpoint, oldest first, in a folder of checkpoints. Whether they are whole is not looked at."""
+    found = (path for path in checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(path.name))
+    return dict(sorted((int(path.name.removeprefix("step-")), path) for path in found))
 
 
 def check_place(path: Path, *, what: str = "the run folder", fix: str = ANOTHER_PLACE) -> None:

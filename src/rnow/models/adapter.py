@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rnow.disk.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE
 from rnow.disk.files import read_json_object, sha256_of
-from rnow.disk.folder import find_run_folder
+from rnow.disk.folder import find_run_folder, saved_steps
 from rnow.errors import ModelError
 from rnow.models.loading import stored_quantization
 from rnow.models.refusal import Refusal, one_line, read_json
@@ -85,9 +85,13 @@ class TrainedAdapter:
         return found
 
     def content_hash(self) -> str:
-        """sha256 (hexadecimal) of all that it puts on a base: its weights, and how they are scaled."""
+        """sha256 (hexadecimal) of all that it puts on a base: its weights, and how they are scaled. Raises ModelError when they
+        cannot be read."""
         digest = hashlib.sha256(f"{self.rank} {self.alpha} ".encode())
-        digest.update(sha256_of(self.folder / ADAPTER_WEIGHTS).encode())
+        try:
+            digest.update(sha256_of(self.folder / ADAPTER_WEIGHTS).encode())
+        except OSError as error:
+            raise _unreadable(self.folder, self.refusal, error) from error
         return digest.hexdigest()
 
 
@@ -215,7 +219,7 @@ def _is_whole(folder: Path) -> bool:
 def _candidates(folder: Path) -> Iterator[Path]:
     yield folder
     yield folder / "adapter"
-    yield from sorted((folder / "checkpoints").glob("step-*"), reverse=True)
+    yield from reversed(saved_steps(folder / "checkpoints").values())
 
 
 def _read(folder: Path, refusal: Refusal) -> TrainedAdapter:
@@ -286,7 +290,7 @@ def _refuse_pickled(folder: Path, refusal: Refusal) -> None:
 def _unreadable(folder: Path, refusal: Refusal, error: Exception) -> ModelError:
     return refusal.error(
         f"{ADAPTER_WEIGHTS} in '{folder}' cannot be read: {one_line(error)}",
-        fix="name another run, or a folder checkpoints/step-... of this one",
+        fix="name another run, or a folder checkpoints/step-... of this one; a run that goes on removes its old ones",
     )
 
 
