@@ -380,7 +380,8 @@ class _Run:
             self._keep_changed_adapter(checkpoint)
             if not self._config.on_policy:
                 return await self._train(backends, checkpoint, None)
-            async with open_user_code(self._prepared, self._folder.path, training=True) as code:
+            taught = self._config.algorithm.reward_coef > 0
+            async with open_user_code(self._prepared, self._folder.path, waits=taught) as code:
                 return await self._train(backends, checkpoint, code)
 
     async def _load(self) -> Backends:
