@@ -70,6 +70,7 @@ class Setup:
 
     def serve(self, config: Any, trained: Any, **options: Any) -> None:
         options.pop("stage")("starting vLLM")
+        options.pop("warn")("of an unknown base")
         options.pop("ready")("it")
         self.calls.append((config, trained, options))
 
@@ -217,6 +218,7 @@ def test_serve_in_a_project_and_outside_of_one(
     output, error = capsys.readouterr()
     assert output == "serving it\n"
     assert "starting vLLM ..." in error
+    assert "warning: of an unknown base" in error
     (project / "config.yml").unlink()
     assert run_command_line(["serve", "adapter", "sampler.max_num_seqs=5"]) == 0
     (config, trained, options), (bare, elsewhere, others) = setup.calls

@@ -185,16 +185,20 @@ def test_the_port(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is taken"):
+        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 cannot be had") as caught:
             served(project, trained(project), port=port)
+        assert caught.value.why == "Address already in use"
         monkeypatch.setattr(serve_module, "PORT", port)
         served(project, trained(project), look)
     wanted = free_port()
     served(project, trained(project), look, port=wanted)
     assert ports[0] != port
     assert ports[1] == wanted
-    with pytest.raises(InputError, match="no address of this machine"):
-        served(project, trained(project), host="nowhere.invalid")
+    for host in ("nowhere.invalid", "192.0.2.1", f"{'a' * 64}.b", "::2"):
+        for given in (None, 8123):
+            with pytest.raises(InputError, match="no address of this machine") as caught:
+                served(project, trained(project), host=host, port=given)
+            assert caught.value.where == "--host"
 
 
 def test_a_key_that_the_user_has_set_is_asked_for(
@@ -231,6 +235,26 @@ def test_how_it_is_asked_and_measured(project: Project) -> None:
     assert option(inspect, "--model") == "openai-api/rnow/tiny"
     assert option(inspect, "--model-base-url") == f"{url}/v1"
     assert lines[-1].startswith("warning: whoever reaches this machine")
+
+
+def test_a_base_that_is_no_longer_what_the_adapter_was_trained_on_is_refused(
+    project: Project, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(project.student, base)
+    copied = tmp_path / "run"
+    shutil.copytree(project.run_dir, copied)
+    config = copied / "adapter" / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(values))
+    warnings: list[str] = []
+    served(project, trained(project, str(copied)), warn=warnings.append)
+    assert warnings == []
+    other = project.make_model(seed=5, num_hidden_layers=1, vocab_size=128)
+    shutil.copy(other / "model.safetensors", base)
+    with pytest.raises(ModelError, match="was trained on another model") as caught:
+        served(project, trained(project, str(copied)))
+    assert "weights" in (caught.value.why or "")
 
 
 def test_a_server_that_ends_is_told(project: Project) -> None:
