@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,6 +160,46 @@ def test_stop_of_a_run_that_does_not_listen(
     assert code == 1
     assert f"kill -KILL {process.pid}" in err
     assert process.poll() is None
+
+
+def test_stop_twice_is_no_second_signal(
+    runs: Path, rnow_: Run, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would end it at once, its state not saved."""
+    process = start(make_run(runs, "busy", steps=4), "deaf")
+    monkeypatch.setattr(status, "STOP_SECONDS", 0.3)
+    assert rnow_("stop", "busy")[0] == 1
+    assert [run["stopping"] for run in json.loads(rnow_("status", "--json")[1])["runs"]] == [True]
+    assert rnow_("status")[1].splitlines()[2].split()[:2] == ["busy", "stopping"]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "kill", lambda pid, number: pytest.fail("a second signal"))
+        code, _, err = rnow_("stop", "busy")
+    assert code == 1
+    assert f"busy (process {process.pid}) is stopping already" in err
+    # Another start of the run was not asked.
+    process.kill()
+    process.wait()
+    start(runs / "busy")
+    assert [run["stopping"] for run in json.loads(rnow_("status", "--json")[1])["runs"]] == [False]
+
+
+@pytest.mark.parametrize(
+    ("saved", "steps", "words"),
+    [
+        ("step-000004", 4, "busy is stopped, its state saved, after step 4"),
+        ("step-000003", 4, "busy ended after step 4, and goes on from step 3: rnow logs busy"),
+        (".tmp-4-9", 4, "goes on from step 0"),
+        (".tmp-1-9", 0, "busy is stopped, before its first step was done"),
+    ],
+)
+def test_stop_says_what_was_saved(
+    runs: Path, rnow_: Run, start: Start, saved: str, steps: int, words: str
+) -> None:
+    run = make_run(runs, "busy", steps=steps)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints" / saved).mkdir(parents=True)
+    start(run)
+    assert words in rnow_("stop")[1]
 
 
 def test_stop_of_another_users_run(

@@ -132,6 +132,13 @@ class RunFolder:
         Raises:
             InputError: another process holds it.
         """
+        with self.held():
+            self._tell_who(steps)
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The same without a word of who: for those who tidy up."""
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
@@ -144,10 +151,15 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.path, str(error.strerror)) from error
         try:
-            self._tell_who(steps)
             yield
         finally:
             lock.release()
+
+    def tell_stopping(self) -> None:
+        """The process that works here was asked to stop. For who would ask again: a second signal ends it at once, unsaved."""
+        with suppress(OSError):
+            if who := read_json_object(self.process):
+                replace_file(self.process, readable_json(who | {"stopping": True}))
 
     def _tell_who(self, steps: int | None) -> None:
         """Nothing of the run depends on it: a disk that does not take it is for others to find."""

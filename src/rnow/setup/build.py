@@ -398,7 +398,7 @@ class _Run:
                 poll=self._stop.poll,
                 stage=self._display.stage,
             )
-            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
+            self._stop.from_here(self._stopping)
             self._display.stage("checking the models against each other")
             await self._selfcheck(backends)
         except TemporaryError as error:
@@ -410,6 +410,11 @@ class _Run:
             self._unmake_folder(made)
             raise
         return backends
+
+    def _stopping(self) -> None:
+        self._display.note("stopping at the next safe point ...")
+        if self._locked:
+            self._folder.tell_stopping()
 
     def _unmake_folder(self, made: bool) -> None:
         if made:
