@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -234,14 +235,22 @@ def test_logs_show_the_last_lines(runs: Path, rnow_: Run) -> None:
 
 def test_logs_go_on(runs: Path) -> None:
     run = make_run(runs, "tiny")
-    (run / "run.log").write_text("first\n")
+    (run / "run.log").write_text("first\nsec")
     command = [sys.executable, "-m", "rnow", "logs", "tiny", "-f"]
-    with subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=runs.parent, stdout=subprocess.PIPE, encoding="utf-8"
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "first\n"
         with (run / "run.log").open("a") as file:
-            file.write("second\n")
+            file.write("ond\n")
         assert process.stdout.readline() == "second\n"
+        whole = "third, in three parts: ü\n".encode()
+        for part in (whole[:5], whole[5:-2], whole[-2:]):  # the second one ends inside a letter
+            with (run / "run.log").open("ab") as file:
+                file.write(part)
+            time.sleep(2 * status.LOOK_SECONDS)
+        assert process.stdout.readline() == whole.decode()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
 

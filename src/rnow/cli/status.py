@@ -213,10 +213,19 @@ def show_logs(
             else "wait until the run begins to train",
             details=[f"there: {name}" for name in there],
         )
-    with path.open(encoding="utf-8", errors="replace") as file:
-        print_lines(line.rstrip("\n") for line in deque(file, maxlen=lines))
+    with path.open("rb") as file:
+        last = deque(file, maxlen=lines)
+        # A line that is not whole yet is shown when it is.
+        begun = last.pop() if follow and last and not last[-1].endswith(b"\n") else b""
+        print_lines(map(_text, last))
         while follow:
-            if line := file.readline():
-                print_lines([line.rstrip("\n")])
+            begun += file.readline()
+            if begun.endswith(b"\n"):
+                print_lines([_text(begun)])
+                begun = b""
             else:
                 time.sleep(LOOK_SECONDS)
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "replace").removesuffix("\n")
