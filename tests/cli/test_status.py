@@ -292,6 +292,32 @@ def test_clean_deletes_a_run_that_is_named(runs: Path, rnow_: Run, start: Start)
     assert busy.exists()
 
 
+def test_clean_does_not_delete_a_run_that_began_while_it_asked(
+    runs: Path, rnow_: Run, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(runs, "tiny")
+    monkeypatch.setattr("rnow.cli.runs._ask", lambda yes, folder: start(run))
+    code, out, err = rnow_("runs", "clean")
+    assert "tiny: a run that trained nothing" in out
+    assert code == 2
+    assert "another rnow process is working in this run folder" in err
+    assert run.exists()
+
+
+def test_clean_deletes_nothing_that_may_be_no_run_or_run_elsewhere(runs: Path, rnow_: Run) -> None:
+    (runs.parent / "other" / "checkpoints").mkdir(parents=True)
+    code, _, err = rnow_("runs", "clean", "other", "--yes")
+    assert code == 2
+    assert "it has no run.json" in err
+    far = make_run(runs, "far", steps=2)
+    (far / "process.json").write_text(json.dumps({"pid": NOBODY, "host": "gone.example"}))
+    code, _, err = rnow_("runs", "clean", "far", "--yes")
+    assert code == 2
+    assert "rm -r runs/far" in err
+    assert (runs.parent / "other").exists()
+    assert far.exists()
+
+
 def test_download_copies_the_adapter(runs: Path, rnow_: Run) -> None:
     make_run(runs, "done", steps=3, finished=True)
     make_run(runs, "half", steps=3)
@@ -309,3 +335,18 @@ def test_download_copies_the_adapter(runs: Path, rnow_: Run) -> None:
     assert code == 2
     assert "no adapter yet" in err
     assert "step-000003" in err
+
+
+def test_download_to_where_nothing_can_be(runs: Path, rnow_: Run) -> None:
+    make_run(runs, "done", steps=3, finished=True)
+    (runs / "done" / "adapter" / "unreadable").symlink_to("nowhere")
+    (runs.parent / "file").touch()
+    for place, words in (
+        ("/", "fix: rnow download done -o /done"),
+        ("file/mine", "the adapter cannot be copied"),
+        ("mine", "the adapter cannot be copied"),
+    ):
+        code, _, err = rnow_("download", "done", "-o", place)
+        assert code == 2, err
+        assert words in err
+    assert sorted(path.name for path in runs.parent.iterdir()) == ["file", "runs"]
