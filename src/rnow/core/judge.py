@@ -13,7 +13,7 @@ from typing import Any
 
 from rnow.core.deadline import answer_by
 from rnow.core.judge_errors import JudgeError, JudgeUnavailable
-from rnow.core.judge_http import Question, ask, clean_key, endpoint
+from rnow.core.judge_http import Question, ask, clean_key, endpoint, without_key
 from rnow.core.judge_rule import Rule, read_rule
 from rnow.core.verdict import verdict
 
@@ -86,7 +86,15 @@ def llm_judge(
     spare = {"response_format", "max_tokens"} | ({"temperature"} if temperature == 0 else set())
     question = Question(url=url, key=key, payload=payload, spare=frozenset(spare & payload.keys()))
     due = answer_by()
-    return verdict(lambda: rule.read(ask(question, min(time.monotonic() + timeout, due))))
+
+    def score() -> float:
+        text = ask(question, min(time.monotonic() + timeout, due))
+        try:
+            return rule.read(text)
+        except JudgeError as error:
+            raise JudgeError(without_key(str(error), key)) from None
+
+    return verdict(score)
 
 
 def _server(

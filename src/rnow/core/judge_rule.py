@@ -39,8 +39,10 @@ class Rule:
         return f"You are a judge. Answer with JSON only, {what}."
 
     def response_format(self) -> dict[str, object]:
-        """The field of a chat completion that asks for it. OpenAI's strict form takes closed objects only."""
-        strict = self.schema.get("additionalProperties") is False
+        """The field of a chat completion that asks for it. OpenAI's strict form takes closed objects only, whose properties are all
+        required."""
+        closed = self.schema.get("additionalProperties") is False
+        strict = closed and {*_required(self.schema)} >= self.schema["properties"].keys()
         return {
             "type": "json_schema",
             "json_schema": {"name": "judge_score", "strict": strict, "schema": self.schema},
