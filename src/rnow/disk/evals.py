@@ -44,7 +44,7 @@ class EvalFile:
 
     def answers_name(self, temperature: float) -> str:
         """Name of the answers that were drawn at a temperature, without its ending."""
-        return f"{self._name}-t{temperature:g}"
+        return f"{self._name}-t{repr(temperature).removesuffix('.0')}"
 
     def read(self) -> dict[str, Any] | None:
         """What was kept of this evaluation; None where there is nothing, or of a file that is not whole."""
