@@ -96,14 +96,14 @@ def test_subjects_settings_and_options(
     project: Path, setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = run_command_line(
-        ["eval", "student", "rollout.max_tokens=9", "my=run/x", "tiny@4", "-n", "16", "--seed", "3",
+        ["eval", "student", "rollout.max_tokens=9", "my=run/x", "tiny@4", "--samples", "16", "--seed", "3",
          "--pass", "8,1", "-t", "0.3,0.9", "--again", "--prompts", "test.jsonl"]
     )  # fmt: skip
     output, error = capsys.readouterr()
     assert code == 2, "my=run/x is no setting"
     assert "my" in error
     code = run_command_line(
-        ["eval", "student", "rollout.max_tokens=9", "./my=run", "tiny@4", "-n", "16", "--seed", "3",
+        ["eval", "student", "rollout.max_tokens=9", "./my=run", "tiny@4", "--samples", "16", "--seed", "3",
          "--pass", "8,1", "-t", "0.3,0.9", "--again", "--prompts", "test.jsonl"]
     )  # fmt: skip
     output, error = capsys.readouterr()
@@ -125,6 +125,32 @@ def test_without_options_the_temperatures_are_the_hosted_ones(project: Path, set
     assert (subjects, options["step"]) == ([], 4)
     assert options["asked"].temperatures == {1: 0.2, 4: 0.6, 8: 0.8}
     assert options["asked"].prompts is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "ks"),
+    [
+        ([], [1, 4, 8]),
+        (["--pass1"], [1]),
+        (["--pass8"], [1, 8]),
+        (["--pass4", "--pass8", "--no-pass1"], [4, 8]),
+        (["--pass1", "--no-pass4"], [1]),
+    ],
+)
+def test_the_hosted_flags(project: Path, setup: Setup, flags: list[str], ks: list[int]) -> None:
+    hosted = ["eval", "-m", "other", "-n", "50", "--project-id", "abc", *flags]
+    assert run_command_line(hosted) == 0
+    ((config, subjects, options),) = setup.calls
+    assert (config.model.path, subjects) == ("other", ["student"])
+    assert (options["asked"].most, options["asked"].samples) == (50, None)
+    assert [*options["asked"].temperatures] == ks
+
+
+def test_hosted_flags_that_leave_nothing(
+    project: Path, setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command_line(["eval", "--no-pass1"]) == 2
+    assert "--pass 1,4,8" in capsys.readouterr().err
 
 
 def test_json_is_all_of_standard_output(

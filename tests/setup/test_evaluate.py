@@ -325,6 +325,9 @@ def test_prompts_of_a_file(project: Project, tmp_path: Path) -> None:
     }  # fmt: skip
     output = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert output.count("1 of 4 prompts name no reward and are left out") == 1
+    first = Asked(temperatures={1: 1.0}, prompts=file, most=2)
+    assert evaluated(project, "student", asked=first).count == 2
+    assert evaluated(project, "tiny", asked=Asked(temperatures={1: 1.0}, most=1)).count == 1
     # Nothing was held out, and a run that saw all of train.jsonl can still be asked these.
     report = evaluated(project, "student", asked=asked, sections={"data": {"val_split": 0.0}})
     assert report.count == 3

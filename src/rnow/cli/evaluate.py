@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rnow.cli.options import AsJson, Folder, load, placed
+from rnow.cli.options import AsJson, Folder, Model, load, placed
 from rnow.errors import InputError
 
 LARGEST_K = 1024
@@ -51,7 +51,6 @@ Samples = Annotated[
     int | None,
     typer.Option(
         "--samples",
-        "-n",
         min=1,
         help="Answers per prompt and temperature; at least k are drawn.",
         show_default="evaluation.num_samples",
@@ -61,6 +60,18 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", min=0, help="Of the samples.", show_default="the config's"),
 ]
+Most = Annotated[
+    int | None,
+    typer.Option(
+        *("--max-samples", "-n"),
+        min=1,
+        help="At most so many prompts, the first ones.",
+        metavar="N",
+        show_default="evaluation.max_prompts; of a file all",
+    ),
+]
+Hosted = Annotated[bool | None, typer.Option(hidden=True)]
+"""Flags of the hosted client, which has one for each k."""
 Again = Annotated[bool, typer.Option("--again", help="Measure what was measured before, too.")]
 
 
@@ -72,16 +83,24 @@ def evaluate_subjects(
     ks: Ks = "1,4,8",
     temperature: Temperatures = None,
     samples: Samples = None,
+    most: Most = None,
     seed: Seed = None,
+    model: Model = None,
     again: Again = False,
     as_json: AsJson = False,
+    pass1: Hosted = None,
+    pass4: Hosted = None,
+    pass8: Hosted = None,
+    project_id: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure pass@k of one or several, with intervals and differences. What was measured before is read back."""
     subjects = [text for text in given or () if not _SETTING.match(text)]
     overrides = [text for text in given or () if _SETTING.match(text)]
-    chosen = parse_ks(ks)
+    chosen = hosted_ks(pass1, pass4, pass8) or parse_ks(ks)
     temperatures = None if temperature is None else parse_temperatures(temperature, chosen)
-    loaded = load(folder, overrides)
+    loaded = load(folder, overrides, model=model)
+    if model is not None:
+        subjects = subjects or ["student"]
 
     from rnow.cli.eval_view import eval_view
     from rnow.cli.output import console, print_json
@@ -90,6 +109,7 @@ def evaluate_subjects(
     asked = Asked(
         temperatures=dict(sorted((temperatures or hosted_temperatures(chosen)).items())),
         samples=samples,
+        most=most,
         prompts=prompts,
         seed=seed,
         again=again,
@@ -109,6 +129,21 @@ def evaluate_subjects(
         return
     for part in eval_view(report):
         out.print(part, highlight=False)
+
+
+def hosted_ks(pass1: bool | None, pass4: bool | None, pass8: bool | None) -> tuple[int, ...]:
+    """The k of ``--pass4 --no-pass1``, as the hosted client takes them: 1 unless it is refused, others where they are asked for.
+    Nothing where none of the flags was given.
+
+    Raises:
+        InputError: no k is left.
+    """
+    if pass1 is pass4 is pass8 is None:
+        return ()
+    wanted = {1: pass1 is not False, 4: pass4, 8: pass8}
+    if not (chosen := tuple(k for k, asked in wanted.items() if asked)):
+        raise InputError("--no-pass1 leaves nothing to measure", fix="name the k: --pass 1,4,8")
+    return chosen
 
 
 def parse_ks(text: str) -> tuple[int, ...]:

@@ -76,6 +76,7 @@ class Asked:
     Attributes:
         temperatures: k of pass@k -> the temperature at which its samples are drawn.
         samples: rollouts per prompt at each temperature, at least k; None: ``evaluation.num_samples``.
+        most: at most so many prompts, the first; None: ``evaluation.max_prompts``, and of a file all.
         prompts: a file of rows as train.jsonl has them; None: the held-out prompts.
         seed: of the samples; None: the config's. Which prompts are held out does not depend on it.
         again: measure what was measured already, too.
@@ -83,6 +84,7 @@ class Asked:
 
     temperatures: Mapping[int, float] = field(default_factory=lambda: TEMPERATURES)
     samples: int | None = None
+    most: int | None = None
     prompts: Path | None = None
     seed: int | None = None
     again: bool = False
@@ -282,7 +284,11 @@ def _with_prompts(config: Config, file: Path | None) -> Config:
 def _prompts(prepared: Prepared, asked: Asked) -> list[Prompt]:
     """Those that name a reward: of the others nobody can say whether an answer is right."""
     dataset = prepared.project.dataset
-    found = prepared.evaluated if asked.prompts is None else dataset.prompts
+    most = asked.most
+    if asked.prompts is None:
+        found = dataset.held_out[: most or prepared.config.evaluation.max_prompts]
+    else:
+        found = dataset.prompts[:most]
     if not found:
         raise InputError(
             "no prompts are held out to evaluate",
