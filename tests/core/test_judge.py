@@ -298,6 +298,24 @@ def test_fields_that_a_server_refuses_are_left_out_from_then_on(judge: Judge) ->
         ask(judge, temperature=0.5)  # asked for on purpose
 
 
+def test_a_judge_whose_chat_template_has_no_system_message_is_told_in_the_question(
+    judge: Judge,
+) -> None:
+    def answer(request: dict[str, Any]) -> Answer:
+        if request["messages"][0]["role"] == "system":
+            return Answer(status=400, body='{"message": "System role not supported"}')
+        return completion('{"score": 1}')
+
+    judge.answer = answer
+    assert ask(judge, system="Be strict.") == 1.0
+    assert ask(judge, system="Be strict.") == 1.0
+    assert len(judge.requests) == 3
+    (message,) = judge.requests[-1]["messages"]
+    assert message["role"] == "user"
+    assert message["content"].startswith("You are a judge. Answer with JSON only")
+    assert message["content"].endswith("Be strict.\n\nIs it right?")
+
+
 def test_a_refusal_with_another_reason_changes_no_later_question(judge: Judge) -> None:
     """Some servers repeat the whole request in what they say of any fault in it."""
     sound: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from rnow.core.deadline import answer_by
 from rnow.core.judge_errors import JudgeError, JudgeUnavailable
-from rnow.core.judge_http import Question, ask, clean_key, endpoint, without_key
+from rnow.core.judge_http import SYSTEM, Question, ask, clean_key, endpoint, without_key
 from rnow.core.judge_rule import Rule, read_rule
 from rnow.core.verdict import verdict
 
@@ -84,7 +84,8 @@ def llm_judge(
     }
     _check_json(payload)
     spare = {"response_format", "max_tokens"} | ({"temperature"} if temperature == 0 else set())
-    question = Question(url=url, key=key, payload=payload, spare=frozenset(spare & payload.keys()))
+    spare = frozenset(spare & payload.keys() | {SYSTEM})
+    question = Question(url=url, key=key, payload=payload, spare=spare)
     due = answer_by()
 
     def score() -> float:

@@ -34,13 +34,16 @@ _CHAT = "/chat/completions"
 _PASSING = frozenset({408, 409, 425, 429})
 _LATE = "did not answer in time (timeout= of llm_judge and of @reward give it more)"
 _REFUSES_A_FIELD = frozenset({400, 422})
+SYSTEM = "system"
+"""Among the fields that a server may refuse: its model's chat template knows no system message."""
 _refused: dict[tuple[str, str], frozenset[str]] = {}
 """(address, model) -> fields that this server has refused, so that it is asked without them from then on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked, and where. ``spare``: the fields of the payload that may be left out for a server that refuses them."""
+    """What is asked, and where. ``spare``: the fields of the payload that may be left out for a server that refuses them, and
+    ``SYSTEM``."""
 
     url: str
     key: str | None
@@ -159,7 +162,7 @@ def _said(error: HTTPError, until: float) -> str:
 def _newly_refused(code: int, body: str, spare: frozenset[str]) -> frozenset[str]:
     if code not in _REFUSES_A_FIELD:
         return frozenset()
-    return frozenset(field for field in spare if field in body)
+    return frozenset(field for field in spare if field in body.lower())
 
 
 def _refusal(error: HTTPError, body: str, question: Question) -> Exception:
@@ -182,6 +185,10 @@ def _post(question: Question, refused: frozenset[str], until: float) -> bytes:
     import urllib.request
 
     payload = {key: value for key, value in question.payload.items() if key not in refused}
+    if SYSTEM in refused:
+        messages = cast("list[dict[str, str]]", payload["messages"])
+        text = "\n\n".join(message["content"] for message in messages)
+        payload["messages"] = [{"role": "user", "content": text}]
     if "max_tokens" in refused:
         payload["max_completion_tokens"] = question.payload["max_tokens"]
     headers = {"Content-Type": "application/json"}
