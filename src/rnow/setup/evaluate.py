@@ -360,10 +360,8 @@ def _samplings(config: Config, asked: Asked) -> list[Sampling]:
     ]
 
 
-async def _measure(
-    task: _Task, asked: Asked, console: Console, stop: StopFlag
-) -> Mapping[str, Any]:
-    """Load a subject, let it answer, and keep what came of it; that."""
+async def _measure(task: _Task, asked: Asked, console: Console, stop: StopFlag) -> dict[str, Any]:
+    """Load a subject, let it answer, and keep what came of it, which is given back."""
     prepared, subject = task.prepared, task.subject
     await check_addresses(prepared)
     work = RunFolder(prepared.project.folder / EVALS)
