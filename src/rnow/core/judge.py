@@ -87,15 +87,15 @@ def llm_judge(
     spare = frozenset(spare & payload.keys() | {SYSTEM})
     question = Question(url=url, key=key, payload=payload, spare=spare)
     due = answer_by()
+    return verdict(lambda: _score(question, rule, min(time.monotonic() + timeout, due)))
 
-    def score() -> float:
-        text = ask(question, min(time.monotonic() + timeout, due))
-        try:
-            return rule.read(text)
-        except JudgeError as error:
-            raise JudgeError(without_key(str(error), key)) from None
 
-    return verdict(score)
+def _score(question: Question, rule: Rule, until: float) -> float:
+    text = ask(question, until)
+    try:
+        return rule.read(text)
+    except JudgeError as error:
+        raise JudgeError(without_key(str(error), question.key)) from None
 
 
 def _server(

@@ -81,21 +81,11 @@ def serve(
     require_vllm("rnow serve", otherwise="")
     quiet_libraries()
     config = with_base(config, trained.adapter)
-    section = config.model
     role = roles_of(config)[STUDENT]
     check_format(role)
     address = Address(host=host, port=_choose_port(host, port), key=os.environ.get(KEY) or None)
     stage("looking for the base model")
-    base = RunModel(
-        role=role,
-        resolved=resolve_model(
-            section.path,
-            key="model.path",
-            base_dir=folder,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        ),
-    )
+    base = _base_of(config, role, folder)
     for text in check_base(trained.adapter, base.resolved):
         warn(text)
     served = _served(base, trained, address)
@@ -142,6 +132,19 @@ async def _serve(
         raise server.failure("ended")
     finally:
         server.stop()
+
+
+def _base_of(config: Config, role: Role, folder: Path) -> RunModel:
+    """Raises ModelError where there is no such model."""
+    section = config.model
+    resolved = resolve_model(
+        section.path,
+        key="model.path",
+        base_dir=folder,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    return RunModel(role=role, resolved=resolved)
 
 
 def _choose_port(host: str, port: int | None) -> int:
