@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,9 @@ def test_json_is_all_of_standard_output(
     assert "measuring" in error
 
 
-def shown(report: EvalReport) -> list[str]:
-    console = Console(file=io.StringIO(), width=160)
-    for part in eval_view(report):
+def shown(report: EvalReport, width: int = 160) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    for part in eval_view(report, console):
         console.print(part, highlight=False)
     lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
     return [line.rstrip() for line in lines if line.strip()]
@@ -197,6 +198,19 @@ def test_the_table() -> None:
     assert kept == [
         "student: evals/student-1f0c2b7a.json", "[run]: evals/[run]-1f0c2b7a.json",
     ]  # fmt: skip
+
+
+def test_a_narrow_terminal_cuts_no_number_and_no_name() -> None:
+    wide, narrow = shown(REPORT), shown(REPORT, 70)
+    head, _, *lines = narrow
+    assert head.split() == ["4", "held-out", "prompts", "tokens"]
+    rows = [line.split("  ") for line in lines[:6]]
+    names = [row[0].strip() for row in rows]
+    assert names == ["student", "", "[run]", "", "[run] - student", ""]
+    assert all(f"pass@{k} at 0.6" in line for line, k in zip(lines, (1, 4) * 3, strict=False))
+    numbers = re.compile(r"[+-]?\d\.\d{3} \[.*?\]")
+    assert numbers.findall("\n".join(lines)) == numbers.findall("\n".join(wide))
+    assert len(numbers.findall("\n".join(lines))) == 6
 
 
 def test_a_file_s_name_is_no_markup() -> None:

@@ -127,7 +127,7 @@ def evaluate_subjects(
     if as_json:
         print_json(report.to_dict())
         return
-    for part in eval_view(report):
+    for part in eval_view(report, out):
         out.print(part, highlight=False)
 
 
