@@ -152,6 +152,8 @@ def test_hosted_flags_that_leave_nothing(
 ) -> None:
     assert run_command_line(["eval", "--no-pass1"]) == 2
     assert "--pass 1,4,8" in capsys.readouterr().err
+    assert run_command_line(["eval", "--eval-id", "abc"]) == 2
+    assert "--prompts FILE" in capsys.readouterr().err
 
 
 def test_json_is_all_of_standard_output(

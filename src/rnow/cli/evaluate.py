@@ -72,6 +72,7 @@ Most = Annotated[
 ]
 Hosted = Annotated[bool | None, typer.Option(hidden=True)]
 """Flags of the hosted client, which has one for each k."""
+Unused = Annotated[str | None, typer.Option(hidden=True)]
 Again = Annotated[bool, typer.Option("--again", help="Measure what was measured before, too.")]
 
 
@@ -91,16 +92,22 @@ def evaluate_subjects(
     pass1: Hosted = None,
     pass4: Hosted = None,
     pass8: Hosted = None,
-    project_id: Annotated[str | None, typer.Option(hidden=True)] = None,
+    project_id: Unused = None,
+    eval_id: Unused = None,
 ) -> None:
     """Measure pass@k of one or several, with intervals and differences. What was measured before is read back."""
     subjects = [text for text in given or () if not _SETTING.match(text)]
+    subjects = subjects or (["student"] if model else [])
     overrides = [text for text in given or () if _SETTING.match(text)]
+    if eval_id is not None:
+        raise InputError(
+            "evaluations have no id here",
+            where="--eval-id",
+            fix="rnow eval -m MODEL --prompts FILE asks the same prompts again",
+        )
     chosen = hosted_ks(pass1, pass4, pass8) or parse_ks(ks)
     temperatures = None if temperature is None else parse_temperatures(temperature, chosen)
     loaded = load(folder, overrides, model=model)
-    if model is not None:
-        subjects = subjects or ["student"]
 
     from rnow.cli.eval_view import eval_view
     from rnow.cli.output import console, print_json
