@@ -255,6 +255,16 @@ def test_spellings_of_the_address(judge: Judge, given: str, path: str) -> None:
     assert judge.paths == [path]
 
 
+def test_no_proxy_stands_before_a_judge_on_this_machine(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge.says('{"score": 1}')
+    judge_http._opener.cache_clear()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert ask(judge) == 1.0
+    judge_http._opener.cache_clear()
+
+
 def test_secrets_win_over_the_environment(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     judge.says('{"score": 1}')
     monkeypatch.setenv("OPENAI_API_KEY", "of-the-environment")
