@@ -475,6 +475,7 @@ def test_the_key_goes_to_no_other_server_and_into_no_message(judge: Judge) -> No
         with pytest.raises(JudgeError) as caught:
             ask(judge, api_key=key, api_url=f"{judge.url}?key={key}")
         assert key not in str(caught.value)
+        assert f"{judge.url}/chat/completions" in str(caught.value), "which of several it was"
 
 
 def test_many_are_asked_at_once(judge: Judge) -> None:

@@ -91,11 +91,13 @@ def llm_judge(
 
 
 def _score(question: Question, rule: Rule, until: float) -> float:
-    text = ask(question, until)
     try:
-        return rule.read(text)
+        return rule.read(ask(question, until))
+    except JudgeUnavailable:
+        raise
     except JudgeError as error:
-        raise JudgeError(without_key(str(error), question.key)) from None
+        text, shown = without_key(str(error), question.key), question.shown
+        raise JudgeError(text if shown in text else f"{shown}: {text}") from None
 
 
 def _server(
