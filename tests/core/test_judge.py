@@ -78,7 +78,18 @@ def test_without_a_key_the_default_endpoint_is_not_called() -> None:
         asyncio.run(llm_judge("?"))
 
 
-@pytest.mark.parametrize("content", ['```json\n{"score": 1}\n```', "1", "1.0", 'So: {"score":1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '```json\n{"score": 1}\n```',
+        "1",
+        "1.0",
+        'So: {"score":1}',
+        'As {rules} say, {"score": 1}, or {"1"}.',
+        '{"why": "{"} and {"score": 1}',
+        '{"score": 1}, that is {"score": 1.0}',
+    ],
+)
 def test_looser_spellings_of_the_answer(judge: Judge, content: str) -> None:
     judge.says(content)
     assert ask(judge) == 1.0
@@ -88,6 +99,9 @@ def test_looser_spellings_of_the_answer(judge: Judge, content: str) -> None:
     ("content", "words"),
     [
         ("excellent", "no score"),
+        ('not {"score": 0} but {"score": 1}', "more than one answer"),
+        ('{"a": {"score": 1}}!', "gave no score"),
+        ("{" * 5000, "no score"),
         ('{"points": 1}', "no score"),
         ('{"score": "1"}', "not a number"),
         ('{"score": true}', "not a number"),
