@@ -278,3 +278,7 @@ def test_its_hash_is_that_of_its_content(folder: Path, tmp_path: Path) -> None:
     edit(moved, lora_alpha=5)
     edit_tensors(moved, lambda tensors: next(iter(tensors.values())).add_(1))
     assert found(moved).content_hash() != first
+    lost = found(moved)
+    (moved / "adapter_model.safetensors").unlink()  # training removes old checkpoints
+    with pytest.raises(ModelError, match="cannot be read"):
+        lost.content_hash()

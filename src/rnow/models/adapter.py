@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rnow.disk.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE
 from rnow.disk.files import read_json_object, sha256_of
-from rnow.disk.folder import find_run_folder
+from rnow.disk.folder import find_run_folder, saved_steps
 from rnow.errors import ModelError
 from rnow.models.ids import looks_like_a_path
 from rnow.models.loading import stored_quantization
@@ -96,9 +96,13 @@ class TrainedAdapter:
         return found
 
     def content_hash(self) -> str:
-        """sha256 (hexadecimal) of all that it puts on a base: its weights, and how they are scaled."""
+        """sha256 (hexadecimal) of all that it puts on a base: its weights, and how they are scaled. Raises ModelError when they
+        cannot be read."""
         digest = hashlib.sha256(f"{self.rank} {self.alpha} ".encode())
-        digest.update(sha256_of(self.folder / ADAPTER_WEIGHTS).encode())
+        try:
+            digest.update(sha256_of(self.folder / ADAPTER_WEIGHTS).encode())
+        except OSError as error:
+            raise _unreadable(self.folder, self.refusal, error) from error
         return digest.hexdigest()
 
 
@@ -257,7 +261,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _adapter_in(folder: Path) -> Path | None:
     """Where a folder holds an adapter: itself, or of a run the final one, else that of its newest checkpoint."""
-    steps = sorted((folder / "checkpoints").glob("step-*"), reverse=True)
+    steps = reversed(saved_steps(folder / "checkpoints").values())
     held = (folder, folder / "adapter", *steps)
     return next((one for one in held if (one / ADAPTER_CONFIG).is_file()), None)
 
@@ -343,7 +347,7 @@ def _refuse_pickled(folder: Path, refusal: Refusal) -> None:
 def _unreadable(folder: Path, refusal: Refusal, error: Exception) -> ModelError:
     return refusal.error(
         f"{ADAPTER_WEIGHTS} in '{folder}' cannot be read: {one_line(error)}",
-        fix="name another run, or a folder checkpoints/step-... of this one",
+        fix="name another run, or a folder checkpoints/step-... of this one; a run that goes on removes its old ones",
     )
 
 

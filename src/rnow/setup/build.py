@@ -380,7 +380,8 @@ class _Run:
             self._keep_changed_adapter(checkpoint)
             if not self._config.on_policy:
                 return await self._train(backends, checkpoint, None)
-            async with open_user_code(self._prepared, self._folder.path, training=True) as code:
+            taught = self._config.algorithm.reward_coef > 0
+            async with open_user_code(self._prepared, self._folder.path, waits=taught) as code:
                 return await self._train(backends, checkpoint, code)
 
     async def _load(self) -> Backends:
@@ -397,7 +398,7 @@ class _Run:
                 poll=self._stop.poll,
                 stage=self._display.stage,
             )
-            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
+            self._stop.from_here(self._stopping)
             self._display.stage("checking the models against each other")
             await self._selfcheck(backends)
         except TemporaryError as error:
@@ -409,6 +410,11 @@ class _Run:
             self._unmake_folder(made)
             raise
         return backends
+
+    def _stopping(self) -> None:
+        self._display.note("stopping at the next safe point ...")
+        if self._locked:
+            self._folder.tell_stopping()
 
     def _unmake_folder(self, made: bool) -> None:
         if made:

@@ -200,7 +200,7 @@ def rollout_record(
     return {
         "id": rollout.id,
         "completed": rollout.status == "completed",
-        "success": total is not None and total >= success_reward,
+        "success": reward is not None and reward.worked and reward.total >= success_reward,
         "total_reward": total,
         "rewards": {} if reward is None else dict(reward.breakdown),
         "errors": errors,
