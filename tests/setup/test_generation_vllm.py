@@ -54,7 +54,7 @@ def test_a_server_of_its_own(project: Path, tmp_path: Path) -> None:
         log=tmp_path / "vllm.log",
         arguments=[
             *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-            *("--enforce-eager", "--max-model-len", "1024"),
+            "--enforce-eager",
         ],
     )
     try:
