@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "two-stages.md"
 PORT = "8010"
-STARTING = 300.0
+STARTING = 600.0
 
 
 def commands(port: int) -> list[str]:
