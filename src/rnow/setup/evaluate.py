@@ -316,7 +316,8 @@ def _depends_on(
     adapter: object,
 ) -> dict[str, object]:
     """All that the numbers depend on: another evaluation with the same gives the same. ``adapter``: ``_adapter_of`` the subject."""
-    facts, config = build_facts(prepared), prepared.config
+    # Of the adapter its content is told apart: its file may be gone by now.
+    facts, config = build_facts(replace(prepared, start=None)), prepared.config
     models: Sequence[RunModel] = (prepared.student,)
     names = ("student_weights", "student_config")
     if subject.kind == TEACHER:
