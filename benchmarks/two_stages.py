@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -101,7 +102,7 @@ def steps_for(project: Path, tokens: int) -> int:
     length = statistics.fmean(
         line["spent"]["completion_tokens"] for line in answers if "turns" in line
     )
-    return 2 * -(-int(1.25 * tokens / (length * ROWS)) // 2)
+    return 2 * math.ceil(1.25 * tokens / (length * ROWS) / 2)
 
 
 def judge(project: Path, subject: str, *settings: str) -> float:
