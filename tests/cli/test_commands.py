@@ -314,6 +314,8 @@ def test_a_temporary_error_ends_with_75(project: Path, build: Build, rnow_: Run)
         (MemoryError(), 75, "why: MemoryError"),
         (RuntimeError("[enforce] DefaultCPUAllocator: no\n#1 frame"), 75, "Allocator: no\n  fix"),
         (ImportError("libx.so: failed to map segment: Cannot allocate memory"), 75, "rnow check"),
+        (OSError(errno.ENOSPC, "No space left on device", "/full/evals"), 75, "where: /full/evals"),
+        (OSError(errno.ENOSPC, "No space left on device"), 75, "free some space"),
         (FileNotFoundError(errno.ENOENT, "No such file"), 2, "working directory is gone"),
         (PermissionError(errno.EACCES, "Permission denied", "/far/file"), 2, "where: /far/file"),
     ],
