@@ -40,6 +40,24 @@ leave.leave(7)
 """
 
 
+CROWDED = """
+import sys, threading
+from rnow.cli.leave import leave
+
+def start(thread):
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start = start
+sys.stdout.write("held back until the end")
+leave(7)
+"""
+
+
+def test_the_exit_code_needs_no_thread() -> None:
+    ended = subprocess.run([sys.executable, "-c", CROWDED], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (7, b"held back until the end", b"")
+
+
 def closed() -> int:
     read_end, write_end = os.pipe()
     os.close(read_end)
