@@ -107,7 +107,7 @@ def steps_for(project: Path, tokens: int) -> int:
 def judge(project: Path, subject: str, *settings: str) -> float:
     """pass@1 of the student, its teacher, or a run at a step."""
     (found,) = json.loads(rnow(project, "eval", subject, *settings, *JUDGED))["subjects"]
-    return found["pass"]["pass@1"]["value"]
+    return found["pass"]["pass@1"]["mean"]
 
 
 def train_arms(project: Path, seed: int, marks: Sequence[int]) -> list[Row]:
