@@ -175,16 +175,19 @@ def measure(
     """Kill until there were ``kills``, ``saves`` of them in a save; ``folder`` gets the projects. ``more``: settings."""
     dice = random.Random(seed)
     original = make_project(folder / "original", template)
-    whole = shutil.copytree(original, folder / "whole")
+    # One place for all, one after the other: what a tool raised is kept with the path of its file.
+    place = folder / "project"
+    shutil.copytree(original, place)
     began = time.monotonic()
-    if start(whole, steps, more).wait() != 0:
-        raise RuntimeError(f"the uninterrupted run failed; see {whole}/log.txt")
+    if start(place, steps, more).wait() != 0:
+        raise RuntimeError(f"the uninterrupted run failed; see {place}/log.txt")
     seconds = time.monotonic() - began
+    whole = place.rename(folder / "whole")
     print(f"uninterrupted: {steps} steps in {seconds:.1f} s", flush=True)
     finished: list[Finished] = []
     done = met = 0
     while done < kills or met < saves:
-        project = shutil.copytree(original, folder / f"killed-{len(finished)}")
+        project = shutil.copytree(original, place)
         mine: list[Kill] = []
         attempts, ended = 1, False
         while not ended:
@@ -208,6 +211,7 @@ def measure(
                     flush=True,
                 )
         differs = tuple(differences(run_dir(project), run_dir(whole)))
+        project.rename(folder / f"killed-{len(finished)}")
         finished.append(Finished(kills=tuple(mine), attempts=attempts, differs=differs))
     return finished
 
