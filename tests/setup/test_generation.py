@@ -821,7 +821,7 @@ def test_a_terminal_that_takes_nothing_holds_up_no_answer(
         stderr=subprocess.DEVNULL,
     )
     try:
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=120) == 0
     finally:
         process.kill()
         os.close(read_end)
