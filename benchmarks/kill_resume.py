@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rnow.disk.transcript_rows import read_step
-
 TIMED = ("time/", "throughput/", "memory/")
 SETTINGS = (
     "data.batch_size=4", "data.group_size=2", "data.val_split=0.002", "evaluation.num_samples=1",
@@ -142,17 +140,11 @@ def differences(mine: Path, whole: Path) -> Iterator[str]:
         for path in (run / "transcripts").glob("*")
     }
     for name in sorted(names):
-        files = mine / name, whole / name
-        contents = [file.read_bytes() if file.is_file() else None for file in files]
-        if contents[0] != contents[1] and (None in contents or _rows(files[0]) != _rows(files[1])):
+        contents = [
+            (run / name).read_bytes() if (run / name).is_file() else None for run in (mine, whole)
+        ]
+        if contents[0] != contents[1]:
             yield name
-
-
-def _rows(file: Path) -> str:
-    """What a table holds, but for where its project is, which the traceback of a tool names; of any other file its name."""
-    if file.suffix != ".parquet":
-        return str(file)
-    return json.dumps(read_step(file)).replace(str(file.parents[3]), "")
 
 
 def make_project(folder: Path, template: str) -> Path:
