@@ -1,7 +1,7 @@
 """Answers of the teacher (sft), distillation on the student's own answers, or one after the other: what the same number of completion
 tokens teaches.
 
-    python benchmarks/two_stages.py                 # about a quarter of an hour; writes results/ and the plot
+    python benchmarks/two_stages.py                 # about twenty minutes; writes results/ and the plot
     python benchmarks/two_stages.py --quick         # two minutes: see that it works; writes nothing
     python benchmarks/two_stages.py --write-docs    # trains nothing: the table of results/two_stages.json into docs/how-to/two-stages.md
 
