@@ -266,6 +266,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         dots = [(mark, value) for mark, values in points for value in values]
         axis.scatter(*zip(*dots, strict=True), color=f"C{number}", s=12)
     axis.axhline(most, color="black", linewidth=0.8, linestyle=":", label="the teacher")
+    axis.set_ylim(top=1.0)
     axis.set_xlabel("completion tokens trained on")
     axis.set_ylabel("pass@1, held-out questions")
     axis.legend(fontsize=8)
