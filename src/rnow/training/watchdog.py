@@ -86,9 +86,8 @@ class Watchdog:
         which needs no interpreter, writes the stacks to stderr and ends the process (with 1, which is all it can)."""
         if not self._flag.handled or sys.__stderr__ is None:
             return
-        with contextlib.suppress(
-            OSError, ValueError, RuntimeError
-        ):  # no stderr, or no more threads
+        # There may be no stderr, or no thread more.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             seconds = min(self._seconds + SAVE_SECONDS, threading.TIMEOUT_MAX)
             faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
