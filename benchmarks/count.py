@@ -74,7 +74,9 @@ AS_IT_IS, ALL = "as it is", "all of these"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", choices=[*SIZES], default=["a", "b", "c"])
-    parser.add_argument("--objective", default="sampled", help="one of those of objectives.py")
+    parser.add_argument(
+        "--objective", default="exact reverse", help="one of those of objectives.py"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--card", action="store_true")
     parser.add_argument("--quick", action="store_true", help="the tiny size; nothing is written")

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,28 +89,32 @@ def main() -> None:
         measure("quick", "new", [tiny, replace(tiny, new=16)])
         return
     axes = ([] if given.large else names) if given.axes is None else given.axes
-    rows: list[dict[str, Any]] = []
-    for title, (field, values) in AXES.items():
-        if field in axes:
-            points = [replace(Point(), **{field: value}) for value in values]
-            rows += measure(title, field, points)
+    asked = {
+        title: (field, [replace(Point(), **{field: value}) for value in values])
+        for title, (field, values) in AXES.items()
+        if field in axes
+    }
     if given.large:
-        rows += measure(LARGE_TITLE, "new", [LARGE])
-    if given.add:
-        rows = with_earlier(rows)
-    print(f"written to {write_results('growth', rows)}")
-    if find_spec("matplotlib") is None:
+        asked[LARGE_TITLE] = ("new", [LARGE])
+    if not asked:
+        parser.error("nothing to measure: name --axes, or --large")
+    rows = earlier(asked) if given.add else []
+    for title, (field, points) in asked.items():
+        rows += measure(title, field, points)
+        # After each axis: a fault in the last one should not cost the others.
+        rows.sort(key=lambda row: [*AXES, LARGE_TITLE].index(row["title"]))
+        written = write_results("growth", rows)
+    print(f"written to {written}")
+    drawn = [row for row in rows if row["title"] in AXES]
+    if drawn and find_spec("matplotlib") is None:
         print("there is no plot without matplotlib: pip install matplotlib")
-        return
-    plot(
-        [row for row in rows if row["field"] in names and row["title"] in AXES],
-        RESULTS / "growth.png",
-    )
-    print(f"written to {RESULTS / 'growth.png'}")
+    elif drawn:
+        plot(drawn, RESULTS / "growth.png")
+        print(f"written to {RESULTS / 'growth.png'}")
 
 
-def with_earlier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With those of results/ whose titles are not measured now, in the order of a whole run.
+def earlier(measured: Container[str]) -> list[dict[str, Any]]:
+    """The rows of results/ whose titles are not ``measured`` now.
 
     Raises:
         SystemExit: there are none, or they are of another machine or other versions.
@@ -126,10 +130,7 @@ def with_earlier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     if now != then:
         sys.exit(f"{path} was measured on another machine or with other versions: {then}")
-    measured = {row["title"] for row in rows}
-    every = [*(row for row in kept["rows"] if row["title"] not in measured), *rows]
-    titles = [*AXES, LARGE_TITLE]
-    return sorted(every, key=lambda row: titles.index(row["title"]))
+    return [row for row in kept["rows"] if row["title"] not in measured]
 
 
 def measure(title: str, field: str, points: Sequence[Point]) -> list[dict[str, Any]]:

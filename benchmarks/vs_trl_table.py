@@ -342,6 +342,8 @@ def _plot_learning(axes: Sequence[Any], rows: Sequence[Row], size: str, start: R
         ("seconds", "accuracy", "accuracy"),
     )
     for axis, (along, what, label) in zip(axes, panels, strict=True):
+        # Of prompts without answers there is no accuracy.
+        axis.set_visible(any(point[what] for row in mine for point in row["points"]))
         for side in dict.fromkeys(row["arm"] for row in mine):
             seeds = [[start, *row["points"]] for row in mine if row["arm"] == side]
             x, middle, low, high = curve(seeds, along, what)
@@ -350,4 +352,4 @@ def _plot_learning(axes: Sequence[Any], rows: Sequence[Row], size: str, start: R
         axis.set(xlabel=along, ylabel=label, title=f"({size})")
         if what == "kl":
             axis.set_yscale("log")
-    axes[-1].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
