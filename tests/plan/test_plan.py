@@ -22,7 +22,7 @@ from rnow.plan import choices as choices_module
 from rnow.plan import plan as plan_module
 from rnow.plan.choices import teacher_answers
 from rnow.plan.devices import MARGIN, DeviceInfo, describe_device
-from rnow.plan.plan import Plan, build_plan, choose_residencies, format_bytes
+from rnow.plan.plan import Plan, build_plan, choose_residencies
 from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import render_prompts
 from rnow.plan.roles import RunModel, roles_of
@@ -708,19 +708,3 @@ def test_text_from_the_config_cannot_control_the_terminal(
     assert "\x07" not in text
     assert "[bold]x[/bold]" in text
     assert "[red]" in text
-
-
-@pytest.mark.parametrize(
-    ("amount", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1500, "1.5 kB"),
-        (99_910_000_000, "99.9 GB"),
-        (99_960_000_000, "100 GB"),
-        (65.5e9, "65.5 GB"),
-        (3.2e14, "320 TB"),
-    ],
-)
-def test_sizes_are_short(amount: float, text: str) -> None:
-    assert format_bytes(amount) == text

@@ -121,7 +121,7 @@ def _run_command_line(given: list[str]) -> int:
     everything = ALL_ERRORS in given
     given = [argument for argument in given if argument != ALL_ERRORS]
     try:
-        if not {"-h", "--help", "--version"}.intersection(given):
+        if not {"-h", "--help", "--version", "-q", "--quiet"}.intersection(given):
             note = hosted_client_note()
             if note:
                 print_note(note)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rnow.config import Config
+from rnow.display.downloads import DownloadLines
 from rnow.errors import InputError, StopRequested
 from rnow.models.loading import quiet_libraries
 from rnow.models.resolve import resolve_model
@@ -82,6 +83,7 @@ def serve(
     check_format(role)
     address = Address(host=host, port=_choose_port(host, port), key=os.environ.get(KEY) or None)
     stage("looking for the base model")
+    lines = DownloadLines()
     base = RunModel(
         role=role,
         resolved=resolve_model(
@@ -90,6 +92,7 @@ def serve(
             base_dir=folder,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
+            watch=lambda download: stage(download.line()) if lines.due(download) else None,
         ),
     )
     served = _served(base, trained, address)
