@@ -12,6 +12,7 @@ from rnow import __version__
 from rnow.cli import (
     account,
     check,
+    doctor,
     download,
     evaluate,
     generate,
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.command("init")(init.init)
 app.command("check")(check.check)
+app.command("doctor")(doctor.examine)
 app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
 app.command("rollouts")(rollouts.show_rollouts)

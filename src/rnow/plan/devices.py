@@ -74,15 +74,15 @@ def cpu_memory() -> tuple[int, int]:
 
 def free_disk(folder: Path) -> int:
     """Free bytes of the disk that ``folder`` is on, or will be."""
-    return shutil.disk_usage(_nearest(folder)).free
+    return shutil.disk_usage(nearest(folder)).free
 
 
 def same_disk(one: Path, other: Path) -> bool:
     """Whether two folders are, or will be, on one disk."""
-    return _nearest(one).stat().st_dev == _nearest(other).stat().st_dev
+    return nearest(one).stat().st_dev == nearest(other).stat().st_dev
 
 
-def _nearest(folder: Path) -> Path:
+def nearest(folder: Path) -> Path:
     """The folder, or the innermost above it that exists."""
     folder = folder.absolute()
     while not folder.exists() and folder != folder.parent:
