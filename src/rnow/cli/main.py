@@ -21,6 +21,7 @@ from rnow.cli import (
     rollouts,
     run,
     runs,
+    schema,
     serve,
     status,
 )
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.command("init")(init.init)
 app.command("check")(check.check)
 app.command("doctor")(doctor.examine)
+app.command("schema")(schema.print_schema)
 app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
 app.command("rollouts")(rollouts.show_rollouts)
