@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -39,7 +40,6 @@ app = typer.Typer(
     name="rnow",
     help="Train a student language model by on-policy distillation on this machine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -125,7 +125,8 @@ def _run_command_line(given: list[str]) -> int:
     everything = ALL_ERRORS in given
     given = [argument for argument in given if argument != ALL_ERRORS]
     try:
-        if not {"-h", "--help", "--version", "-q", "--quiet"}.intersection(given):
+        completing = "_RNOW_COMPLETE" in os.environ
+        if not (completing or {"-h", "--help", "--version", "-q", "--quiet"}.intersection(given)):
             note = hosted_client_note()
             if note:
                 print_note(note)

@@ -131,6 +131,13 @@ class RunFolder:
         Raises:
             InputError: another process holds it.
         """
+        with self.held():
+            self._tell_who(steps)
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """As ``lock``, for what is no run."""
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
@@ -143,7 +150,6 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.path, str(error.strerror)) from error
         try:
-            self._tell_who(steps)
             yield
         finally:
             lock.release()
