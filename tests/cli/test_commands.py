@@ -193,14 +193,77 @@ def test_run_in_another_folder(
     assert build.calls[0][2]["folder"] == Path("my project")
 
 
-def test_run_json_is_the_only_thing_on_standard_output(
+def events_of(out: str) -> list[dict[str, Any]]:
+    """The lines of standard output, each of which is an event."""
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_run_json_is_events_and_nothing_else_on_standard_output(
     project: Path, build: Build, rnow_: Run
 ) -> None:
-    build.notes = ["a note from the run"]
-    code, out, error = rnow_("run", "--json", "data.batch_size=2")
+    build.notes = ["a note from\nthe run \u202e\x1b[31m"]
+    code, out, error = rnow_("run", "--json", "data.batch_size=2", "rollout.top_p=0.9")
     assert code == 0
-    assert json.loads(out) == {"steps": 7}
-    assert "a note from the run" in error
+    assert "a note from" in error
+    events = events_of(out)
+    assert [event["event"] for event in events] == [
+        "start",
+        "stage",
+        "warning",
+        "note",
+        "note",
+        "note",
+        "finished",
+    ]
+    assert events[0]["rnow"] == __version__
+    assert events[1]["stage"] == "starting"
+    assert events[2]["text"].startswith("rollout: with top_p 0.9")
+    assert events[3]["text"] == "data.batch_size: 4 (default) -> 2"
+    assert events[5]["text"] == build.notes[0]
+    assert out.isascii(), "nothing that could control a terminal"
+    assert "\x1b" not in out
+    assert (events[-1]["summary"], events[-1]["exit_code"]) == ({"steps": 7}, 0)
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--json", "--quiet"]])
+def test_run_json_says_how_it_failed(
+    project: Path, build: Build, rnow_: Run, flags: list[str]
+) -> None:
+    build.error = ModelError("it does not fit", where="teacher.path", fix="take a smaller one")
+    code, out, error = rnow_("run", *flags)
+    assert code == 2
+    assert "it does not fit" in error
+    last = events_of(out)[-1]
+    assert (last["event"], last["exit_code"]) == ("failed", 2)
+    assert last["where"].startswith("config.yml:")
+    assert last["fix"] == "take a smaller one"
+    build.error = OSError(errno.EMFILE, "too many open files")
+    code, out, _ = rnow_("run", *flags)
+    assert (code, events_of(out)[-1]["exit_code"]) == (75, 75)
+    (project / "config.yml").write_text("dataset_type: [\n")
+    code, out, _ = rnow_("run", *flags)
+    assert code == 2
+    assert [event["event"] for event in events_of(out)][-1] == "failed"
+
+
+def test_run_json_holds_no_secret(project: Path, build: Build, rnow_: Run) -> None:
+    (project / ".env").write_text('TOKEN="very-se\\"cret"\n')
+    build.notes = ['uses very-se"cret']
+    out = rnow_("run", "--json")[1]
+    assert "cret" not in out.replace("[TOKEN]", "")
+    assert "uses [TOKEN]" in out
+
+
+def test_quiet_is_errors_and_the_result_alone(project: Path, build: Build, rnow_: Run) -> None:
+    build.notes = ["a note"]
+    code, out, error = rnow_("run", "--quiet", "rollout.top_p=0.9", "-b", "2")
+    assert (code, error) == (0, "")
+    assert out == "run: 7 steps; no adapter\n"
+    assert rnow_("run", "-q", "--json")[2] == ""
+    build.error = InputError("not here")
+    code, out, error = rnow_("run", "-q")
+    assert (code, out) == (2, "")
+    assert "not here" in error
 
 
 @pytest.mark.parametrize("command", [["check"], ["run", "--debug"]])
@@ -411,6 +474,20 @@ def test_init_writes_here_and_says_what_next(empty: Path, rnow_: Run) -> None:
     code, out, _ = rnow_("init", "-t", "distill", "-n", "mine", "-y")
     assert code == 0
     assert "kept your config.yml" in out
+
+
+def test_init_writes_what_tells_editors_of_the_keys(empty: Path, rnow_: Run) -> None:
+    assert "wrote .config.schema.json" in rnow_("init", "-t", "distill")[1]
+    first = (empty / "config.yml").read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=.config.schema.json"
+    schema = empty / ".config.schema.json"
+    assert schema.read_text() == rnow_("schema")[1]
+    schema.write_text(schema.read_text().replace("The student", "An older student"))
+    assert "wrote .config.schema.json" in rnow_("init", "-t", "distill", "-y")[1], "renewed"
+    assert "An older student" not in schema.read_text()
+    schema.write_text("{}")  # the user's own
+    assert ".config.schema.json" not in rnow_("init", "-t", "distill", "-y")[1]
+    assert schema.read_text() == "{}"
 
 
 def test_init_into_another_folder_names_it(empty: Path, rnow_: Run) -> None:

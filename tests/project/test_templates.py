@@ -18,6 +18,7 @@ from rnow.config import load_config
 from rnow.errors import InputError
 from rnow.project import templates
 from rnow.project.templates import (
+    MODELINE,
     Template,
     find_template,
     load_templates,
@@ -204,7 +205,10 @@ def test_any_name_is_read_back_as_text(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(load_templates()))
 def test_every_template_is_a_valid_project(name: str, tmp_path: Path) -> None:
     item = find_template(name)
-    assert item.description
+    assert item.description.endswith((".", ")"))
+    assert "$schema" not in item.description
+    lines = (item.folder / "config.yml").read_text().splitlines()
+    assert lines[:2] == [MODELINE, f"# {item.description}"]
     write_template(plan_init(item, tmp_path), project_name="my project")
     loaded = load_config(tmp_path)
     assert loaded.config.project_name == "my project"

@@ -217,9 +217,17 @@ def _existing_parent(folder: Path) -> Path:
 def _resolve_from_cache(revision: str | None, refusal: Refusal) -> ResolvedModel:
     """A model found whole in the cache while the hub cannot be reached."""
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     path = refusal.path
-    folder = Path(huggingface_hub.snapshot_download(path, revision=revision, local_files_only=True))
+    try:
+        found = huggingface_hub.snapshot_download(path, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        # Where files are missing that no model needs (its README), it is said where the others are.
+        found = getattr(error, "snapshot_path", None)
+        if found is None:
+            raise
+    folder = Path(found)
     weights = check_folder(folder, refusal)
     return ResolvedModel(path=path, local_dir=folder, revision=folder.name, weights_bytes=weights)
 
