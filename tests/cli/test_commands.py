@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import types
@@ -552,13 +553,18 @@ def test_init_interrupted_at_the_question_writes_nothing(empty: Path) -> None:
     assert [path.name for path in empty.iterdir()] == ["config.yml"]
 
 
-def on_a_terminal(arguments: list[str], *, answers: str, cwd: Path) -> tuple[int, str]:
-    """Run a command on a pseudo-terminal and type the answers."""
+def on_a_terminal(
+    arguments: list[str], *, answers: str, cwd: Path, **settings: str
+) -> tuple[int, str]:
+    """Run a command on a pseudo-terminal and type the answers. ``settings``: of its environment."""
+    left_out = ("NO_COLOR", "FORCE_COLOR", "CI", "GITHUB_ACTIONS")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
     master, slave = pty.openpty()
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "rnow", *arguments],
             cwd=cwd,
+            env=kept | {"TERM": "xterm-256color"} | settings,
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -572,6 +578,44 @@ def on_a_terminal(arguments: list[str], *, answers: str, cwd: Path) -> tuple[int
         return process.wait(timeout=30), shown.decode()
     finally:
         os.close(master)
+
+
+def completed(words: str, cwd: Path) -> list[str]:
+    """What a shell is told after ``words``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rnow"],
+        cwd=cwd,
+        env=os.environ
+        | {
+            "_RNOW_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split(" ")) - 1),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_and_runs(empty: Path) -> None:
+    for name in ("tiny", "tiny-2", "other", ".hidden"):
+        (empty / "runs" / name).mkdir(parents=True)
+    assert completed("rnow doc", empty) == ["doctor"]
+    assert completed("rnow logs ti", empty) == ["tiny", "tiny-2"]
+    assert completed("rnow run --qui", empty) == ["--quiet"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"NO_COLOR": "1"}])
+def test_no_color_is_no_color(empty: Path, settings: dict[str, str]) -> None:
+    """On a terminal, of errors and of help."""
+    colour = re.compile(r"\x1b\[[0-9;]*(3[0-79]|4[0-79]|9[0-7]|10[0-7]|38;|48;)[0-9;]*m")
+    shown = ""
+    for arguments in (["run"], ["--help"]):
+        shown += on_a_terminal(arguments, answers="", cwd=empty, **settings)[1]
+    assert "no config.yml here" in shown
+    assert bool(colour.search(shown)) is not bool(settings)
 
 
 @pytest.mark.parametrize("verb", ["deploy"])

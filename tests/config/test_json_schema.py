@@ -15,6 +15,7 @@ from rnow.config import load_config
 from rnow.config.docs import MINIMAL
 from rnow.config.json_schema import OTHER_FORMS, build_schema, schema_text
 from rnow.config.legacy import REMOVED, RENAMED
+from rnow.config.load import read_document
 from rnow.config.problems import dotted
 from rnow.config.schema import KEYS, LISTS, SECTIONS
 from rnow.errors import ConfigError
@@ -82,7 +83,7 @@ def test_it_is_a_schema() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_it_takes_every_example(path: Path) -> None:
-    CHECK.validate(yaml.safe_load(path.read_text()))
+    CHECK.validate(read_document(path).data)
 
 
 def test_it_takes_the_minimal_config() -> None:
