@@ -71,12 +71,13 @@ def run(
             display.stage("starting")
             loaded = load(folder, overrides, quiet=quiet, **given)
             output.loaded(loaded)
+            summary = None
             if len(loaded.configs) == 1:
                 from rnow.setup import build
 
                 with placed(loaded):
                     summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)
-        if len(loaded.configs) == 1:
+        if summary is not None:
             output.finished(summary.values)
             return
         code = _run_each(loaded, folder, fresh=fresh, output=output)

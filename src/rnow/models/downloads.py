@@ -95,6 +95,7 @@ class _Look:
         self._seen: deque[tuple[float, int]] = deque()
 
     def now(self) -> Download:
+        """As it is."""
         at, done = time.monotonic(), sum(map(self._size, self._missing))
         self._seen.append((at, done))
         while at - self._seen[0][0] > PACE_SECONDS:
@@ -104,27 +105,28 @@ class _Look:
         return Download(name=self._path, done=done, total=self._total, rate=rate)
 
     def whole(self) -> Download:
+        """When all of it is there."""
         return Download(name=self._path, done=self._total, total=self._total, rate=math.nan)
 
     def _size(self, file: HubFile) -> int:
         """Bytes of a file on the disk so far; of one that is being written, those that were written since this began: what an
         earlier attempt left half done is not gone on with by every client."""
-        folder = _repository(self._path)
+        folder, found = _repository(self._path), [0]
+        # In the order in which a file moves on, so that it is never between two looks.
+        for part in (folder / "blobs").glob(f"{file.blob}*.incomplete") if file.blob else ():
+            with suppress(OSError):
+                state = part.stat()
+                if state.st_mtime >= self._began:
+                    # Parts may be written out of order: a hole in the file is not there yet.
+                    found.append(min(state.st_size, state.st_blocks * _BLOCK))
         for place in (
-            folder / "snapshots" / self._commit / file.name,
             folder / "blobs" / file.blob,
+            folder / "snapshots" / self._commit / file.name,
         ):
             with suppress(OSError):
                 if place.is_file():
-                    return min(place.stat().st_size, file.size)
-        growing = [0]
-        for part in (folder / "blobs").glob(f"{file.blob}*.incomplete") if file.blob else ():
-            with suppress(OSError):
-                found = part.stat()
-                if found.st_mtime >= self._began:
-                    # Parts may be written out of order: a hole in the file is not there yet.
-                    growing.append(min(found.st_size, found.st_blocks * _BLOCK))
-        return min(max(growing), file.size)
+                    found.append(place.stat().st_size)
+        return min(max(found), file.size)
 
 
 def _missing(path: str, commit: str, files: Sequence[HubFile]) -> list[HubFile]:

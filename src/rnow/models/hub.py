@@ -76,7 +76,6 @@ def fetch(
     files = tuple(file for file in listed if file.name in names)
     wanted = files if weights else tuple(file for file in files if not _is_weights(file))
     check_room([(refusal, missing_bytes(path, commit, wanted))])
-    missing = missing_bytes(path, commit, files)
     folder = _download(refusal, commit, wanted, base_dir=base_dir, watch=watch)
     read_json(folder / "config.json", refusal)
     return ResolvedModel(
@@ -85,7 +84,7 @@ def fetch(
         revision=commit,
         weights_bytes=sum(file.size for file in files if _is_weights(file)),
         files=files,
-        missing_bytes=missing,
+        missing_bytes=missing_bytes(path, commit, files),
     )
 
 

@@ -26,7 +26,7 @@ class ResolvedModel:
         revision: the commit of a hub model; None for a local folder.
         weights_bytes: size of its safetensors files, downloaded or not.
         files: all that a hub model consists of, as the hub listed it; empty for a local folder, and where no hub was asked.
-        missing_bytes: of these, what was not on this machine before anything of it was fetched.
+        missing_bytes: of these, what is not on this machine yet.
     """
 
     path: str

@@ -28,7 +28,7 @@ def examine(folder: Path, names: Sequence[str] = tuple(PROBES)) -> Iterator[Find
     running: set[subprocess.Popen[bytes]] = set()
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        for found in pool.map(lambda name: _findings(name, folder.absolute(), running), names):
+        for found in pool.map(lambda name: _look(name, folder.absolute(), running), names):
             yield from found
     finally:  # none outlives this, whatever ended it
         pool.shutdown(wait=False, cancel_futures=True)
@@ -37,21 +37,24 @@ def examine(folder: Path, names: Sequence[str] = tuple(PROBES)) -> Iterator[Find
         pool.shutdown()
 
 
+def _look(name: str, folder: Path, running: set[subprocess.Popen[bytes]]) -> list[Finding]:
+    try:
+        return _findings(name, folder, running)
+    except Exception as error:  # whatever it is, it is one line of the report
+        return [_broken(PROBES[name], f"its probe cannot be run: {error}")]
+
+
 def _findings(name: str, folder: Path, running: set[subprocess.Popen[bytes]]) -> list[Finding]:
     known = PROBES[name]
     # -P: a torch.py in the working directory is not torch.
     command = [sys.executable, "-P", "-m", "rnow.setup.probes", name, str(folder)]
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return [_broken(known, f"its probe cannot be started: {error.strerror}")]
-    with process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
         running.add(process)
         try:
             told, said = process.communicate(timeout=known.seconds)
