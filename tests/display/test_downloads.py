@@ -63,5 +63,11 @@ def test_the_live_table_shows_it_where_stages_are() -> None:
     display.download(at(3.2e9, rate=9.5e7, name="org/\x1b[31mmodel"))
     with console.capture() as shown:
         console.print(display)
-    display.close()
     assert "downloading org/\\x1b[31mmodel: 3.2 GB of 16.4 GB, 95.0 MB/s, ETA 2:19" in shown.get()
+    display.download(at(0, name="b"))
+    display.download(at(16.4e9, name="org/\x1b[31mmodel"))
+    with console.capture() as shown:
+        console.print(display)
+    display.close()
+    assert "downloading b: 0 B of 16.4 GB" in shown.get()
+    assert "org/" not in shown.get()

@@ -40,8 +40,9 @@ class RunOutput:
     @contextmanager
     def display(self, about: Mapping[str, object] | None = None) -> Iterator[Display]:
         """What one run tells, until the block ends. ``about``: says in every event which run it is, where there are several."""
-        shown = QuietDisplay() if self._quiet else build_display(self._console)
-        display = Both(Harmless(self._events(about)), shown) if self._as_json else shown
+        display: Display = QuietDisplay() if self._quiet else build_display(self._console)
+        if self._as_json:
+            display = Both(Harmless(self._events(about)), display)
         try:
             yield display
         finally:

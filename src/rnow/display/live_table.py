@@ -62,6 +62,7 @@ class LiveTable:
         self._history = StepHistory(clock)
         self._began = clock()
         self._stage = ""
+        self._downloads: dict[str, Download] = {}
         self._live: Live | None = None
         self._finished = False
         self._evaluations: dict[str, Mapping[str, float]] = {}
@@ -79,7 +80,9 @@ class LiveTable:
         self._open()
 
     def download(self, download: Download) -> None:
-        self.stage(download.line())
+        self._downloads[download.name] = download
+        coming = [one.line() for one in self._downloads.values() if one.done < one.total]
+        self.stage("; ".join(coming) or download.line())
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._open()

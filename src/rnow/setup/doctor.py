@@ -28,7 +28,7 @@ def examine(folder: Path, names: Sequence[str] = tuple(PROBES)) -> Iterator[Find
     running: set[subprocess.Popen[bytes]] = set()
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        for found in pool.map(lambda name: _look(name, folder.absolute(), running), names):
+        for found in pool.map(lambda name: _look(name, folder, running), names):
             yield from found
     finally:  # none outlives this, whatever ended it
         pool.shutdown(wait=False, cancel_futures=True)
@@ -47,7 +47,7 @@ def _look(name: str, folder: Path, running: set[subprocess.Popen[bytes]]) -> lis
 def _findings(name: str, folder: Path, running: set[subprocess.Popen[bytes]]) -> list[Finding]:
     known = PROBES[name]
     # -P: a torch.py in the working directory is not torch.
-    command = [sys.executable, "-P", "-m", "rnow.setup.probes", name, str(folder)]
+    command = [sys.executable, "-P", "-m", "rnow.setup.probes", name, str(folder.absolute())]
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -58,9 +58,10 @@ def _findings(name: str, folder: Path, running: set[subprocess.Popen[bytes]]) ->
         running.add(process)
         try:
             told, said = process.communicate(timeout=known.seconds)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as late:
             _kill(process)
-            told, _ = process.communicate()
+            # What it had told by then: whatever else it started may hold the pipe open for ever.
+            told = late.output or b""
             return [*_read(told), _broken(known, f"no answer within {known.seconds:g} s")]
         finally:
             running.discard(process)
