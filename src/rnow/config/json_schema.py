@@ -80,8 +80,9 @@ def build_schema() -> Node:
     return {
         "$schema": DRAFT,
         "$comment": MADE_BY,
-        "title": "config.yml of rnow",
         **schema,
+        "title": "config.yml of rnow",
+        "description": "What `rnow run` does; docs/configuration.md explains the same keys.",
         "definitions": definitions,
     }
 

@@ -113,6 +113,8 @@ def check_room(downloads: Sequence[tuple[Refusal, int]]) -> None:
         ModelError: they do not fit; nothing has been fetched yet.
     """
     needed = sum(size for _, size in downloads)
+    if not needed:
+        return
     cache = cache_folder()
     free = shutil.disk_usage(_existing_parent(cache)).free
     if needed <= free:

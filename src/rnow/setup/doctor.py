@@ -25,26 +25,47 @@ def examine(folder: Path, names: Sequence[str] = tuple(PROBES)) -> Iterator[Find
     Args:
         folder: the project, whose disk and ``.env`` are looked at.
     """
-    running: set[subprocess.Popen[bytes]] = set()
+    running = _Running()
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
         for found in pool.map(lambda name: _look(name, folder, running), names):
             yield from found
     finally:  # none outlives this, whatever ended it
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            _kill(process)
+        running.end()
         pool.shutdown()
 
 
-def _look(name: str, folder: Path, running: set[subprocess.Popen[bytes]]) -> list[Finding]:
+class _Running:
+    """The processes of probes that have not answered yet."""
+
+    def __init__(self) -> None:
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._over = False
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        self._processes.add(process)
+        if self._over:
+            _kill(process)
+
+    def discard(self, process: subprocess.Popen[bytes]) -> None:
+        self._processes.discard(process)
+
+    def end(self) -> None:
+        """Kill those that run, and those that begin to."""
+        self._over = True
+        for process in list(self._processes):
+            _kill(process)
+
+
+def _look(name: str, folder: Path, running: _Running) -> list[Finding]:
     try:
         return _findings(name, folder, running)
     except Exception as error:  # whatever it is, it is one line of the report
         return [_broken(PROBES[name], f"its probe cannot be run: {error}")]
 
 
-def _findings(name: str, folder: Path, running: set[subprocess.Popen[bytes]]) -> list[Finding]:
+def _findings(name: str, folder: Path, running: _Running) -> list[Finding]:
     known = PROBES[name]
     # -P: a torch.py in the working directory is not torch.
     command = [sys.executable, "-P", "-m", "rnow.setup.probes", name, str(folder.absolute())]
