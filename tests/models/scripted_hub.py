@@ -1,4 +1,4 @@
-"""A HuggingFace hub on loopback: one model, its listing and its files over HTTP, as slowly and as badly as is wanted."""
+"""A HuggingFace hub on loopback: listings and files of models over HTTP, as slowly and as badly as is wanted."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ LARGE = ".safetensors"
 
 @dataclass
 class ScriptedHub:
-    """What the hub does. ``url`` is where it listens; ``seconds`` how long a large file takes; ``cut`` names of files whose first
-    transfer ends in the middle; ``token`` what it takes for one, ``asked`` what was asked of it."""
+    """What the hub does. ``models`` has the files of each; ``url`` is where it listens; ``seconds`` how long a large file takes;
+    ``cut`` names of files whose first transfer ends in the middle; ``token`` what it takes for one, ``asked`` what was asked."""
 
-    files: Mapping[str, bytes]
-    name: str = "org/model"
+    models: Mapping[str, Mapping[str, bytes]]
     seconds: float = 0.0
     cut: set[str] = field(default_factory=set)
     token: str | None = None
@@ -57,10 +56,10 @@ class ScriptedHub:
             text=True,
         )
 
-    def listing(self) -> list[dict[str, Any]]:
+    def listing(self, model: str) -> list[dict[str, Any]]:
         return [
             {"name": name, "size": len(content), "oid": blob_of(name, content), "large": name.endswith(LARGE)}
-            for name, content in self.files.items()
+            for name, content in self.models[model].items()
         ]  # fmt: skip
 
 
@@ -105,20 +104,25 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         path = urlsplit(self.path).path
         self.hub.asked.append(f"{self.command} {path}")
-        api, files = f"/api/models/{self.hub.name}", f"/{self.hub.name}/resolve/{COMMIT}/"
         if path == "/api/whoami-v2":
             given = self.headers.get("Authorization", "")
             known = given == f"Bearer {self.hub.token}"
             self._json({"name": "ann"} if known else {"error": "no"}, 200 if known else 401)
-        elif path.startswith(f"{api}/tree/"):
-            self._json([_tree_entry(one) for one in self.hub.listing()])
-        elif path == api or path.startswith(f"{api}/revision/"):
-            siblings = [_sibling(one) for one in self.hub.listing()]
-            self._json({"id": self.hub.name, "sha": COMMIT, "siblings": siblings})
-        elif path.startswith(files) and path.removeprefix(files) in self.hub.files:
-            self._file(path.removeprefix(files), body=body)
-        else:
-            self._json({"error": "nothing here"}, 404)
+            return
+        for model, files in self.hub.models.items():
+            api, content = f"/api/models/{model}", f"/{model}/resolve/{COMMIT}/"
+            if path.startswith(f"{api}/tree/"):
+                self._json([_tree_entry(one) for one in self.hub.listing(model)])
+                return
+            if path == api or path.startswith(f"{api}/revision/"):
+                siblings = [_sibling(one) for one in self.hub.listing(model)]
+                self._json({"id": model, "sha": COMMIT, "siblings": siblings})
+                return
+            if path.startswith(content) and path.removeprefix(content) in files:
+                name = path.removeprefix(content)
+                self._file(name, files[name], body=body)
+                return
+        self._json({"error": "nothing here"}, 404)
 
     def _json(self, value: object, status: int = 200) -> None:
         content = json.dumps(value).encode()
@@ -130,8 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def _file(self, name: str, *, body: bool) -> None:
-        content = self.hub.files[name]
+    def _file(self, name: str, content: bytes, *, body: bool) -> None:
         first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         rest = content[first:]
         self.send_response(206 if first else 200)

@@ -77,7 +77,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub_(files: dict[str, bytes]) -> Iterator[ScriptedHub]:
-    with serve(ScriptedHub(files=files, seconds=0.5)) as hub:
+    with serve(ScriptedHub(models={"org/model": files}, seconds=0.5)) as hub:
         yield hub
 
 

@@ -244,7 +244,7 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_the_hub_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve(ScriptedHub(files={}, token="hf_right")) as hub:
+    with serve(ScriptedHub(models={}, token="hf_right")) as hub:
         for name, value in hub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("HF_HUB_OFFLINE")
