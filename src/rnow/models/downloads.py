@@ -7,6 +7,7 @@ seen to grow too, and whatever fetches (plain HTTP, Xet) is measured alike.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -51,6 +52,21 @@ def hub_address() -> str:
 def missing_bytes(path: str, commit: str, files: Sequence[HubFile]) -> int:
     """What of these files of the model ``path`` is not whole in the cache."""
     return sum(file.size for file in _missing(path, commit, files))
+
+
+def remember(path: str, revision: str | None, commit: str) -> None:
+    """Let the commit be found by the name it was asked for, where no hub is: the client keeps a name only if it resolves it itself,
+    and what is listed here is fetched by its commit."""
+    name = revision or "main"
+    refs = _repository(path) / "refs"
+    place = refs / name
+    if name == commit or not place.resolve().is_relative_to(refs.resolve()):
+        return
+    with suppress(OSError):  # a cache that cannot be written holds what it holds
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = place.with_name(f".{place.name}.{os.getpid()}")
+        aside.write_text(commit, encoding="utf-8")
+        aside.replace(place)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from rnow.models.downloads import (
     Watch,
     cache_folder,
     missing_bytes,
+    remember,
     unwatched,
     watched,
 )
@@ -77,6 +78,7 @@ def fetch(
     wanted = files if weights else tuple(file for file in files if not _is_weights(file))
     check_room([(refusal, missing_bytes(path, commit, wanted))])
     folder = _download(refusal, commit, wanted, base_dir=base_dir, watch=watch)
+    remember(path, revision, commit)
     read_json(folder / "config.json", refusal)
     return ResolvedModel(
         path=path,
