@@ -203,7 +203,7 @@ def test_run_json_is_events_and_nothing_else_on_standard_output(
     project: Path, build: Build, rnow_: Run
 ) -> None:
     build.notes = ["a note from\nthe run \u202e\x1b[31m"]
-    code, out, error = rnow_("run", "--json", "data.batch_size=2", "rollout.top_p=0.9")
+    code, out, error = rnow_("run", "--json", "data.batch_size=2", "trainer.max_billing=3")
     assert code == 0
     assert "a note from" in error
     events = events_of(out)
@@ -218,7 +218,7 @@ def test_run_json_is_events_and_nothing_else_on_standard_output(
     ]
     assert events[0]["rnow"] == __version__
     assert events[1]["stage"] == "starting"
-    assert events[2]["text"].startswith("rollout: with top_p 0.9")
+    assert events[2]["text"].startswith("trainer.max_billing is ignored")
     assert events[3]["text"] == "data.batch_size: 4 (default) -> 2"
     assert events[5]["text"] == build.notes[0]
     assert out.isascii(), "nothing that could control a terminal"
@@ -257,7 +257,7 @@ def test_run_json_holds_no_secret(project: Path, build: Build, rnow_: Run) -> No
 
 def test_quiet_is_errors_and_the_result_alone(project: Path, build: Build, rnow_: Run) -> None:
     build.notes = ["a note"]
-    code, out, error = rnow_("run", "--quiet", "rollout.top_p=0.9", "-b", "2")
+    code, out, error = rnow_("run", "--quiet", "trainer.max_billing=3", "-b", "2")
     assert (code, error) == (0, "")
     assert out == "run: 7 steps; no adapter\n"
     assert rnow_("run", "-q", "--json")[2] == ""

@@ -52,7 +52,7 @@ def test_a_run_and_how_it_goes_on(project: Project, capfd: pytest.CaptureFixture
     assert [(one["step"], one["steps"]) for one in named(events, "step")] == [(1, 2), (2, 2)]
     for told, kept in zip(named(events, "step"), project.metrics, strict=True):
         assert {"step": told["step"], **told["metrics"]} == kept
-    assert [one["name"] for one in named(events, "evaluation")] == ["before", "after"]
+    assert [one["name"] for one in named(events, "evaluation")] == ["before", "teacher", "after"]
     saved = named(events, "saved")
     assert [one["step"] for one in saved] == [1, 2]
     assert all((Path(one["checkpoint"]) / "manifest.json").is_file() for one in saved)
