@@ -16,6 +16,7 @@ from tests.models.scripted_hub import ScriptedHub, serve
 
 from rnow.setup import doctor, probes
 from rnow.setup.probes import PROBES, Finding
+from rnow.text.install import install_command
 
 SMI = """\
 #!/bin/sh
@@ -108,6 +109,20 @@ def test_a_broken_torch_is_one_line_and_ends_nothing(
     assert text in found[0].text
     assert "\n" not in found[0].text
     assert found[0].fix.startswith("pip install --force-reinstall -c ")
+
+
+def test_a_broken_vllm_beside_a_card(
+    tmp_path: Path, package: Callable[[str, str], None], smi: Callable[..., None]
+) -> None:
+    package("vllm", "print('loading')\nraise ImportError('libcuda.so.1: no such file')")
+    (found,) = examined(tmp_path, "vllm")
+    assert (found.name, found.status) == ("vLLM", "fault")
+    assert "libcuda.so.1" in found.text
+    assert found.fix == install_command("vllm")
+    (tmp_path / "packages" / "vllm.py").unlink()
+    smi(driver="580.65.06")
+    (found,) = examined(tmp_path, "vllm")
+    assert (found.status, found.fix) == ("warning", install_command("vllm"))
 
 
 def test_a_probe_that_hangs_is_ended_with_all_that_it_started(

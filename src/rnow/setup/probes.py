@@ -3,6 +3,7 @@ a finding per line of JSON: one that crashes, hangs or cannot be imported says n
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -260,9 +261,8 @@ def look_at_vllm(folder: Path) -> Iterator[Finding]:
         return
     if unmet := list(_unmet("vllm")):
         yield _warning("vLLM", "; ".join(unmet), install_command("vllm"))
-    import vllm
-
-    yield _ok("vLLM", vllm.__version__)
+    importlib.import_module("vllm")
+    yield _ok("vLLM", metadata.version("vllm"))
 
 
 def look_at_bitsandbytes(folder: Path) -> Iterator[Finding]:
