@@ -115,7 +115,8 @@ def test_a_broken_vllm_beside_a_card(
     tmp_path: Path, package: Callable[[str, str], None], smi: Callable[..., None]
 ) -> None:
     package("vllm", "print('loading')\nraise ImportError('libcuda.so.1: no such file')")
-    (found,) = examined(tmp_path, "vllm")
+    unmet, found = examined(tmp_path, "vllm")
+    assert (unmet.status, unmet.text.split(";")[0]) == ("warning", "vllm is not installed")
     assert (found.name, found.status) == ("vLLM", "fault")
     assert "libcuda.so.1" in found.text
     assert found.fix == install_command("vllm")
