@@ -92,11 +92,12 @@ def _run_each(loaded: LoadedConfig, folder: Path, *, fresh: bool, output: RunOut
     """One run for each student, then a table of all. Gives the exit code: another than 0 when one failed."""
     from rnow.cli.faults import report
     from rnow.cli.several import exit_code
+    from rnow.config import fill_name
     from rnow.display.display import Display
     from rnow.setup.several import run_each
 
     def about(config: Config) -> dict[str, object]:
-        return {"student": config.model.path, "name": config.model.name}
+        return {"student": config.model.path, "name": fill_name(config.model.name or "", config)}
 
     @contextmanager
     def display(config: Config) -> Iterator[Display]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -33,7 +34,7 @@ def runs(context: typer.Context) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """Paths of a run that go together, and what they are."""
+    """Paths of a run that go together. ``what`` says of what they are."""
 
     run: RunFolder
     what: str
@@ -45,6 +46,14 @@ class Removal:
             file for path in self.paths for file in (path.rglob("*") if path.is_dir() else [path])
         )
         return sum(file.lstat().st_size for file in files if file.is_file())
+
+    def delete(self) -> None:
+        """What a link leads to stays."""
+        for path in self.paths:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @app.command("clean")
@@ -80,28 +89,15 @@ def clean(
         print_lines(["nothing to delete; rnow runs clean NAME deletes a run"])
         return
     sizes = [item.size() for item in found]
-    lines = zip(sizes, (item.what for item in found), strict=True)
-    print_lines(f"{format_bytes(size):>10}  {what}" for size, what in lines)
-    _ask(yes, folder, sum(sizes))
-    deleted = sum(_delete(item) for item in found)
-    print_lines([f"deleted {deleted} of {len(found)}"])
-
-
-def _delete(item: Removal) -> bool:
-    """Delete what was listed, unless a run has begun to work there since."""
-    from rnow.cli.output import print_warning
-
-    try:
-        with item.run.held():
-            for path in item.paths:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-    except InputError as error:
-        print_warning(f"{item.run.path.name} stays: {error.message}")
-        return False
-    return True
+    what = [item.what for item in found]
+    if len(found) > 1:
+        sizes, what = [*sizes, sum(sizes)], [*what, "together"]
+    print_lines(f"{format_bytes(size):>10}  {text}" for size, text in zip(sizes, what, strict=True))
+    _ask(yes, folder)
+    for item in found:
+        with item.run.held():  # it may have begun to run while this asked
+            item.delete()
+    print_lines([f"deleted: {len(found)}"])
 
 
 class _Starts:
@@ -165,14 +161,27 @@ def _refuse_needed(chosen: Sequence[RunState], starts: _Starts) -> None:
 
 
 def _whole(state: RunState) -> Removal:
-    if state.state in ("running", "elsewhere"):
+    run = state.folder
+    if state.state == "running":
         raise InputError(
-            f"{state.name} is {'running' if state.pid else f'perhaps running on {state.host}'}",
-            where=str(state.folder.path),
+            f"{state.name} is running",
+            where=str(run.path),
             fix=f"rnow stop {state.name}, then delete it",
         )
+    if state.state == "elsewhere":
+        raise InputError(
+            f"{state.name} is perhaps running on {state.host}",
+            where=str(run.path),
+            fix=f"delete it there, or where that machine is no more: rm -r {shlex.quote(str(run.path))}",
+        )
+    if not (run.facts.is_file() or run.process.is_file()):
+        raise InputError(
+            f"{state.name} may be something else than a run of rnow: it has no run.json",
+            where=str(run.path),
+            fix=f"if you know what it is: rm -r {shlex.quote(str(run.path))}",
+        )
     what = f"{state.name}: the whole run, {state.state} after step {state.step}"
-    return Removal(run=state.folder, what=what, paths=[state.folder.path])
+    return Removal(run=run, what=what, paths=[run.path])
 
 
 def _left_over(state: RunState, states: Sequence[RunState], starts: _Starts) -> Iterator[Removal]:
@@ -226,9 +235,7 @@ def _begun_over(state: RunState, states: Sequence[RunState]) -> str | None:
     )
 
 
-def _ask(yes: bool, folder: Path, size: int) -> None:
-    from rnow.display.terminal import format_bytes
-
+def _ask(yes: bool, folder: Path) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -237,5 +244,5 @@ def _ask(yes: bool, folder: Path, size: int) -> None:
             where=str(folder / RUNS),
             fix="add --yes to delete what is listed",
         )
-    if not typer.confirm(f"Delete this, {format_bytes(size)} together?", default=False):
+    if not typer.confirm("Delete this?", default=False):
         raise typer.Exit(0)
