@@ -15,7 +15,7 @@ from rnow.config.json_schema import MADE_BY, schema_text
 from rnow.errors import InputError
 from rnow.text.install import install_command
 from rnow.text.suggest import closest
-from rnow.text.user_files import place_of
+from rnow.text.user_files import place_of, read_regular
 
 _CONFIG = "config.yml"
 SCHEMA = Path(".config.schema.json")
@@ -202,8 +202,8 @@ def write_schema(folder: Path) -> bool:
     target, text = folder / SCHEMA, schema_text()
     if os.path.lexists(target):
         try:
-            there = target.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+            there = read_regular(target).decode("utf-8")
+        except (InputError, OSError, UnicodeDecodeError):
             return False
         if there == text or MADE_BY not in there:
             return False
