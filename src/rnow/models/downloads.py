@@ -90,7 +90,9 @@ def watched(path: str, commit: str, files: Sequence[HubFile], watch: Watch) -> I
             watch(look.now())
 
     thread = threading.Thread(target=work, name="download", daemon=True)
-    with suppress(RuntimeError):  # a system that allows no more threads shows nothing, and fetches all the same
+    with suppress(
+        RuntimeError
+    ):  # a system that allows no more threads shows nothing, and fetches all the same
         thread.start()
     try:
         yield
