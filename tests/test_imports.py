@@ -70,6 +70,8 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
         ["login"],
         ["status"],
         ["runs", "clean"],
+        ["schema"],
+        ["doctor", "--help"],
     ],
 )
 def test_light_commands_load_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:

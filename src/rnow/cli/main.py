@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -12,6 +13,7 @@ from rnow import __version__
 from rnow.cli import (
     account,
     check,
+    doctor,
     download,
     evaluate,
     generate,
@@ -20,6 +22,7 @@ from rnow.cli import (
     rollouts,
     run,
     runs,
+    schema,
     serve,
     status,
 )
@@ -37,12 +40,13 @@ app = typer.Typer(
     name="rnow",
     help="Train a student language model by on-policy distillation on this machine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("init")(init.init)
 app.command("check")(check.check)
+app.command("doctor")(doctor.examine)
+app.command("schema")(schema.print_schema)
 app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
 app.command("rollouts")(rollouts.show_rollouts)
@@ -121,7 +125,8 @@ def _run_command_line(given: list[str]) -> int:
     everything = ALL_ERRORS in given
     given = [argument for argument in given if argument != ALL_ERRORS]
     try:
-        if not {"-h", "--help", "--version"}.intersection(given):
+        completing = "_RNOW_COMPLETE" in os.environ
+        if not (completing or {"-h", "--help", "--version", "-q", "--quiet"}.intersection(given)):
             note = hosted_client_note()
             if note:
                 print_note(note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rnow.display.tables import headline, quiet_table
@@ -47,6 +48,14 @@ def outcome_values(outcomes: Sequence[Outcome]) -> dict[str, object]:
             for one in outcomes
         ]
     }
+
+
+def result_line(values: Mapping[str, object]) -> str:
+    """What a run came to, of its summary: ``quickstart: 150 steps, pass@1 0.41 -> 0.93; runs/quickstart/adapter``."""
+    name = Path(str(values.get("run_dir", "run"))).name
+    progress = _progress(values)
+    parts = [f"{values.get('steps', '-')} steps", *([] if progress == "-" else [progress])]
+    return f"{name}: {', '.join(parts)}; {values.get('adapter', 'no adapter')}"
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:

@@ -175,7 +175,7 @@ def _refuse_other(config: object) -> None:
 def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunSummary:
     quiet_libraries()
     display.stage("checking")
-    prepared = prepare(config, folder, weights=True, fresh=fresh)
+    prepared = prepare(config, folder, weights=True, fresh=fresh, watch=display.download)
     log = RunLog(prepared.project.redact)
     display = Both(display, log.display)
     prepared = replace(prepared, warn=display.warn, note=display.note)
@@ -462,7 +462,7 @@ class _Run:
             facts=self._facts,
             counters=partial(self._counters, recorder),
             settle=recorder.settle,
-            committed=partial(self._write_facts, saved=True),
+            committed=self._committed,
         )
         async with backends.gpu.only("trainer"):
             done = saver.restore(checkpoint)
@@ -553,6 +553,10 @@ class _Run:
             self._display.warn(
                 f"no checkpoint was saved before this run ended: it begins again, and writes its first {done} steps anew"
             )
+
+    def _committed(self, step: int) -> None:
+        self._write_facts(saved=True)
+        self._display.saved(step, str(self._folder.checkpoints / folder_name(step)))
 
     def _write_facts(self, *, saved: bool) -> None:
         """run.json: the facts, which run this is, and whether it has had a checkpoint."""

@@ -30,7 +30,8 @@ def run_each(
     *,
     folder: Path,
     fresh: bool,
-    display: Callable[[], AbstractContextManager[Display]],
+    display: Callable[[Config], AbstractContextManager[Display]],
+    done: Callable[[Config, RunSummary], None],
     failed: Callable[[Config, Exception], None],
 ) -> list[Outcome]:
     """Train the students of these configs, each as ``run`` does in a run folder of its own. What a run would refuse is told of all
@@ -38,6 +39,7 @@ def run_each(
 
     Args:
         display: makes what is told of one run.
+        done: told of each that is trained, as it is done.
         failed: told of each that fails, as it fails.
 
     Raises:
@@ -53,7 +55,7 @@ def run_each(
 
     for index, config in enumerate(configs):
         try:
-            with display() as shown:
+            with display(config) as shown:
                 shown.stage(f"checking {config.model.path}")
                 check(config, folder)
         except Exception as error:
@@ -62,8 +64,9 @@ def run_each(
     for place, index in enumerate(waiting):
         config = configs[index]
         try:
-            with display() as shown:
+            with display(config) as shown:
                 summary = run(config, folder=folder, fresh=fresh, display=shown)
+            done(config, summary)
             outcomes[index] = _outcome(config, summary=summary)
         except StopRequested as stop:
             left = [configs[other].model.path for other in waiting[place + 1 :]]
