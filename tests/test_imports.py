@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "peft", "vllm", "bitsandbytes", "datasets", "wandb")
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
+HEAVY = ("torch", "transformers", "peft", "vllm", "bitsandbytes", "datasets", *TRACKERS)
 NOT_FOR_HELP = (*HEAVY, "pydantic", "yaml", "numpy")
 
 
