@@ -145,6 +145,7 @@ def test_what_trackers_are_told_holds_no_secret(tmp_path: Path) -> None:
         home=tmp_path,
         run_id="a",
         config=config,
+        labels=config,
         warn=pytest.fail,
         note=pytest.fail,
         redact=Redactor({"KEY": SECRET}),

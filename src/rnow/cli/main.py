@@ -22,6 +22,7 @@ from rnow.cli import (
     runs,
     serve,
     status,
+    track,
 )
 from rnow.cli.faults import report
 from rnow.cli.hosted import hosted_client_note
@@ -54,6 +55,7 @@ app.add_typer(runs.app, name="runs")
 app.command("download", hidden=True)(download.download)
 app.command("eval")(evaluate.evaluate_subjects)
 app.command("serve")(serve.serve_run)
+app.command("track")(track.track_run)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from rnow.config import Config, dump_yaml
+from rnow.config import Config, dump_yaml, to_dict
 from rnow.config.keys import Reader
 from rnow.config.schema import KEYS
 from rnow.config.teachers import control_of
@@ -637,6 +637,7 @@ class _Run:
                 home=self._prepared.project.folder,
                 run_id=self._store.run,
                 config=redacted_config(self._prepared),
+                labels=to_dict(self._config),
                 warn=self._display.warn,
                 note=note,
                 redact=redact_names,

@@ -28,6 +28,7 @@ def build_trackers(
     home: Path,
     run_id: str,
     config: Mapping[str, object],
+    labels: Mapping[str, object],
     warn: Warn,
     note: Warn,
     redact: Redactor,
@@ -37,11 +38,12 @@ def build_trackers(
         home: the project's folder.
         run_id: which run it is, the same at every start.
         config: the resolved one as plain data, secrets taken out.
+        labels: its ``project_name``, ``wandb_project`` and ``wandb_name`` as they are.
         warn: told of each tracker that fails.
         note: told what else the user should know.
         redact: takes the secrets out of names.
     """
-    project = redact(str(config.get("project_name") or home.resolve().name))
+    project = redact(str(labels.get("project_name") or home.resolve().name))
     tracked = Tracked(
         folder=folder,
         home=home,
@@ -52,8 +54,8 @@ def build_trackers(
     )
     wandb = replace(
         tracked,
-        project=redact(str(config.get("wandb_project") or project)),
-        name=redact(str(config.get("wandb_name") or folder.path.name)),
+        project=redact(str(labels.get("wandb_project") or project)),
+        name=redact(str(labels.get("wandb_name") or folder.path.name)),
     )
     build: Mapping[TrackerName, Callable[[], Tracker]] = {
         "wandb": lambda: WandbTracker(wandb, note=note),
