@@ -22,7 +22,7 @@ HOUSE = (
     ("__init__", "__main__"),  # the entrances: `from rnow import ...` and `python -m rnow`
     ("cli",),
     ("setup",),
-    ("generation",),
+    ("generation", "comparing"),
     ("plan",),
     ("training",),
     ("sampling", "teacher", "policy", "rewards", "tools"),

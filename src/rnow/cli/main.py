@@ -12,6 +12,7 @@ from rnow import __version__
 from rnow.cli import (
     account,
     check,
+    compare,
     download,
     evaluate,
     generate,
@@ -22,6 +23,7 @@ from rnow.cli import (
     runs,
     serve,
     status,
+    study,
     track,
 )
 from rnow.cli.faults import report
@@ -56,6 +58,8 @@ app.command("download", hidden=True)(download.download)
 app.command("eval")(evaluate.evaluate_subjects)
 app.command("serve")(serve.serve_run)
 app.command("track")(track.track_run)
+app.command("compare")(compare.compare_runs)
+app.command("study")(study.run_study)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +23,7 @@ from rnow.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from rnow.config import Config, LoadedConfig
+    from rnow.config import LoadedConfig
 
 
 def run(
@@ -81,28 +79,11 @@ def run(
 
 def _run_each(loaded: LoadedConfig, folder: Path, *, fresh: bool, as_json: bool) -> None:
     """One run for each student, then a table of all. Raises typer.Exit with another code than 0 when one failed."""
-    from rnow.cli.faults import report
     from rnow.cli.output import console, print_json, settle
-    from rnow.cli.several import exit_code, outcome_table, outcome_values
-    from rnow.display.display import Display, build_display
-    from rnow.setup.several import run_each
+    from rnow.cli.several import exit_code, outcome_table, outcome_values, train_each
 
     shown_on = console(stderr=as_json, aside=True)
-
-    @contextmanager
-    def display() -> Iterator[Display]:
-        shown = build_display(shown_on)
-        try:
-            with placed(loaded):
-                yield shown
-        finally:
-            shown.close()
-            settle(shown_on)
-
-    def failed(config: Config, error: Exception) -> None:
-        report(error)
-
-    outcomes = run_each(loaded.configs, folder=folder, fresh=fresh, display=display, failed=failed)
+    outcomes = train_each(loaded.configs, loaded, folder, fresh=fresh, shown_on=shown_on)
     if as_json:
         print_json(outcome_values(outcomes))
     else:

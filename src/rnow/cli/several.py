@@ -1,20 +1,65 @@
-"""The table of a list of students: what became of each."""
+"""Several runs of one command, shown one after the other; and the table of a list of students: what became of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rnow.cli.options import placed
 from rnow.display.tables import headline, quiet_table
 from rnow.display.terminal import escape_control, format_number
 from rnow.errors import EXIT_FAILED, RnowError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
+    from rnow.config import Config, LoadedConfig
+    from rnow.display.display import Display
     from rnow.setup.several import Outcome
 
 MAX_METRICS = 2
+
+
+def train_each(
+    configs: Sequence[Config],
+    loaded: LoadedConfig,
+    folder: Path,
+    *,
+    fresh: bool,
+    shown_on: Console,
+    label: Callable[[Config], str] | None = None,
+) -> list[Outcome]:
+    """Train what each config says, as ``setup.several.run_each`` does, and show it.
+
+    Args:
+        loaded: where its errors are placed.
+        label: what tells one of the configs from the others; their student where nothing else does.
+    """
+    from rnow.cli.faults import report
+    from rnow.cli.output import print_note, settle
+    from rnow.display.display import build_display
+    from rnow.setup.several import run_each
+
+    @contextmanager
+    def display() -> Iterator[Display]:
+        shown = build_display(shown_on)
+        try:
+            with placed(loaded):
+                yield shown
+        finally:
+            shown.close()
+            settle(shown_on)
+
+    def failed(config: Config, error: Exception) -> None:
+        if label is not None:
+            print_note(f"{label(config)} failed:")
+        report(error)
+
+    named = {} if label is None else {"label": label}
+    return run_each(configs, folder=folder, fresh=fresh, display=display, failed=failed, **named)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
