@@ -84,7 +84,9 @@ def in_files(folder: Path) -> list[tuple[str, float, int]]:
 
 def attempt(folder: Path, *, first: int, last: int, offset: float = 0.0) -> None:
     files = files_of(folder)
-    sink = TrackerSink([MlflowTracker(tracked(folder))], RunFolder(folder), warn=pytest.fail)
+    sink = TrackerSink(
+        [MlflowTracker(tracked(folder), note=pytest.fail)], RunFolder(folder), warn=pytest.fail
+    )
     sink.forget_from(first)
     files.forget_from(first)
     record(files, sink, steps=range(first, last + 1), offset=offset)

@@ -60,7 +60,7 @@ def build_trackers(
     build: Mapping[TrackerName, Callable[[], Tracker]] = {
         "wandb": lambda: WandbTracker(wandb, note=note),
         "tensorboard": lambda: TensorBoardTracker(tracked),
-        "mlflow": lambda: MlflowTracker(tracked),
+        "mlflow": lambda: MlflowTracker(tracked, note=note),
         "trackio": lambda: TrackioTracker(tracked),
     }
     trackers = [build[name]() for name in names]

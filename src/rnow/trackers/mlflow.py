@@ -12,10 +12,13 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from rnow.disk.files import to_json
+from rnow.display.terminal import one_line
+from rnow.text.redact import without_user_info
 from rnow.trackers.records import History, Record, Tracked
 
 T = TypeVar("T")
@@ -32,12 +35,17 @@ _SETTINGS = {
 
 
 class MlflowTracker:
-    """One MLflow run: at MLFLOW_TRACKING_URI where that is set, otherwise in mlflow.db of the project's folder."""
+    """One MLflow run: at MLFLOW_TRACKING_URI where that is set, otherwise in mlflow.db of the project's folder.
+
+    Args:
+        note: told of a file that MLflow does not take.
+    """
 
     title, extra = "MLflow", "mlflow"
 
-    def __init__(self, tracked: Tracked) -> None:
+    def __init__(self, tracked: Tracked, *, note: Callable[[str], None]) -> None:
         self._tracked = tracked
+        self._note = note
         self._client: Any = None
         self._run = ""
 
@@ -59,10 +67,11 @@ class MlflowTracker:
             self._run = old[0].info.run_id
             self._client.update_run(self._run, status="RUNNING")
         self._send(lacking)
-        self._client.log_text(self._run, to_json(self._tracked.config, indent=2), "config.json")
         for run in old:
             if run.info.run_id != self._run:
                 self._client.delete_run(run.info.run_id)
+        text = to_json(self._tracked.config, indent=2)
+        self._attach("config.json", partial(self._client.log_text, self._run, text, "config.json"))
 
     def send(self, record: Record) -> None:
         """See ``Tracker.send``."""
@@ -71,9 +80,18 @@ class MlflowTracker:
     def finish(self) -> None:
         """See ``Tracker.finish``. A run that is not finished shows as killed."""
         if (report := self._tracked.report) is not None:
-            self._client.log_artifact(self._run, str(report))
+            send = partial(self._client.log_artifact, self._run, str(report))
+            self._attach(report.name, send)
         done = self._tracked.folder.summary.is_file()
         self._client.set_terminated(self._run, "FINISHED" if done else "KILLED")
+
+    def _attach(self, name: str, send: Callable[[], object]) -> None:
+        """A file beside the numbers: a server may keep files where this machine may not write."""
+        try:
+            send()
+        except Exception as error:
+            why = one_line(without_user_info(str(error)), 200)
+            self._note(f"MLflow did not take {name} ({why}); the numbers are there all the same")
 
     def _address(self) -> str:
         import mlflow
