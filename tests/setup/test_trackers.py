@@ -90,7 +90,6 @@ def test_tensorboard_and_mlflow_after_a_kill(
     address = (project.folder / "mlruns").as_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow.set_tracking_uri(None)
     sections = {**SIX_STEPS, "trackers": ["tensorboard", "mlflow"]}
     kill_in_step_6(project, **sections)
     watcher = Watcher()

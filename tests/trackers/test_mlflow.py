@@ -58,7 +58,6 @@ def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
         address = (tmp_path / "mlruns").as_uri()
         patch.setenv("MLFLOW_TRACKING_URI", address)
     patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    mlflow.set_tracking_uri(None)
     yield mlflow.tracking.MlflowClient(tracking_uri=address)
     patch.undo()
 

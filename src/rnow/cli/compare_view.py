@@ -44,7 +44,7 @@ def _curves(found: Comparison, *, width: int, unicode: bool) -> Table:
     """One block for each metric, one line in it for each run; the curves of a block have one scale."""
     names = (*found.courses, *(f"  {run.label}" for run in found.runs))
     spare = width - max(len(escape_control(name)) for name in names) - _NUMBERS
-    curve = max(LEAST_CURVE, min(CURVE, spare, found.end))
+    curve = max(1, min(CURVE, max(LEAST_CURVE, spare), found.end))
     table = quiet_table()
     table.add_column("metric", overflow="fold")
     table.add_column(f"steps 1 to {found.end}", no_wrap=True)

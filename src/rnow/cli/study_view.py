@@ -23,9 +23,9 @@ def study_table(study: Study) -> Table:
     shown, table = study.measures()[:MAX_MEASURES], quiet_table()
     keys = _keys(study)
     for key in (*keys, "seeds"):
-        table.add_column(escape_control(key), overflow="fold")
+        table.add_column(Text(escape_control(key)), overflow="fold")
     for name in shown:
-        table.add_column(escape_control(name), justify="right", overflow="fold")
+        table.add_column(Text(escape_control(name)), justify="right", overflow="fold")
     for row in study.rows():
         values = dict(row.setting)
         cells = [Text(escape_control(values.get(key, ""))) for key in keys]

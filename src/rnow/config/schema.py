@@ -601,8 +601,9 @@ class Schema(Section):
     )
     wandb_project: Text | None = key(
         None,
-        "Log to this W&B project, with or without `wandb` in `trackers`.",
-        "off; with `wandb` in `trackers`, `project_name`, else the name of the project's folder",
+        "Log to this W&B project, whether or not `trackers` names `wandb`. Where it does and there is none: `project_name`, else "
+        "the name of the project's folder.",
+        "off",
     )
     wandb_name: Text | None = key(None, "Name of the run in W&B.", "the run's name")
     data: DataSection = Field(default_factory=DataSection)

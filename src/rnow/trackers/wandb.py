@@ -101,6 +101,8 @@ class WandbTracker:
         settings = wandb.Settings(
             console="off",
             silent=True,
+            # Of another run in this process that has not come to its end there.
+            reinit="create_new",
             disable_git=True,
             save_code=False,
             init_timeout=30,
