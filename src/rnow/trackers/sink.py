@@ -137,6 +137,7 @@ class _Worker:
                     doing, begun, self._silent_since = "stopped accepting metrics", True, None
                 else:
                     self._tracker.send(item)
+                self._waiting.task_done()
             doing = "did not finish cleanly"
             if begun:
                 self._tracker.finish()
