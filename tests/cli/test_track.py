@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from tests.trackers.fakes import not_installed
 
 from rnow.cli import track
 from rnow.cli.main import run_command_line
@@ -60,8 +60,7 @@ def test_a_run_is_sent(rnow_: Run, tmp_path: Path) -> None:
 def test_the_config_says_where_to(
     rnow_: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("wandb", "mlflow"):
-        monkeypatch.setitem(sys.modules, name, None)
+    not_installed(monkeypatch, "wandb", "mlflow")
     make_run(tmp_path, trackers=["mlflow"], wandb_project="p")
     code, _, errors = rnow_("one")
     assert code == EXIT_FAILED

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.setup.projects import Project, Watcher
+from tests.trackers.fakes import not_installed
 
 from rnow.cli.main import run_command_line
 from rnow.config import dump_yaml
@@ -112,8 +113,7 @@ def test_tensorboard_and_mlflow_after_a_kill(
 def test_a_run_whose_trackers_are_not_installed_is_the_same_run(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("wandb", "tensorboard", "mlflow", "trackio"):
-        monkeypatch.setitem(sys.modules, name, None)
+    not_installed(monkeypatch, "wandb", "tensorboard", "mlflow", "trackio")
     sections: dict[str, Any] = {
         "trackers": ["tensorboard", "mlflow", "trackio"],
         "wandb_project": "p",

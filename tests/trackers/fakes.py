@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,12 @@ def record(*sinks: Sink, steps: range, offset: float = 0.0) -> None:
         if step % 2 == 0:
             for sink in sinks:
                 sink.evaluated("often", step, {"pass@1": step / 8 + offset, "teacher_kl": 0.3})
+
+
+def not_installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the import of these packages fail, whatever of them was imported already."""
+    for loaded in list(sys.modules):
+        if loaded.partition(".")[0] in names:
+            monkeypatch.delitem(sys.modules, loaded)
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)

@@ -42,12 +42,12 @@ def test_a_config_is_flat() -> None:
     ]
 
 
-@pytest.fixture(params=["file", "sqlite"])
+@pytest.fixture
 def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    """A client of a store of MLflow's in an empty folder."""
+    """A client of a store in an empty folder: of files, or by the test's parameter a database, which takes seconds to make."""
     mlflow = pytest.importorskip("mlflow")
     patch = pytest.MonkeyPatch()
-    if request.param == "sqlite":
+    if getattr(request, "param", "file") == "sqlite":
         pytest.importorskip("sqlalchemy")
         pytest.importorskip("alembic")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -122,6 +122,7 @@ def test_every_number_is_there_once(client: Any, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("client", ["file", "sqlite"], indirect=True)
 def test_what_was_taken_back_is_not_shown(client: Any, folder: Path) -> None:
     attempt(folder, first=1, last=4)
     (first,) = runs(client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ def attempt(folder: Path, *, first: int, last: int, offset: float = 0.0, end: bo
     record(files, sink, steps=range(first, last + 1), offset=offset)
     if end:
         sink.close(30.0)
+    while not end and sink._workers[0]._waiting.unfinished_tasks:
+        time.sleep(0.01)  # a killed process writes nothing more
 
 
 def test_every_number_is_there_once(tmp_path: Path) -> None:
@@ -62,6 +65,11 @@ def test_after_a_kill_and_another_course(tmp_path: Path) -> None:
     attempt(tmp_path, first=1, last=6, end=False)
     attempt(tmp_path, first=4, last=7, offset=0.5)
     assert events_in(tmp_path) == numbers_of(tmp_path)
+    attempt(tmp_path, first=6, last=6, offset=0.25)
+    assert events_in(tmp_path) == numbers_of(tmp_path)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2, (
+        "an empty one stays until the next start"
+    )
 
 
 def test_tensorboard_shows_the_same(tmp_path: Path) -> None:

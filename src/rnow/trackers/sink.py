@@ -64,7 +64,8 @@ class TrackerSink:
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """See ``Sink.evaluated``."""
-        self._put(self._redact.data(evaluation_record(name, step, metrics), keys=True))
+        shown = self._redact.data(dict(metrics), keys=True)
+        self._put(evaluation_record(self._redact(name), step, shown))
 
     def forget_from(self, step: float) -> None:
         """See ``Sink.forget_from``. The files still hold what the run is about to forget."""
@@ -160,7 +161,8 @@ class _Worker:
 
 def _not_there(tracker: Tracker, error: ImportError) -> str:
     """What to type for a package that is missing, or that misses one."""
-    missing = isinstance(error, ModuleNotFoundError) and error.name == tracker.extra
+    named = (error.name or "").partition(".")[0]
+    missing = isinstance(error, ModuleNotFoundError) and named == tracker.extra
     why = "is not installed" if missing else f"cannot be loaded ({error})"
     return (
         f"{tracker.title} {why}, and training goes on without it: {install_command(tracker.extra)}"

@@ -6,6 +6,7 @@ simple way to have every number once. TensorBoard keeps 32-bit floats.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -29,8 +30,7 @@ class TensorBoardTracker:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        for old in self._folder.glob("events.out.tfevents.*"):
-            old.unlink()
+        earlier = list(self._folder.glob("events.out.tfevents.*"))
         self._writer = EventFileWriter(str(self._folder))
         # To one that is looking on it says: forget what you read before.
         start = SessionLog(status=SessionLog.START)
@@ -38,6 +38,12 @@ class TensorBoardTracker:
         for record in history.records:
             self._add(record)
         self._writer.flush()
+        for path in earlier:
+            # One that is looking on would stop at a file that is gone; an empty one it leaves for the next.
+            if path.stat().st_size:
+                os.truncate(path, 0)
+            else:
+                path.unlink()
 
     def send(self, record: Record) -> None:
         """See ``Tracker.send``. The numbers are in the file when it returns."""
