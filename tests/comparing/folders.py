@@ -57,6 +57,8 @@ def evaluate(
             "messages": [{"role": "user", "content": f"{said} {prompt}"}],
             "answer": [],
             "reward": float(number < right),
+            "rewards": {"right": float(number < right)},
+            "reward_errors": {},
         }
         for prompt, right in zip(PROMPTS, passed, strict=False)
         for number in range(of)

@@ -36,6 +36,16 @@ def test_answers_of_another_step_are_not_taken(tmp_path: Path) -> None:
     assert (one.value, one.step, one.interval) == (0.75, 40, None)
 
 
+def test_an_answer_whose_reward_failed_has_not_passed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one", config={"evaluation": {"success_reward": 0.0}})
+    evaluate(run, "after", 20, (4, 4))
+    path = run.answers / "after.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] |= {"reward": 0.0, "reward_errors": {"right": "raised"}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [*read_measured(run)["after: pass@1"].by_prompt.values()] == [0.75, 1.0]
+
+
 def test_before_after_and_teacher_come_first(tmp_path: Path) -> None:
     run = make_run(tmp_path / "one")
     for name in ("often", "teacher", "after", "before"):

@@ -14,6 +14,7 @@ from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Row, read_evaluations
 from rnow.training.intervals import Interval, difference_interval, mean_interval, pass_at_k
+from rnow.types import RewardResult
 
 _HEADLINE = ("teacher_kl", "loss", "reward/mean")
 """Metrics of an evaluation that are compared, beside every pass@k."""
@@ -76,7 +77,8 @@ def _of_row(
     counts: dict[str, list[bool]] = {}
     for answer in answers:
         if answer["reward"] is not None:
-            counts.setdefault(answer["prompt_id"], []).append(answer["reward"] >= success)
+            right = _worked(answer) and answer["reward"] >= success
+            counts.setdefault(answer["prompt_id"], []).append(right)
     asked = _hash_of({answer["prompt_id"]: answer["messages"] for answer in answers})
     for metric, value in row.items():
         if not isinstance(value, int | float) or metric == "step":
@@ -96,15 +98,24 @@ def _of_row(
         yield metric, Measured(value=value, step=row["step"], by_prompt=by_prompt, prompts=asked)
 
 
+def _worked(answer: Mapping[str, Any]) -> bool:
+    """As for whoever counted them when they were measured (``training.evaluations.count_passed``)."""
+    reward = RewardResult(total=0.0, breakdown=answer["rewards"], errors=answer["reward_errors"])
+    return reward.worked
+
+
 def _read_answers(path: Path, step: int) -> list[Mapping[str, Any]]:
     """The answers of one evaluation; none where those of another step are there, or a file that is not whole."""
     try:
         lines = filter(None, path.read_text(encoding="utf-8").split("\n"))
         rows = [json.loads(line) for line in lines]
-        wanted = ("step", "prompt_id", "messages", "reward")
+        wanted = ("step", "prompt_id", "messages", "reward", "rewards", "reward_errors")
         kept = [{name: row[name] for name in wanted} for row in rows]
         whole = all(
-            isinstance(row["prompt_id"], str) and isinstance(row["reward"], int | float | None)
+            isinstance(row["prompt_id"], str)
+            and isinstance(row["reward"], int | float | None)
+            and isinstance(row["rewards"], dict)
+            and isinstance(row["reward_errors"], dict)
             for row in kept
         )
     except (OSError, ValueError, LookupError, TypeError):

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from rnow.config import Config, load_config
-from rnow.config.names import fill_name
+from rnow.config import Config, fill_name, load_config
 from rnow.config.overrides import SHORTHANDS, lookup
 from rnow.config.schema import KEYS
 from rnow.display.tables import headline
