@@ -49,6 +49,7 @@ class ServiceRun:
 
     def log(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
+        self.summary.update(row)
 
     def log_artifact(self, artifact: Artifact) -> None:
         self._service.artifacts.append((artifact.kind, artifact.path))
@@ -157,6 +158,16 @@ def test_rows_that_the_files_never_had_are_not_kept(service: Service, tmp_path: 
     attempt(tmp_path, first=4, last=4)
     assert len(service.rows) == 2
     assert_like_the_files(tmp_path, service.rows[RunFolder(tmp_path).wandb_id()])
+
+
+def test_rows_of_an_earlier_version_are_not_counted(service: Service, tmp_path: Path) -> None:
+    record(files_of(tmp_path), steps=range(1, 4))
+    old = RunFolder(tmp_path).wandb_id()
+    service.rows[old] = [{"teacher_kl": 1.0}] * 3
+    attempt(tmp_path, first=4, last=4)
+    new = RunFolder(tmp_path).wandb_id()
+    assert new != old
+    assert_like_the_files(tmp_path, service.rows[new])
 
 
 def test_without_a_key_each_recording_is_whole(

@@ -53,7 +53,7 @@ class MlflowTracker:
         """See ``Tracker.begin``."""
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
-        from mlflow.tracking import MlflowClient
+        from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
         _quiet()
         self._client = MlflowClient(tracking_uri=self._address())
@@ -94,7 +94,7 @@ class MlflowTracker:
             self._note(f"MLflow did not take {name} ({why}); the numbers are there all the same")
 
     def _address(self) -> str:
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         if mlflow.is_tracking_uri_set() or os.environ.get("MLFLOW_TRACKING_URI"):
             return mlflow.get_tracking_uri()
@@ -113,7 +113,7 @@ class MlflowTracker:
         )
 
     def _create(self, experiment: str) -> str:
-        from mlflow.entities import Param
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
         made = self._client.create_run(
             experiment, run_name=self._tracked.name, tags={TAG: self._tracked.id}
@@ -136,7 +136,7 @@ class MlflowTracker:
         return [number for number in wanted if number not in known]
 
     def _send(self, wanted: Sequence[tuple[str, float, int]]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = int(time.time() * 1000)
         for some in _chunks(wanted, METRICS_AT_ONCE):

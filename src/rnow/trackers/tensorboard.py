@@ -27,8 +27,8 @@ class TensorBoardTracker:
 
     def begin(self, history: History) -> None:
         """See ``Tracker.begin``."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore[reportMissingImports]
 
         earlier = list(self._folder.glob("events.out.tfevents.*"))
         self._writer = EventFileWriter(str(self._folder))
@@ -55,8 +55,8 @@ class TensorBoardTracker:
         self._writer.close()
 
     def _add(self, record: Record) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         values = [
             Summary.Value(tag=name, simple_value=value) for name, value in record.values.items()

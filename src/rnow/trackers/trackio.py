@@ -25,7 +25,7 @@ class TrackioTracker:
     def begin(self, history: History) -> None:
         """See ``Tracker.begin``."""
         with _quiet():
-            import trackio
+            import trackio  # pyright: ignore[reportMissingImports]
 
             taken = self._delete_own(trackio)
             short = f"{self._tracked.name}-{self._tracked.id[:6]}"

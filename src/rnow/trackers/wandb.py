@@ -56,7 +56,9 @@ class WandbTracker:
         renew = history.taken_back or (mode == "offline" and bool(history.records))
         self._run = self._open(wandb, mode, renew=renew)
         known = self._run.starting_step
-        if known > len(history.records):
+        # An earlier version of rnow sent rows of another kind, without their step.
+        others = known and self._run.summary.get(STEP) is None
+        if known > len(history.records) or others:
             self._run.finish()
             self._run, known = self._open(wandb, mode, renew=True), 0
         for record in history.records[known:]:
