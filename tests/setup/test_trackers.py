@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.setup.projects import Project, Watcher
-from tests.trackers.fakes import not_installed
+from tests.trackers.fakes import not_installed, tracked
 
 from rnow.cli.main import run_command_line
 from rnow.config import dump_yaml
@@ -22,6 +23,7 @@ from rnow.setup.build import run
 from rnow.setup.trackers import build_trackers
 from rnow.text.redact import Redactor
 from rnow.trackers.records import Record, read_history
+from rnow.trackers.wandb import COLUMNS, WandbTracker
 
 MakeModel = Callable[..., Path]
 SECRET = "hunter22"
@@ -128,6 +130,27 @@ def test_a_run_whose_trackers_are_not_installed_is_the_same_run(
     (project.folder / "config.yml").write_text(dump_yaml(project.values(**sections)))
     assert run_command_line(["check", "-d", str(project.folder)]) == 0
     assert "trackers: mlflow is not installed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_rollouts_for_a_table_come_from_the_transcripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.training.test_recorder import Desk
+
+    wandb: Any = types.ModuleType("wandb")
+    wandb.Table = lambda **given: given
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    desk = Desk(tmp_path)
+    desk.record(1)
+    desk.recorder.settle()
+    found: Any = WandbTracker(tracked(tmp_path), note=pytest.fail)._rollouts(1)
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in found["rollouts"]["data"]]
+    assert [(row["step"], row["status"], row["tokens"]) for row in rows] == [
+        (1, "completed", 2),
+        (1, "truncated", 2),
+        (1, "failed", 2),
+    ]
+    assert all(str(row["prompt"]).startswith("[") for row in rows)
 
 
 def test_what_trackers_are_told_holds_no_secret(tmp_path: Path) -> None:

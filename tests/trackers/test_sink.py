@@ -142,6 +142,22 @@ def test_one_that_does_not_come_back_holds_up_nobody(tmp_path: Path, hangs: str)
     assert len(warnings) == 1, "what comes later is not told"
 
 
+def test_without_a_thread_to_spare_there_is_no_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    warnings: list[str] = []
+    sink = make(tmp_path, Scripted(), warn=warnings.append)
+    sink.forget_from(1)
+    record(sink, steps=range(1, 3))
+    sink.close(1.0)
+    assert len(warnings) == 1
+    assert "can't start new thread" in warnings[0]
+
+
 def test_the_user_is_told_of_one_that_says_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,10 @@ class _Worker:
         self._silent_since: float | None = None
         self._waiting: queue.Queue[History | Record | None] = queue.Queue(MAX_UNSENT)
         self.thread = threading.Thread(target=self._work, name=tracker.extra, daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # the system allows no more threads
+            self._give_up("could not start", str(error))
 
     def put(self, item: History | Record) -> None:
         if self._over:
