@@ -47,7 +47,7 @@ def test_there_are_no_others() -> None:
 
 def test_a_run_is_sent(rnow_: Run, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tests.trackers.test_tensorboard import events_in, numbers_of
+    from tests.trackers.test_tensorboard_tracker import events_in, numbers_of
 
     run = make_run(tmp_path)
     code, output, errors = rnow_("one", "--to", "tensorboard")

@@ -23,7 +23,7 @@ from rnow.setup.build import run
 from rnow.setup.trackers import build_trackers
 from rnow.text.redact import Redactor
 from rnow.trackers.records import Record, read_history
-from rnow.trackers.wandb import COLUMNS, WandbTracker
+from rnow.trackers.wandb_tracker import COLUMNS, WandbTracker
 
 MakeModel = Callable[..., Path]
 SECRET = "hunter22"
@@ -86,9 +86,9 @@ def test_tensorboard_and_mlflow_after_a_kill(
 ) -> None:
     pytest.importorskip("tensorboard")
     mlflow = pytest.importorskip("mlflow")
-    from tests.trackers.test_tensorboard import events_in, numbers_of
+    from tests.trackers.test_tensorboard_tracker import events_in, numbers_of
 
-    from rnow.trackers.mlflow import numbers
+    from rnow.trackers.mlflow_tracker import numbers
 
     address = (project.folder / "mlruns").as_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)

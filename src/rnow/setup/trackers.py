@@ -10,12 +10,12 @@ from rnow.config.schema import TrackerName
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Warn
 from rnow.text.redact import Redactor
-from rnow.trackers.mlflow import MlflowTracker
+from rnow.trackers.mlflow_tracker import MlflowTracker
 from rnow.trackers.records import Tracked, Tracker
 from rnow.trackers.sink import TrackerSink
-from rnow.trackers.tensorboard import TensorBoardTracker
-from rnow.trackers.trackio import TrackioTracker
-from rnow.trackers.wandb import WandbTracker
+from rnow.trackers.tensorboard_tracker import TensorBoardTracker
+from rnow.trackers.trackio_tracker import TrackioTracker
+from rnow.trackers.wandb_tracker import WandbTracker
 
 TOLD_TO_TEACHERS = ("template", "system_prompt")
 """Keys of a teacher's section."""

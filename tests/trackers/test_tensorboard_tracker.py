@@ -12,7 +12,7 @@ from tests.trackers.fakes import files_of, record, tracked
 from rnow.disk.folder import RunFolder
 from rnow.trackers.records import read_history
 from rnow.trackers.sink import TrackerSink
-from rnow.trackers.tensorboard import TensorBoardTracker
+from rnow.trackers.tensorboard_tracker import TensorBoardTracker
 
 pytest.importorskip("tensorboard")
 

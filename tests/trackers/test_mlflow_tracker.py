@@ -10,8 +10,8 @@ import pytest
 from tests.trackers.fakes import files_of, record, tracked
 
 from rnow.disk.folder import RunFolder
-from rnow.trackers.mlflow import MlflowTracker, flat, metric_name
-from rnow.trackers.mlflow import numbers as numbers_in
+from rnow.trackers.mlflow_tracker import MlflowTracker, flat, metric_name
+from rnow.trackers.mlflow_tracker import numbers as numbers_in
 from rnow.trackers.records import read_history
 from rnow.trackers.sink import TrackerSink
 

@@ -14,7 +14,7 @@ from tests.trackers.fakes import files_of, record, tracked
 from rnow.disk.folder import RunFolder
 from rnow.trackers.records import read_history
 from rnow.trackers.sink import TrackerSink
-from rnow.trackers.trackio import KEY, TrackioTracker
+from rnow.trackers.trackio_tracker import KEY, TrackioTracker
 
 
 class Database:

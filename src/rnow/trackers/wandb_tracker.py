@@ -141,7 +141,7 @@ class WandbTracker:
         return {"rollouts": wandb.Table(columns=list(COLUMNS), data=rollout_table(rows))}
 
 
-def rollout_table(rows: Sequence[Row]) -> list[list[object]]:
+def rollout_table(rows: Sequence[Row]) -> list[list[Any]]:
     """The first ``MAX_ROLLOUTS`` rows of a transcript as values of ``COLUMNS``."""
     return [
         [

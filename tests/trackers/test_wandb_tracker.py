@@ -15,7 +15,7 @@ from tests.trackers.fakes import files_of, record, tracked
 from rnow.disk import transcript_rows
 from rnow.disk.folder import RunFolder
 from rnow.trackers.sink import TrackerSink
-from rnow.trackers.wandb import WandbTracker, has_wandb_key, rollout_table
+from rnow.trackers.wandb_tracker import WandbTracker, has_wandb_key, rollout_table
 
 KEY = "k" * 40
 
