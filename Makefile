@@ -105,8 +105,8 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
-	@echo "installing rnow with its development tools"
-	@$(PIP_INSTALL) -e '.[dev]'
+	@echo "installing rnow with its development tools and two trackers"
+	@$(PIP_INSTALL) -e '.[dev,tensorboard,mlflow]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-real: $(INPUTS) | $(BIN)/python

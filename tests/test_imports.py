@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "peft", "vllm", "bitsandbytes", "datasets", "wandb")
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
+HEAVY = ("torch", "transformers", "peft", "vllm", "bitsandbytes", "datasets", *TRACKERS)
 NOT_FOR_HELP = (*HEAVY, "pydantic", "yaml", "numpy")
 
 
@@ -65,6 +66,9 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
         ["generate", "--help"],
         ["eval", "--help"],
         ["serve", "--help"],
+        ["compare", "--help"],
+        ["study", "--help"],
+        ["track", "--help"],
         ["init", "-y", "-t", "distill"],
         ["init", "--list"],
         ["login"],

@@ -13,6 +13,7 @@ from rnow import __version__
 from rnow.cli import (
     account,
     check,
+    compare,
     doctor,
     download,
     evaluate,
@@ -25,6 +26,8 @@ from rnow.cli import (
     schema,
     serve,
     status,
+    study,
+    track,
 )
 from rnow.cli.faults import report
 from rnow.cli.hosted import hosted_client_note
@@ -58,6 +61,9 @@ app.add_typer(runs.app, name="runs")
 app.command("download", hidden=True)(download.download)
 app.command("eval")(evaluate.evaluate_subjects)
 app.command("serve")(serve.serve_run)
+app.command("track")(track.track_run)
+app.command("compare")(compare.compare_runs)
+app.command("study")(study.run_study)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),

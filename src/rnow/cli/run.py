@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,8 +24,7 @@ from rnow.cli.options import (
 
 if TYPE_CHECKING:
     from rnow.cli.run_output import RunOutput
-    from rnow.config import Config, LoadedConfig
-    from rnow.setup.facts import RunSummary
+    from rnow.config import LoadedConfig
 
 
 def run(
@@ -90,29 +87,9 @@ def run(
 
 def _run_each(loaded: LoadedConfig, folder: Path, *, fresh: bool, output: RunOutput) -> int:
     """One run for each student, then a table of all. Gives the exit code: another than 0 when one failed."""
-    from rnow.cli.faults import report
+    from rnow.cli.run_output import train_each
     from rnow.cli.several import exit_code
-    from rnow.config import fill_name
-    from rnow.display.display import Display
-    from rnow.setup.several import run_each
 
-    def about(config: Config) -> dict[str, object]:
-        return {"student": config.model.path, "name": fill_name(config.model.name or "", config)}
-
-    @contextmanager
-    def display(config: Config) -> Iterator[Display]:
-        with output.display(about(config)) as shown, placed(loaded):
-            yield shown
-
-    def done(config: Config, summary: RunSummary) -> None:
-        output.finished(summary.values, about(config))
-
-    def failed(config: Config, error: Exception) -> None:
-        output.ended(error, about(config))
-        report(error)
-
-    outcomes = run_each(
-        loaded.configs, folder=folder, fresh=fresh, display=display, done=done, failed=failed
-    )
+    outcomes = train_each(loaded.configs, loaded, folder, fresh=fresh, output=output)
     output.all_done(outcomes)
     return exit_code(outcomes)

@@ -63,11 +63,15 @@ class RunFolder:
         self.journal = path / "journal"
         self.adapter = path / "adapter"
 
-    def wandb_id(self) -> str:
-        """An id for W&B, made once, so that a resumed run continues the same W&B run."""
+    def wandb_id(self, *, renew: bool = False) -> str:
+        """An id for W&B, made once, so that a resumed run continues the same W&B run.
+
+        Args:
+            renew: make another one, for a W&B run that takes the place of the one before.
+        """
         path = self.path / "wandb-id"
         known = path.read_bytes().strip() if path.is_file() else b""
-        if not re.fullmatch(rb"[0-9a-f]{16}", known):
+        if renew or not re.fullmatch(rb"[0-9a-f]{16}", known):
             known = uuid.uuid4().hex[:16].encode()
             path.write_bytes(known)
         return known.decode()

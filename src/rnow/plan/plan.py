@@ -30,6 +30,7 @@ from rnow.plan.choices import (
     LAYER_SECONDS,
     control_warning,
     describe_signal,
+    missing_trackers,
     reads_hidden_states,
     slow_paths,
     teacher_answers,
@@ -354,6 +355,7 @@ def _warnings(prepared: Prepared) -> tuple[str, ...]:
         *prepared.rendered.warnings,
         *unread_settings(config, agentic=project.agentic),
         *slow_paths(config),
+        *missing_trackers(config),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from rnow.config import Config, dump_yaml
+from rnow.config import Config, dump_yaml, to_dict
 from rnow.config.keys import Reader
 from rnow.config.schema import KEYS
 from rnow.config.teachers import control_of
@@ -36,7 +36,7 @@ from rnow.disk.files import read_json_object, readable_json, replace_file, to_js
 from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
 from rnow.disk.run_log import RunLog
-from rnow.disk.sinks import JsonlSink, Sink, WandbSink, read_rows
+from rnow.disk.sinks import JsonlSink, Sink, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import (
     Both,
@@ -80,9 +80,9 @@ from rnow.setup.facts import (
     header_lines,
     redacted_config,
     repeat,
-    tracked_config,
 )
 from rnow.setup.objective import build_objective
+from rnow.setup.trackers import build_trackers
 from rnow.setup.usercode import (
     UserCode,
     build_episodes,
@@ -648,18 +648,20 @@ class _Run:
                 redact=redact_names,
             )
         ]
-        if self._config.wandb_project is not None:
-            sinks.append(
-                WandbSink(
-                    redact_names(self._config.wandb_project),
-                    redact_names(self._config.wandb_name or folder.path.name),
-                    tracked_config(self._prepared),
-                    folder.path,
-                    run_id=folder.wandb_id(),
-                    warn=note,
-                    redact=redact_names,
-                )
+        if names := self._config.tracked_by:
+            assert self._store.run is not None, "the facts are written"
+            trackers = build_trackers(
+                names,
+                folder,
+                home=self._prepared.project.folder,
+                run_id=self._store.run,
+                config=redacted_config(self._prepared),
+                labels=to_dict(self._config),
+                warn=self._display.warn,
+                note=note,
+                redact=redact_names,
             )
+            sinks.append(trackers)
         decode = self._prepared.rendered.tokenizer.decode
         return Recorder(
             folder,
