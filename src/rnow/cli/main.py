@@ -14,6 +14,7 @@ from rnow.cli import (
     check,
     download,
     evaluate,
+    export,
     generate,
     init,
     rehearse,
@@ -54,6 +55,7 @@ app.add_typer(runs.app, name="runs")
 app.command("download", hidden=True)(download.download)
 app.command("eval")(evaluate.evaluate_subjects)
 app.command("serve")(serve.serve_run)
+app.command("export")(export.export_run)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),
@@ -126,7 +128,7 @@ def _run_command_line(given: list[str]) -> int:
             if note:
                 print_note(note)
         _refuse_unknown(given)
-        app(args=given, prog_name="rnow")
+        app(args=export.with_default_type(given), prog_name="rnow")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else EXIT_FAILED * bool(exit_.code)
     except KeyboardInterrupt:
