@@ -8,22 +8,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from tests.export.heads import header, text
 
 from rnow.errors import InputError, ModelError, TemporaryError
 from rnow.export import gguf
 from rnow.export.gguf_header import read_header
-
-
-def text(value: str) -> bytes:
-    data = value.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def header(**values: bytes) -> bytes:
-    """The head of a file; each value with the number of its kind before it."""
-    entries = b"".join(text(name.replace("__", ".")) + value for name, value in values.items())
-    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(values)) + entries
-
 
 WHOLE = header(
     general__name=struct.pack("<I", 8) + text("tiny größe"),

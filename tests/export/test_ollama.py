@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.conftest import CHAT_TEMPLATE, character_tokenizer
-from tests.export.test_go_template import go_executes
+from tests.export.go import go_executes
 from tests.rollout.families import BY_NAME, SUPPORTED, Family
 
 from rnow.errors import InputError
@@ -157,7 +158,7 @@ def test_an_answer_that_is_begun_is_gone_on_with() -> None:
 def test_no_modelfile_rather_than_a_wrong_one(
     template: str | None, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
         modelfile(tokenizer(template, bos_token="<|endoftext|>"), **options)
     assert caught.value.title == "No faithful Ollama template"
     assert caught.value.fix

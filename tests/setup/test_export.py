@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.export.test_gguf import header, text
+from tests.export.heads import header, text
 from tests.setup.projects import Project
 
 from rnow.cli.main import run_command_line

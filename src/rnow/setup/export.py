@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rnow.config import Config, config_for
 from rnow.disk.checkpoints import export_adapter
 from rnow.disk.files import read_json_object, replace_file
-from rnow.errors import RnowError
+from rnow.errors import InputError, RnowError
 from rnow.export import gguf, hub, llama
 from rnow.export.card import CARD, CURVE, RunRecord, read_record, write_card
 from rnow.export.files import copy_tokenizer
@@ -133,6 +133,7 @@ class _Export:
 
     def run(self) -> list[Path]:
         wanted = self._wanted
+        _refuse_idle(wanted)
         if wanted.gguf_type is not None:
             gguf.check_type(wanted.gguf_type)
         refuse_existing(self._targets(), force=wanted.force)
@@ -275,7 +276,11 @@ class _Export:
             write_card(aside, self._record, form="merged")
             exact = self._exact and merge.widest == torch.float32
             difference = self._compare(self._as_merged(aside, merge), exact=exact)
-        self._told(target, dtype_name(merge.widest), difference, self._rounding(merge))
+        name = dtype_name(merge.widest)
+        rounded = (
+            None if name == "float32" else f"rounded to {name}; --dtype float32 rounds nothing"
+        )
+        self._told(target, name, difference, rounded)
         return target
 
     def _export_gguf(self, kind: str, merge: Merge | None) -> list[Path]:
@@ -435,24 +440,34 @@ class _Export:
             window=self._window,
         )
 
-    def _rounding(self, merge: Merge) -> str | None:
-        import torch
-
+    def _why(self, rounded: str | None) -> str:
+        """Why the two may differ: how the trainer held its numbers, and what was done to them here."""
         role, reasons = self._student.role, []
         if self._student.quantization != "none":
             reasons.append(f"the trainer held the base in {self._student.quantization}")
-        elif role.dtype != torch.float32:
+        elif not self._exact:
             reasons.append(f"the trainer computed in {dtype_name(role.dtype)}")
-        if merge.widest != torch.float32:
-            reasons.append(f"rounded to {dtype_name(merge.widest)}; --dtype float32 rounds nothing")
-        return "; ".join(reasons) or None
+        return "; ".join([*reasons, *([rounded] if rounded else [])])
 
     def _told(
-        self, target: Path, what: str, difference: Difference | None, why: str | None = None
+        self, target: Path, what: str, difference: Difference | None, rounded: str | None = None
     ) -> None:
         self._tell(f"{target.name}: {target} ({what}, {size_of(target) / 1e6:,.1f} MB)")
         if difference is not None:
+            why = self._why(rounded)
             self._tell(f"  against the trainer: {difference}{f' ({why})' if why else ''}")
+
+
+def _refuse_idle(wanted: Wanted) -> None:
+    """Options that nothing would read."""
+    idle = ("--dtype", "--merge") if wanted.dtype != "auto" and not wanted.merge else None
+    if idle is None and wanted.private and wanted.push is None:
+        idle = ("--private", "--push OWNER/NAME")
+    if idle is not None:
+        option, other = idle
+        raise InputError(
+            f"{option} goes with {other}", where=option, fix=f"add {other}, or leave {option} out"
+        )
 
 
 def _name_of(trained: Trained) -> str:
