@@ -78,6 +78,7 @@ def test_all_beside_the_weights(base: Path, tmp_path: Path) -> None:
     assert {"tokenizer.json", "additional_chat_templates/rag.jinja"} <= found
     assert not found & {
         "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "README.md", "adapter_config.json",
+        ".hidden.json",
     }  # fmt: skip
     assert (tmp_path / "whole" / "config.json").read_bytes() == CONFIG
 

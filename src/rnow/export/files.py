@@ -65,7 +65,8 @@ def copy_beside(base: Path, folder: Path, dtype: torch.dtype | None) -> None:
 def _beside(base: Path) -> Iterator[Path]:
     for pattern in _BESIDE:
         for file in base.glob(pattern):
-            if file.is_file() and not any(file.match(other) for other in _NEVER):
+            hidden = file.name.startswith(".") or any(file.match(other) for other in _NEVER)
+            if file.is_file() and not hidden:
                 yield file
 
 

@@ -7,7 +7,7 @@ bytes, what it changes is the float32 sum of both, rounded once.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,18 +233,12 @@ class _Sums:
         """The tensors of the files that make a parameter, after the adapter was added to it."""
         merge = self.merge
         made = reading.convert(lambda name: merge.files.load(name).float(), merge.model)
-        back = reading.converter.reverse_transform()
-        first = ""
-        for target, value in made.items():
-            renamed, pattern = back.rename_source_key(target)
-            first = first or renamed
-            back.add_tensor(renamed, target, pattern or target, self._add(target, value))
-        found = back.convert(first, model=merge.model, config=merge.model.config)
-        tensors = dict(_single(found.items()))
-        wanted = {name for name, _ in reading.sources}
-        if tensors.keys() != wanted:
-            raise self._not_undone(reading.target, ", ".join(sorted(wanted ^ tensors.keys())[:3]))
-        return {name: value.reshape(merge.files.shape(name)) for name, value in tensors.items()}
+        added = {target: self._add(target, value) for target, value in made.items()}
+        try:
+            found = reading.undo(added, merge.model)
+        except ValueError as error:
+            raise self._not_undone(reading.target, str(error)) from error
+        return {name: value.reshape(merge.files.shape(name)) for name, value in found.items()}
 
     def _not_undone(self, target: str, why: str) -> ModelError:
         return ModelError(
@@ -253,8 +247,3 @@ class _Sums:
             why=why,
             fix="serve the adapter beside its base instead: rnow serve",
         )
-
-
-def _single(found: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, value in found:
-        yield name, value[0] if isinstance(value, list) else value

@@ -176,6 +176,8 @@ def _cut(
     found: dict[tuple[str, str], str] = {}
     before = START
     for role, mark in zip(roles, marks, strict=True):
+        if role == SYSTEM and mark not in rest:
+            raise TemplateFault("it leaves the system message out")
         if rest.count(mark) != 1:
             raise _unknown(
                 f"the tokenizer's template writes what the {role} said elsewhere than in its turn, or not at all"
