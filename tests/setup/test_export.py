@@ -224,6 +224,22 @@ def test_another_base_is_refused_and_a_moved_one_is_taken(
         told.export(merge=True, base=str(project.teacher), force=True)
 
 
+def test_a_base_that_is_gone(told: Told, project: Project) -> None:
+    file = project.run_dir / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"base_model_name_or_path": "/no/such/model"}))
+    with pytest.raises(ModelError, match="/no/such/model") as caught:
+        told.export(merge=True)
+    assert caught.value.fix == "say where the base model is now: --base PATH"
+
+
+def test_options_that_nothing_would_read(told: Told) -> None:
+    with pytest.raises(InputError, match="--dtype goes with --merge"):
+        told.export(dtype="float32")
+    with pytest.raises(InputError, match="--private goes with --push"):
+        told.export(private=True)
+
+
 def test_an_adapter_of_no_run(told: Told, project: Project, tmp_path: Path) -> None:
     copied = shutil.copytree(project.run_dir / "adapter", tmp_path / "mine" / "adapter")
     (made,) = told.export(str(copied), merge=True, output=tmp_path / "out")

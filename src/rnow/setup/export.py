@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rnow.config import Config, config_for
 from rnow.disk.checkpoints import export_adapter
 from rnow.disk.files import read_json_object, replace_file
-from rnow.errors import InputError, RnowError
+from rnow.errors import InputError, ModelError, RnowError
 from rnow.export import gguf, hub, llama
 from rnow.export.card import CARD, CURVE, RunRecord, read_record, write_card
 from rnow.export.files import copy_tokenizer
@@ -202,16 +202,21 @@ class _Export:
 
     @cached_property
     def _base(self) -> ResolvedModel:
-        section = self._config.model
+        section, moved = self._config.model, self._wanted.base is not None
         known = self._facts.get("student_revision")
-        moved = self._wanted.base is not None
-        return resolve_model(
-            section.path,
-            key="model.path",
-            base_dir=self._folder,
-            revision=None if moved or not isinstance(known, str) else known,
-            trust_remote_code=section.trust_remote_code,
-        )
+        try:
+            return resolve_model(
+                section.path,
+                key="model.path",
+                base_dir=self._folder,
+                revision=None if moved or not isinstance(known, str) else known,
+                trust_remote_code=section.trust_remote_code,
+            )
+        except ModelError as error:
+            error.where = "--base" if moved else error.where
+            if not moved and Path(section.path).is_absolute():
+                error.fix = "say where the base model is now: --base PATH"
+            raise
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
