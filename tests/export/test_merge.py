@@ -160,6 +160,8 @@ def test_what_is_not_changed_keeps_its_bytes(base: Path, tmp_path: Path) -> None
     ):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     assert (tmp_path / "merged" / "chat_template.jinja").is_file()
+    weights = tmp_path / "merged" / "model.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "merged" / "LICENSE").stat().st_mode
     assert (tmp_path / "merged" / "LICENSE").read_text() == "as you like"
     assert not (tmp_path / "merged" / "README.md").exists(), "the card is another"
     assert plan.bytes == sum(t.numel() * 2 for t in ours.values())

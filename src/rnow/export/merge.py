@@ -140,6 +140,7 @@ def write_merged(merge: Merge, folder: Path) -> None:
         file = WEIGHTS if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
         tensors = {name: sums.take(name) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # it is for this user alone otherwise
         where |= dict.fromkeys(names, file)
         progress.moved()
     if total > 1:
