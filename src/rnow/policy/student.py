@@ -16,8 +16,9 @@ from rnow import progress
 from rnow.algorithm.batching import collate, head_of
 from rnow.algorithm.objective import Objective, Terms
 from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
+from rnow.errors import ran_out_of_memory
 from rnow.models.activations import update_tokens
-from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
+from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
 from rnow.models.recompute import recomputing
 from rnow.models.scoring import PassPlan, hidden_rows, plan_samples
@@ -118,6 +119,7 @@ class LoraPolicy:
             targets=targets,
         )
         self._poll = poll
+        self._make_room: Callable[[], None] = lambda: None
         self._parameters = dict(trainable_parameters(self.model))
         self._beside = dict(objective.parameters)
         self._float16 = any(p.dtype == torch.float16 for p in self.model.parameters())
@@ -149,6 +151,7 @@ class LoraPolicy:
         """
         if batch.num_loss_tokens == 0:
             return UpdateResult(metrics={}, streams={}, skipped="no tokens")
+        self._make_room()
         first: PassStreams | None = None
         metrics: dict[str, float] = {}
         skipped: SkipReason | None = None
@@ -345,6 +348,10 @@ class LoraPolicy:
     def take_along(self, tensors: Tensors) -> None:
         """Move these too: what a sampler made of the base, and keeps for itself."""
         self._offload.take_along(tensors)
+
+    def before_updates(self, make_room: Callable[[], None]) -> None:
+        """Have this called before each update: what a sampler holds beside the base gives way to the activations."""
+        self._make_room = make_room
 
     @property
     def _trained(self) -> dict[str, torch.nn.Parameter]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from rnow import progress
-from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
+from rnow.errors import ran_out_of_memory
+from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.scoring import check_present
 from rnow.models.shape import kv_widths
 from rnow.sampling.decode import Drawn, Request, decode
@@ -86,6 +87,11 @@ class TransformersSampler:
         if self._merged is not None:
             self._merged.load(adapter)
         self._version = version
+
+    def make_room(self) -> None:
+        """Free what only drawing needs; nothing can be drawn before the next ``load_policy``."""
+        if self._merged is not None:
+            self._merged.let_go()
 
     @contextmanager
     def live_rollout(self) -> Iterator[None]:

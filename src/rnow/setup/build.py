@@ -52,6 +52,8 @@ from rnow.errors import (
     RnowError,
     StopRequested,
     TemporaryError,
+    no_memory,
+    ran_out_of_memory,
 )
 from rnow.export.card import read_record, write_card
 from rnow.export.files import copy_tokenizer
@@ -232,10 +234,17 @@ def _train_in(
         try:
             work = _Run(prepared, folder, facts, display, log, stack, stop, locked=locked)
             return run_anywhere(work.load_and_train())
-        except OSError as error:
-            if (fault := _disk_fault(error, folder)) is None:
+        except Exception as error:
+            if (fault := _fault_outside(error, folder)) is None:
                 raise
             raise fault from error
+
+
+def _fault_outside(error: Exception, folder: RunFolder) -> TemporaryError | None:
+    """What memory or a disk refused, for the user; None for an error of another kind."""
+    if ran_out_of_memory(error):
+        return no_memory(error)
+    return _disk_fault(error, folder) if isinstance(error, OSError) else None
 
 
 def _teacher_fault(error: TemporaryError, models: Models) -> ModelError | None:
@@ -380,7 +389,8 @@ class _Run:
             self._keep_changed_adapter(checkpoint)
             if not self._config.on_policy:
                 return await self._train(backends, checkpoint, None)
-            async with open_user_code(self._prepared, self._folder.path, training=True) as code:
+            taught = self._config.algorithm.reward_coef > 0
+            async with open_user_code(self._prepared, self._folder.path, waits=taught) as code:
                 return await self._train(backends, checkpoint, code)
 
     async def _load(self) -> Backends:
@@ -397,7 +407,7 @@ class _Run:
                 poll=self._stop.poll,
                 stage=self._display.stage,
             )
-            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
+            self._stop.from_here(self._stopping)
             self._display.stage("checking the models against each other")
             await self._selfcheck(backends)
         except TemporaryError as error:
@@ -409,6 +419,11 @@ class _Run:
             self._unmake_folder(made)
             raise
         return backends
+
+    def _stopping(self) -> None:
+        self._display.note("stopping at the next safe point ...")
+        if self._locked:
+            self._folder.tell_stopping()
 
     def _unmake_folder(self, made: bool) -> None:
         if made:
@@ -455,7 +470,7 @@ class _Run:
         recorder.forget_after(done)
         if checkpoint is not None:
             saved = checkpoint.state.get("counters", {})
-            recorder.completion_tokens = int(saved.get("completion_tokens", 0))
+            recorder.count_on(saved)
             self._started -= float(saved.get("seconds", 0.0))
         replace_file(self._folder.config, dump_yaml(redacted_config(self._prepared)).encode())
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
@@ -502,7 +517,7 @@ class _Run:
     def _counters(self, recorder: Recorder) -> dict[str, float]:
         """Totals of the whole run, earlier attempts included."""
         seconds = time.monotonic() - self._started
-        return {"completion_tokens": recorder.completion_tokens, "seconds": seconds}
+        return {**recorder.counters, "seconds": seconds}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         checkpoint = self._store.latest()
@@ -619,7 +634,7 @@ class _Run:
             backends.student.vocabulary,
             backends.gpu,
         )
-        self._display.note(f"the loss of the first rows is {loss:.3f} now")
+        self._display.note(f"the loss of the first rows is {loss:.3f} before training")
 
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note
