@@ -249,7 +249,7 @@ def draw_curve(rows: Sequence[Facts]) -> bytes | None:
         return None
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -12,7 +12,7 @@ VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
-Value = bool | int | float | str | list["Value"]
+Value: TypeAlias = "bool | int | float | str | list[Value]"
 
 
 def read_header(path: Path) -> dict[str, Value]:

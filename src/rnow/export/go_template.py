@@ -11,12 +11,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 _TOKEN = re.compile(
     r"""\s+|:=|=|\(|\)|"(?:[^"\\\n]|\\.)*"|\$\w*(?:\.\w+)*|(?:\.\w+)+|\.|\w+|\}\}"""
 )
 _NAME = re.compile(r"\$\w+")
-Value = str | bool | Sequence["Value"] | Mapping[str, "Value"]
+Value: TypeAlias = "str | bool | Sequence[Value] | Mapping[str, Value]"
 
 
 class TemplateError(ValueError):

@@ -12,7 +12,7 @@ def main() -> None:
     """``{model, ids, vocabulary, text, greedy}`` -> ``{logprobs, ids, greedy}``: of ``ids`` each but the first, natural logarithms over the
     first ``vocabulary`` tokens; the tokens of ``text``, control tokens read as such, and ``greedy`` tokens that follow them."""
     import numpy
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
 
     asked: dict[str, Any] = json.load(sys.stdin)
     ids = [int(token) for token in asked["ids"]]
