@@ -17,6 +17,57 @@ DEFAULT_TYPE = "q8_0"
 _TYPE = re.compile(r"(i?q|tq|f|bf|mxfp)\d\w*", re.IGNORECASE)
 
 
+Step = Annotated[
+    int | None,
+    typer.Option("--step", "-s", min=1, help="After which step.", show_default="the last"),
+]
+Merge = Annotated[
+    bool, typer.Option("--merge", help="A whole model, the adapter merged into its base.")
+]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Number format of the whole model; auto is the base's own."),
+]
+Gguf = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf",
+        help="A GGUF file by llama.cpp's converter: q8_0 (where no TYPE is given), f16, bf16 or f32.",
+        metavar="[TYPE]",
+    ),
+]
+Ollama = Annotated[bool, typer.Option("--ollama", help="A GGUF file and a Modelfile for Ollama.")]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        help="Upload what is exported to a repository of the HuggingFace hub.",
+        metavar="OWNER/NAME",
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Where to.",
+        show_default="export/ in the run's folder",
+        metavar="FOLDER",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="Where the base model is.",
+        show_default="where the run had it",
+        metavar="PATH",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
 def with_default_type(given: Sequence[str]) -> list[str]:
     """The arguments of a command line, with the type that ``--gguf`` alone stands for: an option's value cannot be left out
     otherwise."""
@@ -32,59 +83,16 @@ def with_default_type(given: Sequence[str]) -> list[str]:
 def export_run(
     run: Run,
     folder: Folder = Path(),
-    step: Annotated[
-        int | None,
-        typer.Option("--step", "-s", min=1, help="After which step.", show_default="the last"),
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="A whole model, the adapter merged into its base.")
-    ] = False,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="Number format of the whole model; auto is the base's own."),
-    ] = "auto",
-    gguf: Annotated[
-        str | None,
-        typer.Option(
-            "--gguf",
-            help="A GGUF file by llama.cpp's converter: q8_0 (where no TYPE is given), f16, bf16 or f32.",
-            metavar="[TYPE]",
-        ),
-    ] = None,
-    ollama: Annotated[
-        bool, typer.Option("--ollama", help="A GGUF file and a Modelfile for Ollama.")
-    ] = False,
-    push: Annotated[
-        str | None,
-        typer.Option(
-            "--push",
-            help="Upload what is exported to a repository of the HuggingFace hub.",
-            metavar="OWNER/NAME",
-        ),
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository a private one.")
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Where to.",
-            show_default="export/ in the run's folder",
-            metavar="FOLDER",
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            help="Where the base model is.",
-            show_default="where the run had it",
-            metavar="PATH",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    step: Step = None,
+    merge: Merge = False,
+    dtype: DType = "auto",
+    gguf: Gguf = None,
+    ollama: Ollama = False,
+    push: Push = None,
+    private: Private = False,
+    output: Output = None,
+    base: Base = None,
+    force: Force = False,
 ) -> None:
     """Write what a run trained in a form that others load: the adapter, or with the options a whole model, GGUF, for Ollama."""
     from rnow.config import has_config
