@@ -26,6 +26,11 @@ from rnow.models.resolved import ResolvedModel
 from rnow.policy.lora import attach_trained
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 
+KINDS = (
+    "llama", "gpt2", "qwen3_moe", "deepseek_v3", "phi3", "gemma3", "gpt_neox", "bloom", "falcon_h1", "qwen3_next", "mamba2", "starcoder2",
+)  # fmt: skip
+"""Families of every kind of layer: transposed ones, fused ones, latent attention, experts, states, a model that also sees. The others
+are tried by ``make test-whole``."""
 IDS = [3 + (7 * place) % (VOCABULARY - 3) for place in range(24)]
 CLOSE = 1e-5
 """Nats, of two float32 passes."""
@@ -101,7 +106,13 @@ def check_family(family: str, place: Path, **changes: Any) -> None:
         assert names == {*file.keys()}, "in the form of the base's own files"
 
 
-@pytest.mark.parametrize("family", exact_families())
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.whole)
+        for name in exact_families()
+    ],
+)
 def test_every_family(family: str, tmp_path: Path) -> None:
     check_family(family, tmp_path)
 
