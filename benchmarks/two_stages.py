@@ -6,10 +6,11 @@ tokens teaches.
     python benchmarks/two_stages.py --write-docs    # trains nothing: the table of results/two_stages.json into docs/how-to/two-stages.md
 
 The project is the template off-distill-agent. Its teacher answers the prompts once; every arm is trained with the same seeds, by the
-commands of that page. All arms have 16 conversations a step and one learning rate, the template's, which nobody tuned for any of them.
+commands of that page, with 16 conversations a step. sft and distillation each have the best of three learning rates, on a seed that is
+not measured.
 Completion tokens are those that are trained on: written by the teacher in sft, by the student in distillation. An arm is judged at
 the checkpoint (one every two steps) whose count is nearest to the mark; ``both`` spends the first mark on the teacher's answers and goes
-on from that adapter. Judged is pass@1 on the 256 questions of held_out.jsonl at temperature 1, as answers are drawn in
+on from that adapter, and ``again`` has no more answers than that and repeats them. Judged is pass@1 on the 256 questions of held_out.jsonl at temperature 1, as answers are drawn in
 training: at the 0.2 of `rnow eval` these models hardly ever err, trained or not.
 """
 
@@ -25,7 +26,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -40,14 +40,18 @@ MARKS = (3_000, 16_000, 32_000)
 ROWS = 16
 """Conversations of a step, whoever wrote them."""
 KEEP = ("trainer.save_step=2", "trainer.keep_checkpoints=1000", "data.val_split=0")
-ANSWERS = ("dataset_type=sft", f"data.batch_size={ROWS}", "trainer.num_epochs=4")
+ANSWERS = ("dataset_type=sft", f"data.batch_size={ROWS}", "trainer.num_epochs=1000")
 ON_POLICY = (
     "dataset_type=distill", "teacher.path=teacher", "data.train_file=prompts.jsonl",
-    "data.batch_size=4", f"data.group_size={ROWS // 4}",
+    f"data.batch_size={ROWS}", "data.group_size=1",
 )  # fmt: skip
 JUDGED = ("--prompts", "held_out.jsonl", "--pass", "1", "--temperature", "1", "--json")
+SETTINGS = {"sft": ANSWERS, "distill": ON_POLICY}
+RATES = (3e-4, 1e-3, 3e-3)
+CHOOSING_SEED = 100
 TITLES = {
     "sft": "the teacher's answers alone (sft)",
+    "again": "no more than the first of them, again and again (sft)",
     "distill": "distillation alone",
     "both": "the teacher's answers, then distillation",
 }
@@ -98,11 +102,15 @@ def at_mark(counts: Sequence[int], mark: int) -> int:
 def steps_for(project: Path, tokens: int) -> int:
     """Steps that are trained on at least so many tokens, by the length of the teacher's answers and a quarter more: the
     student's may be shorter."""
+    return 2 * math.ceil(1.25 * tokens / (answer_tokens(project) * ROWS) / 2)
+
+
+def answer_tokens(project: Path) -> float:
+    """Tokens that the teacher wrote in a conversation, the mean."""
     answers = map(json.loads, (project / "train.answers.jsonl").read_text().splitlines())
-    length = statistics.fmean(
+    return statistics.fmean(
         line["spent"]["completion_tokens"] for line in answers if "turns" in line
     )
-    return 2 * math.ceil(1.25 * tokens / (length * ROWS) / 2)
 
 
 def judge(project: Path, subject: str, *settings: str) -> float:
@@ -111,47 +119,95 @@ def judge(project: Path, subject: str, *settings: str) -> float:
     return found["pass"]["pass@1"]["mean"]
 
 
-def train_arms(project: Path, seed: int, marks: Sequence[int]) -> list[Row]:
-    """All arms with one seed, judged at the marks."""
-    rows: list[Row] = []
+def rows_of(project: Path, tokens: int) -> str:
+    """A file of so many of the teacher's rows that they have about so many tokens to learn."""
+    name = f"rows-{tokens}.jsonl"
+    lines = (project / "train.jsonl").read_text().splitlines(keepends=True)
+    (project / name).write_text("".join(lines[: round(tokens / answer_tokens(project))]))
+    return name
 
-    def train(arm: str, tokens: int, *settings: str) -> list[int]:
-        steps = f"trainer.max_steps={steps_for(project, tokens)}"
-        rnow(project, "run", "-n", f"{arm}-{seed}", f"seed={seed}", steps, *KEEP, *settings)
-        return tokens_by_step(project / "runs" / f"{arm}-{seed}")
 
-    def judged(arm: str, mark: int, counts: Sequence[int], before: int = 0) -> None:
+class Arms:
+    """Runs of one seed in a project, and what they learned.
+
+    Args:
+        rates: ``sft`` and ``distill`` -> learning rate.
+    """
+
+    def __init__(self, project: Path, seed: int, marks: Sequence[int], rates: Mapping[str, float]):
+        self._project, self._seed, self._marks, self._rates = project, seed, marks, rates
+        self.rows: list[Row] = []
+
+    def train(self, arm: str, of: str, tokens: int, *settings: str) -> list[int]:
+        """Completion tokens after each step of a run that has at least so many. ``of``: whose settings and rate it takes."""
+        name = f"{arm}-{self._seed}-{self._rates[of]:g}"
+        rnow(
+            self._project, "run", "-n", name, f"seed={self._seed}", *KEEP, *SETTINGS[of], *settings,
+            f"trainer.max_steps={steps_for(self._project, tokens)}",
+            f"trainer.learning_rate={self._rates[of]:g}",
+        )  # fmt: skip
+        self._name = name
+        return tokens_by_step(self._project / "runs" / name)
+
+    def judge(self, arm: str, mark: int, counts: Sequence[int], before: int = 0) -> float:
+        """pass@1 of the run that was trained last, where it is nearest to a mark."""
         step = at_mark(counts, mark - before)
-        row = {"what": "run", "arm": arm, "seed": seed, "mark": mark, "step": step}
-        row |= {"tokens": before + counts[step - 1]}
-        row |= {"accuracy": judge(project, f"{arm}-{seed}@{step}")}
-        rows.append(row)
-        print(f"  {arm} seed {seed}: {row['tokens']} tokens, {row['accuracy']:.3f}", flush=True)
+        found = judge(self._project, f"{self._name}@{step}")
+        row = {"what": "run", "arm": arm, "seed": self._seed, "mark": mark, "step": step}
+        self.rows.append({**row, "tokens": before + counts[step - 1], "accuracy": found})
+        tokens = self.rows[-1]["tokens"]
+        print(f"  {self._name}@{step}: {tokens} tokens, {found:.3f}", flush=True)
+        return found
 
-    answers = train("sft", marks[-1], *ANSWERS)
-    for mark in marks:
-        judged("sft", mark, answers)
-    own = train("distill", marks[-1], *ON_POLICY)
-    for mark in marks:
-        judged("distill", mark, own)
-    first = at_mark(answers, marks[0])
-    spent, stop = answers[first - 1], f"runs/sft-{seed}/checkpoints/step-{first:06d}"
-    after = train("both", marks[-1] - spent, *ON_POLICY, f"model.adapter={stop}")
-    for mark in marks[1:]:
-        judged("both", mark, after, spent)
-    return rows
+    def last(self, of: str) -> float:
+        """pass@1 of an arm at the last mark: what its learning rate is chosen by."""
+        counts = self.train(of, of, self._marks[-1])
+        return self.judge(of, self._marks[-1], counts)
+
+    def all(self) -> list[Row]:
+        """Every arm at every mark."""
+        first, last = self._marks[0], self._marks[-1]
+        answers = self.train("sft", "sft", last)
+        for mark in self._marks:
+            self.judge("sft", mark, answers)
+        step = at_mark(answers, first)
+        spent, stop = answers[step - 1], f"runs/{self._name}/checkpoints/step-{step:06d}"
+        for arm, of, *settings in (
+            ("again", "sft", f"data.train_file={rows_of(self._project, first)}"),
+            ("distill", "distill"),
+        ):
+            counts = self.train(arm, of, last, *settings)
+            for mark in self._marks:
+                self.judge(arm, mark, counts)
+        counts = self.train("both", "distill", last - spent, f"model.adapter={stop}")
+        for mark in self._marks[1:]:
+            self.judge("both", mark, counts, spent)
+        return self.rows
+
+
+def best_rates(project: Path, marks: Sequence[int], pool: ThreadPoolExecutor) -> dict[str, float]:
+    """``sft`` and ``distill`` -> the rate that teaches most."""
+
+    def found(one: tuple[str, float]) -> float:
+        arm, rate = one
+        return Arms(project, CHOOSING_SEED, marks, {arm: rate}).last(arm)
+
+    tried = [(arm, rate) for arm in SETTINGS for rate in RATES]
+    scores = dict(zip(tried, pool.map(found, tried), strict=True))
+    return {arm: max(RATES, key=lambda rate: scores[arm, rate]) for arm in SETTINGS}
 
 
 def measure(seeds: int, marks: Sequence[int], prompts: int | None) -> list[Row]:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         project = make_project(Path(name), prompts)
-        rows: list[Row] = [{"what": "plan", "marks": [*marks], "seeds": seeds, "titles": TITLES}]
+        rows_of(project, marks[0])
+        rates = best_rates(project, marks, pool)
+        plan = {"what": "plan", "marks": [*marks], "seeds": seeds, "titles": TITLES, "rates": rates}
+        rows: list[Row] = [plan]
         for subject in ("student", "teacher"):
             rows.append({"what": subject, "accuracy": judge(project, subject, *ON_POLICY)})
-        work = partial(train_arms, project, marks=marks)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for found in pool.map(work, range(seeds)):
-                rows += found
+        for found in pool.map(lambda seed: Arms(project, seed, marks, rates).all(), range(seeds)):
+            rows += found
         return rows
 
 
@@ -177,6 +233,7 @@ def table(results: Mapping[str, Any]) -> str:
     about = (
         f"pass@1 on the 256 held-out questions: the mean of {plan['seeds']} seeds (least to most). The student before training: "
         f"{alone['student']:.3f}, the teacher: {alone['teacher']:.3f}. "
+        f"Learning rates: sft {plan['rates']['sft']:g}, distillation {plan['rates']['distill']:g}. "
         f"{results['machine']['cpu']}, torch {results['machine']['torch']}, {results['machine']['date']}."
     )
     return "\n".join([*lines, "", about])

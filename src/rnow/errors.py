@@ -49,6 +49,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):
+        return "not permitted" not in str(error)
     return not isinstance(error, RnowError) and any(words in str(error) for words in _NO_MEMORY)
 
 

@@ -23,6 +23,7 @@ def script() -> ModuleType:
 
 def rows() -> list[dict[str, Any]]:
     plan = {"what": "plan", "marks": [100, 200], "seeds": 2, "titles": {arm: arm for arm in ARMS}}
+    plan["rates"] = {"sft": 1e-3, "distill": 3e-3}
     alone = [{"what": "student", "accuracy": 0.4}, {"what": "teacher", "accuracy": 0.9}]
     runs = [
         {"what": "run", "arm": arm, "seed": seed, "mark": mark, "accuracy": 0.5 + 0.1 * seed}

@@ -313,7 +313,7 @@ def test_a_temporary_error_ends_with_75(project: Path, build: Build, rnow_: Run)
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 75, "no more memory"),
         (MemoryError(), 75, "why: MemoryError"),
         (RuntimeError("[enforce] DefaultCPUAllocator: no\n#1 frame"), 75, "Allocator: no\n  fix"),
-        (ImportError("libx.so: failed to map segment: Cannot allocate memory"), 75, "rnow check"),
+        (ImportError("libx.so: failed to map segment from shared object"), 75, "rnow check"),
         (OSError(errno.ENOSPC, "No space left on device", "/full/evals"), 75, "where: /full/evals"),
         (OSError(errno.ENOSPC, "No space left on device"), 75, "free some space"),
         (FileNotFoundError(errno.ENOENT, "No such file"), 2, "working directory is gone"),
@@ -328,6 +328,14 @@ def test_what_the_system_refuses_is_no_fault_of_the_program(
     assert code == expected
     assert "Traceback" not in error
     assert words in error
+
+
+@pytest.mark.usefixtures("project")
+def test_a_library_that_may_not_be_loaded_is_no_lack_of_memory(build: Build, rnow_: Run) -> None:
+    build.error = ImportError(
+        "libx.so: failed to map segment from shared object: Operation not permitted"
+    )
+    assert "Traceback" in rnow_("run")[2]
 
 
 def test_a_fault_of_the_program_shows_its_traceback(

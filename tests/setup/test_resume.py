@@ -588,7 +588,7 @@ def test_a_finished_run_is_not_relabelled(project: Project, sections: dict[str, 
 
 
 def told(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its lock."""
+    """Every file of a run but its lock, and what says who held that last."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -132,7 +132,8 @@ def _limit_error(what: str, name: str) -> InputError:
         title="Chat template out of bounds",
         where=name,
         why=f"{what}; a template may take {bounds}",
-        fix="use a model with another chat_template.jinja, or mend a local copy of it; is one row very long?",
+        fix="use a model with another chat_template.jinja, or mend a local copy of it; is one row very long, or memory short "
+        "here (`ulimit -v`)?",
     )
 
 
