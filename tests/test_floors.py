@@ -24,7 +24,7 @@ HOUSE = (
     ("setup",),
     ("generation", "comparing"),
     ("plan",),
-    ("training",),
+    ("training", "export"),
     ("sampling", "teacher", "policy", "rewards", "tools"),
     ("models", "trackers"),
     ("disk",),
@@ -54,7 +54,7 @@ HEAVY = frozenset(
         "wandb",
     }
 )
-HEAVY_ROOMS = frozenset({"sampling", "teacher", "policy", "models", "disk", "algorithm"})
+HEAVY_ROOMS = frozenset({"export", "sampling", "teacher", "policy", "models", "disk", "algorithm"})
 OPEN_FLOOR = 0
 LONGEST_FUNCTION = 60
 SHARED_NAMES = frozenset({"__version__"})  # `from rnow import __version__` is open to every floor

@@ -69,6 +69,7 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
         ["compare", "--help"],
         ["study", "--help"],
         ["track", "--help"],
+        ["export", "--help"],
         ["init", "-y", "-t", "distill"],
         ["init", "--list"],
         ["login"],

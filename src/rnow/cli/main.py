@@ -17,6 +17,7 @@ from rnow.cli import (
     doctor,
     download,
     evaluate,
+    export,
     generate,
     init,
     rehearse,
@@ -64,6 +65,7 @@ app.command("serve")(serve.serve_run)
 app.command("track")(track.track_run)
 app.command("compare")(compare.compare_runs)
 app.command("study")(study.run_study)
+app.command("export")(export.export_run)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),
@@ -137,7 +139,7 @@ def _run_command_line(given: list[str]) -> int:
             if note:
                 print_note(note)
         _refuse_unknown(given)
-        app(args=given, prog_name="rnow")
+        app(args=export.with_default_type(given), prog_name="rnow")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else EXIT_FAILED * bool(exit_.code)
     except KeyboardInterrupt:

@@ -45,6 +45,7 @@ class RunFolder:
         transcripts: every rollout, token by token, a table per step.
         journal: rollouts of a step in progress.
         adapter: the trained adapter, as PEFT loads it.
+        exports: what `rnow export` made of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,6 +63,7 @@ class RunFolder:
         self.transcripts = path / "transcripts"
         self.journal = path / "journal"
         self.adapter = path / "adapter"
+        self.exports = path / "export"
 
     def wandb_id(self, *, renew: bool = False) -> str:
         """An id for W&B, made once, so that a resumed run continues the same W&B run.

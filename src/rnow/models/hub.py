@@ -68,7 +68,7 @@ def fetch(
         ) from error
     except Exception as error:
         # Anything but "unreachable" is final; what is already on this machine needs no hub.
-        if _unreachable(error):
+        if is_unreachable(error):
             with suppress(ModelError, OSError, LookupError):
                 return _resolve_from_cache(revision, refusal)
         raise _hub_error(error, revision, base_dir, refusal) from error
@@ -235,7 +235,7 @@ def _resolve_from_cache(revision: str | None, refusal: Refusal) -> ResolvedModel
     return ResolvedModel(path=path, local_dir=folder, revision=folder.name, weights_bytes=weights)
 
 
-def _unreachable(error: BaseException) -> bool:
+def is_unreachable(error: BaseException) -> bool:
     """Whether the hub did not answer at all, or only with a server's error."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -264,7 +264,7 @@ def _hub_error(
     )
 
     path = refusal.path
-    from_outside = isinstance(error, OSError | ValueError) or _unreachable(error)
+    from_outside = isinstance(error, OSError | ValueError) or is_unreachable(error)
     if not from_outside and not type(error).__module__.startswith("huggingface_hub"):
         raise error
     if isinstance(error, GatedRepoError):
@@ -295,7 +295,7 @@ def _hub_error(
             f"'{path}' is not on this machine, and offline mode is on (HF_HUB_OFFLINE)",
             fix=_without_the_hub(refusal.key, "unset HF_HUB_OFFLINE"),
         )
-    if _unreachable(error) or isinstance(error, LocalEntryNotFoundError):
+    if is_unreachable(error) or isinstance(error, LocalEntryNotFoundError):
         return refusal.error(
             f"'{path}' is not on this machine, and the HuggingFace hub cannot be reached",
             why=one_line(error),

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from rich.console import Console
@@ -56,6 +55,8 @@ from rnow.errors import (
     no_memory,
     ran_out_of_memory,
 )
+from rnow.export.card import read_record, write_card
+from rnow.export.files import copy_tokenizer
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
 from rnow.plan.choices import control_warning, sampler_backend, scores_early, slow_paths
@@ -64,7 +65,6 @@ from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.roles import Models, teachers_of
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.project.secrets import load_secrets, writing_redactor
-from rnow.protocols import Tokenizer
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
 from rnow.serving.http import LOOK_AT_SERVER
@@ -485,7 +485,11 @@ class _Run:
     def _finish(self, backends: Backends, recorder: Recorder, steps: int) -> RunSummary:
         self._display.stage("writing the adapter")
         export_adapter(backends.policy.adapter(), self._folder.adapter)
-        _save_tokenizer(self._prepared.rendered.tokenizer, self._folder.adapter)
+        copy_tokenizer(
+            self._prepared.student.resolved.local_dir,
+            self._prepared.rendered.tokenizer,
+            self._folder.adapter,
+        )
         values = build_values(
             self._folder,
             steps=steps,
@@ -497,6 +501,7 @@ class _Run:
             control=control_of(self._config),
             on_policy=self._config.on_policy,
         )
+        write_card(self._folder.adapter, read_record(self._folder, summary=values))
         replace_file(self._folder.summary, readable_json(values))
         self._stop.result_is_there(
             lambda: self._display.note("the run is done; Ctrl-C once more leaves at once")
@@ -732,23 +737,3 @@ class _Run:
             scores_early=scores_early(self._config),
             gpu=backends.gpu,
         )
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Each file in one step, as the adapter's: what lay under its name (half a file, a named pipe) goes."""
-    try:
-        with TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
-            tokenizer.save_pretrained(aside)
-            for file in filter(Path.is_file, Path(aside).rglob("*")):
-                target = folder / file.relative_to(aside)
-                target.parent.mkdir(exist_ok=True)
-                replace_file(target, file.read_bytes())
-    except OSError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception, a full disk included
-        raise TemporaryError(
-            "the tokenizer could not be written beside the adapter",
-            where=str(folder),
-            why=str(error),
-            fix=f"mend that, then {SAME_COMMAND}",
-        ) from error
