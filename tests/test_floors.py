@@ -24,6 +24,7 @@ HOUSE = (
     ("setup",),
     ("generation",),
     ("plan",),
+    ("report",),
     ("training",),
     ("sampling", "teacher", "policy", "rewards", "tools"),
     ("models",),

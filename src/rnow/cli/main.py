@@ -17,6 +17,7 @@ from rnow.cli import (
     generate,
     init,
     rehearse,
+    report_page,
     rollouts,
     run,
     runs,
@@ -46,6 +47,7 @@ app.command("check")(check.check)
 app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
 app.command("rollouts")(rollouts.show_rollouts)
+app.command("report")(report_page.make_report)
 app.command("generate")(generate.generate_rows)
 app.command("status")(status.show_status)
 app.command("stop")(status.stop_run)

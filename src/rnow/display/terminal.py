@@ -114,6 +114,15 @@ def format_seconds(value: float) -> str:
     return f"{value:.1f}s" if value >= 10 else f"{value:.2f}s"
 
 
+def format_bytes(amount: float) -> str:
+    """``1.2 GB``, ``34 MB``: powers of ten, as disks and cards are sold."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if amount >= size:
+            value = amount / size
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:,.0f} {unit}"
+    return f"{amount:.0f} B"
+
+
 def format_clock(seconds: float) -> str:
     """A long duration: ``0:42``, ``1:02:03``, ``2d 03:04``."""
     if not math.isfinite(seconds):

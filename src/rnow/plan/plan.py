@@ -15,6 +15,7 @@ from typing import Any
 from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, cpu_tile_bytes
 from rnow.config import Config
 from rnow.config.teachers import TEACHER
+from rnow.display.terminal import format_bytes
 from rnow.errors import ConfigError
 from rnow.models.activations import update_tokens
 from rnow.models.adapter import describe
@@ -67,7 +68,7 @@ from rnow.training.residency import Part
 
 MOMENTS_AND_ADAPTER = 3
 TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 25, 24
-"""Bytes for one token: compressed, its id, text and five numbers; its id, one number and its part of the messages."""
+"""Bytes for one token: compressed, its id, text and six numbers; its id, one number and its part of the messages."""
 MAX_ADVICE = 4
 HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server of its own, or free main memory"
 
@@ -433,8 +434,10 @@ def may_take_turns(prepared: Prepared) -> frozenset[Part]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residencies:
     """What of a run is not in its place all the time: the parts that take turns on a card, the teachers, by role, whose
-    layers are streamed, and how many of the student's layers compute their activations again in the backward pass."""
+    layers are streamed, and how many of the student's layers compute their activations again in the backward pass; and
+    the plan that says so."""
 
+    plan: Plan
     turns: frozenset[Part] = frozenset()
     streamed: frozenset[str] = frozenset()
     recomputed: int = 0
@@ -452,7 +455,7 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
     streamed = frozenset(name for name, model in plan.models.items() if model.streaming)
     shared = plan.devices[0]
     if not turns or shared.residency == "resident":
-        return Residencies(streamed=streamed, recomputed=plan.recomputed_layers)
+        return Residencies(plan=plan, streamed=streamed, recomputed=plan.recomputed_layers)
     if not shared.host_suffices:
         raise ConfigError(
             "what sleeps while the parts of the run take turns does not fit main memory",
@@ -460,7 +463,7 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
             why=f"it needs {format_bytes(shared.host_bytes)}, and {format_bytes(shared.host_free_bytes)} are free",
             fix=HOST_FIX,
         )
-    return Residencies(turns=turns, streamed=streamed, recomputed=plan.recomputed_layers)
+    return Residencies(plan=plan, turns=turns, streamed=streamed, recomputed=plan.recomputed_layers)
 
 
 def _completion_tokens(prepared: Prepared) -> int:
@@ -766,12 +769,3 @@ def _lacking(settings: MemorySettings, device: str) -> tuple[str, ...]:
                 f"{settings.window:,} tokens need {format_bytes(needed)}"
             )
     return tuple(lines)
-
-
-def format_bytes(amount: float) -> str:
-    """``1.2 GB``, ``34 MB``: powers of ten, as disks and cards are sold."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if amount >= size:
-            value = amount / size
-            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:,.0f} {unit}"
-    return f"{amount:.0f} B"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -41,6 +42,12 @@ def mean_interval(values: Sequence[float], *, least: float = 0.0, most: float = 
         )
     low, high = np.quantile(_resampled(np.asarray(values)), [tail, 1 - tail])
     return Interval(mean=mean, low=float(low), high=float(high))
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that at least one of k samples is right, from c right ones among n: 1 - C(n-c, k) / C(n, k)
+    (Chen et al. 2021, eq. 1)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def _resampled(values: np.ndarray) -> np.ndarray:
