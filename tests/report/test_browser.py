@@ -97,7 +97,10 @@ def test_it_draws_itself_and_fetches_nothing(
 ) -> None:
     visit = Visit(chromium, run, viewport=size, color_scheme=scheme)
     assert visit.text("h1") == "tiny"
-    assert visit.count("#charts figure") == visit.count("#charts canvas") > 5
+    for chart in visit.page.locator("#charts figure").all():
+        chart.scroll_into_view_if_needed()
+        chart.locator("canvas").wait_for()
+    assert visit.count("#charts figure") > 5
     assert visit.count("section:not([hidden])") == 9
     assert visit.count("nav a") == 9
     wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"

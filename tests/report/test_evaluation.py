@@ -120,7 +120,7 @@ def test_held_out_answers_are_bounded_and_harmless(run: RunFolder) -> None:
         held_out_row(
             "after", 4, at, reward=True, answer=[{"role": "assistant", "content": "\x1b\u202e" * 9000}]
         )
-        for at in range(500)
+        for at in range(100)
     ]  # fmt: skip
     write_lines(run.answers / "after.jsonl", rows)
     found: Any = held_out_answers(run)

@@ -25,7 +25,7 @@ def verdicts(steps: int = 20, **changes: Any) -> dict[str, list[str]]:
 def test_a_run_that_is_well() -> None:
     found = verdicts()
     assert found["look"] == []
-    assert "The KL to the teacher fell from 0.933 to 0.123" in " ".join(found["well"])
+    assert "The KL to the teacher fell from 0.932 to 0.122" in " ".join(found["well"])
     assert "Every step made an update." in found["well"]
 
 

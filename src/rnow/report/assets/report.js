@@ -25,7 +25,7 @@
   }
 
   function append(element, children) {
-    for (const child of children.flat()) {
+    for (const child of children.flat(Infinity)) {
       if (child === null || child === undefined) continue;
       element.append(child instanceof Node ? child : String(child));
     }
@@ -90,16 +90,25 @@
   // ---- charts -------------------------------------------------------------------------------------------------------
 
   const plots = [];
+  const colours = new Map();
 
   /** A colour of the page as it is now, for a canvas. */
   function colour(name) {
-    const probe = make("span");
-    probe.style.color = `var(${name})`;
-    document.body.append(probe);
-    const found = getComputedStyle(probe).color;
-    probe.remove();
-    return found;
+    if (!colours.has(name)) {
+      const probe = make("span");
+      probe.style.color = `var(${name})`;
+      document.body.append(probe);
+      colours.set(name, getComputedStyle(probe).color);
+      probe.remove();
+    }
+    return colours.get(name);
   }
+
+  // A chart is drawn when it comes near: most are far below, and a page should open at once.
+  const near = new IntersectionObserver(
+    (changes) => changes.filter((change) => change.isIntersecting).forEach((change) => plots.filter((entry) => entry.host === change.target && !entry.plot).forEach(draw)),
+    { rootMargin: "300px" },
+  );
 
   function ends(values) {
     const there = values.filter(known);
@@ -122,11 +131,12 @@
     const element = make(
       "figure",
       null,
-      make("figcaption", null, make("h3", null, chart.title), make("p", null, [chart.about, chart.unit && `In ${chart.unit}.`].filter(Boolean).join(" "))),
+      make("figcaption", null, make("h3", null, chart.title, chart.unit ? make("small", null, ` ${chart.unit}`) : null), chart.about ? make("p", null, chart.about) : null),
       host,
       make("details", null, make("summary", null, "In numbers"), numbers),
     );
     plots.push({ host, chart, xs, along, plot: null });
+    near.observe(host);
     return element;
   }
 
@@ -164,25 +174,23 @@
         { ...axis, size: 58, values: (plot, values) => values.map(short) },
       ],
       series: [{ label: entry.along, value: (plot, value) => (known(value) ? value.toLocaleString("en") : "-") }, ...lines],
-      cursor: { drag: { x: false, y: false }, ...(chart.x ? {} : { sync: { key: "steps" } }) },
+      cursor: { y: false, drag: { x: false, y: false }, ...(chart.x ? {} : { sync: { key: "steps" } }) },
       legend: { live: true },
     };
     entry.plot = new uPlot(options, [xs, ...chart.series.map((series) => series.values)], entry.host);
     entry.width = entry.host.clientWidth;
   }
 
-  function drawAll() {
-    for (const entry of plots) if (entry.host.clientWidth) draw(entry);
+  function drawAgain() {
+    colours.clear();
+    for (const entry of plots) if (entry.plot) draw(entry);
   }
 
   function fit() {
     for (const entry of plots) {
-      if (!entry.host.clientWidth) continue;
-      if (!entry.plot) draw(entry);
-      else if (Math.abs(entry.host.clientWidth - entry.width) > 1) {
-        entry.width = entry.host.clientWidth;
-        entry.plot.setSize({ width: Math.max(200, entry.width), height: 200 });
-      }
+      if (!entry.plot || Math.abs(entry.host.clientWidth - entry.width) <= 1) continue;
+      entry.width = entry.host.clientWidth;
+      entry.plot.setSize({ width: Math.max(200, entry.width), height: 200 });
     }
   }
 
@@ -201,7 +209,6 @@
       if (old >= 0) plots.splice(old, 1)[0].plot?.destroy();
       const chart = { title: select.value, unit: "", about: "", series: [{ label: select.value, values: data.more[select.value] }] };
       fill(byId("more-chart"), figure(chart));
-      fit();
     };
     select.addEventListener("change", one);
     one();
@@ -596,9 +603,9 @@
     byId("theme").addEventListener("click", () => {
       const now = document.documentElement.dataset.theme || (dark.matches ? "dark" : "light");
       document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
-      drawAll();
+      drawAgain();
     });
-    dark.addEventListener("change", drawAll);
+    dark.addEventListener("change", drawAgain);
   }
 
   overview();
@@ -611,6 +618,5 @@
   plan();
   settings();
   theme();
-  fit();
   new ResizeObserver(fit).observe(document.body);
 })();
