@@ -85,6 +85,7 @@ def run(tmp_path: Path) -> RunFolder:
             2, 2, tokens="abcd", turn=[0, 0, 1, 1],
             answer=[{"role": "assistant"}, {"role": "tool", "name": "add", "content": "12"}, {"role": "assistant"}],
         ),
+        rollout_row(2, 3, tokens="zzzzz", kl=[2.0] * 5),
     ]  # fmt: skip
     write_transcript(folder.transcripts, 2, rows)
     return folder
@@ -110,13 +111,13 @@ def test_it_draws_itself_and_fetches_nothing(
 
 def test_filters(chromium: Any, run: RunFolder) -> None:
     visit = Visit(chromium, run)
-    assert visit.text("#found") == "15 rollouts"
+    assert visit.text("#found") == "16 rollouts"
     assert visit.count("#list article") == 10
     visit.page.click("#more-rollouts")
-    assert visit.count("#list article") == 15
+    assert visit.count("#list article") == 16
     assert not visit.page.is_visible("#more-rollouts")
     visit.page.select_option("#f-s", "2")
-    assert visit.text("#found") == "3 rollouts"
+    assert visit.text("#found") == "4 rollouts"
     visit.page.select_option("#f-st", "truncated")
     assert visit.text("#list h3") == "Step 2: dataset_0/1#0"
     visit.page.select_option("#f-st", "")
@@ -168,7 +169,7 @@ def test_tokens_are_walked_by_keyboard(chromium: Any, run: RunFolder) -> None:
 def test_keys_lead_over_the_turns_of_a_rollout_and_tools_are_grey(chromium: Any, run: RunFolder) -> None:  # fmt: skip
     visit = Visit(chromium, run)
     visit.page.fill("#f-text", "abcd")
-    assert visit.text("#list .tool") == "add\n12"
+    assert visit.text("#list .tool").split() == ["add", "12"]
     visit.page.focus("#list .t >> nth=1")
     visit.page.keyboard.press("ArrowRight")
     assert '"c" token 3 of 4' in visit.text("#token")
@@ -177,11 +178,11 @@ def test_keys_lead_over_the_turns_of_a_rollout_and_tools_are_grey(chromium: Any,
 
 def test_a_token_of_the_table_leads_to_its_rollouts(chromium: Any, run: RunFolder) -> None:
     visit = Visit(chromium, run)
-    assert visit.text("#tokens tbody tr:first-child button") == '"b"'
+    assert visit.text("#tokens tbody tr:first-child button") == '"z"'
     visit.page.click("#tokens thead button:has-text('times')")
-    visit.page.click('#tokens tbody button:has-text("d")')
+    visit.page.click('#tokens tbody button:has-text("z")')
     assert visit.text("#found") == "1 rollout"
-    assert visit.page.input_value("#f-text") == "d"
+    assert visit.page.input_value("#f-text") == "z"
 
 
 def test_first_step_against_last(chromium: Any, run: RunFolder) -> None:

@@ -70,14 +70,17 @@ def test_plan_and_use(run: RunFolder) -> None:
         "max_total_tokens": 1000,
         "checkpoints_bytes": 3e6,
         "transcripts_bytes": 2e6,
-        "devices": [{"info": {"name": "CPU, 2 cores"}, "peak_bytes": 2e9}],
+        "devices": [{"info": {"name": "CPU, 2 cores", "device": "cpu"}, "peak_bytes": 2e9}],
     }
     run.plan.write_text(json.dumps(plan))
     (run.checkpoints / "step-000004").mkdir(parents=True)
     (run.checkpoints / "step-000004" / "state.json").write_bytes(b"x" * 2500)
     found = {what: (planned, used) for what, planned, used in table_of(run)}
     assert found["steps"] == ("4", "4")
-    assert found["memory of CPU, 2 cores"] == ("at most 2.0 GB", "500 MB")
+    assert found["memory of CPU, 2 cores"] == (
+        "at most 2.0 GB",
+        "500 MB, program and libraries included",
+    )
     assert found["tokens of an answer"] == ("at most 16", "3.0 to 3.0, means of steps")
     assert found["tokens written"] == ("at most 1,000", "48")
     assert found["checkpoints"] == ("at most 3.0 MB", "2.5 kB")

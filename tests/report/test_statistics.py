@@ -80,6 +80,12 @@ def test_kl_and_entropy_by_place(tmp_path: Path) -> None:
     assert entropy["series"][1]["values"] == [0.5, 0.75, None]  # pyright: ignore
 
 
+def test_what_few_answers_reach_is_left_out(tmp_path: Path) -> None:
+    rows = [rollout_row(1, at, tokens="ab", kl=[1.0, 2.0]) for at in range(5)]
+    chart = gather(tmp_path, [*rows, rollout_row(1, 5, tokens="abc", kl=[1.0, 2.0, 90.0])]).charts()
+    assert chart[0]["series"] == [{"label": "second half", "values": [1.0, 2.0, None]}]
+
+
 def test_long_answers_are_cut_into_stretches(tmp_path: Path) -> None:
     row = rollout_row(1, 0, tokens="a" * 1000, kl=[float(at) for at in range(1000)])
     chart = gather(tmp_path, [row]).charts()[0]

@@ -9,7 +9,7 @@ are bytes at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -38,13 +38,13 @@ TOKENS, ALTERNATIVES = 1_000, 3
 TOOL_TEXT, TOOL_MESSAGES = 1_000, 24
 """Characters of what a tool answered, and such answers of one rollout."""
 
-PAIRS, PAIR_FILES, PAIR_BYTES = 12, 100, 500_000
-"""Prompts that are shown side by side, transcripts at each end of the run in which they are looked for, and what they may take."""
+PAIRS, PAIR_BYTES = 12, 500_000
+"""Prompts that are shown side by side, and what they may take."""
 
 SIDE = 2
 """Rollouts of one prompt on each side."""
 
-_AT_ONCE = 4
+_AT_ONCE = 4 * TOKENS
 _COLUMNS = (
     "step", "id", "prompt_id", "dataset", "teacher", "messages", "answer", "status", "end_reason", "error",
     "completion_tokens", "reward", "rewards", "reward_errors", "teacher_kl", "turn", "token_ids", "tokens",
@@ -109,6 +109,7 @@ def read_rollouts(folder: Path, *, enough: Callable[[], bool] = lambda: False) -
     packer = _Packer(found)
     chosen = spread(files, STEPS)
     half = chosen[len(chosen) // 2] if len(chosen) > 1 else math.inf
+    asked: dict[int, list[str]] = {}
     # Both ends first: whoever has no time for more has those.
     for step in sorted(chosen, key=lambda step: step not in (chosen[0], chosen[-1])):
         if enough():
@@ -123,11 +124,12 @@ def read_rollouts(folder: Path, *, enough: Callable[[], bool] = lambda: False) -
         found.steps.append(step)
         found.of_rollouts += len(table)
         found.tokens += len(tokens.ids)
+        asked[step] = list(dict.fromkeys(table.column("prompt_id").to_pylist()))
         _show(packer, table, tokens, steps_left=len(chosen) + 1 - len(found.steps))
     found.steps.sort()
     found.shown.sort(key=lambda packed: packed["s"])  # pyright: ignore
     if not enough():
-        _add_pairs(packer, files)
+        _add_pairs(packer, files, _recurring(asked))
     return found
 
 
@@ -137,17 +139,15 @@ def _show(packer: _Packer, table: pa.Table, tokens: StepTokens, *, steps_left: i
     share = packer.bytes + (BYTES - packer.bytes) / steps_left
     most = max(1, (ROLLOUTS - len(shown)) // steps_left)
     order, worst = _order(table)[:most], tokens.worst()
-    for start in range(0, len(order), _AT_ONCE):
-        part = order[start : start + _AT_ONCE]
+    for index, row in _rows(table, order, tokens.lengths):
         if packer.bytes > BYTES:
             return
-        for index, row in zip(part, _rows(table, part), strict=True):
-            packed = packer.pack(row, worst[index])
-            size = size_of(packed)
-            if packer.bytes + size > (share if index != order[0] else BYTES):
-                return
-            packer.bytes += size
-            shown.append(packed)
+        packed = packer.pack(row, worst[index])
+        size = size_of(packed)
+        if packer.bytes + size > (share if index != order[0] else BYTES):
+            return
+        packer.bytes += size
+        shown.append(packed)
 
 
 def _order(table: pa.Table) -> list[int]:
@@ -160,21 +160,35 @@ def _order(table: pa.Table) -> list[int]:
     return list(dict.fromkeys([*turns, *range(len(kls))]))
 
 
-def _rows(table: pa.Table, indices: Sequence[int]) -> list[Row]:
-    """Some rows, their lists cut before they become Python's."""
+def _rows(
+    table: pa.Table, indices: Sequence[int], lengths: Sequence[int]
+) -> Iterator[tuple[int, Row]]:
+    """Rows by their index, their lists cut before they become Python's: of long ones few at once, since few will be wanted."""
+    part: list[int] = []
+    tokens = 0
+    for index in indices:
+        part.append(index)
+        tokens += min(TOKENS, lengths[index])
+        if tokens >= _AT_ONCE or index == indices[-1]:
+            yield from zip(part, _cut_rows(table, part, lengths), strict=True)
+            part, tokens = [], 0
+
+
+def _cut_rows(table: pa.Table, indices: Sequence[int], lengths: Sequence[int]) -> list[Row]:
     import pyarrow.compute as pc
 
     part = table.take(list(indices))
-    for name in _LISTS:
+    for name in _LISTS if max(lengths[index] for index in indices) > TOKENS else ():
         place = part.schema.get_field_index(name)
         cut = pc.list_slice(part.column(name), 0, TOKENS, return_fixed_size_list=False)
         part = part.set_column(place, name, cut)
     return row_dicts(part)
 
 
-def _add_pairs(packer: _Packer, files: Mapping[int, Path]) -> None:
-    """Prompts that were asked early and late, their first rollouts on both sides."""
-    pairs = _recurring(files)
+def _add_pairs(
+    packer: _Packer, files: Mapping[int, Path], pairs: Sequence[tuple[str, int, int]]
+) -> None:
+    """Of prompts that were asked early and late, the first rollouts on both sides."""
     wanted: dict[int, set[str]] = {}
     for prompt, *steps in pairs:
         for step in steps:
@@ -205,31 +219,19 @@ def _rows_of(path: Path, prompts: set[str]) -> list[tuple[Row, float | None]]:
         count[prompt] = count.get(prompt, 0) + 1
         if prompt in prompts and count[prompt] <= SIDE:
             found.append(at)
-    worst = StepTokens.of(table).worst()
-    return [(row, worst[at]) for at, row in zip(found, _rows(table, found), strict=True)]
+    tokens = StepTokens.of(table)
+    worst = tokens.worst()
+    return [(row, worst[at]) for at, row in _rows(table, found, tokens.lengths)]
 
 
-def _recurring(files: Mapping[int, Path]) -> list[tuple[str, int, int]]:
-    """Prompts of the first steps that are also among the last ones, with the first and the last step; the widest apart first."""
-    steps = list(files)
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for step in steps[:PAIR_FILES]:
-        for prompt in _prompts(files[step]):
-            first.setdefault(prompt, step)
-    for step in reversed(steps[-PAIR_FILES:]):
-        for prompt in _prompts(files[step]):
-            last.setdefault(prompt, step)
-    found = [(prompt, at, last[prompt]) for prompt, at in first.items() if prompt in last]
-    found = [pair for pair in found if pair[1] < pair[2]]
+def _recurring(asked: Mapping[int, Sequence[str]]) -> list[tuple[str, int, int]]:
+    """Prompts that were asked in several of the steps, with the first and the last of these; the widest apart first."""
+    steps: dict[str, list[int]] = {}
+    for step in sorted(asked):
+        for prompt in asked[step]:
+            steps.setdefault(prompt, []).append(step)
+    found = [(prompt, at[0], at[-1]) for prompt, at in steps.items() if len(at) > 1]
     return sorted(found, key=lambda pair: pair[1] - pair[2])[:PAIRS]
-
-
-def _prompts(path: Path) -> Iterable[str]:
-    try:
-        return dict.fromkeys(read_columns(path, ("prompt_id",)).column(0).to_pylist())
-    except InputError:
-        return ()
 
 
 class _Packer:

@@ -43,7 +43,7 @@ def _setting(path: KeyPath, value: object) -> dict[str, object]:
     said = None if field is None else key_of(field)
     default = ""
     if field is not None and said is not None and not field.is_required():
-        default = said.default_text or _shown(field.default)
+        default = said.default_text or ("" if field.default is None else _shown(field.default))
     return {
         "key": safe(".".join(map(str, path))),
         "value": safe(_shown(value), MESSAGE),
@@ -127,7 +127,9 @@ def _memory(plan: Mapping[str, Any], curves: Curves) -> Iterator[tuple[str, str,
     first = first if isinstance(first, Mapping) else {}
     info, most = _section(first, "info"), curves.largest.get("memory/peak_gb")
     name = f"memory of {info['name']}" if info.get("name") else "memory"
-    yield name, _bytes(first.get("peak_bytes"), "at most {}"), _bytes(most and most * 1e9)
+    # Of a CPU the metric is of the process, in which the program and its libraries are too.
+    form = "{}, program and libraries included" if info.get("device") == "cpu" else "{}"
+    yield name, _bytes(first.get("peak_bytes"), "at most {}"), _bytes(most and most * 1e9, form)
 
 
 def _number(value: object, form: str = "{}") -> str:

@@ -11,7 +11,7 @@ from rnow.report.build import has_something, write_report
 
 Warn = Callable[[str], None]
 
-EVERY_SECONDS = 30.0
+EVERY_SECONDS = 60.0
 """The least between two writings."""
 
 SHARE = 0.01

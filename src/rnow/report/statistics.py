@@ -21,7 +21,7 @@ BY_MEAN, BY_SHARE = 40, 20
 """Tokens that are listed: those with the largest mean KL, and those that hold most of all KL."""
 
 LEAST, LEAST_SHARE = 5, 1 / 20_000
-"""How often a token must have been written to be listed, and as a share of all tokens."""
+"""How many tokens a mean is taken of at least, and as a share of all tokens."""
 
 PLACES = 48
 """Stretches that the longest answer is cut into."""
@@ -125,12 +125,14 @@ class _ByPlace:
         self.counts = _grown(self.counts, size) + np.bincount(at, minlength=size)
 
     def means(self, edges: Sequence[int]) -> list[float | None]:
-        """Of each stretch between two edges, None where nothing is."""
-        found: list[float | None] = []
-        for start, end in pairwise(edges):
-            count = self.counts[start:end].sum()
-            found.append(rounded(self.sums[start:end].sum() / count) if count else None)
-        return found
+        """Of each stretch between two edges; None where there is next to nothing, a mean of which says nothing."""
+        stretches = list(pairwise(edges))
+        counts = [self.counts[start:end].sum() for start, end in stretches]
+        least = LEAST if max(counts, default=0) >= LEAST else 1
+        return [
+            rounded(self.sums[start:end].sum() / count) if count >= least else None
+            for (start, end), count in zip(stretches, counts, strict=True)
+        ]
 
 
 def _grown(values: Array, size: int) -> Array:

@@ -447,7 +447,7 @@
       choice("st", "Status", distinct("st").sort(), "all"),
       number("least", "Reward at least", rewarded),
       number("most", "Reward at most", rewarded),
-      number("worst", "Worst token's KL at least", judged),
+      number("worst", "Worst KL at least", judged),
       { name: "text", label: "Has the text", input: make("input", { id: "f-text", type: "search" }) },
       { name: "sort", label: "Order", input: make("select", { id: "f-sort" }, sorts.map(([value, text]) => make("option", { value }, text))) },
     ].filter(Boolean);
