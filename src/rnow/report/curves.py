@@ -236,12 +236,12 @@ def build_charts(curves: Curves) -> list[dict[str, object]]:
 
 
 def other_metrics(curves: Curves, charts: Sequence[Mapping[str, Any]]) -> dict[str, object]:
-    """The metrics that no chart draws and that change."""
-    drawn = {series["label"] for chart in charts for series in chart["series"]}
+    """The metrics that no chart draws, and that change."""
+    drawn = [series["values"] for chart in charts for series in chart["series"]]
     return {
         safe(name): values
         for name, values in curves.values.items()
-        if safe(name) not in drawn and any(a != b for a, b in pairwise(values))
+        if values not in drawn and any(a != b for a, b in pairwise(values))
     }
 
 

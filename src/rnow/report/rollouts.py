@@ -139,7 +139,7 @@ def _show(packer: _Packer, table: pa.Table, tokens: StepTokens, *, steps_left: i
     share = packer.bytes + (BYTES - packer.bytes) / steps_left
     most = max(1, (ROLLOUTS - len(shown)) // steps_left)
     order, worst = _order(table)[:most], tokens.worst()
-    for index, row in _rows(table, order, tokens.lengths):
+    for index, row in _rows(table, order, tokens.lengths.tolist()):
         if packer.bytes > BYTES:
             return
         packed = packer.pack(row, worst[index])
@@ -180,7 +180,8 @@ def _cut_rows(table: pa.Table, indices: Sequence[int], lengths: Sequence[int]) -
     part = table.take(list(indices))
     for name in _LISTS if max(lengths[index] for index in indices) > TOKENS else ():
         place = part.schema.get_field_index(name)
-        cut = pc.list_slice(part.column(name), 0, TOKENS, return_fixed_size_list=False)
+        column = part.column(name)
+        cut = pc.list_slice(column, 0, TOKENS, return_fixed_size_list=False)  # pyright: ignore
         part = part.set_column(place, name, cut)
     return row_dicts(part)
 
@@ -221,7 +222,7 @@ def _rows_of(path: Path, prompts: set[str]) -> list[tuple[Row, float | None]]:
             found.append(at)
     tokens = StepTokens.of(table)
     worst = tokens.worst()
-    return [(row, worst[at]) for at, row in _rows(table, found, tokens.lengths)]
+    return [(row, worst[at]) for at, row in _rows(table, found, tokens.lengths.tolist())]
 
 
 def _recurring(asked: Mapping[int, Sequence[str]]) -> list[tuple[str, int, int]]:

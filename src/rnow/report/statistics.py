@@ -53,7 +53,7 @@ class StepTokens:
     def of(cls, table: pa.Table) -> StepTokens:
         """Of a transcript's table."""
         ids = table.column("token_ids").combine_chunks()
-        lengths = _lengths(ids)
+        lengths = ids.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(int)
         return cls(
             lengths=lengths,
             ids=ids.flatten().to_numpy(zero_copy_only=False),
@@ -76,13 +76,6 @@ class StepTokens:
             for part in (self.kl[a:b] for a, b in zip(ends - self.lengths, ends, strict=True))
         )
         return [float(part.max()) if part.size else None for part in parts]
-
-
-def _lengths(lists: pa.ListArray) -> Array:
-    """How long each list is, 0 for none."""
-    import pyarrow.compute as pc
-
-    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(int)
 
 
 def _numbers(table: pa.Table, name: str, lengths: Array) -> Array:

@@ -51,6 +51,14 @@
     return String(Number(value.toPrecision(3)));
   }
 
+  /** A number of an axis whose numbers are so far apart. */
+  function tick(value, apart) {
+    if (Math.abs(value) >= 1e6) return short(value);
+    let digits = 0;
+    while (digits < 9 && Math.abs(apart * 10 ** digits - Math.round(apart * 10 ** digits)) > 1e-6) digits++;
+    return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  }
+
   const percent = (value) => (known(value) ? `${short(100 * value)} %` : "-");
   const probability = (logprob) => (known(logprob) ? percent(Math.exp(Math.min(0, logprob))) : "-");
   const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
@@ -82,7 +90,7 @@
     const body = rows.map((row) => make("tr", null, row.map((value, at) => cell(at ? "td" : "th", value, at ? {} : { scope: "row" }))));
     return make(
       "div",
-      { class: "wide", tabindex: 0, role: "region", "aria-label": label },
+      { class: "wide", tabindex: 0, role: "region", "aria-label": `Table: ${label}` },
       make("table", null, make("thead", null, make("tr", null, head.map((value) => cell("th", value, { scope: "col" })))), make("tbody", null, body)),
     );
   }
@@ -127,7 +135,7 @@
       const found = ends(series.values);
       return [series.label, ...["first", "last", "low", "high"].map((name) => ({ number: found ? short(found[name]) : "-" }))];
     });
-    const numbers = table(`${chart.title} in numbers`, ["", ...["first", "last", "lowest", "highest"].map((number) => ({ number }))], rows);
+    const numbers = table(`${chart.title} in numbers`, ["curve", ...["first", "last", "lowest", "highest"].map((number) => ({ number }))], rows);
     const element = make(
       "figure",
       null,
@@ -171,7 +179,7 @@
       },
       axes: [
         { ...axis, incrs: whole, size: 34 },
-        { ...axis, size: 58, values: (plot, values) => values.map(short) },
+        { ...axis, size: 58, values: (plot, values, axis, space, apart) => values.map((value) => tick(value, apart)) },
       ],
       series: [{ label: entry.along, value: (plot, value) => (known(value) ? value.toLocaleString("en") : "-") }, ...lines],
       cursor: { y: false, drag: { x: false, y: false }, ...(chart.x ? {} : { sync: { key: "steps" } }) },
@@ -246,7 +254,7 @@
       intervals ? `In brackets: ${found.how}.` : "",
       found.columns.some((column) => column.other) ? "Columns marked * were measured with other settings and cannot be compared." : "",
     ].filter(Boolean).join(" ");
-    const head = ["", ...found.columns.map((column) => ({ number: `${column.name}${column.other ? "*" : ""} (step ${column.step})` }))];
+    const head = ["metric", ...found.columns.map((column) => ({ number: `${column.name}${column.other ? "*" : ""} (step ${column.step})` }))];
     if (differs) head.push({ number: "after - before" });
     const rows = found.rows.map((row) => [row.metric, ...row.cells.map((cell) => interval(cell)), ...(differs ? [interval(row.difference, true)] : [])]);
     byId("evaluations").append(table("Evaluation", head, rows));
@@ -257,7 +265,7 @@
     show("plan");
     const planned = data.plan.some((row) => row[1]);
     const rows = data.plan.map(([what, expected, used]) => (planned ? [what, expected, used] : [what, used]));
-    byId("used").append(table("Plan and use", planned ? ["", "planned", "used"] : ["", "used"], rows));
+    byId("used").append(table("Plan and use", planned ? ["what", "planned", "used"] : ["what", "used"], rows));
   }
 
   function settings() {
@@ -439,7 +447,7 @@
     const number = (name, label, there, step) => (there ? { name, label, input: make("input", { id: `f-${name}`, type: "number", step: step || "any" }) } : null);
     const rewarded = data.rollouts.some((rollout) => known(rollout.r));
     const judged = data.rollouts.some((rollout) => known(rollout.w));
-    const sorts = [["step", "step"], ...(judged ? [["worst", "worst token first"], ["mean", "mean KL, largest first"]] : []), ...(rewarded ? [["reward", "reward, lowest first"]] : []), ["length", "longest first"]];
+    const sorts = [["step", "step"], ...(judged ? [["worst", "worst token"], ["mean", "largest mean KL"]] : []), ...(rewarded ? [["reward", "lowest reward"]] : []), ["length", "longest"]];
     return [
       choice("s", "Step", distinct("s"), "all"),
       choice("d", "Dataset", distinct("d").sort(), "all"),
@@ -618,5 +626,6 @@
   plan();
   settings();
   theme();
+  addEventListener("beforeprint", () => plots.filter((entry) => !entry.plot).forEach(draw));
   new ResizeObserver(fit).observe(document.body);
 })();
