@@ -106,7 +106,7 @@ def judge(project: Path, subject: str, *settings: str) -> float:
     """pass@1 of the student, its teacher, or a run at a step."""
     words = ("eval", subject, *settings, "--prompts", "held_out.jsonl", "--pass", "1", "--json")
     (found,) = json.loads(rnow(project, *words))["subjects"]
-    return found["pass"]["pass@1"]["value"]
+    return found["pass"]["pass@1"]["mean"]
 
 
 def train_arms(project: Path, seed: int, marks: Sequence[int]) -> list[Row]:

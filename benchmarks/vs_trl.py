@@ -3,7 +3,8 @@
     python benchmarks/vs_trl.py                    # everything, on an idle machine: about two hours; writes results/
     python benchmarks/vs_trl.py --quick            # under two minutes, once TRL is installed: see that it works; writes nothing
     python benchmarks/vs_trl.py --sizes a --sides trl exact --pairs 9 --learning
-    python benchmarks/vs_trl.py --write-docs       # measures nothing: the table of results/vs_trl.json into README.md
+    python benchmarks/vs_trl.py --add --sizes --learning b      # one part more, or anew, beside those that results/ has
+    python benchmarks/vs_trl.py --write-docs       # measures nothing: page and plot of results/vs_trl.json, its table into README.md
 
 TRL gets an environment of its own in benchmarks/.trl-venv, made at the first call, with the torch, transformers and peft that rnow
 uses here. Linux only.
@@ -57,7 +58,7 @@ from pathlib import Path
 from typing import Any
 
 import vs_trl_table as shown
-from common import RESULTS, put_between, write_results
+from common import RESULTS, machine, put_between, write_results
 from random_models import qwen3_shape, write_model, write_prompts
 from vs_trl_sides import PACKAGES, TRL, Task
 
@@ -79,6 +80,7 @@ DROPPED = 2
 SPEED_RATE = 1e-4
 RANK, ALPHA = 32, 64
 CHOOSING_SEED = 100
+KEPT = "vs_trl.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,6 +515,33 @@ def _learn(
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
+def parts_kept(given: argparse.Namespace, kept: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """The days on which earlier results were measured, and those of their rows that are not measured now.
+
+    Raises:
+        SystemExit: there are none, or they are of another machine, of other versions, or of a busy machine.
+    """
+    if not kept.exists():
+        sys.exit(f"there is no {kept} to add to: measure without --add")
+    results = json.loads(kept.read_text())
+    now, then = machine(), results["machine"]
+    same = [name for name in then if name not in ("date", "threads")]  # every side has one thread
+    others = [name for name in same if now.get(name) != then[name]]
+    if others or results["rows"][0]["busy"]:
+        told = ", ".join(f"{name} {then[name]}" for name in others) or "a busy machine"
+        sys.exit(
+            f"{kept} was measured with {told}: nothing can be added to it; measure without --add"
+        )
+    plan, *rows = results["rows"]
+    mine = [
+        row
+        for row in rows
+        if ("size" in row and row["size"] not in given.sizes)
+        or ("template" in row and row["template"] not in given.learning)
+    ]
+    return plan["dates"], mine
+
+
 def measure(
     given: argparse.Namespace,
     pythons: Mapping[str, Path],
@@ -521,9 +550,12 @@ def measure(
     """Every row; the first says how it was measured. ``keep`` takes those so far after each size: a fault in the second hour should
     not cost the first."""
     sides = [side for side in SIDES if side in given.sides]
+    days, earlier = parts_kept(given, given.out / KEPT) if given.add else ([], [])
     rows: list[dict[str, Any]] = [
         {"what": "plan", "busy": given.busy, "pairs": given.pairs, "dropped": DROPPED}
         | {"titles": {name: size.title for name, size in SIZES.items()}, "trl": TRL_VERSION}
+        | {"dates": sorted({*days, machine()["date"]})},
+        *earlier,
     ]
     plan = Learning(seconds=given.learning_seconds)
     if given.quick:
@@ -559,8 +591,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--learning-seconds", type=float, help="of a run; default by size")
     parser.add_argument("--quick", action="store_true", help="see that it works; writes nothing")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep what --out has of the parts that are not measured now",
+    )
     parser.add_argument("--busy", action="store_true", help="measure although others work here")
-    parser.add_argument("--write-docs", action="store_true", help="measure nothing, write README")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="measure nothing, write page, plot and README"
+    )
     parser.add_argument(
         "--trl-python", type=Path, help=f"an interpreter that has trl {TRL_VERSION}"
     )
@@ -588,13 +627,27 @@ def write_docs(results: Mapping[str, Any], path: Path = README) -> None:
     put_between(path, BEGIN, END, shown.short(results))
 
 
+def show(results: Mapping[str, Any], folder: Path) -> None:
+    """Page and plot, into the folder of the results."""
+    page = folder / "vs_trl.md"
+    page.write_text(shown.page(results))
+    print(f"{page.read_text()}\nwritten to {page}")
+    if find_spec("matplotlib") is None:
+        print("there is no plot without matplotlib: pip install matplotlib")
+        return
+    shown.plot(results["rows"], folder / "vs_trl.png")
+    print(f"written to {folder / 'vs_trl.png'}")
+
+
 def main() -> None:
     given = parse()
-    kept = given.out / "vs_trl.json"
+    kept = given.out / KEPT
     if given.write_docs:
         if not kept.exists():
             sys.exit(f"there is no {kept}: measure first, without --write-docs")
-        write_docs(json.loads(kept.read_text()))
+        results = json.loads(kept.read_text())
+        show(results, given.out)
+        write_docs(results)
         print(f"written to {README}")
         return
     with Others() as others:
@@ -606,19 +659,11 @@ def main() -> None:
         if given.quick:
             print(shown.table(measure(given, pythons, keep=lambda rows: None)))
             return
-        rows = measure(given, pythons, keep=lambda rows: write_results("vs_trl", rows, given.out))
+        measure(given, pythons, keep=lambda rows: write_results("vs_trl", rows, given.out))
     except RuntimeError as error:
         sys.exit(str(error))
     print(f"written to {kept}")
-    results = json.loads(kept.read_text())
-    page = given.out / "vs_trl.md"
-    page.write_text(shown.page(results))
-    print(f"{page.read_text()}\nwritten to {page}")
-    if find_spec("matplotlib") is None:
-        print("there is no plot without matplotlib: pip install matplotlib")
-        return
-    shown.plot(rows, given.out / "vs_trl.png")
-    print(f"written to {given.out / 'vs_trl.png'}")
+    show(json.loads(kept.read_text()), given.out)
 
 
 if __name__ == "__main__":

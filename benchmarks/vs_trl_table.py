@@ -223,7 +223,7 @@ def machine(results: Row) -> str:
     rates = [rate for row in rows if "gemm" in row for rate in row["gemm"]]
     said = (
         f"{about['cpu']}, one core; TRL {plan['trl']}, torch {about['torch']}, transformers {about['transformers']}, "
-        f"peft {about['peft']}, python {about['python']}; {about['date']}"
+        f"peft {about['peft']}, python {about['python']}; {' and '.join(plan['dates'])}"
     )
     if rates:
         said += f"; a float32 product ran at {min(rates):.0f} to {max(rates):.0f} GFLOP/s"

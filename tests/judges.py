@@ -24,12 +24,13 @@ VARIABLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer. ``how``: as a server should; not at all; or a byte now and then. ``after``: seconds before it begins."""
+    """One answer. ``how``: as a server should; its first half, and the end or nothing more; or a byte now and then. ``after``:
+    seconds before it begins."""
 
     status: int = 200
     body: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    how: Literal["whole", "cut", "trickled"] = "whole"
+    how: Literal["whole", "cut", "stalled", "trickled"] = "whole"
     after: float = 0.0
 
 
@@ -43,6 +44,7 @@ class Judge:
     """Gives each request the next of ``answers``, the last one again and again; ``answer`` wins, where it is set.
 
     Attributes:
+        together: called for each request, whatever others are under way, before it is answered.
         url: its address, up to ``/v1``.
         requests, headers, paths: what it was asked, oldest first.
     """
@@ -54,6 +56,7 @@ class Judge:
         self.paths: list[str] = []
         self.answers: list[Answer] = []
         self.answer: Callable[[dict[str, Any]], Answer] | None = None
+        self.together: Callable[[], object] = lambda: None
         self._lock = threading.Lock()
 
     def says(self, *contents: object) -> None:
@@ -78,6 +81,7 @@ def judge_server(port: int = 0) -> Iterator[Judge]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            judge.together()
             answer = judge.next_answer(self.path, dict(self.headers), request)
             ended.wait(answer.after)
             try:
@@ -92,8 +96,9 @@ def judge_server(port: int = 0) -> Iterator[Judge]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(payload)))
             self.end_headers()
-            if answer.how == "cut":
+            if answer.how in ("cut", "stalled"):
                 self.wfile.write(payload[: len(payload) // 2])
+                ended.wait(30.0 if answer.how == "stalled" else 0.0)
                 self.close_connection = True
             elif answer.how == "trickled":
                 for byte in payload:

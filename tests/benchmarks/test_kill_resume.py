@@ -33,6 +33,8 @@ def test_what_counts_as_a_difference(tmp_path: Path) -> None:
     ]  # fmt: skip
     (other / "transcripts" / "step-000001.jsonl").unlink()
     assert "transcripts/step-000001.jsonl" in list(script.differences(other, whole))
+    (other / "transcripts").rmdir()
+    assert "transcripts/step-000001.jsonl" in list(script.differences(other, whole))
 
 
 @pytest.mark.whole

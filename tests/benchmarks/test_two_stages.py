@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from tests.benchmarks.scripts import load_benchmark
+from tests.cli.test_evaluate import REPORT
+
+from rnow.setup.eval_report import EvalReport
 
 ARMS = ("sft", "distill", "both")
 
@@ -49,6 +52,14 @@ def test_steps_go_by_the_length_of_the_teachers_answers(script: ModuleType, tmp_
     steps = script.steps_for(tmp_path, 6400)
     assert steps % 2 == 0, "checkpoints are two steps apart"
     assert 6400 * 1.2 < steps * 40 * script.ROWS < 6400 * 1.5
+
+
+def test_it_reads_what_rnow_eval_prints(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = EvalReport(rows=REPORT.rows[:1], prompts=REPORT.prompts, count=REPORT.count)
+    monkeypatch.setattr(script, "rnow", lambda *words: json.dumps(one.to_dict()))
+    assert script.judge(Path(), "student") == pytest.approx(3 / 16)
 
 
 def test_the_table_and_the_plot(script: ModuleType, tmp_path: Path) -> None:

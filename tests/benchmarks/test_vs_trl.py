@@ -264,7 +264,7 @@ def test_learning_is_compared_at_exactly_equal_seconds_and_tokens(shown: Any) ->
 
 def results_of(*, busy: bool) -> dict[str, Any]:
     plan = {"what": "plan", "busy": busy, "pairs": 3, "dropped": 2, "trl": "1.16.0"}
-    plan["titles"] = {"a": "small, of 1,000 ids, 4 x 25 tokens"}
+    plan |= {"titles": {"a": "small, of 1,000 ids, 4 x 25 tokens"}, "dates": ["1", "2"]}
     trial = process("trl", 0, 2.0, 400.0) | {"what": "trial", "accumulation": 2}
     names = ("torch", "transformers", "peft", "python", "date")
     machine = {"cpu": "some core", **dict.fromkeys(names, "2")}
@@ -305,6 +305,24 @@ def test_the_short_table_goes_into_the_readme(script: ModuleType, tmp_path: Path
     assert readme.read_text() == text
     with pytest.raises(SystemExit, match="no place for the table"):
         script.write_docs(results_of(busy=False), BENCHMARKS / "README.md")
+
+
+def test_parts_are_added_to_what_was_measured_before(script: ModuleType, tmp_path: Path) -> None:
+    kept = tmp_path / script.KEPT
+    options = ["--add", "--sizes", "--learning", "b"]
+    with pytest.raises(SystemExit, match="measure without --add"):
+        script.parts_kept(script.parse(options), kept)
+    results = results_of(busy=False) | {"machine": script.machine()}
+    kept.write_text(json.dumps(results))
+    days, rows = script.parts_kept(script.parse(options), kept)
+    assert (days, rows) == (["1", "2"], results["rows"][1:])
+    for again, what in ((["--sizes", "a", "--learning"], "speed"), (["--sizes"], "run")):
+        rows = script.parts_kept(script.parse(["--add", *again]), kept)[1]
+        assert rows, "the other part stays"
+        assert what not in {row["what"] for row in rows}
+    kept.write_text(json.dumps(results | {"machine": {**script.machine(), "torch": "1.0"}}))
+    with pytest.raises(SystemExit, match=r"torch 1\.0: nothing can be added"):
+        script.parts_kept(script.parse(options), kept)
 
 
 def test_the_readme_has_a_place_for_it(script: ModuleType) -> None:

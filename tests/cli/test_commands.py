@@ -310,6 +310,8 @@ def test_a_temporary_error_ends_with_75(project: Path, build: Build, rnow_: Run)
         (OSError(errno.EMFILE, "Too many open files"), 75, "ulimit -n"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 75, "ulimit -u"),
         (RuntimeError("can't start new thread"), 75, "ulimit -u"),
+        (OSError(errno.ENOSPC, "No space left on device", "/full/evals"), 75, "where: /full/evals"),
+        (OSError(errno.ENOSPC, "No space left on device"), 75, "free some space"),
         (FileNotFoundError(errno.ENOENT, "No such file"), 2, "working directory is gone"),
         (PermissionError(errno.EACCES, "Permission denied", "/far/file"), 2, "where: /far/file"),
     ],

@@ -108,6 +108,22 @@ def test_letters_that_an_encoding_lacks_are_escaped() -> None:
     assert raw.getvalue() == rb"\xe4"
 
 
+def test_a_line_from_a_signal_in_the_middle_of_another_is_no_fault() -> None:
+    """Python refuses to write to a stream in the middle of a write to it."""
+
+    class Busy(io.StringIO):
+        def write(self, text: str) -> int:
+            if text == "stopping":
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+            return super().write(text)
+
+    stream = Busy()
+    outlet = Outlet(stream)
+    for text in ("a", "stopping", "b"):
+        outlet.write(text)
+    assert stream.getvalue() == "ab"
+
+
 @pytest.mark.parametrize("fault", [OSError("gone"), SystemExit(1), ValueError("odd")])
 def test_no_fault_of_a_display_reaches_the_loop(
     fault: BaseException, caplog: pytest.LogCaptureFixture

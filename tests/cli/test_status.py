@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -161,6 +163,46 @@ def test_stop_of_a_run_that_does_not_listen(
     assert process.poll() is None
 
 
+def test_stop_twice_is_no_second_signal(
+    runs: Path, rnow_: Run, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would end it at once, its state not saved."""
+    process = start(make_run(runs, "busy", steps=4), "deaf")
+    monkeypatch.setattr(status, "STOP_SECONDS", 0.3)
+    assert rnow_("stop", "busy")[0] == 1
+    assert [run["stopping"] for run in json.loads(rnow_("status", "--json")[1])["runs"]] == [True]
+    assert rnow_("status")[1].splitlines()[2].split()[:2] == ["busy", "stopping"]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "kill", lambda pid, number: pytest.fail("a second signal"))
+        code, _, err = rnow_("stop", "busy")
+    assert code == 1
+    assert f"busy (process {process.pid}) is stopping already" in err
+    # Another start of the run was not asked.
+    process.kill()
+    process.wait()
+    start(runs / "busy")
+    assert [run["stopping"] for run in json.loads(rnow_("status", "--json")[1])["runs"]] == [False]
+
+
+@pytest.mark.parametrize(
+    ("saved", "steps", "words"),
+    [
+        ("step-000004", 4, "busy is stopped, its state saved, after step 4"),
+        ("step-000003", 4, "busy ended after step 4, and goes on from step 3: rnow logs busy"),
+        (".tmp-4-9", 4, "goes on from step 0"),
+        (".tmp-1-9", 0, "busy is stopped, before its first step was done"),
+    ],
+)
+def test_stop_says_what_was_saved(
+    runs: Path, rnow_: Run, start: Start, saved: str, steps: int, words: str
+) -> None:
+    run = make_run(runs, "busy", steps=steps)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints" / saved).mkdir(parents=True)
+    start(run)
+    assert words in rnow_("stop")[1]
+
+
 def test_stop_of_another_users_run(
     runs: Path, rnow_: Run, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,14 +235,22 @@ def test_logs_show_the_last_lines(runs: Path, rnow_: Run) -> None:
 
 def test_logs_go_on(runs: Path) -> None:
     run = make_run(runs, "tiny")
-    (run / "run.log").write_text("first\n")
+    (run / "run.log").write_text("first\nsec")
     command = [sys.executable, "-m", "rnow", "logs", "tiny", "-f"]
-    with subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=runs.parent, stdout=subprocess.PIPE, encoding="utf-8"
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "first\n"
         with (run / "run.log").open("a") as file:
-            file.write("second\n")
+            file.write("ond\n")
         assert process.stdout.readline() == "second\n"
+        whole = "third, in three parts: ü\n".encode()
+        for part in (whole[:5], whole[5:-2], whole[-2:]):  # the second one ends inside a letter
+            with (run / "run.log").open("ab") as file:
+                file.write(part)
+            time.sleep(2 * status.LOOK_SECONDS)
+        assert process.stdout.readline() == whole.decode()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
 
@@ -242,6 +292,32 @@ def test_clean_deletes_a_run_that_is_named(runs: Path, rnow_: Run, start: Start)
     assert busy.exists()
 
 
+def test_clean_does_not_delete_a_run_that_began_while_it_asked(
+    runs: Path, rnow_: Run, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(runs, "tiny")
+    monkeypatch.setattr("rnow.cli.runs._ask", lambda yes, folder: start(run))
+    code, out, err = rnow_("runs", "clean")
+    assert "tiny: a run that trained nothing" in out
+    assert code == 2
+    assert "another rnow process is working in this run folder" in err
+    assert run.exists()
+
+
+def test_clean_deletes_nothing_that_may_be_no_run_or_run_elsewhere(runs: Path, rnow_: Run) -> None:
+    (runs.parent / "other" / "checkpoints").mkdir(parents=True)
+    code, _, err = rnow_("runs", "clean", "other", "--yes")
+    assert code == 2
+    assert "it has no run.json" in err
+    far = make_run(runs, "far", steps=2)
+    (far / "process.json").write_text(json.dumps({"pid": NOBODY, "host": "gone.example"}))
+    code, _, err = rnow_("runs", "clean", "far", "--yes")
+    assert code == 2
+    assert "rm -r runs/far" in err
+    assert (runs.parent / "other").exists()
+    assert far.exists()
+
+
 def test_download_copies_the_adapter(runs: Path, rnow_: Run) -> None:
     make_run(runs, "done", steps=3, finished=True)
     make_run(runs, "half", steps=3)
@@ -259,3 +335,18 @@ def test_download_copies_the_adapter(runs: Path, rnow_: Run) -> None:
     assert code == 2
     assert "no adapter yet" in err
     assert "step-000003" in err
+
+
+def test_download_to_where_nothing_can_be(runs: Path, rnow_: Run) -> None:
+    make_run(runs, "done", steps=3, finished=True)
+    (runs / "done" / "adapter" / "unreadable").symlink_to("nowhere")
+    (runs.parent / "file").touch()
+    for place, words in (
+        ("/", "fix: rnow download done -o /done"),
+        ("file/mine", "the adapter cannot be copied"),
+        ("mine", "the adapter cannot be copied"),
+    ):
+        code, _, err = rnow_("download", "done", "-o", place)
+        assert code == 2, err
+        assert words in err
+    assert sorted(path.name for path in runs.parent.iterdir()) == ["file", "runs"]

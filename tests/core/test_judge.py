@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -77,7 +78,18 @@ def test_without_a_key_the_default_endpoint_is_not_called() -> None:
         asyncio.run(llm_judge("?"))
 
 
-@pytest.mark.parametrize("content", ['```json\n{"score": 1}\n```', "1", "1.0", 'So: {"score":1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '```json\n{"score": 1}\n```',
+        "1",
+        "1.0",
+        'So: {"score":1}',
+        'As {rules} say, {"score": 1}, or {"1"}.',
+        '{"why": "{"} and {"score": 1}',
+        '{"score": 1}, that is {"score": 1.0}',
+    ],
+)
 def test_looser_spellings_of_the_answer(judge: Judge, content: str) -> None:
     judge.says(content)
     assert ask(judge) == 1.0
@@ -87,6 +99,9 @@ def test_looser_spellings_of_the_answer(judge: Judge, content: str) -> None:
     ("content", "words"),
     [
         ("excellent", "no score"),
+        ('not {"score": 0} but {"score": 1}', "more than one answer"),
+        ('{"a": {"score": 1}}!', "gave no score"),
+        ("{" * 5000, "no score"),
         ('{"points": 1}', "no score"),
         ('{"score": "1"}', "not a number"),
         ('{"score": true}', "not a number"),
@@ -167,15 +182,18 @@ def test_a_schema_of_ones_own(judge: Judge) -> None:
     assert ask(judge, schema=GRADES, score_key="either") == 3.0
     first = judge.requests[0]
     sent = first["response_format"]["json_schema"]
-    assert (sent["strict"], sent["schema"]) == (True, GRADES)
+    assert (sent["strict"], sent["schema"]) == (False, GRADES), "not all of it is required"
     assert json.dumps(GRADES) in first["messages"][0]["content"], "for servers that know no schemas"
 
 
 def test_openais_strict_form_is_asked_for_only_where_it_takes_the_schema(judge: Judge) -> None:
     judge.says('{"score": 1}')
     open_object = {"type": "object", "properties": {"score": {"type": "number"}}}
-    assert ask(judge, schema=open_object) == 1.0
-    assert judge.requests[0]["response_format"]["json_schema"]["strict"] is False
+    closed = open_object | {"additionalProperties": False}
+    for schema in (open_object, closed, closed | {"required": ["score"]}, None):
+        assert ask(judge, schema=schema) == 1.0
+    asked = [request["response_format"]["json_schema"]["strict"] for request in judge.requests]
+    assert asked == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +241,9 @@ def test_answers_that_break_the_schema(judge: Judge, content: str, key: str, wor
         ({"api_url": "http://ann:pass-word@host/v1"}, "give its password as api_key"),
         ({"api_url": "localhost:8000"}, "must start with http://"),
         ({"api_url": "http://[::1"}, "must start with http://"),
+        ({"api_url": "http://host:port/v1"}, "a port in it is a number"),
+        ({"api_url": "http://127.0.0.1:9/a b"}, "is not the address of a server"),
+        ({"api_url": "host/v1?key=pass-word"}, "must start with http://"),
     ],
 )
 def test_what_cannot_be_asked(judge: Judge, options: dict[str, Any], words: str) -> None:
@@ -246,6 +267,16 @@ def test_spellings_of_the_address(judge: Judge, given: str, path: str) -> None:
     judge.says('{"score": 1}')
     assert ask(judge, api_url=judge.url.removesuffix("/v1") + given) == 1.0
     assert judge.paths == [path]
+
+
+def test_no_proxy_stands_before_a_judge_on_this_machine(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge.says('{"score": 1}')
+    judge_http._opener.cache_clear()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert ask(judge) == 1.0
+    judge_http._opener.cache_clear()
 
 
 def test_secrets_win_over_the_environment(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +320,41 @@ def test_fields_that_a_server_refuses_are_left_out_from_then_on(judge: Judge) ->
     assert len(judge.requests) == 4
     with pytest.raises(JudgeError, match="answered 400"):
         ask(judge, temperature=0.5)  # asked for on purpose
+
+
+def test_a_judge_whose_chat_template_has_no_system_message_is_told_in_the_question(
+    judge: Judge,
+) -> None:
+    def answer(request: dict[str, Any]) -> Answer:
+        if request["messages"][0]["role"] == "system":
+            return Answer(status=400, body='{"message": "System role not supported"}')
+        return completion('{"score": 1}')
+
+    judge.answer = answer
+    assert ask(judge, system="Be strict.") == 1.0
+    assert ask(judge, system="Be strict.") == 1.0
+    assert len(judge.requests) == 3
+    (message,) = judge.requests[-1]["messages"]
+    assert message["role"] == "user"
+    assert message["content"].startswith("You are a judge. Answer with JSON only")
+    assert message["content"].endswith("Be strict.\n\nIs it right?")
+
+
+def test_a_refusal_with_another_reason_changes_no_later_question(judge: Judge) -> None:
+    """Some servers repeat the whole request in what they say of any fault in it."""
+    sound: list[dict[str, Any]] = []
+
+    def answer(request: dict[str, Any]) -> Answer:
+        if "bad" in request["messages"][1]["content"]:
+            return Answer(status=422, body=json.dumps({"input": request}))
+        sound.append(request)
+        return completion('{"score": 1}')
+
+    judge.answer = answer
+    with pytest.raises(JudgeError, match="answered 422"):
+        asyncio.run(llm_judge("a bad one", api_url=judge.url))
+    assert ask(judge) == 1.0
+    assert {"response_format", "temperature"} <= sound[0].keys()
 
 
 def test_what_a_judge_says_beside_its_score(judge: Judge) -> None:
@@ -341,6 +407,8 @@ def test_nobody_there_may_be_there_later() -> None:
     [
         Answer(body=completion("1").body, after=30.0),
         Answer(body=completion("1" * 2000).body, how="trickled"),
+        Answer(body=completion("1").body, how="stalled"),
+        Answer(body=completion("1").body, how="stalled", after=0.3),
     ],
 )
 def test_the_time_limit_holds_for_every_kind_of_slowness(judge: Judge, answer: Answer) -> None:
@@ -349,6 +417,16 @@ def test_the_time_limit_holds_for_every_kind_of_slowness(judge: Judge, answer: A
     with pytest.raises(JudgeUnavailable, match="did not answer in time"):
         ask(judge, timeout=0.4)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_time_limit_is_one_for_all_of_an_answer(judge: Judge, status: int) -> None:
+    """Not one for its beginning and another for the rest."""
+    judge.answers = [Answer(status=status, body="x" * 100, how="stalled", after=0.8)]
+    began = time.monotonic()
+    with pytest.raises(JudgeUnavailable):
+        ask(judge, timeout=1.0)
+    assert time.monotonic() - began < 1.6
 
 
 def test_the_time_limit_of_the_reward_holds_too(judge: Judge) -> None:
@@ -400,11 +478,32 @@ def test_the_key_goes_to_no_other_server_and_into_no_message(judge: Judge) -> No
         with pytest.raises(JudgeError, match="answered 307"):
             ask(judge, api_key=key)
         assert not other.requests
-    for status, body in ((401, f"no {key}"), (500, f"no {key}"), (200, f"<p>{key}</p>")):
+    said = completion(f"{key} is your key").body
+    for status, body in (
+        (401, f"no {key}"),
+        (500, f"no {key}"),
+        (200, f"<p>{key}</p>"),
+        (200, said),
+    ):
         judge.answers = [Answer(status=status, body=body)]
         with pytest.raises(JudgeError) as caught:
             ask(judge, api_key=key, api_url=f"{judge.url}?key={key}")
         assert key not in str(caught.value)
+        assert f"{judge.url}/chat/completions" in str(caught.value), "which of several it was"
+
+
+def test_many_are_asked_at_once(judge: Judge) -> None:
+    """None waits for another here, while the time of its reward goes by."""
+    count = 40
+    met = threading.Barrier(count)
+    judge.together = lambda: met.wait(20)
+    judge.says('{"score": 1}')
+
+    async def ask_all() -> list[float]:
+        return await asyncio.gather(*(llm_judge("?", api_url=judge.url) for _ in range(count)))
+
+    assert asyncio.run(ask_all()) == [1.0] * count
+    assert threading.stack_size() == 0, "of the user's own threads"
 
 
 # -- sync and async ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,14 @@ def test_it_is_read_back_by_what_it_measured(tmp_path: Path) -> None:
     assert EvalFile(tmp_path / "evals", "base", MEASURED, Redactor()).read() is None
 
 
+def test_answers_of_two_temperatures_have_two_names(tmp_path: Path) -> None:
+    file = EvalFile(tmp_path, "student", MEASURED, Redactor())
+    names = [
+        file.answers_name(t).removeprefix(f"{file.path.stem}-") for t in (1.0, 0, 0.2, 0.2000001)
+    ]
+    assert names == ["t1", "t0", "t0.2", "t0.2000001"]
+
+
 def test_a_file_that_is_not_whole_is_none(tmp_path: Path) -> None:
     file = EvalFile(tmp_path, "student", MEASURED, Redactor())
     file.write({"prompts": 3})

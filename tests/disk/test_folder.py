@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rnow.disk.folder import RunFolder, choose_run_folder, folder_name
+from rnow.disk.folder import RunFolder, choose_run_folder, folder_name, saved_steps
 from rnow.errors import EXIT_BAD_INPUT, InputError
 
 HOLD = """
@@ -233,6 +233,15 @@ def test_a_folder_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(FileLock, "acquire", refused)
     with pytest.raises(InputError, match="Permission denied"), RunFolder(tmp_path).lock():
         pass
+
+
+def test_checkpoints_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    others = ["step-000003-best", "damaged-step-000009", ".tmp-9-1", "step-x", "step-9"]
+    for name in ("step-1000000", "step-999999", "step-000002", *others):
+        (tmp_path / name).mkdir()
+    assert [*saved_steps(tmp_path)] == [2, 999_999, 1_000_000]
+    assert saved_steps(tmp_path)[2] == tmp_path / "step-000002"
+    assert saved_steps(tmp_path / "none") == {}
 
 
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:

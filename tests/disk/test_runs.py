@@ -101,6 +101,19 @@ def test_a_process_of_another_user(
     assert read_state(folder).state == "stopped"
 
 
+def test_a_run_that_was_asked_to_stop(folder: RunFolder, worker: subprocess.Popen[str]) -> None:
+    assert not read_state(folder).stopping
+    folder.tell_stopping()
+    at = read_state(folder)
+    assert (at.pid, at.steps, at.stopping) == (worker.pid, 10, True)
+    worker.kill()
+    worker.wait()
+    assert not read_state(folder).stopping
+    folder.process.unlink()
+    folder.tell_stopping()
+    assert not folder.process.exists(), "nobody works here"
+
+
 def test_a_run_of_another_machine(folder: RunFolder) -> None:
     folder.process.write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere.example"}))
     at = read_state(folder)

@@ -83,6 +83,30 @@ def test_a_cancelled_request_frees_what_it_held() -> None:
     asyncio.run(scenario())
 
 
+def test_one_that_is_given_up_while_others_wait_keeps_nothing_from_them() -> None:
+    """At any moment: while it waits, while it asks, and in the moment in which it ends."""
+    draw = random.Random(1)
+
+    async def scenario() -> None:
+        budget = Budget(max_tokens=10_000)
+
+        async def work() -> None:
+            for _ in range(20):
+                async with budget.hold(tokens(4000)):
+                    await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(work()) for _ in range(8)]
+        while any(not task.done() for task in tasks):
+            await asyncio.sleep(0)
+            if draw.random() < 0.1:
+                draw.choice(tasks).cancel()
+        async with asyncio.timeout(5), budget.hold(tokens(10_000)):
+            pass
+
+    for _ in range(20):
+        asyncio.run(scenario())
+
+
 def test_without_limits_everything_fits() -> None:
     assert Budget().fits(tokens(10**12))
     assert not Budget(max_tokens=10, spent=tokens(5)).fits(tokens(6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -54,7 +55,13 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
         store.add(answer(1, unfit="cut short"))
         store.score(("p0", "m", 0), "s", reward)
         store.fail(("p2", "m", 0), "HTTP 500", Spent(prompt_tokens=7))
+        store.mark(("p1", "m", 0), "longer")
+        store.mark(("p1", "m", 0), None)
+        store.mark(("p1", "m", 0), "cut short")
+        store.read_by("somebody")
+        store.read_by("the student")
     again = reopened(path)
+    assert again.reader == "the student"
     assert again.answers == store.answers
     assert again.answers["p0", "m", 0] == answer(0, scored="s", reward=reward)
     assert again.spent == store.spent == Spent(prompt_tokens=27, completion_tokens=3)
@@ -68,13 +75,102 @@ def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
         whole = path.stat().st_size
         store.add(answer(1))
     data = path.read_bytes()
-    for length in range(whole, len(data)):
+    for length in range(whole, len(data) - 1):
         path.write_bytes(data[:length])
         with AnswerStore(path) as store:
             assert list(store.answers) == [("p0", "m", 0)]
             assert path.stat().st_size == whole
             store.add(answer(2))
         assert list(reopened(path).answers) == [("p0", "m", 0), ("p2", "m", 0)]
+
+
+def test_a_last_line_that_lacks_only_its_end_was_paid_for(tmp_path: Path) -> None:
+    """As an editor leaves it, or a death between the line and its end."""
+    path = tmp_path / "train.answers.jsonl"
+    with AnswerStore(path) as store:
+        store.add(answer(0))
+        store.add(answer(1))
+    path.write_bytes(path.read_bytes()[:-1])
+    with AnswerStore(path) as store:
+        assert list(store.answers) == [("p0", "m", 0), ("p1", "m", 0)]
+        store.add(answer(2))
+    again = reopened(path)
+    assert [key[0] for key in again.answers] == ["p0", "p1", "p2"]
+    assert again.skipped == 0
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"])
+def test_other_line_ends_and_a_mark_at_the_beginning(tmp_path: Path, end: bytes) -> None:
+    path = tmp_path / "train.answers.jsonl"
+    with AnswerStore(path) as store:
+        store.add(answer(0))
+        store.add(answer(1))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", end))
+    again = reopened(path)
+    assert [key[0] for key in again.answers] == ["p0", "p1"]
+    assert again.skipped == 0
+
+
+@pytest.mark.parametrize("tail", [b'{"messages": [', b"mine", "{}".encode("utf-16"), b'{"x": 1'])
+def test_what_somebody_else_wrote_is_not_cut_off(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "train.answers.jsonl"
+    path.write_bytes(tail)
+    with AnswerStore(path) as store:
+        assert store.skipped == 1
+        store.add(answer(0))
+    assert path.read_bytes().startswith(tail + b"\n")
+    assert list(reopened(path).answers) == [("p0", "m", 0)]
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed", "emptied", "lost its end", "added to"])
+def test_a_file_that_somebody_else_writes_loses_no_answer(tmp_path: Path, how: str) -> None:
+    """An editor that saves what it read before, for instance."""
+    path = tmp_path / "train.answers.jsonl"
+    reward = RewardResult(total=1.0, breakdown={"a": 1.0})
+    with AnswerStore(path) as store:
+        store.add(answer(0))
+        old = path.read_bytes()
+        store.add(answer(1))
+        store.score(("p1", "m", 0), "s", reward)
+        if how == "replaced":
+            other = tmp_path / "other"
+            other.write_bytes(old)
+            other.replace(path)
+        elif how == "removed":
+            path.unlink()
+        elif how == "added to":
+            with path.open("ab") as file:
+                file.write(b"note")
+        else:
+            path.write_bytes(b"" if how == "emptied" else old[:-1])
+        store.add(answer(2))
+        with pytest.raises(InputError, match="another process"), AnswerStore(path):
+            pass
+        store.add(answer(3))
+    again = reopened(path)
+    assert {key[0] for key in again.answers} == {"p0", "p1", "p2", "p3"}
+    assert again.answers["p1", "m", 0].reward == reward
+    assert again.skipped == (how == "added to")
+
+
+def test_a_file_that_another_process_takes_away_as_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opened an empty one, and takes it away between our opening and our lock."""
+    path = tmp_path / "train.answers.jsonl"
+    real, calls = fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(file)
+        real(file, how)
+
+    monkeypatch.setattr(store_module.fcntl, "flock", late)
+    with AnswerStore(path) as store:
+        store.add(answer(0))
+    assert len(calls) == 2
+    assert list(reopened(path).answers) == [("p0", "m", 0)]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +181,16 @@ def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
         b'{"prompt": 1}',
         b'{"prompt": "p", "teacher": "m", "sample": 0, "scored": "s"}',
         b"\xff",
+        b'{"prompt": "p", "teacher": "m", "sample": 1e400, "fault": "x", "spent": {}}',
+        b'{"prompt": "p", "teacher": "m", "sample": 0, "fault": "x", "spent": {"tokens": 1}}',
+        b'{"prompt": "p", "teacher": "m", "sample": 0, "fault": "x", "spent": {"prompt_tokens": "x"}}',
+        b'{"prompt": "p", "teacher": "m", "sample": 0, "unfit": "empty"}',
+        b'{"prompt": "p", "teacher": "m", "sample": 0, "row": {"messages": [1]}, "end": "answer", "turns": 1,'
+        b' "unfit": null, "spent": {}}',
+        b'{"prompt": "p", "teacher": "m", "sample": 0, "row": {"messages": "hi"}, "end": "answer", "turns": 1,'
+        b' "unfit": null, "spent": {}}',
+        b'{"prompt": "p", "teacher": "m", "sample": 0, "row": {"messages": []}, "end": "answer", "turns": 1,'
+        b' "unfit": null, "spent": {"prompt_tokens": null}}',
     ],
 )
 def test_a_line_that_cannot_be_read_costs_no_other(tmp_path: Path, line: bytes) -> None:
@@ -94,6 +200,7 @@ def test_a_line_that_cannot_be_read_costs_no_other(tmp_path: Path, line: bytes) 
     path.write_bytes(line + b"\n" + path.read_bytes())
     again = reopened(path)
     assert list(again.answers) == [("p0", "m", 0)]
+    assert again.spent == store.spent
     assert again.skipped == 1
 
 
@@ -231,6 +338,27 @@ def test_rows_of_somebody_else_stop_it(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         file.check(seen)
     assert path.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("text", ["mine", '{"messages": []}', '{"note": "x"}', "[1]"])
+def test_a_single_line_of_somebody_else_needs_no_end(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        training(path).check([])
+    assert caught.value.where == f"{path}:1"
+    assert path.read_text() == text
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    path, there = tmp_path / "train.jsonl", tmp_path / "elsewhere" / "rows.jsonl"
+    there.parent.mkdir()
+    path.symlink_to(there)
+    file = training(path)
+    file.open([answer(0)])
+    file.add(answer(1))
+    assert path.is_symlink()
+    assert rows(there) == ["q0a0", "q1a0"]
 
 
 def test_a_row_that_is_written_anew_keeps_all_else(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rnow.disk.folder import folder_name
 from rnow.errors import ModelError
 from rnow.models.adapter import TrainedAdapter, check_base, find_adapter
 from rnow.models.resolve import resolve_model
@@ -86,6 +87,7 @@ def test_an_adapter_of_peft_fits_its_base(folder: Path, base: Path) -> None:
     ("config", "layers"),
     [
         ({"layers_to_transform": [1]}, {"layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"}),
+        ({"layers_to_transform": 0}, {"layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"}),
         ({"target_modules": r".*\.0\.mlp\.(up|down)_proj"}, {"layers.0.mlp.up_proj", "layers.0.mlp.down_proj"}),
     ],
 )  # fmt: skip
@@ -107,7 +109,13 @@ def test_a_choice_of_layers_is_read_off_its_tensors(
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "peft_type IA3"),
         ({"lora_alpha": 2.5}, "whole numbers"),
+        ({"lora_alpha": 0}, "above 0"),
+        ({"r": -3}, "above 0"),
+        ({"lora_alpha": 1e300}, "above 0"),
         ({"base_model_name_or_path": None}, "lacks a base"),
+        ({"base_model_name_or_path": ""}, "lacks a base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights OLoRA"),
     ],
 )
 def test_other_forms_are_refused_by_name(folder: Path, changes: Any, words: str) -> None:
@@ -122,6 +130,23 @@ def test_other_forms_are_refused_by_name(folder: Path, changes: Any, words: str)
 def test_a_pickle_is_not_opened(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"stored as adapter_model\.bin"):
+        found(folder).tensors()
+
+
+@pytest.mark.parametrize("began", [True, False, "gaussian", "eva", "orthogonal"])
+def test_ways_to_begin_that_leave_the_base_as_it_is_are_taken(folder: Path, began: Any) -> None:
+    edit(folder, init_lora_weights=began)
+    assert found(folder).rank == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_numbers_that_nothing_is_trained_in_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(iter(tensors))
+        tensors[name] = tensors[name].to(dtype)
+
+    edit_tensors(folder, spoil)
+    with pytest.raises(ModelError, match=f"is {dtype}"):
         found(folder).tensors()
 
 
@@ -203,6 +228,22 @@ def test_a_base_with_another_vocabulary_is_refused(
     assert "other tokens" in (caught.value.why or "")
 
 
+def test_tokens_that_one_of_two_tokenizers_has_besides_are_no_other_vocabulary(
+    folder: Path, base: Path
+) -> None:
+    """As one that was loaded and saved has those that only tokenizer_config.json named."""
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    more = {"id": 127, "content": "<pad>"}
+    assert 127 not in tokenizer["model"]["vocab"].values()
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], **more})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert list(check_base(found(folder), empty(base)[0])) == []
+    tokenizer["added_tokens"][0]["content"] = "<other>"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="another model than"):
+        list(check_base(found(folder), empty(base)[0]))
+
+
 def test_a_base_that_cannot_be_compared_is_told(folder: Path, base: Path) -> None:
     edit(folder, base_model_name_or_path="org/somewhere-else")
     (warning,) = check_base(found(folder), empty(base)[0])
@@ -220,6 +261,14 @@ def test_a_model_in_the_project_is_never_taken_for_a_run_of_its_name(
     assert find_adapter("student", key="model.adapter", places=places) is None
 
 
+def test_a_model_s_id_names_no_run_that_is_called_after_it(tmp_path: Path, folder: Path) -> None:
+    """``output_dir: .`` with the name ``{model.path}``."""
+    folder.rename(tmp_path / folder_name("org/model"))
+    assert find_adapter("org/model", key="model.path", places=[tmp_path]) is None
+    by_name = find_adapter("org/model", key="model.adapter", places=[tmp_path], runs=tmp_path)
+    assert by_name is not None
+
+
 def test_its_hash_is_that_of_its_content(folder: Path, tmp_path: Path) -> None:
     first = found(folder).content_hash()
     moved = folder.rename(tmp_path / "elsewhere")
@@ -229,3 +278,7 @@ def test_its_hash_is_that_of_its_content(folder: Path, tmp_path: Path) -> None:
     edit(moved, lora_alpha=5)
     edit_tensors(moved, lambda tensors: next(iter(tensors.values())).add_(1))
     assert found(moved).content_hash() != first
+    lost = found(moved)
+    (moved / "adapter_model.safetensors").unlink()  # training removes old checkpoints
+    with pytest.raises(ModelError, match="cannot be read"):
+        lost.content_hash()

@@ -115,6 +115,19 @@ def test_a_float32_base_has_a_merged_copy() -> None:
     found = sizes(settings_of(student=student))
     assert found["student merged copy"] == 4 * QWEN3_8B.linear_parameters
     assert "student merged copy" not in sizes(settings_of())
+    on_cpu = memory_parts(settings_of(replace(student, device="cpu")))
+    (copy,) = (part for part in on_cpu if part.name == "merged copy")
+    assert copy.stage == "until the update"
+    others = [part for part in on_cpu if part is not copy]
+    by_stage = {
+        s: sum(p.bytes for p in others if p.stage == s)
+        for s in ("always", "sampling", "teacher", "update")
+    }
+    lasting = by_stage["always"]
+    assert least(on_cpu) == lasting + copy.bytes
+    assert peak(on_cpu)[0] == lasting + max(
+        by_stage["update"], copy.bytes + max(by_stage["sampling"], by_stage["teacher"])
+    )
 
 
 def test_the_head_is_there_once_more_while_answers_are_drawn_on_a_cpu() -> None:

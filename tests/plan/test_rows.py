@@ -14,6 +14,7 @@ from tests.conftest import CHAT_TEMPLATE, character_tokenizer
 from tests.setup.projects import REWARDS, Project
 
 from rnow.errors import ConfigError, DataError, InputError, ModelError
+from rnow.plan import rows as rows_module
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.unread import unread_settings
 from rnow.plan.view import plan_view
@@ -128,6 +129,11 @@ def test_rewards_are_checked_and_not_run(sft: Rows) -> None:
     assert sft.prepared().warnings == ()
 
 
+def test_texts_are_told_nothing_of_rewards(midtrain: Rows) -> None:
+    (midtrain.folder / "rewards.py").write_text(REWARDS)
+    assert midtrain.prepared().warnings == ()
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +155,20 @@ def with_template(project: Rows, template: str) -> dict[str, Any]:
     return {"path": "student"}
 
 
-def test_a_row_whose_answers_cannot_be_told_is_refused_with_its_line(sft: Rows) -> None:
+def test_rows_are_made_in_portions(
+    sft: Rows, midtrain: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = {"max_context_window": 64}
+    at_once = [project.prepared(rollout=window).rendered.rows for project in (sft, midtrain)]
+    monkeypatch.setattr(rows_module, "AT_ONCE", 3)
+    again = [project.prepared(rollout=window).rendered.rows for project in (sft, midtrain)]
+    assert again == at_once
+
+
+def test_a_row_whose_answers_cannot_be_told_is_refused_with_its_line(
+    sft: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "AT_ONCE", 3)
     two = {"messages": says("q", "a", "q", "a")}
     sft.write_rows([*ANSWERS, two, ANSWERS[0], two])
     with pytest.raises(DataError) as caught:
@@ -164,6 +183,7 @@ def test_a_row_whose_answers_cannot_be_told_is_refused_with_its_line(sft: Rows) 
     assert "writes message 2 anew when others follow it" in error.details[0]
     assert error.fix is not None
     assert "one answer" in error.fix
+    assert "docs/how-to/sft.md" in error.fix
 
 
 def test_a_row_that_the_template_refuses(sft: Rows) -> None:
@@ -203,6 +223,13 @@ def test_evaluations_of_nothing(sft: Rows) -> None:
         sft.prepared(evals=[{"step": 1}])
 
 
+def test_a_single_document_cannot_be_held_out(midtrain: Rows) -> None:
+    midtrain.write_rows([{"text": "a" * 400}])
+    with pytest.raises(InputError, match="holds out nothing") as caught:
+        midtrain.prepared(data={"val_split": 0.5}, rollout={"max_context_window": 16})
+    assert "add rows" in str(caught.value.fix)
+
+
 def test_a_tokenizer_without_an_end(midtrain: Rows) -> None:
     model = with_template(midtrain, CHAT_TEMPLATE)
     file = midtrain.folder / "student" / "tokenizer_config.json"
@@ -211,6 +238,19 @@ def test_a_tokenizer_without_an_end(midtrain: Rows) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         midtrain.prepared(model=model)
+
+
+def test_a_document_of_which_no_token_is_left(midtrain: Rows) -> None:
+    from tokenizers import normalizers
+
+    model = with_template(midtrain, CHAT_TEMPLATE)
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.save_pretrained(midtrain.folder / "student")
+    midtrain.write_rows([*TEXTS, {"text": "\u200b\u200b"}])
+    with pytest.raises(DataError, match="no token of the text of 1 row") as caught:
+        midtrain.prepared(model=model)
+    assert caught.value.where == "train.jsonl:6"
 
 
 def test_a_document_that_spells_a_control_token(midtrain: Rows) -> None:

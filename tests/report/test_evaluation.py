@@ -50,6 +50,17 @@ def test_answers_that_do_not_bear_the_number_out_give_no_interval(run: RunFolder
     assert "low" in found["cells"][0]
 
 
+def test_an_answer_whose_only_reward_failed_did_not_pass(run: RunFolder) -> None:
+    lost: Any = {"rewards": {"accuracy": 0.0}, "reward_errors": {"accuracy": "KeyError"}}
+    rows = [held_out_row("after", 4, at, reward=at < 3) for at in range(3)]
+    write_lines(
+        run.answers / "after.jsonl", [*rows, held_out_row("after", 4, 3, reward=False, **lost)]
+    )
+    found = row_of(evaluation_table(run, 0.0), "pass@1")
+    assert found["cells"][1]["mean"] == 0.75
+    assert "low" in found["cells"][1]
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"step": 4}\n', "[]\n"])
 def test_answers_that_are_lost_or_cut_give_no_interval(run: RunFolder, text: str) -> None:
     (run.answers / "after.jsonl").write_text(text)

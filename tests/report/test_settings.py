@@ -47,6 +47,15 @@ def test_several_teachers_are_told_apart() -> None:
     assert "teachers.math.path" in {item["key"] for item in found["keys"]}
 
 
+@pytest.mark.parametrize("more", [{}, {"gone": 1}])
+def test_what_teachers_alone_are_told_is_left_out(more: dict[str, Any]) -> None:
+    told = {"path": "teacher", "system_prompt": "SECRET", "template": "SECRET {prompt} {context}"}
+    source = {"path": "a.jsonl", "name": "a", "teacher": told}
+    found = changed_settings(CONFIG | {"teacher": told, "data": {"train_file": [source]}} | more)
+    assert "SECRET" not in str(found)
+    assert "teacher.path" in str(found)
+
+
 def test_a_config_of_another_version_is_listed_whole() -> None:
     found: Any = changed_settings(CONFIG | {"trainer": {"gone": 3, "learning_rate": 1}})
     assert found["whole"] is True

@@ -367,6 +367,20 @@ def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it() -> None:
     )
 
 
+@pytest.mark.parametrize("messages", [ONE, TWO])
+def test_a_template_that_opens_a_turn_whether_asked_to_or_not(
+    messages: Sequence[Message],
+) -> None:
+    """The opening behind the answer would be learned, and an end of turn behind that."""
+    always = OURS.replace("{%- if add_generation_prompt %}", "{%- if true %}")
+    found = refused(ours(always), *messages)
+    if messages is ONE:
+        assert found == (
+            "the chat template writes more behind the end of an answer: "
+            "'\\n<|im_start|>assistant\\n'"
+        )
+
+
 def test_a_template_without_an_end_of_turn() -> None:
     """The last answer gets the tokenizer's own; between turns there is none to learn."""
     tokenizer = ours(ENDLESS)
@@ -390,6 +404,14 @@ MARKS = OURS.replace(
 
 def test_marks_that_leave_the_end_of_turn_out() -> None:
     assert trained(ours(MARKS), *TWO) == [f"{said}<|im_end|>" for said in ANSWERED]
+
+
+def test_marks_around_an_answer_of_nothing() -> None:
+    """Its end of turn is all that the student writes there; a mark that no end of turn follows says nothing."""
+    nothing = {"role": "assistant", "content": ""}
+    assert trained(ours(MARKS), ONE[0], nothing, *TWO[2:]) == ["<|im_end|>", "BETA two<|im_end|>"]
+    more = MARKS + "{% generation %}{% endgeneration %}"
+    assert trained(ours(more), *TWO) == [f"{said}<|im_end|>" for said in ANSWERED]
 
 
 def test_a_text_with_the_letters_that_mark() -> None:

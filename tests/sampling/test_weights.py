@@ -46,6 +46,26 @@ def test_the_merged_copy_speaks_like_the_peft_model(student: CausalLM) -> None:
     torch.testing.assert_close(logprobs(merged.lm.model), logprobs(policy.model), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_what_was_let_go_comes_back_bit_for_bit(
+    student: CausalLM, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packs:
+        monkeypatch.setattr("rnow.algorithm.products._has_onednn", lambda: False)
+    merged = MergedWeights(student)
+    policy = make_policy(student)
+    merged.load(policy.adapter())
+    before = logprobs(merged.lm.model)
+    held = [own.layer for own in merged._own.values()]
+    assert all(isinstance(layer, PackedLinear) == packs for layer in held)
+    merged.let_go()
+    assert not any(layer._packed is not None if packs else layer.weight.numel() for layer in held)
+    with pytest.raises((RuntimeError, AssertionError)):
+        logprobs(merged.lm.model)
+    merged.load(policy.adapter())
+    assert torch.equal(logprobs(merged.lm.model), before)
+
+
 def test_every_load_replaces_the_last(student: CausalLM) -> None:
     merged = MergedWeights(student)
     base = logprobs(student.model)

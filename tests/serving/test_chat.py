@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
 from tests.serving.scripted import ScriptedServer, body, chat, cut, hang_up, html, status
 
 from rnow.errors import InputError
-from rnow.serving.chat import ChatAnswer, ChatClient, Usage, check_address
-from rnow.serving.http import BadAnswer, Refused, ServerDown
+from rnow.serving.chat import ChatAnswer, ChatClient, Usage, _completion, check_address
+from rnow.serving.http import BadAnswer, Refused, ServerDown, _retry_after
 
 ASKED: list[dict[str, object]] = [{"role": "user", "content": "hi"}]
 
@@ -49,6 +52,8 @@ def test_an_answer(server: ScriptedServer) -> None:
         ("/v1", "/v1/chat/completions"),
         ("/api/v1/", "/api/v1/chat/completions"),
         ("/v1beta/openai/", "/v1beta/openai/chat/completions"),
+        ("/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1beta/openai/chat/completions/", "/v1beta/openai/chat/completions"),
     ],
 )
 def test_addresses(server: ScriptedServer, path: str, asked: str) -> None:
@@ -56,9 +61,21 @@ def test_addresses(server: ScriptedServer, path: str, asked: str) -> None:
     assert server.requests[0][0] == asked
 
 
-def test_an_address_with_a_query_is_refused() -> None:
-    with pytest.raises(InputError, match="query"):
-        check_address("https://h/v1?api-version=1", where="--url")
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://h/v1?api-version=1", "query"),
+        ("http://[::1/v1", "not an http"),
+        ("localhost:8000/v1", "not an http"),
+        ("http://h:99999/v1", "not an http"),
+        ("", "not an http"),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_refused(url: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        check_address(url, where="--url")
+    assert caught.value.where == "--url"
+    assert caught.value.fix
 
 
 def test_what_is_sent_of_a_conversation(server: ScriptedServer) -> None:
@@ -147,11 +164,56 @@ def test_thinking_and_parts(server: ScriptedServer, key: str) -> None:
         {},
         {"prompt_tokens": "1", "completion_tokens": 2},
         {"prompt_tokens": -1, "completion_tokens": 2},
+        {"prompt_tokens": 0, "completion_tokens": 0},
+        {"prompt_tokens": 10**400, "completion_tokens": 2},
+        {"prompt_tokens": 4, "completion_tokens": 10**12},
     ],
 )
 def test_usage_that_is_none(server: ScriptedServer, usage: object) -> None:
     server.script = lambda body: {**chat("hello"), "usage": usage}
     assert ask(server).usage is None
+
+
+@pytest.mark.parametrize(("total", "completion"), [(81, 60), (20, 3), ("81", 3), (None, 3)])
+def test_thinking_that_only_the_total_counts_is_billed(
+    server: ScriptedServer, total: object, completion: int
+) -> None:
+    usage = {"prompt_tokens": 21, "completion_tokens": 3, "total_tokens": total}
+    server.script = lambda body: {**chat("hello"), "usage": usage}
+    assert ask(server).usage == Usage(21, completion)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (None, "stop"),
+        ("length", "length"),
+        ("MAX_TOKENS", "length"),
+        ("model_length", "length"),
+        ("abort", "error"),
+        ("error", "error"),
+        ("eos", "eos"),
+    ],
+)
+def test_why_an_answer_ended(server: ScriptedServer, given: str | None, meant: str) -> None:
+    answer = chat("hello")
+    answer["choices"][0]["finish_reason"] = given
+    server.script = lambda body: answer
+    assert ask(server).finish_reason == meant
+
+
+def test_what_no_file_and_no_request_can_hold_is_mended_or_refused(server: ScriptedServer) -> None:
+    server.script = lambda body: chat("half \ud83d", ("add", {"a": "\udc00"}))
+    answer = ask(server)
+    assert answer.content == "half \ufffd"
+    assert answer.calls[0].arguments == {"a": "\ufffd"}
+    deep: object = 1
+    for _ in range(200):
+        deep = {"a": deep}
+    for arguments in (deep, {"a": float("nan")}):
+        made = chat(None, ("add", {}))
+        made["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] = arguments
+        assert _completion(json.dumps(made)) is None
 
 
 @pytest.mark.parametrize(
@@ -177,6 +239,60 @@ def test_retry_after_is_respected(server: ScriptedServer) -> None:
     before = time.monotonic()
     ask(server)
     assert time.monotonic() - before > 0.95
+
+
+def test_half_a_letter_that_is_sent_is_no_crash(server: ScriptedServer) -> None:
+    """From the command line, for instance."""
+    client = ChatClient(server.url)
+    asyncio.run(client.complete(ASKED, model="base\udcff", max_tokens=32))
+    assert server.requests[0][1]["model"] == "base\udcff"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "SOCKS"),
+        ("HTTPS_PROXY", "ftp://127.0.0.1:9", "scheme"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    if said == "SOCKS":
+        monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="the proxy") as caught:
+        asyncio.run(ChatClient("https://endpoint.invalid/v1").model_names())
+    assert said in (caught.value.why or "")
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, 0.0),
+        ("", 0.0),
+        ("7", 7.0),
+        ("0.5", 0.5),
+        (" 2 ", 2.0),
+        ("-3", 0.0),
+        ("nan", 0.0),
+        ("9" * 400, 0.0),
+        ("1, 2", 0.0),
+        ("soon", 0.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Wed, 21 Oct 99999999999 07:28:00 GMT", 0.0),
+        ("Wed, 21 Oct 2015 07:28:00 +99999999", 0.0),
+        ("Wed, 99999999999999 Oct 2015 07:28:00 GMT", 0.0),
+    ],
+)
+def test_forms_of_retry_after(header: str | None, seconds: float) -> None:
+    assert _retry_after(header) == seconds
+
+
+def test_a_date_to_retry_after() -> None:
+    later = datetime.now(UTC) + timedelta(seconds=90)
+    assert 85 < _retry_after(format_datetime(later, usegmt=True)) < 91
+    assert 85 < _retry_after(format_datetime(later.replace(tzinfo=None))) < 91
 
 
 def test_an_exhausted_quota_does_not_pass(server: ScriptedServer) -> None:

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from tests.setup.projects import Project, read_jsonl
 
+from rnow.disk.folder import RunFolder
 from rnow.errors import EXIT_INTERRUPTED, InputError, RnowError, StopRequested
 from rnow.setup import answering
 from rnow.setup import evaluate as evaluate_module
@@ -178,7 +180,12 @@ def test_differences_are_paired(project: Project) -> None:
 def test_by_itself_it_compares_the_project_s_run_with_its_beginning(project: Project) -> None:
     assert [row.subject.name for row in evaluated(project).rows] == ["student", "tiny"]
     other = {"model": {"name": "not-trained"}}
-    assert [row.subject.name for row in evaluated(project, sections=other).rows] == ["student"]
+    begun = project.folder / "runs" / "not-trained"
+    for made in (None, begun / "checkpoints", begun / "checkpoints" / ".tmp-1-9"):
+        if made is not None:  # a run is in its first steps
+            made.mkdir(parents=True)
+        assert [row.subject.name for row in evaluated(project, sections=other).rows] == ["student"]
+    shutil.rmtree(begun)
 
 
 def test_the_seed_decides_and_leaves_the_prompts(project: Project) -> None:
@@ -228,6 +235,72 @@ def test_it_is_read_back_until_something_changes(
     assert not evaluated(project, "tiny").rows[0].fresh, "it is as it was"
 
 
+def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int], None]) -> None:
+    """Something happens once a student is loaded; it is given how many were loaded before."""
+    real, loaded = evaluate_module.student_answers, itertools.count()
+
+    @asynccontextmanager
+    async def answers(*arguments: Any) -> AsyncIterator[Any]:
+        async with real(*arguments) as found:
+            happens(next(loaded))
+            yield found
+
+    monkeypatch.setattr(evaluate_module, "student_answers", answers)
+
+
+def test_what_is_edited_while_it_is_measured_with_is_not_kept(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = project.folder / "rewards.py"
+    text = rewards.read_text()
+    meanwhile(monkeypatch, lambda before: rewards.write_text(text.replace("== 0", "== 1")) and None)
+    try:
+        with pytest.raises(RnowError, match="changed meanwhile: rewards_hash") as caught:
+            evaluated(project, "student")
+    finally:
+        rewards.write_text(text)
+    assert caught.value.fix == "run the same command again"
+    assert [*(project.folder / "evals").glob("*.json")] == []
+
+
+def test_files_that_go_while_others_are_measured(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that training no longer keeps, and what was measured a moment ago."""
+    step, aside = project.run_dir / "checkpoints" / "step-000001", project.folder / "aside"
+
+    def go(before: int) -> None:
+        if before:
+            step.rename(aside)
+            shutil.rmtree(project.folder / "evals")
+
+    meanwhile(monkeypatch, go)
+    try:
+        student, first_step = evaluated(project, "student", "tiny@1").rows
+    finally:
+        aside.rename(step)
+    assert len(student.pass_at[1]) == 4
+    assert first_step.kept.is_file()
+    assert not evaluated(project, "tiny@1").rows[0].fresh
+
+
+def test_a_vllm_has_a_folder_of_its_process_alone(tmp_path: Path) -> None:
+    """Its logs stay where something failed."""
+    own = tmp_path / f"vllm-{os.getpid()}"
+
+    def use(parts: int) -> None:
+        with answering.private_folder(RunFolder(tmp_path)) as found:
+            found.path.mkdir()
+            assert found.path == own
+            assert 1 / parts
+
+    use(1)
+    assert not own.exists()
+    with pytest.raises(ZeroDivisionError):
+        use(0)
+    assert own.exists()
+
+
 @pytest.mark.usefixtures("project")
 def test_a_damaged_file_is_measured_again(project: Project) -> None:
     (row,) = evaluated(project, "student").rows
@@ -252,6 +325,9 @@ def test_prompts_of_a_file(project: Project, tmp_path: Path) -> None:
     }  # fmt: skip
     output = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert output.count("1 of 4 prompts name no reward and are left out") == 1
+    first = Asked(temperatures={1: 1.0}, prompts=file, most=2)
+    assert evaluated(project, "student", asked=first).count == 2
+    assert evaluated(project, "tiny", asked=Asked(temperatures={1: 1.0}, most=1)).count == 1
     # Nothing was held out, and a run that saw all of train.jsonl can still be asked these.
     report = evaluated(project, "student", asked=asked, sections={"data": {"val_split": 0.0}})
     assert report.count == 3

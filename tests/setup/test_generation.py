@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,20 +21,23 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tests.models.test_adapter import peft_folder
-from tests.serving.scripted import ScriptedServer, body, chat, cut, hang_up, html, status
-from tests.setup.agents import AgentProject, ScriptedSampler, adds_up, mcp
+from tests.serving.scripted import ScriptedServer, body, chat, cut, hang_up, html, slow, status
+from tests.setup.agents import TEMPLATE, AgentProject, ScriptedSampler, adds_up, mcp
 from tests.setup.projects import read_jsonl
 
 from rnow.config import to_yaml
 from rnow.config.schema import DatasetSource
 from rnow.errors import DataError, InputError, ModelError, RnowError, TemporaryError
+from rnow.generation.reader import NOT_TOLD, TOO_LONG, Reader
 from rnow.generation.view import Summary
 from rnow.generation.wanted import Wanted
 from rnow.project.jsonl import read_rows
 from rnow.project.rows import RowRules
 from rnow.serving import http
-from rnow.setup import answering
+from rnow.setup import answering, generation
 from rnow.setup.generation import generate
+from rnow.tools.toolbox import Toolbox
+from rnow.types import ToolCall
 
 KEY = "k3y-of-the-teacher"
 MakeModel = Callable[..., Path]
@@ -285,6 +291,69 @@ def test_what_can_be_no_row_is_left_out(project: AgentProject, server: ScriptedS
     assert "left out: 1 x malformed call" in shown
 
 
+def test_another_student_may_take_what_one_could_not(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    server.script = lambda sent: chat("x" * 1000) if question(sent) == "0 plus 1" else adds(sent)
+    short, long = ({"rollout": {"max_context_window": window}} for window in (800, 4096))
+    summary, _ = run(project, server, sections=short)
+    assert (summary.rows, summary.rejected) == (15, {TOO_LONG: 1})
+    server.requests.clear()
+    assert run(project, server, sections=long)[0].rows == 16
+    assert run(project, server, sections=short)[0].rows == 15
+    assert run(project, server, sections=short)[0].rejected == {TOO_LONG: 1}
+    assert asked(server) == []
+
+
+def test_the_student_reads_along_with_a_model_here_as_well(
+    project: AgentProject, tiny_model_dir: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its window is smaller than the teacher's: sft would refuse the whole file for one row."""
+    small = tiny_model_dir(seed=0, num_hidden_layers=1, max_position_embeddings=512)
+    project.student = project.folder.parent / "small"
+    shutil.copytree(small, project.student)
+    (project.student / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setattr(answering, "load_model", lambda *arguments: None)
+
+    def says(text: str, number: int) -> str:
+        return "x" * 350 if "0 plus 1" in text else adds_up(text, number)
+
+    monkeypatch.setattr(
+        answering,
+        "answer_with",
+        lambda prepared, lm, poll: ScriptedSampler(prepared.rendered.tokenizer, says),
+    )
+    options = {"teacher": str(project.teacher), "sections": {"rollout": {"max_tokens": 400}}}
+    summary, _ = run(project, None, limit=3, **options)
+    assert (summary.rows, summary.rejected) == (2, {TOO_LONG: 1})
+
+
+def test_a_template_that_allows_no_row_is_told_of_before_anything_is_paid_for(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    """It opens an answer with <think>, and prints answers without."""
+    opens = TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+    assert opens != TEMPLATE
+    (project.student / "chat_template.jinja").write_text(opens)
+    shown = io.StringIO()
+    told: list[str] = []
+
+    def answer(sent: dict[str, Any]) -> dict[str, Any]:
+        told.append(shown.getvalue())
+        return adds(sent)
+
+    server.script = answer
+    with pytest.raises(RnowError, match="no answer is kept") as caught:
+        generate(
+            project.config(),
+            Wanted(url=server.url, model="base", limit=2),
+            folder=project.folder,
+            console=Console(file=shown, width=200),
+        )
+    assert caught.value.details == (f"2 x {NOT_TOLD}",)
+    assert f"would be left out: {NOT_TOLD}" in told[0]
+
+
 def test_answers_are_judged_again_for_nothing(
     project: AgentProject, server: ScriptedServer
 ) -> None:
@@ -328,6 +397,29 @@ def test_rewards_that_fail_are_mended_for_nothing(
     with pytest.raises(RnowError, match="no answer is kept"):
         run(project, server, keep_if="reward>=1", rescore=True)
     assert asked(server) == []
+
+
+def test_what_belongs_to_a_prompt_that_is_gone_makes_no_row_and_no_error(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    file = project.folder / "rewards.py"
+    odd = "if args.metadata['answer'] == 1:\n        raise ValueError('odd')\n    return float"
+    file.write_text(file.read_text().replace("return float", odd))
+    with pytest.raises(RnowError, match="rewards failed") as caught:
+        run(project, server)
+    assert "ValueError: odd" in caught.value.details[0]
+    prompts = rows(project, "prompts.jsonl")
+    write_prompts(project, prompts[1:])
+    summary, shown = run(project, server, keep_if="reward>=1")
+    assert (summary.rows, summary.answers, summary.gone) == (15, 15, 1)
+    assert "left out: 1 x its prompt is not asked any more" in shown
+    # Back, and judged by nothing any more.
+    del prompts[0]["rewards"]
+    write_prompts(project, prompts)
+    summary, shown = run(project, server)
+    assert (summary.rows, summary.gone) == (16, 0)
+    assert run(project, server)[0].rows == 16
+    assert len(asked(server)) == 32
 
 
 def test_thinking_is_kept_in_the_row_and_not_sent_back(
@@ -397,6 +489,111 @@ def test_an_endpoint_that_stays_unwell_is_given_up_and_asked_again_later(
     assert {question(sent) for sent in asked(server)} == {f"{n} plus {n + 1}" for n in range(4, 16)}
 
 
+def test_an_answer_that_the_server_gave_up_is_counted_and_asked_again(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    server.script = lambda sent: (
+        chat("par", finish="abort") if question(sent) == "3 plus 4" else adds(sent)
+    )
+    with pytest.raises(TemporaryError, match="1 conversation came to nothing"):
+        run(project, server)
+    faults = [
+        line for line in read_jsonl(project.folder / "train.answers.jsonl") if "fault" in line
+    ]
+    assert [line["spent"]["completion_tokens"] for line in faults] == [5]
+    server.script = adds
+    server.requests.clear()
+    summary, _ = run(project, server)
+    assert (summary.rows, summary.asked) == (16, 1)
+    assert summary.spent.completion_tokens == 33 * 5
+    assert {question(sent) for sent in asked(server)} == {"3 plus 4"}
+
+
+def test_half_a_letter_in_an_answer_is_no_crash(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    """As a model's tokens, or a cut in the middle of a pair, may give it. It is sent back, rendered and written."""
+
+    def says(sent: dict[str, Any]) -> dict[str, Any]:
+        answer = adds(sent)
+        message = answer["choices"][0]["message"]
+        return answer if message["content"] else chat("so \ud83d", ("add", {"a": 0, "b": 1}))
+
+    server.script = says
+    assert run(project, server, limit=1, keep_if="reward>=1")[0].rows == 1
+    assert rows(project)[0]["messages"][1]["content"] == "so \ufffd"
+
+
+def test_what_breaks_on_our_side_loses_no_answer(
+    project: AgentProject, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is done with an answer, it is on the disk before; and those under way are finished."""
+
+    def breaks(messages: list[Any], names: Any) -> str | None:
+        if len(messages) > 2:
+            raise RuntimeError("odd")
+        return None
+
+    server.pause = 0.05
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            generation, "reader_of", lambda prepared: Reader(digest="x", refuses=breaks)
+        )
+        with pytest.raises(RuntimeError, match="odd"):
+            run(project, server, at_once=4)
+    assert len(finished(project)) == 4
+    assert Counter(map(question, asked(server))) == dict.fromkeys(finished(project), 2)
+    server.pause = 0.0
+    summary, _ = run(project, server)
+    assert (summary.rows, summary.asked) == (16, 12)
+
+
+def test_a_fault_of_what_runs_the_tools_ends_it_and_is_paid_for(
+    project: AgentProject, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Toolbox.run
+
+    async def call(toolbox: Toolbox, asked: ToolCall, *arguments: Any, **more: Any) -> Any:
+        if asked.arguments == {"a": 3, "b": 4}:
+            raise InputError("the sandbox is gone", where="tools.py")
+        return await real(toolbox, asked, *arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Toolbox, "run", call)
+        with pytest.raises(InputError, match="is gone") as caught:
+            run(project, server, at_once=4)
+    assert caught.value.where == "tools.py"
+    turns = Counter(map(question, asked(server)))
+    assert turns.pop("3 plus 4") == 1
+    assert set(turns.values()) == {2}
+    assert finished(project) == set(turns)
+    lines = read_jsonl(project.folder / "train.answers.jsonl")
+    assert [line["spent"]["completion_tokens"] for line in lines if "fault" in line] == [5]
+    summary, _ = run(project, server)
+    assert summary.rows == 16
+    assert summary.spent.completion_tokens == 33 * 5
+
+
+def test_a_prompt_that_is_flagged_holds_up_no_other(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    flagged = '{"error": {"message": "your input was flagged", "code": 403}}'
+    server.faults += [slow(0), status(403, flagged)]  # the first is for the list of models
+    with pytest.raises(TemporaryError, match="1 conversation came to nothing") as caught:
+        run(project, server, at_once=1)
+    assert "flagged" in caught.value.details[0]
+    assert len(rows(project)) == 15
+
+
+def test_a_key_that_may_not_list_models(project: AgentProject, server: ScriptedServer) -> None:
+    scopes = status(401, '{"error": {"message": "Missing scopes: api.model.read"}}')
+    server.faults.append(scopes)
+    assert run(project, server, limit=2)[0].rows == 2
+    server.faults.append(scopes)
+    with pytest.raises(InputError, match="Missing scopes"):
+        run(project, server, model=None)
+
+
 def test_one_that_is_refused_holds_up_no_other(
     project: AgentProject, server: ScriptedServer
 ) -> None:
@@ -438,6 +635,24 @@ def test_nobody_listens(project: AgentProject) -> None:
     assert caught.value.where == "--url"
 
 
+def test_an_endpoint_that_is_not_well_is_told_of_before_it_is_waited_for(
+    project: AgentProject, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """https where http is spoken, for instance."""
+    monkeypatch.setattr("rnow.generation.endpoint.CONNECT_SECONDS", 0.3)
+    url = server.url.replace("http:", "https:")
+    shown = io.StringIO()
+    with pytest.raises(TemporaryError, match="1 conversation came to nothing"):
+        generate(
+            project.config(),
+            Wanted(url=url, model="base", limit=1, timeout=1.0),
+            folder=project.folder,
+            console=Console(file=shown, width=200),
+        )
+    assert "warning: the server at" in shown.getvalue()
+    assert "SSL" in shown.getvalue()
+
+
 def test_which_model_is_meant(project: AgentProject, server: ScriptedServer) -> None:
     run(project, server, model=None, limit=1)
     assert rows(project)[0]["teacher"] == "base"
@@ -450,9 +665,12 @@ def test_which_model_is_meant(project: AgentProject, server: ScriptedServer) -> 
 def test_an_endpoint_that_counts_nothing(project: AgentProject, server: ScriptedServer) -> None:
     server.script = lambda sent: {**adds(sent), "usage": None}
     summary, shown = run(project, server, limit=2)
-    assert summary.estimated
+    assert summary.spent.estimated
     assert summary.spent.prompt_tokens > 400
     assert "at most" in shown
+    # Nor does the next call know.
+    server.script = adds
+    assert "at most" in run(project, server, limit=3)[1]
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
@@ -484,6 +702,26 @@ def test_a_limit_is_not_crossed_and_can_be_raised(
     more = {name: value * (10 if name.startswith("max") else 1) for name, value in limit.items()}
     summary, _ = run(project, server, **more)
     assert (summary.rows, summary.asked) == (16, 16 - there)
+
+
+def test_what_a_provider_adds_is_reckoned_with_after_the_first_answer(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    server.script = lambda sent: {
+        **adds(sent),
+        "usage": {"prompt_tokens": 3000, "completion_tokens": 5},
+    }
+    summary, _ = run(project, server, at_once=1, max_tokens=20_000)
+    assert summary.capped
+    assert 15_000 < summary.spent.tokens <= 20_000
+
+
+def test_a_limit_below_the_first_request(project: AgentProject, server: ScriptedServer) -> None:
+    with pytest.raises(RnowError, match="no answer is kept") as caught:
+        run(project, server, max_tokens=10)
+    assert "raise the limit" in (caught.value.fix or "")
+    assert asked(server) == []
+    assert not list(project.folder.glob("train*"))
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------
@@ -568,6 +806,29 @@ def test_interrupted_it_finishes_what_is_under_way(
     assert {row["messages"][0]["content"] for row in rows(project)} == set(turns)
 
 
+@pytest.mark.whole
+def test_a_terminal_that_takes_nothing_holds_up_no_answer(
+    project: AgentProject, server: ScriptedServer
+) -> None:
+    """Ctrl-S, or a pager at its first page."""
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"." * fcntl.fcntl(write_end, fcntl.F_GETPIPE_SZ))
+    (project.folder / "config.yml").write_text(to_yaml(project.config()))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rnow", "generate", "--url", server.url, "--model", "base"],
+        cwd=project.folder,
+        stdout=write_end,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(read_end)
+        os.close(write_end)
+    assert len(rows(project)) == 16
+
+
 # ---- keys and places -------------------------------------------------------------------------------------------------
 
 
@@ -606,6 +867,18 @@ def test_openais_key_goes_to_nobody_else(
         ({"teacher": "openai/gpt-4o"}, "only served by OpenAI"),
         ({"teacher": "nowhere/at-all"}, "nowhere/at-all"),
         ({"url": "http://h/v1?x=1", "model": "m"}, "has a query"),
+        ({"url": "http://[::1/v1", "model": "m"}, "not an http"),
+        ({"url": "localhost:8000/v1", "model": "m"}, "not an http"),
+        ({"url": "", "model": "m"}, "--url is empty"),
+        ({"url": "http://h", "model": "m", "prompts": " "}, "--prompts is empty"),
+        ({"teacher": "caf\udce9"}, "--teacher is no text in UTF-8"),
+        ({"url": "http://h", "model": "m", "temperature": math.nan}, "--temperature is nan"),
+        ({"url": "http://h", "model": "m", "timeout": math.inf}, "--timeout is inf"),
+        ({"url": "http://h", "model": "m", "prompts": "train.answers.jsonl"}, "holds the prompts"),
+        (
+            {"url": "http://h", "model": "m", "output": "../project/prompts.jsonl"},
+            "holds the prompts",
+        ),
         ({"url": "http://h", "model": "m", "max_cost": 1.0}, "needs prices"),
         ({"url": "http://h", "model": "m", "price_in": 1.0}, "one of the two prices"),
         ({"teacher": "x", "max_cost": 1.0, "price_in": 1.0, "price_out": 1.0}, "for endpoints"),

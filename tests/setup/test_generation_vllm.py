@@ -63,7 +63,7 @@ def test_a_server_of_its_own(project: Path, tmp_path: Path) -> None:
         summary = generated(project, url=f"{server.url}/v1", limit=24, temperature=0.7)
         check_rows(project, summary, "tiny")
         assert not summary.faults
-        assert not summary.estimated
+        assert not summary.spent.estimated
         assert summary.spent.completion_tokens > 24 * 10
         again = generated(project, url=f"{server.url}/v1", limit=24)
         assert again.asked == 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tests.judges import VARIABLES, Answer, Judge, completion, judge_server
 from tests.setup.projects import Project, Watcher
 
@@ -15,6 +17,8 @@ from rnow.errors import EXIT_TEMPORARY, TemporaryError
 from rnow.rewards import outage
 from rnow.setup import usercode
 from rnow.setup.build import run
+from rnow.setup.eval_report import EvalReport
+from rnow.setup.evaluate import Asked, evaluate
 
 MakeModel = Callable[..., Path]
 KEY = "sk-judge-of-nobody-4711"
@@ -109,6 +113,42 @@ def test_one_that_stays_away_ends_the_run_for_now_and_it_continues(
     assert run(rl(project), folder=project.folder, display=watcher).values["steps"] == 2
     assert any("continuing after step 1" in note for note in watcher.notes)
     assert [row["reward/failure_fraction"] for row in project.metrics] == [0.0, 0.0]
+
+
+def of_the_file(project: Project) -> EvalReport:
+    """Evaluated on its own rows, two answers each."""
+    asked = Asked(temperatures={1: 1.0}, samples=2, prompts=project.folder / "train.jsonl")
+    silent = Console(file=io.StringIO())
+    return evaluate(
+        project.config(), ["student"], folder=project.folder, asked=asked, console=silent
+    )
+
+
+def test_an_evaluation_waits_for_its_judge_and_keeps_nothing_without_it(
+    project: Project, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rewards only track in this project; here they are all that is measured."""
+
+    def answer(request: dict[str, Any]) -> Answer:
+        count = len(judge.requests)
+        return DOWN if count <= 10 and count % 2 else by_length(request)
+
+    judge.answer = answer
+    (row,) = of_the_file(project).rows
+    assert row.failed == 0.0
+    row.kept.unlink()
+    judge.answer = lambda request: DOWN
+    monkeypatch.setattr(outage, "FIRST_PATIENCE", 0.2)
+    with pytest.raises(TemporaryError, match='judge of reward "style"') as caught:
+        of_the_file(project)
+    assert KEY not in caught.value.render()
+    assert not row.kept.exists()
+    # One that says nothing usable of some answers is not waited for, and told of.
+    judge.answer = lambda r: completion("hm") if len(judge.requests) % 4 == 0 else by_length(r)
+    (row,) = of_the_file(project).rows
+    assert row.failed == 0.25
+    (row,) = of_the_file(project).rows
+    assert (row.fresh, row.failed) == (False, 0.25)
 
 
 def test_where_rewards_only_track_it_is_told_of_and_the_run_goes_on(

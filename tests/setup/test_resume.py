@@ -120,6 +120,8 @@ def test_sigterm_has_its_own_exit_code(project: Project) -> None:
     with pytest.raises(StopRequested) as caught:
         run(project.config(**SIX_STEPS), folder=project.folder, display=watcher)
     assert caught.value.exit_code == EXIT_TERMINATED
+    told = json.loads((project.run_dir / "process.json").read_text())
+    assert told["stopping"] is True, "rnow stop only waits then"
 
 
 def test_a_stop_between_two_updates_of_a_step_changes_nothing(

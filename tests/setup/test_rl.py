@@ -33,11 +33,29 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def project(tmp_path: Path, tiny_model_dir: MakeModel) -> Project:
-    project = Project(tmp_path / "project", tiny_model_dir)
+def project_in(folder: Path, make_model: MakeModel) -> Project:
+    project = Project(folder, make_model)
     (project.folder / "rewards.py").write_text(SAME_FOR_SOME)
     return project
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model_dir: MakeModel) -> Project:
+    return project_in(tmp_path / "project", tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: MakeModel
+) -> dict[bool | str, Project]:
+    """A run by its ``drop_equal_groups``, which nothing interrupts."""
+    torch.set_num_threads(1)
+    found: dict[bool | str, Project] = {}
+    for drop in ("auto", False):
+        project = project_in(tmp_path_factory.mktemp("runs") / "project", tiny_model_dir)
+        run(config(project, drop_equal_groups=drop), folder=project.folder)
+        found[drop] = project
+    return found
 
 
 def config(project: Project, **algorithm: Any) -> Config:
@@ -54,8 +72,10 @@ def trained(project: Project, step: int) -> dict[str, bool]:
     return found
 
 
-def test_groups_with_equal_rewards_are_left_out_and_counted(project: Project) -> None:
-    run(config(project), folder=project.folder)
+def test_groups_with_equal_rewards_are_left_out_and_counted(
+    runs: dict[bool | str, Project],
+) -> None:
+    project = runs["auto"]
     for row in project.metrics:
         used = trained(project, row["step"])
         assert row["reward/equal_groups_fraction"] == 1 - sum(used.values()) / len(used)
@@ -64,34 +84,26 @@ def test_groups_with_equal_rewards_are_left_out_and_counted(project: Project) ->
     assert any(0 < row["reward/equal_groups_fraction"] < 1 for row in project.metrics)
 
 
-def test_kept_by_request_and_where_the_student_is_held_near_its_start(project: Project) -> None:
-    for name, algorithm in {
-        "asked": {"drop_equal_groups": False},
-        "held": {"kl_penalty_coef": 0.01},
-    }.items():
-        project.name = name
-        made = config(project, **algorithm)
-        model = made.model.model_copy(update={"name": name})
-        run(made.model_copy(update={"model": model}), folder=project.folder)
-        assert all(all(trained(project, row["step"]).values()) for row in project.metrics)
-        assert any(row["reward/equal_groups_fraction"] for row in project.metrics)
+def test_kept_by_request_and_where_the_student_is_held_near_its_start(
+    runs: dict[bool | str, Project], project: Project
+) -> None:
+    run(config(project, kl_penalty_coef=0.01), folder=project.folder)
+    for kept in (project, runs[False]):
+        assert all(all(trained(kept, row["step"]).values()) for row in kept.metrics)
+        assert any(row["reward/equal_groups_fraction"] for row in kept.metrics)
 
 
 def test_dropping_them_changes_the_scale_of_the_gradient_and_not_its_direction(
-    project: Project,
+    runs: dict[bool | str, Project],
 ) -> None:
     """Their advantages are 0: what goes is their share of the tokens that the loss is divided by."""
     norms = {}
-    for drop in (True, False):
-        project.name = f"drop-{drop}"
-        made = config(project, drop_equal_groups=drop)
-        model = made.model.model_copy(update={"name": project.name})
-        run(made.model_copy(update={"model": model}), folder=project.folder)
+    for drop, project in runs.items():
         (first, *_), used = project.metrics, trained(project, 1)
         rows = read_transcripts(project.run_dir / "transcripts", 1)
         tokens = sum(row["completion_tokens"] for row in rows if used[row["prompt_id"]])
         norms[drop] = first["grad_norm"] * tokens
-    assert norms[True] == pytest.approx(norms[False], rel=1e-4)
+    assert norms["auto"] == pytest.approx(norms[False], rel=1e-4)
 
 
 def test_a_step_without_any_signal_does_no_update_and_says_so(project: Project) -> None:
@@ -107,18 +119,25 @@ def test_a_step_without_any_signal_does_no_update_and_says_so(project: Project) 
     assert told[0] == "no update in step 1: all rollouts of each group have the same reward"
 
 
-def test_killed_and_continued_it_is_the_same_run(project: Project) -> None:
+def test_killed_and_continued_it_is_the_same_run(
+    runs: dict[bool | str, Project], project: Project
+) -> None:
     made = config(project)
-    run(made, folder=project.folder)
-    whole = project.numbers
-    project.name = "killed"
-    model = made.model.model_copy(update={"name": "killed"})
-    made = made.model_copy(update={"model": model})
     for stage in ("reward", "update"):
         with pytest.raises(Killed):
             run(made, folder=project.folder, display=Watcher().at(stage, 2, die))
     run(made, folder=project.folder)
-    assert project.numbers == whole
+    assert project.numbers == runs["auto"].numbers
+
+
+def test_continued_it_counts_on_the_steps_without_an_update(project: Project) -> None:
+    (project.folder / "rewards.py").write_text(CONSTANT)
+    made = config(project)
+    with pytest.raises(Killed):
+        run(made, folder=project.folder, display=Watcher().at("update", 3, die))
+    with pytest.raises(RnowError, match="nothing was trained"):
+        run(made, folder=project.folder)
+    assert [row["skipped_updates"] for row in project.metrics] == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize(

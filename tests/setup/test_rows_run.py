@@ -19,6 +19,7 @@ from tests.setup.projects import Watcher
 from rnow.cli.main import app
 from rnow.errors import ConfigError, StopRequested
 from rnow.plan import changes
+from rnow.plan.prepare import prepare
 from rnow.setup.build import run
 from rnow.setup.facts import RunSummary
 from rnow.setup.rehearse import rehearse
@@ -150,30 +151,28 @@ def test_the_first_loss_is_the_mean_over_the_tokens_of_the_step(
 
 STOPS = [
     ("evaluating: before", 1, 0),
-    ("batch", 4, 3),
     ("update", 2, 1),
-    ("evaluating: often", 1, 2),
+    ("batch", 3, 3),
+    ("evaluating: often", 1, 4),
 ]
+"""Where each start of the run is stopped, for the n-th time that it comes there, and how many steps are done then."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("stage", "nth", "done"), STOPS)
 def test_a_signal_in_each_stage_saves_and_the_run_goes_on(
     whole: dict[str, tuple[Rows, RunSummary, Watcher]],
     tmp_path: Path,
     tiny_model_dir: MakeModel,
     kind: str,
-    stage: str,
-    nth: int,
-    done: int,
 ) -> None:
     project = project_of(tmp_path, tiny_model_dir, kind)
     config = project.config(**SECTIONS)
-    watcher = Watcher().at(stage, nth, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(StopRequested):
-        run(config, folder=project.folder, display=watcher)
-    saved = sorted(path.name for path in (project.run_dir / "checkpoints").glob("step-*"))
-    assert not done or saved[-1] == f"step-{done:06d}"
+    for stage, nth, done in STOPS:
+        watcher = Watcher().at(stage, nth, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(StopRequested):
+            run(config, folder=project.folder, display=watcher)
+        saved = sorted(path.name for path in (project.run_dir / "checkpoints").glob("step-*"))
+        assert not done or saved[-1] == f"step-{done:06d}", stage
     run(config, folder=project.folder)
     assert_same_run(project, whole[kind][0])
 
@@ -260,7 +259,11 @@ def test_several_datasets_have_losses_of_their_own(
     (project.folder / "more.jsonl").write_text(rows)
     files = [{"path": "train.jsonl", "name": "a"}, {"path": "more.jsonl", "name": "b"}]
     data = {"batch_size": 8, "val_split": 0.25, "train_file": files}
-    summary = run(project.config(data=data, trainer={"max_steps": 1}), folder=project.folder)
+    # Of eight rows that are held out four are evaluated: two of each.
+    config = project.config(data=data, trainer={"max_steps": 1}, evaluation={"max_prompts": 4})
+    evaluated = prepare(config, project.folder, weights=False).evaluated
+    assert [prompt.dataset for prompt in evaluated] == ["a", "a", "b", "b"]
+    summary = run(config, folder=project.folder)
     assert {"loss", "loss/a", "loss/b", "perplexity"} <= summary.evaluation["before"].keys()
     assert {"loss/a", "loss/b"} <= project.metrics[0].keys()
 

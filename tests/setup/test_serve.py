@@ -20,6 +20,7 @@ from tests.serving import scripted
 from tests.setup.projects import Project
 
 from rnow.config import config_for
+from rnow.disk.folder import folder_name
 from rnow.errors import InputError, ModelError, StopRequested
 from rnow.processes.leash import descendants
 from rnow.processes.process import ProcessFailed, free_port
@@ -145,6 +146,37 @@ def test_a_step_and_an_adapter_that_lies_anywhere(project: Project, tmp_path: Pa
     assert names == ["tiny", "mine"]
 
 
+def test_where_one_stands_and_what_was_copied(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(name: str) -> tuple[str | None, int | None]:
+        one = find_trained(name, folder=Path(), output_dir="runs", command="serve")
+        return one.run and one.run.path.name, one.step
+
+    checkpoints = project.run_dir / "checkpoints"
+    for place, expected in (
+        (project.run_dir / "adapter", ("tiny", 2)),
+        (project.run_dir, ("tiny", 2)),
+        (checkpoints / "step-000001", ("tiny", 1)),
+    ):
+        monkeypatch.chdir(place)
+        assert found(".") == expected
+    monkeypatch.chdir(project.folder)
+    (tmp_path / "best").symlink_to(checkpoints / "step-000001")
+    assert found(str(tmp_path / "best")) == ("tiny", 1)
+    # Neither a copy nor what was set aside is a checkpoint, whatever comes first by name.
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(project.run_dir, run)
+    shutil.rmtree(run / "adapter")
+    for name in ("step-000001-best", "damaged-step-000001"):
+        shutil.copytree(run / "checkpoints" / "step-000001", run / "checkpoints" / name)
+        assert found(str(run / "checkpoints" / name)) == ("tiny", None)
+    assert found(str(run)) == ("tiny", 2)
+    run.rename(run.with_name(folder_name("new@1")))
+    monkeypatch.chdir(tmp_path)
+    assert found("new@1")[1] == 2, "its own name, and no step of another"
+
+
 def test_the_port(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     ports: list[int] = []
 
@@ -153,16 +185,20 @@ def test_the_port(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is taken"):
+        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 cannot be had") as caught:
             served(project, trained(project), port=port)
+        assert caught.value.why == "Address already in use"
         monkeypatch.setattr(serve_module, "PORT", port)
         served(project, trained(project), look)
     wanted = free_port()
     served(project, trained(project), look, port=wanted)
     assert ports[0] != port
     assert ports[1] == wanted
-    with pytest.raises(InputError, match="no address of this machine"):
-        served(project, trained(project), host="nowhere.invalid")
+    for host in ("nowhere.invalid", "192.0.2.1", f"{'a' * 64}.b", "::2"):
+        for given in (None, 8123):
+            with pytest.raises(InputError, match="no address of this machine") as caught:
+                served(project, trained(project), host=host, port=given)
+            assert caught.value.where == "--host"
 
 
 def test_a_key_that_the_user_has_set_is_asked_for(
@@ -199,6 +235,26 @@ def test_how_it_is_asked_and_measured(project: Project) -> None:
     assert option(inspect, "--model") == "openai-api/rnow/tiny"
     assert option(inspect, "--model-base-url") == f"{url}/v1"
     assert lines[-1].startswith("warning: whoever reaches this machine")
+
+
+def test_a_base_that_is_no_longer_what_the_adapter_was_trained_on_is_refused(
+    project: Project, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(project.student, base)
+    copied = tmp_path / "run"
+    shutil.copytree(project.run_dir, copied)
+    config = copied / "adapter" / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(values))
+    warnings: list[str] = []
+    served(project, trained(project, str(copied)), warn=warnings.append)
+    assert warnings == []
+    other = project.make_model(seed=5, num_hidden_layers=1, vocab_size=128)
+    shutil.copy(other / "model.safetensors", base)
+    with pytest.raises(ModelError, match="was trained on another model") as caught:
+        served(project, trained(project, str(copied)))
+    assert "weights" in (caught.value.why or "")
 
 
 def test_a_server_that_ends_is_told(project: Project) -> None:

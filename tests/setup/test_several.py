@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from tests.setup.projects import Project
 
 from rnow.cli.main import run_command_line
-from rnow.config import dump_yaml
-from rnow.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from rnow.config import Config, dump_yaml
+from rnow.display.display import QuietDisplay
+from rnow.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, RnowError, TemporaryError
 from rnow.setup import build, several
 
 MakeModel = Callable[..., Path]
@@ -35,8 +38,15 @@ class Sweep:
             made = project.make_model(seed=seed, num_hidden_layers=1, vocab_size=128)
             (project.folder / name).symlink_to(made)
 
-    def write(self, *students: str, **sections: Any) -> None:
+    def write(self, *students: str, rows: bool = False, **sections: Any) -> None:
+        """``rows``: they learn from answers, which takes least time."""
         values = self.project.values(**{"trainer": {"max_steps": 1}, **sections})
+        if rows:
+            answer = {"role": "assistant", "content": "yes"}
+            asked = [{"messages": [{"role": "user", "content": f"q{n}"}, answer]} for n in range(8)]
+            self.project.write_rows(asked)
+            values["dataset_type"] = "sft"
+            del values["teacher"]
         values["model"] |= {"path": list(students), "name": "sweep"}
         (self.project.folder / "config.yml").write_text(dump_yaml(values))
 
@@ -72,7 +82,6 @@ def test_one_that_fails_holds_up_no_other_and_the_command_has_failed(sweep: Swee
 def test_the_same_command_goes_on_and_trains_nothing_twice(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep.write("a", "b", trainer={"max_steps": 2, "save_step": 1})
     real, begun = build._Run.load_and_train, []
 
     async def interrupted(self: Any) -> Any:
@@ -82,13 +91,13 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(
         return await real(self)
 
     monkeypatch.setattr(build._Run, "load_and_train", interrupted)
-    sweep.write("a", "b", "./a/", trainer={"max_steps": 2, "save_step": 1})
+    sweep.write("a", "b", "./a/", rows=True, trainer={"max_steps": 2, "save_step": 1})
     code, output, errors = sweep.run()
     assert code == EXIT_INTERRUPTED
     assert begun == ["sweep-a", "sweep-b"], "Ctrl-C ends all"
     assert "not begun: ./a/" in errors
     assert "outcome" not in output
-    sweep.write("a", "b", trainer={"max_steps": 2, "save_step": 1})
+    sweep.write("a", "b", rows=True, trainer={"max_steps": 2, "save_step": 1})
     code, output, errors = sweep.run("--json")
     assert code == 0, errors
     assert begun[2:] == ["sweep-b"], "the first is finished"
@@ -102,7 +111,7 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(
 def test_a_fault_in_the_middle_of_one_is_reported_and_the_next_begins(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep.write("a", "b")
+    sweep.write("a", "b", rows=True)
     real = several.run
 
     def broken(config: Any, **options: Any) -> Any:
@@ -119,6 +128,51 @@ def test_a_fault_in_the_middle_of_one_is_reported_and_the_next_begins(
     assert (other["status"], other["error"]) == ("finished", None)
 
 
+class Weights:
+    """What a run loads."""
+
+
+def test_what_a_failed_one_had_loaded_is_let_go_and_no_kind_of_fault_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded: list[weakref.ref[Weights]] = []
+    begun: list[str] = []
+
+    def checked(config: Config, folder: Path) -> None:
+        if config.model.path == "unreachable":
+            raise TemporaryError("the disk is full")
+
+    def trained(config: Config, **options: Any) -> Any:
+        assert all(weights() is None for weights in loaded)
+        begun.append(config.model.path)
+        weights = Weights()
+        loaded.append(weakref.ref(weights))
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError as error:
+            raise RnowError("no room") from error
+
+    monkeypatch.setattr(several, "check", checked)
+    monkeypatch.setattr(several, "run", trained)
+    outcomes = several.run_each(
+        [
+            Config(dataset_type="rl", model={"path": path, "name": "on-{model.path}"})
+            for path in ("a", "unreachable", "b")
+        ],
+        folder=tmp_path,
+        fresh=False,
+        display=lambda: nullcontext(QuietDisplay()),
+        failed=lambda config, error: None,
+    )
+    assert begun == ["a", "b"]
+    assert [outcome.name for outcome in outcomes] == ["on-a", "on-unreachable", "on-b"]
+    assert [str(outcome.error) for outcome in outcomes] == [
+        "no room",
+        "the disk is full",
+        "no room",
+    ]
+
+
 def test_check_shows_each_and_test_takes_one(sweep: Sweep) -> None:
     sweep.write("a", "b")
     code, output, errors = sweep.run("--json", command="check")
@@ -126,7 +180,12 @@ def test_check_shows_each_and_test_takes_one(sweep: Sweep) -> None:
     runs = json.loads(output)["runs"]
     assert [one["student"]["path"] for one in runs] == ["a", "b"]
     assert [Path(one["run_dir"]).name for one in runs] == ["sweep-a", "sweep-b"]
+    sweep.write("a", "./nowhere", "b")
+    code, output, errors = sweep.run("--json", command="check")
+    assert code == EXIT_BAD_INPUT
+    assert "there is no folder './nowhere'" in errors
+    assert [one["student"]["path"] for one in json.loads(output)["runs"]] == ["a", "b"]
     code, _, errors = sweep.run(command="test")
     assert code == EXIT_BAD_INPUT
-    assert "lists 2 students" in errors
+    assert "lists 3 students" in errors
     assert "-m a" in errors

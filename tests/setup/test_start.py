@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.models.test_adapter import edit_tensors, peft_folder
+from tests.models.test_adapter import edit, edit_tensors, peft_folder
 from tests.setup.projects import Killed, Project, Watcher, die
 
 from rnow.errors import EXIT_BAD_INPUT, ConfigError, InputError, ModelError
@@ -20,7 +20,10 @@ from rnow.setup.build import check, run
 
 MakeModel = Callable[..., Path]
 WEIGHTS = "adapter_model.safetensors"
-EVALUATED: dict[str, Any] = {"data": {"val_split": 0.25}, "evaluation": {"teacher": False}}
+EVALUATED: dict[str, Any] = {
+    "data": {"val_split": 0.25},
+    "evaluation": {"teacher": False, "num_samples": 1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +42,25 @@ def first(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: MakeModel) -
     return project
 
 
-@pytest.fixture
-def project(first: Project, tmp_path: Path) -> Project:
-    """A copy of it, in which a second stage is run as ``second``."""
+def copy_of(first: Project, folder: Path) -> Project:
+    """A copy of a project, in which a second stage is run as ``second``."""
     copy = Project.__new__(Project)
     copy.__dict__ |= first.__dict__
-    copy.folder, copy.name = tmp_path / "project", "second"
+    copy.folder, copy.name = folder, "second"
     shutil.copytree(first.folder, copy.folder)
+    return copy
+
+
+@pytest.fixture
+def project(first: Project, tmp_path: Path) -> Project:
+    return copy_of(first, tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def whole(first: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Another copy, whose second stage nothing interrupted."""
+    copy = copy_of(first, tmp_path_factory.mktemp("whole") / "project")
+    train(copy, second(copy, adapter="sft"))
     return copy
 
 
@@ -104,9 +119,10 @@ def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in names}
 
 
-def test_a_folder_a_name_and_a_student_that_is_an_adapter_are_one_start(project: Project) -> None:
-    train(project, second(project, adapter="runs/sft"))
-    expected = project.numbers
+def test_a_folder_a_name_and_a_student_that_is_an_adapter_are_one_start(
+    project: Project, whole: Project
+) -> None:
+    expected = whole.numbers
     for name, model in {
         "by-folder": {"adapter": "runs/sft/adapter"},
         "by-checkpoint": {"adapter": str(project.folder / "runs/sft/checkpoints/step-000002")},
@@ -120,20 +136,17 @@ def test_a_folder_a_name_and_a_student_that_is_an_adapter_are_one_start(project:
     assert project.numbers != expected
 
 
-def test_stopped_and_continued_it_is_the_same_run(project: Project) -> None:
-    train(project, second(project, adapter="sft"))
-    whole, adapter = project.numbers, weights(project.run_dir / "adapter")
-    project.name = "stopped"
+def test_stopped_and_continued_it_is_the_same_run(project: Project, whole: Project) -> None:
     for stage, nth in (("teacher", 2), ("update", 1)):
         watcher = Watcher().at(stage, nth, die)
         with pytest.raises(Killed):
-            train(project, second(project, "stopped", adapter="sft"), watcher=watcher)
+            train(project, second(project, adapter="sft"), watcher=watcher)
     # The same weights elsewhere are the same start.
     shutil.copytree(project.folder / "runs/sft/adapter", project.folder / "start")
-    watcher = train(project, second(project, "stopped", adapter="start"))
+    watcher = train(project, second(project, adapter="start"))
     assert any("model.adapter: sft -> start" in note for note in watcher.notes)
-    assert project.numbers == whole
-    mine = weights(project.run_dir / "adapter")
+    assert project.numbers == whole.numbers
+    mine, adapter = (weights(of.run_dir / "adapter") for of in (project, whole))
     assert all(torch.equal(mine[name], tensor) for name, tensor in adapter.items())
 
 
@@ -210,6 +223,11 @@ def test_what_contradicts_the_adapter_is_refused(
         ("adapter", "runs/stf", "rnow run model.adapter=runs/sft"),
         ("adapter", "sftt", "rnow run model.adapter=runs/sft"),
         ("path", "runs/sftt", "rnow run -m runs/sft"),
+        (
+            "adapter",
+            "org/name",
+            "hf download org/name --local-dir adapter, then model.adapter: adapter",
+        ),
     ],
 )
 def test_a_run_that_is_not_there_is_suggested(
@@ -218,6 +236,30 @@ def test_a_run_that_is_not_there_is_suggested(
     with pytest.raises(ModelError, match=f"no adapter and no run '{named}'") as caught:
         train(project, second(project, **{key: named}))
     assert (caught.value.fix, caught.value.where) == (fix, f"model.{key}")
+
+
+@pytest.mark.parametrize("key", ["adapter", "path"])
+def test_a_run_that_has_no_checkpoint_yet_is_not_taken_for_one_that_is_missing(
+    project: Project, key: str
+) -> None:
+    (project.folder / "runs" / "begun").mkdir()
+    with pytest.raises(ModelError, match="there is no adapter in 'runs/begun'") as caught:
+        train(project, second(project, **{key: "runs/begun"}))
+    assert "first checkpoint" in (caught.value.why or "")
+
+
+def test_a_base_that_was_moved_is_told_of(project: Project) -> None:
+    edit(project.folder / "runs/sft/adapter", base_model_name_or_path="/nowhere/student")
+    with pytest.raises(ModelError, match="is not where it was: /nowhere/student") as caught:
+        train(project, second(project, path="runs/sft"))
+    assert "and model.adapter: runs/sft" in (caught.value.fix or "")
+
+
+def test_a_whole_model_is_no_adapter(project: Project) -> None:
+    (project.folder / "whole").symlink_to(project.student)
+    with pytest.raises(ModelError, match="'whole' is a whole model, not an adapter") as caught:
+        train(project, second(project, adapter="whole"))
+    assert "set model.path: whole" in (caught.value.fix or "")
 
 
 def cut_short(adapter: Path) -> None:
@@ -253,8 +295,9 @@ def test_a_swapped_base_is_refused(project: Project, tiny_model_dir: MakeModel) 
     assert f"set model.path: {project.student}" in (caught.value.fix or "")
 
 
-def test_the_plan_names_it(project: Project) -> None:
-    plan = check(type(project.config())(**second(project, path="runs/sft")), project.folder)
+@pytest.mark.parametrize("key", ["path", "adapter"])
+def test_the_plan_names_it(project: Project, key: str) -> None:
+    plan = check(type(project.config())(**second(project, **{key: "runs/sft"})), project.folder)
     assert plan.starts_from == "runs/sft (rank 4)"
     assert plan.to_dict()["starts_from"] == "runs/sft (rank 4)"
     assert plan.models["student"].path == str(project.student)

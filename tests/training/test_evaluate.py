@@ -15,7 +15,7 @@ from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
 from rnow.training.evaluations import Answering, Evaluator, count_passed, pass_at_k
 from rnow.training.residency import Residency
-from rnow.types import Prompt, Rollout
+from rnow.types import Prompt, RewardResult, Rollout
 
 END = 9
 PROMPTS = [
@@ -94,6 +94,24 @@ def test_what_passed_is_counted_by_prompt() -> None:
 
     evaluate(FakeRewarder(reward), keep=keep)
     assert kept == {"dataset_0/0": (4, 4), "dataset_0/1": (4, 1)}, "the third names no reward"
+
+
+def test_a_zero_for_want_of_a_reward_passes_nowhere() -> None:
+    """Where rewards are penalties an answer may pass with 0."""
+    results = [
+        RewardResult(total=0.0, breakdown={"right": 0.0}),
+        RewardResult(total=0.0, errors={"rollout": "it failed"}),
+        RewardResult(total=0.0, breakdown={"right": 0.0}, errors={"right": "KeyError"}),
+        RewardResult(total=-1.0, breakdown={"right": -1.0}),
+    ]
+    kept: dict[str, tuple[int, int]] = {}
+
+    def keep(groups: Any, rewards: Any) -> None:
+        found = {r.id: results[r.index] for group in groups for r in group.rollouts}
+        kept.update(count_passed(groups, found, 0.0))
+
+    evaluate(FakeRewarder(1.0), keep=keep)
+    assert {*kept.values()} == {(4, 1)}
 
 
 def test_each_rollout_is_told_as_it_is_done() -> None:

@@ -46,6 +46,18 @@ def test_equal_values_are_not_certain(count: int) -> None:
     assert (same.low, same.high) == pytest.approx((right.low - 1, 1 - right.low))
 
 
+def test_differences_that_are_equal_but_for_rounding_are_not_certain() -> None:
+    """Each prompt has one more right answer of six."""
+    before = {str(count): count / 6 for count in range(5)}
+    after = {str(count): (count + 1) / 6 for count in range(5)}
+    assert len({after[key] - before[key] for key in before}) > 1
+    found = difference_interval(before, after)
+    share = 1 - 0.025 ** (1 / 5)
+    assert found.mean == pytest.approx(1 / 6)
+    assert found.low == pytest.approx(1 / 6 - share * (1 / 6 + 1))
+    assert found.high == pytest.approx(1 / 6 + share * (1 - 1 / 6))
+
+
 def test_pairing_leaves_what_differs() -> None:
     draw = random.Random(2)
     before = {str(i): draw.random() * 0.9 for i in range(100)}

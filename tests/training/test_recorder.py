@@ -133,6 +133,22 @@ def test_three_steps_in_a_row_without_an_update_end_the_run(desk: Desk) -> None:
     assert len(desk.display.notes) == 3
 
 
+def test_a_continued_run_counts_them_on_and_one_that_they_ended_anew(
+    desk: Desk, tmp_path: Path
+) -> None:
+    desk.record(1, skipped=NON_FINITE)
+    desk.record(2, skipped=NON_FINITE)
+    stopped = Desk(tmp_path)
+    stopped.recorder.count_on(desk.recorder.counters)
+    assert stopped.recorder.completion_tokens == 8
+    with pytest.raises(RnowError, match="3 steps in a row"):
+        stopped.record(3, skipped=NON_FINITE)
+    again = Desk(tmp_path)
+    again.recorder.count_on(stopped.recorder.counters)
+    again.record(3, skipped=NON_FINITE)
+    assert again.rows[-1]["skipped_updates"] == 1.0
+
+
 def test_the_checkpoint_that_is_named_is_one_known_to_be_good(desk: Desk) -> None:
     for step in (2, 4):
         (desk.folder.checkpoints / f"step-{step:06d}").mkdir(parents=True)

@@ -9,6 +9,8 @@ import traceback
 from rnow.cli.output import clean, print_error, print_note
 from rnow.errors import EXIT_FAILED, SAME_COMMAND, InputError, RnowError, TemporaryError
 
+_NOT_TAKEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
 
 def report(error: Exception, *, everything: bool = False) -> int:
     """Print an error and give its exit code. An RnowError is a short report on standard error, and so is what the system
@@ -37,6 +39,13 @@ def _refused_by_the_system(error: Exception) -> RnowError | None:
     if isinstance(error, FileNotFoundError) and error.filename is None:  # only getcwd names no file
         return InputError(
             "the working directory is gone", fix="go to a folder that exists, and start again"
+        )
+    if isinstance(error, OSError) and number in _NOT_TAKEN:
+        return TemporaryError(
+            "the disk does not take what is to be written",
+            where=error.filename and str(error.filename),
+            why=error.strerror,
+            fix=f"free some space, or make it writable, then {SAME_COMMAND}",
         )
     if number in (errno.EMFILE, errno.ENFILE):
         what, switch = "open files", "-n"

@@ -36,7 +36,7 @@ def find_run(run: str, folder: Path, *, command: str) -> RunFolder:
 
     given = RunFolder(place_of(run, folder, where="RUN"))
     named = find_run_folder(folder / RUNS, run)
-    for found in (given, named):
+    for found in (named, given):
         if is_run(found):
             return found
     there = [found.path.name for found in find_runs(folder / RUNS)]

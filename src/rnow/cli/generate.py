@@ -160,7 +160,7 @@ def generate_rows(
     """Let a teacher answer prompts, and write its answers as training data. Called again, it asks what is missing."""
     loaded = load(folder, overrides)
 
-    from rnow.cli.output import console
+    from rnow.cli.output import console, settle
     from rnow.setup.generation import Wanted, generate
 
     wanted = Wanted(
@@ -183,5 +183,9 @@ def generate_rows(
         thinking=thinking,
         rescore=rescore,
     )
-    with placed(loaded):
-        generate(loaded.config, wanted, folder=folder, console=console())
+    shown_on = console(aside=True)  # a terminal that takes nothing must not make paid answers late
+    try:
+        with placed(loaded):
+            generate(loaded.config, wanted, folder=folder, console=shown_on)
+    finally:
+        settle(shown_on)

@@ -82,6 +82,10 @@ class Outlet:
                 encoding = self._stream.encoding
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self._stream.flush()
+        except (
+            RuntimeError
+        ):  # the handler of a signal, which came in the middle of a write: its line is lost
+            pass
         except (OSError, ValueError) as error:  # ValueError: it was closed
             if not isinstance(error, OSError) or error.errno not in _PASSING:
                 send_nowhere(self._stream)

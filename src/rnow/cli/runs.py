@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from rnow.cli.status import show_status
 from rnow.errors import InputError
 
 if TYPE_CHECKING:
+    from rnow.disk.folder import RunFolder
     from rnow.disk.runs import RunState
 
 app = typer.Typer(help="The runs of this project.", invoke_without_command=True)
@@ -31,8 +33,9 @@ def runs(context: typer.Context) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """Paths that go together. ``what`` says of what they are."""
+    """Paths of a run that go together. ``what`` says of what they are."""
 
+    run: RunFolder
     what: str
     paths: Sequence[Path]
 
@@ -42,6 +45,14 @@ class Removal:
             file for path in self.paths for file in (path.rglob("*") if path.is_dir() else [path])
         )
         return sum(file.lstat().st_size for file in files if file.is_file())
+
+    def delete(self) -> None:
+        """What a link leads to stays."""
+        for path in self.paths:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @app.command("clean")
@@ -69,23 +80,34 @@ def clean(
         return
     print_lines(f"{_megabytes(item.size()):>10}  {item.what}" for item in found)
     _ask(yes, folder)
-    for path in (path for item in found for path in item.paths):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    print_lines([f"deleted {len(found)} of {len(found)}"])
+    for item in found:
+        with item.run.held():  # it may have begun to run while this asked
+            item.delete()
+    print_lines([f"deleted: {len(found)}"])
 
 
 def _whole(state: RunState) -> Removal:
-    if state.state in ("running", "elsewhere"):
+    run = state.folder
+    if state.state == "running":
         raise InputError(
-            f"{state.name} is {'running' if state.pid else f'perhaps running on {state.host}'}",
-            where=str(state.folder.path),
+            f"{state.name} is running",
+            where=str(run.path),
             fix=f"rnow stop {state.name}, then delete it",
         )
+    if state.state == "elsewhere":
+        raise InputError(
+            f"{state.name} is perhaps running on {state.host}",
+            where=str(run.path),
+            fix=f"delete it there, or where that machine is no more: rm -r {shlex.quote(str(run.path))}",
+        )
+    if not (run.facts.is_file() or run.process.is_file()):
+        raise InputError(
+            f"{state.name} may be something else than a run of rnow: it has no run.json",
+            where=str(run.path),
+            fix=f"if you know what it is: rm -r {shlex.quote(str(run.path))}",
+        )
     what = f"{state.name}: the whole run, {state.state} after step {state.step}"
-    return Removal(what=what, paths=[state.folder.path])
+    return Removal(run=run, what=what, paths=[run.path])
 
 
 def _left_over(state: RunState) -> Iterator[Removal]:
@@ -95,12 +117,12 @@ def _left_over(state: RunState) -> Iterator[Removal]:
         return
     trained = any(run.checkpoints.glob("*step-*")) or run.adapter.exists() or state.step
     if not trained:
-        yield Removal(what=f"{state.name}: a run that trained nothing", paths=[run.path])
+        yield Removal(run=run, what=f"{state.name}: a run that trained nothing", paths=[run.path])
         return
     left = [*run.path.glob("damaged-*"), *run.checkpoints.glob("damaged-*")]
     left += [*run.path.glob(".tmp-*"), *run.checkpoints.glob(".tmp-*")]
     names = ", ".join(sorted(path.name for path in left))
-    yield Removal(what=f"{state.name}: {names}", paths=sorted(left))
+    yield Removal(run=run, what=f"{state.name}: {names}", paths=sorted(left))
 
 
 def _megabytes(size: int) -> str:

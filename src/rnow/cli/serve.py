@@ -54,7 +54,7 @@ def serve_run(
     # An adapter may lie anywhere: without a project everything is at its default.
     loaded = load(folder, overrides) if has_config(folder) else None
 
-    from rnow.cli.output import print_lines, print_note
+    from rnow.cli.output import print_lines, print_note, print_warning
     from rnow.setup.serve import serve, usage_lines
     from rnow.setup.subjects import find_trained
 
@@ -73,5 +73,6 @@ def serve_run(
             host=host,
             port=port,
             stage=lambda text: print_note(f"{text} ..."),
+            warn=print_warning,
             ready=lambda served: print_lines(usage_lines(served)),
         )

@@ -75,7 +75,9 @@ def _table(states: Sequence[RunState]) -> Table:
     for at in states:
         table.add_row(
             Text(escape_control(at.name)),
-            Text(at.state, style="green" if at.pid is not None else ""),
+            Text(
+                "stopping" if at.stopping else at.state, style="green" if at.pid is not None else ""
+            ),
             f"{at.step}/{at.steps}" if at.steps else str(at.step),
             *(
                 "" if (value := getattr(at, name)) is None else format_number(value)
@@ -113,8 +115,11 @@ def stop_run(
         where = f"; it was started on {at.host}: stop it there" if at.state == "elsewhere" else ""
         print_note(f"{at.name} is not running ({at.state}, after step {at.step}){where}")
         return
-    print_note(f"stopping {at.name} (process {at.pid}) at its next safe point ...")
-    _interrupt(at)
+    if at.stopping:
+        print_note(f"{at.name} (process {at.pid}) is stopping already ...")
+    else:
+        print_note(f"stopping {at.name} (process {at.pid}) at its next safe point ...")
+        _interrupt(at)
     deadline = time.monotonic() + STOP_SECONDS
     while (now := read_state(at.folder)).pid == at.pid:
         if time.monotonic() > deadline:
@@ -125,8 +130,21 @@ def stop_run(
                 fix=f"wait for it (rnow status), or end it without saving: kill -KILL {at.pid}",
             )
         time.sleep(LOOK_SECONDS)
-    how = "is finished" if now.state == "finished" else "is stopped, its state saved"
-    print_lines([f"{now.name} {how}, after step {now.step}"])
+    print_lines([_ending(now)])
+
+
+def _ending(at: RunState) -> str:
+    """How a run ended that was asked to stop, as its folder bears it out."""
+    from rnow.disk.folder import saved_steps
+
+    saved = max(saved_steps(at.folder.checkpoints), default=0)
+    if at.state == "finished":
+        return f"{at.name} is finished, after step {at.step}"
+    if not at.step:
+        return f"{at.name} is stopped, before its first step was done"
+    if saved >= at.step:
+        return f"{at.name} is stopped, its state saved, after step {at.step}"
+    return f"{at.name} ended after step {at.step}, and goes on from step {saved}: rnow logs {at.name} says why"
 
 
 def _to_stop(run: str | None, folder: Path) -> RunFolder:
@@ -151,6 +169,7 @@ def _interrupt(at: RunState) -> None:
     assert at.pid is not None
     try:
         os.kill(at.pid, signal.SIGINT)
+        at.folder.tell_stopping()
     except ProcessLookupError:
         return  # it ended by itself meanwhile
     except PermissionError:
@@ -194,10 +213,19 @@ def show_logs(
             else "wait until the run begins to train",
             details=[f"there: {name}" for name in there],
         )
-    with path.open(encoding="utf-8", errors="replace") as file:
-        print_lines(line.rstrip("\n") for line in deque(file, maxlen=lines))
+    with path.open("rb") as file:
+        last = deque(file, maxlen=lines)
+        # A line that is not whole yet is shown when it is.
+        begun = last.pop() if follow and last and not last[-1].endswith(b"\n") else b""
+        print_lines(map(_text, last))
         while follow:
-            if line := file.readline():
-                print_lines([line.rstrip("\n")])
+            begun += file.readline()
+            if begun.endswith(b"\n"):
+                print_lines([_text(begun)])
+                begun = b""
             else:
                 time.sleep(LOOK_SECONDS)
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "replace").removesuffix("\n")

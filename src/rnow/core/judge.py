@@ -13,7 +13,7 @@ from typing import Any
 
 from rnow.core.deadline import answer_by
 from rnow.core.judge_errors import JudgeError, JudgeUnavailable
-from rnow.core.judge_http import Question, ask, clean_key, endpoint
+from rnow.core.judge_http import SYSTEM, Question, ask, clean_key, endpoint, without_key
 from rnow.core.judge_rule import Rule, read_rule
 from rnow.core.verdict import verdict
 
@@ -84,9 +84,20 @@ def llm_judge(
     }
     _check_json(payload)
     spare = {"response_format", "max_tokens"} | ({"temperature"} if temperature == 0 else set())
-    question = Question(url=url, key=key, payload=payload, spare=frozenset(spare & payload.keys()))
+    spare = frozenset(spare & payload.keys() | {SYSTEM})
+    question = Question(url=url, key=key, payload=payload, spare=spare)
     due = answer_by()
-    return verdict(lambda: rule.read(ask(question, min(time.monotonic() + timeout, due))))
+    return verdict(lambda: _score(question, rule, min(time.monotonic() + timeout, due)))
+
+
+def _score(question: Question, rule: Rule, until: float) -> float:
+    try:
+        return rule.read(ask(question, until))
+    except JudgeUnavailable:
+        raise
+    except JudgeError as error:
+        text, shown = without_key(str(error), question.key), question.shown
+        raise JudgeError(text if shown in text else f"{shown}: {text}") from None
 
 
 def _server(

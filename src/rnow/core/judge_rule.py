@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from rnow.core.messages import strip_thinking
 
 _SCORES = frozenset({"number", "integer", "boolean", "string"})
 """Types of JSON schema that a score may have."""
+_MAX_BRACES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +39,10 @@ class Rule:
         return f"You are a judge. Answer with JSON only, {what}."
 
     def response_format(self) -> dict[str, object]:
-        """The field of a chat completion that asks for it. OpenAI's strict form takes closed objects only."""
-        strict = self.schema.get("additionalProperties") is False
+        """The field of a chat completion that asks for it. OpenAI's strict form takes closed objects only, whose properties are all
+        required."""
+        closed = self.schema.get("additionalProperties") is False
+        strict = closed and {*_required(self.schema)} >= self.schema["properties"].keys()
         return {
             "type": "json_schema",
             "json_schema": {"name": "judge_score", "strict": strict, "schema": self.schema},
@@ -52,7 +54,7 @@ class Rule:
         Raises:
             JudgeError: there is none, or one outside the schema or the range.
         """
-        answer = _read_json(text)
+        answer = _read_json(text, self.key)
         if isinstance(answer, dict):
             if self.key not in answer:
                 raise JudgeError(f"the judge gave no {self.key}: {text!r:.200}")
@@ -115,16 +117,33 @@ def _required(schema: Mapping[str, Any]) -> Sequence[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _read_json(text: str) -> object:
-    """JSON alone, in a code fence, or after some words."""
+def _read_json(text: str, key: str) -> object:
+    """JSON alone, or the one object with the score in a code fence or among words."""
     text = strip_thinking(text)
-    found = re.search(r"\{.*\}", text, re.DOTALL)
-    for candidate in (text, found.group() if found else ""):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        found = [*_objects(text)]
+    chosen = [answer for answer in found if key in answer] or found
+    if not chosen:
+        raise JudgeError(f"the judge gave no score: {text!r:.200}")
+    if any(other != chosen[0] for other in chosen):
+        raise JudgeError(f"the judge gave more than one answer: {text!r:.200}")
+    return chosen[0]
+
+
+def _objects(text: str) -> Iterator[dict[str, object]]:
+    """The JSON objects in a text that are in no other, of those that begin at one of its first braces."""
+    decoder, end = json.JSONDecoder(), 0
+    for _ in range(_MAX_BRACES):
+        start = text.find("{", end)
+        if start < 0:
+            return
         try:
-            return json.loads(candidate)
+            found, end = decoder.raw_decode(text, start)
+            yield found
         except (ValueError, RecursionError):
-            continue
-    raise JudgeError(f"the judge gave no score: {text!r:.200}")
+            end = start + 1
 
 
 def _kinds(declared: object) -> set[str]:

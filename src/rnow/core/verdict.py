@@ -13,7 +13,11 @@ from rnow.core.judge_errors import JudgeError
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-_MAX_JUDGES = 32
+_MAX_JUDGES = 256
+"""Questions under way at once: as many as there are async rewards. One that waited for its turn here would lose the reward's time."""
+_STACK_BYTES = 1 << 20
+"""Of a thread that asks: the usual 8 MB each would take half of the memory that a process of rewards may have."""
+
 _Term: TypeAlias = "float | Verdict"
 
 
@@ -69,8 +73,14 @@ class Verdict(Coroutine[Any, Any, float]):
 
     async def _asked(self) -> float:
         import asyncio
+        import threading
 
-        return await asyncio.get_running_loop().run_in_executor(_executor(), self._ask)
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            asked = asyncio.get_running_loop().run_in_executor(_executor(), self._ask)
+        finally:
+            threading.stack_size(usual)
+        return await asked
 
     def __await__(self) -> Generator[Any, None, float]:
         return self._asked().__await__()

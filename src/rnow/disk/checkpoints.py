@@ -12,7 +12,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from rnow.disk.files import (
     unused,
     write_synced,
 )
+from rnow.disk.folder import saved_steps
 from rnow.disk.tensors import gather
 from rnow.errors import SAME_COMMAND, InputError, RnowError, TemporaryError
 from rnow.types import Adapter
@@ -43,8 +43,6 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MOMENTS, STATE)
 FREE_SPACE_MARGIN = 1.1
-
-_NAME = re.compile(r"step-\d{6,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +130,7 @@ class CheckpointStore:
         """
         self._remove_leftovers()
         damaged = []
-        for folder in reversed(self._committed()):
+        for folder in reversed(saved_steps(self._folder).values()):
             try:
                 return self._read(folder)
             except _Damaged as fault:
@@ -153,7 +151,7 @@ class CheckpointStore:
 
     def newest_step(self, *, before: int | None = None) -> int | None:
         """The step of the newest committed checkpoint (of those of a step below ``before``), unverified."""
-        steps = map(_step_of, self._committed())
+        steps = saved_steps(self._folder)
         return max((step for step in steps if before is None or step < before), default=None)
 
     def _check_finite(self, step: int, tensors: Mapping[str, Tensor], good_before: int) -> None:
@@ -199,12 +197,6 @@ class CheckpointStore:
         write_synced(aside / MANIFEST, readable_json(manifest))
         sync_folder(aside)
 
-    def _committed(self) -> list[Path]:
-        return sorted(
-            (path for path in self._folder.glob("step-*") if _NAME.fullmatch(path.name)),
-            key=_step_of,
-        )
-
     def _read(self, folder: Path) -> Checkpoint:
         """Verify and load one checkpoint. Raises _Damaged, and InputError for one that this user may not read."""
         try:
@@ -243,8 +235,8 @@ class CheckpointStore:
 
     def _prune(self, good_before: int) -> None:
         good = self.newest_step(before=good_before)
-        for folder in self._committed()[: -self._keep]:
-            if _step_of(folder) == good:
+        for step, folder in [*saved_steps(self._folder).items()][: -self._keep]:
+            if step == good:
                 continue
             # Renamed first: a crash in the middle of a delete must not leave half a checkpoint under a good name.
             doomed = folder.with_name(f".tmp-old-{folder.name}")

@@ -44,15 +44,16 @@ class EvalFile:
 
     def answers_name(self, temperature: float) -> str:
         """Name of the answers that were drawn at a temperature, without its ending."""
-        return f"{self._name}-t{temperature:g}"
+        return f"{self._name}-t{repr(temperature).removesuffix('.0')}"
 
     def read(self) -> dict[str, Any] | None:
         """What was kept of this evaluation; None where there is nothing, or of a file that is not whole."""
         kept = read_json_object(self.path)
         return kept if kept.get("measured") == self._measured else None
 
-    def write(self, values: Mapping[str, object]) -> None:
-        """Keep an evaluation in one piece. Raises OSError when the disk does not take it."""
+    def write(self, values: Mapping[str, object]) -> dict[str, Any]:
+        """Keep an evaluation in one piece; what ``read`` will give. Raises OSError when the disk does not take it."""
         self._folder.mkdir(parents=True, exist_ok=True)
         kept = {**self._redact.data(dict(values)), "measured": self._measured}
         replace_file(self.path, readable_json(kept))
+        return json.loads(to_json(kept))

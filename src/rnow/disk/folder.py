@@ -26,6 +26,7 @@ ANOTHER_PLACE = "choose another place with output_dir=PATH, or change the permis
 
 LOCK = ".lock"
 PROCESS = "process.json"
+_CHECKPOINT = re.compile("step-[0-9]{6,}")
 
 
 class RunFolder:
@@ -136,6 +137,13 @@ class RunFolder:
         Raises:
             InputError: another process holds it.
         """
+        with self.held():
+            self._tell_who(steps)
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The same without a word of who: for those who tidy up."""
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
@@ -148,16 +156,27 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.path, str(error.strerror)) from error
         try:
-            self._tell_who(steps)
             yield
         finally:
             lock.release()
+
+    def tell_stopping(self) -> None:
+        """The process that works here was asked to stop. For who would ask again: a second signal ends it at once, unsaved."""
+        with suppress(OSError):
+            if who := read_json_object(self.process):
+                replace_file(self.process, readable_json(who | {"stopping": True}))
 
     def _tell_who(self, steps: int | None) -> None:
         """Nothing of the run depends on it: a disk that does not take it is for others to find."""
         with suppress(OSError):
             who = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
             replace_file(self.process, readable_json({**who, "steps": steps}))
+
+
+def saved_steps(checkpoints: Path) -> dict[int, Path]:
+    """Step -> its checkpoint, oldest first, in a folder of checkpoints. Whether they are whole is not looked at."""
+    found = (path for path in checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(path.name))
+    return dict(sorted((int(path.name.removeprefix("step-")), path) for path in found))
 
 
 def check_place(path: Path, *, what: str = "the run folder", fix: str = ANOTHER_PLACE) -> None:

@@ -32,6 +32,7 @@ class RunState:
         loss: of the last step, where the run learns from rows.
         seconds_left: estimated for a run that is running; NaN otherwise, and before its first step.
         pid: of its process, while it is running.
+        stopping: that was asked to stop, and saves.
         host: where it was started last.
         changed: when something was last recorded, as ``time.time()``.
     """
@@ -46,6 +47,7 @@ class RunState:
     reward: float | None
     seconds_left: float
     pid: int | None
+    stopping: bool
     host: str | None
     changed: float
 
@@ -63,6 +65,7 @@ class RunState:
             "reward": self.reward,
             "seconds_left": left if math.isfinite(left) else None,
             "pid": self.pid,
+            "stopping": self.stopping,
             "host": self.host,
             "changed": self.changed,
         }
@@ -109,6 +112,7 @@ def read_state(folder: RunFolder) -> RunState:
         reward=_last(rows, "reward/mean"),
         seconds_left=_seconds_left(rows, steps) if running else math.nan,
         pid=pid if running else None,
+        stopping=running and process.get("stopping") is True,
         host=host if isinstance(host, str) else None,
         changed=_changed(folder),
     )

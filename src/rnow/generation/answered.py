@@ -28,7 +28,6 @@ class Answered:
         unfit: why it is no row, where the rollout itself does not say so.
         fault: why it came to nothing; it will be asked again.
         capped: it was given up because the next request could have crossed a limit.
-        estimated: the server did not count its tokens: ``spent`` is the most that they can be.
     """
 
     rollout: Rollout
@@ -36,4 +35,3 @@ class Answered:
     unfit: str | None = None
     fault: RnowError | None = None
     capped: bool = False
-    estimated: bool = False

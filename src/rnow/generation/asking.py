@@ -15,7 +15,6 @@ from rnow.generation.store import Key
 from rnow.protocols import Sampler
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
 from rnow.rollout.environment import Episodes
-from rnow.tasks import first_cause
 from rnow.types import Prompt, Rollout
 
 
@@ -32,23 +31,26 @@ async def ask_endpoint(
     Args:
         stopping: asked before each conversation.
 
-    Raises what ``Desk.take`` raises, and a fault of ours in a tool, after ending the others.
+    Raises what ``Desk.take`` raised first, after the others.
     """
     waiting = iter(jobs)
+    failed: list[Exception] = []
 
     async def work() -> None:
-        while not (desk.closed or stopping()):
+        while not (failed or desk.closed or stopping()):
             job = next(waiting, None)
             if job is None:
                 return
-            await desk.take(job, await teacher.answer(job.prompt, job.sample))
+            try:
+                await desk.take(job, await teacher.answer(job.prompt, job.sample))
+            except Exception as error:
+                failed.append(error)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(at_once):
-                group.create_task(work())
-    except BaseExceptionGroup as failures:
-        raise first_cause(failures) from failures
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(work())
+    if failed:
+        raise failed[0]
 
 
 async def ask_model(

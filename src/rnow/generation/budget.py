@@ -15,10 +15,11 @@ _PER_MESSAGE, _PER_REQUEST = 16, 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """Tokens read and written."""
+    """Tokens read and written; ``estimated``: a server did not count them all, and it is the most that they can be."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    estimated: bool = False
 
     @property
     def tokens(self) -> int:
@@ -29,12 +30,20 @@ class Spent:
         return Spent(
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             completion_tokens=self.completion_tokens + other.completion_tokens,
+            estimated=self.estimated or other.estimated,
         )
 
     def __sub__(self, other: Spent) -> Spent:
         return Spent(
             prompt_tokens=self.prompt_tokens - other.prompt_tokens,
             completion_tokens=self.completion_tokens - other.completion_tokens,
+        )
+
+    def or_more(self, other: Spent) -> Spent:
+        """The larger of each."""
+        return Spent(
+            prompt_tokens=max(self.prompt_tokens, other.prompt_tokens),
+            completion_tokens=max(self.completion_tokens, other.completion_tokens),
         )
 
 
@@ -78,7 +87,7 @@ class Budget:
         self._max_tokens = max_tokens
         self._max_cost = max_cost
         self._held = Spent()
-        self._changed = asyncio.Condition()
+        self._freed = asyncio.Event()
 
     @property
     def cost(self) -> float:
@@ -103,18 +112,17 @@ class Budget:
         Raises:
             CapReached: it does not fit, and nothing is in flight.
         """
-        async with self._changed:
-            while not self.fits(most):
-                if not self._held.tokens:
-                    raise CapReached
-                await self._changed.wait()
-            self._held += most
+        while not self.fits(most):
+            if not self._held.tokens:
+                raise CapReached
+            self._freed.clear()
+            await self._freed.wait()
+        self._held += most
         try:
             yield
-        finally:
-            async with self._changed:
-                self._held -= most
-                self._changed.notify_all()
+        finally:  # without waiting for anything: cancelled there, it would be held for ever
+            self._held -= most
+            self._freed.set()
 
 
 def most_of(body: Mapping[str, object], max_tokens: int) -> Spent:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rnow.errors import TemporaryError
+from rnow.errors import RnowError, TemporaryError
 from rnow.generation.answered import Answered
 from rnow.generation.budget import Budget, CapReached, Spent, most_of
 from rnow.generation.rows import with_thinking
@@ -15,7 +15,7 @@ from rnow.rollout.observation import CONTINUE
 from rnow.rollout.rendering import ToolDescription
 from rnow.rollout.tool_calls import ParsedTurn
 from rnow.serving.chat import ChatAnswer, ChatClient, request_body
-from rnow.serving.http import BadAnswer, Refused, ServerDown
+from rnow.serving.http import ServerDown
 from rnow.types import EndReason, Message, Prompt, Rollout, RolloutStatus, rollout_id
 
 
@@ -64,13 +64,11 @@ class ChatTeacher:
         self._schemas = schemas
         self._budget = budget
         self._settings = settings
+        self._unseen = Spent()
 
     async def answer(self, prompt: Prompt, index: int) -> Answered:
-        """One conversation. Faults of the endpoint are in the result; those of tools are answers to the teacher.
-
-        Raises:
-            RnowError: a fault of our own, of a tool's process for instance.
-        """
+        """One conversation. Faults of the endpoint, and of what runs the tools, are in the result with what was spent; those of the
+        tools themselves are answers to the teacher."""
         talk = _Talk(prompt=prompt, index=index, sent=list(prompt.messages))
         try:
             async with asyncio.timeout(self._settings.timeout) as deadline:
@@ -83,7 +81,7 @@ class ChatTeacher:
             return talk.over("failed", "failed", fault=fault)
         except CapReached:
             return talk.over("failed", "failed", capped=True)
-        except (ServerDown, BadAnswer, Refused) as fault:
+        except RnowError as fault:
             return talk.over("failed", "failed", fault=fault)
         finally:
             if self._episodes.release is not None:
@@ -96,6 +94,10 @@ class ChatTeacher:
         last = episodes.max_turns if run_call else 1
         while True:
             answer = await self._ask(talk, tools)
+            if answer.finish_reason == "error":
+                raise ServerDown(
+                    f"the server at {self._client.url} gave up in the middle of an answer"
+                )
             if answer.finish_reason == "length":
                 return talk.over("truncated", "length")
             if answer.finish_reason == "content_filter":
@@ -115,7 +117,8 @@ class ChatTeacher:
     async def _ask(self, talk: _Talk, tools: Sequence[ToolDescription]) -> ChatAnswer:
         settings = self._settings
         body = request_body(talk.sent, settings.model, tools)
-        most = most_of(body, settings.max_tokens)
+        known = most_of(body, settings.max_tokens)
+        most = known + self._unseen
         async with self._budget.hold(most):
             answer = await self._client.complete(
                 talk.sent,
@@ -127,9 +130,11 @@ class ChatTeacher:
                 turn=talk.turns,
             )
             spent = _spent(answer, most)
+            # All of it before anything else is waited for: what is given up now was paid for.
             self._budget.add(spent)
-        talk.spent += spent
-        talk.estimated |= answer.usage is None
+            talk.spent += spent
+            # A system prompt of the provider's, thinking beyond the limit: what one request has beside ours, the next may have.
+            self._unseen = (spent - known).or_more(self._unseen)
         talk.turns += 1
         parsed = ParsedTurn(content=answer.content, reasoning=None, calls=answer.calls)
         talk.say(assistant_message(parsed), reasoning=answer.reasoning if settings.thinking else "")
@@ -147,7 +152,6 @@ class _Talk:
     said: list[Message] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
     turns: int = 0
-    estimated: bool = False
 
     def say(self, *messages: Message, reasoning: str = "") -> None:
         self.sent += messages
@@ -161,7 +165,7 @@ class _Talk:
         end: EndReason,
         *,
         unfit: str | None = None,
-        fault: ServerDown | BadAnswer | Refused | TemporaryError | None = None,
+        fault: RnowError | None = None,
         capped: bool = False,
     ) -> Answered:
         rollout = Rollout(
@@ -179,7 +183,6 @@ class _Talk:
             unfit=unfit,
             fault=fault,
             capped=capped,
-            estimated=self.estimated,
         )
 
 
@@ -191,5 +194,7 @@ def _spent(answer: ChatAnswer, most: Spent) -> Spent:
     written = answer.content + answer.reasoning + "".join(map(str, answer.calls))
     size = len(written.encode("utf-8", "backslashreplace")) + 1
     return Spent(
-        prompt_tokens=most.prompt_tokens, completion_tokens=min(size, most.completion_tokens)
+        prompt_tokens=most.prompt_tokens,
+        completion_tokens=min(size, most.completion_tokens),
+        estimated=True,
     )

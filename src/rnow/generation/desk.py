@@ -7,32 +7,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from rnow.errors import RnowError
+from rnow.errors import RnowError, TemporaryError
 from rnow.generation.answered import Answered, Job
 from rnow.generation.keep import Condition, Judged, why_rejected
+from rnow.generation.reader import OF_THE_STUDENT, Reader
 from rnow.generation.rows import answered_by, training_row, why_unfit
 from rnow.generation.store import Answer, AnswerStore, TrainingFile, row_hash, scoring_key
 from rnow.protocols import Rewarder
 from rnow.rewards.score import MAX_CONCURRENT
-from rnow.rewards.watch import Failure, failures
-from rnow.serving.http import Refused
+from rnow.serving.http import BadAnswer, Refused
 from rnow.tasks import first_cause
 from rnow.text.redact import Redactor
-from rnow.types import Message, RewardResult, Rollout
+from rnow.types import RewardResult, Rollout
 
 MAX_FAULTS = 8
 """Conversations in a row that come to nothing before the rest is not tried."""
-_HOPELESS = frozenset({401, 402, 403, 404, 405, 429})
+_HOPELESS = frozenset({401, 402, 404, 405, 429})
 """Statuses that say something of the endpoint, the key or the model's name, not of one request. A 429 that is no more waited for
-is an exhausted quota."""
-
-Fits = Callable[[Sequence[Message], Sequence[str] | None], str | None]
-"""(messages, names of the row's tools) -> why the student cannot read them; None where it can."""
-
-
-def all_fit(messages: Sequence[Message], tools: Sequence[str] | None) -> str | None:
-    """Of rows that nobody has doubts about."""
-    return None
+is an exhausted quota. A 403 may be either: OpenRouter says it of a prompt that was flagged."""
 
 
 @dataclass(slots=True)
@@ -44,14 +36,12 @@ class Tally:
         kept: rows that were written.
         rejected: by reason.
         faults: why conversations came to nothing, by their first words.
-        estimated: some tokens were not counted by the server.
     """
 
     done: int = 0
     kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
-    estimated: bool = False
 
 
 def judge(answer: Answer, conditions: Sequence[Condition]) -> str | None:
@@ -81,7 +71,7 @@ class Desk:
         conditions: of ``--keep-if``.
         teacher: its name, in every row.
         redact: takes secrets out of what is kept.
-        fits: asked of every row.
+        reader: asked of every row; of those that are there, once it is another.
         told: called after each conversation.
     """
 
@@ -95,7 +85,7 @@ class Desk:
         *,
         teacher: str,
         redact: Redactor,
-        fits: Fits = all_fit,
+        reader: Reader,
         told: Callable[[Tally], None] = lambda tally: None,
     ) -> None:
         self.tally = tally
@@ -107,7 +97,7 @@ class Desk:
         self._conditions = conditions
         self._teacher = teacher
         self._redact = redact
-        self._fits = fits
+        self._reader = reader
         self._told = told
         self._in_a_row = 0
 
@@ -116,19 +106,12 @@ class Desk:
         """Nothing new should be asked."""
         return self.capped or self.failure is not None
 
-    @property
-    def failing(self) -> list[Failure]:
-        """Rewards that failed on an answer of the store, by name."""
-        scored = (answer.reward for answer in self._store.answers.values())
-        return failures(reward for reward in scored if reward is not None)
-
     async def take(self, job: Job, answered: Answered) -> None:
         """Keep an answer; then have it scored and write its row, if it becomes one.
 
         Raises:
             TemporaryError: the disk does not take it.
         """
-        self.tally.estimated |= answered.estimated
         if answered.capped:
             self.capped = True
             self._pay(job, answered, "a limit was reached")
@@ -138,26 +121,29 @@ class Desk:
         else:
             self._in_a_row = 0
             answer = self._kept(job, answered)
+            self._store.read_by(self._reader.digest)
             self._store.add(answer)
-            if job.prompt.rewards and answer.unfit is None:
+            answer = self._read_by_student(answer)
+            if answer.unfit is None:
                 answer = await self._score(job, answer, answered.rollout)
             self._count(answer)
         self.tally.done += 1
         self._told(self.tally)
 
     async def bring_up_to_date(self, jobs: Iterable[Job], *, everything: bool) -> None:
-        """Write the rows of the store's answers as their prompts are now, and score those that nobody scored to the end, or for
-        other metadata.
+        """Write the rows of the store's answers as their prompts are now, have them read where the student is another, and score
+        those that nobody scored to the end, or for other metadata.
 
         Args:
             jobs: those that are answered.
             everything: score all others too.
         """
+        anew = self._store.reader != self._reader.digest
         waiting = asyncio.Semaphore(MAX_CONCURRENT)
 
         async def one(job: Job) -> None:
             async with waiting:
-                await self._bring_up_to_date(job, everything=everything)
+                await self._bring_up_to_date(job, anew=anew, everything=everything)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -165,8 +151,10 @@ class Desk:
                     group.create_task(one(job))
         except BaseExceptionGroup as errors:
             raise first_cause(errors) from errors
+        if self._store.answers:
+            self._store.read_by(self._reader.digest)
 
-    async def _bring_up_to_date(self, job: Job, *, everything: bool) -> None:
+    async def _bring_up_to_date(self, job: Job, *, anew: bool, everything: bool) -> None:
         answer = self._store.answers[job.key]
         rollout = Rollout(
             prompt_id=job.prompt.id,
@@ -176,31 +164,38 @@ class Desk:
             status="completed",
             end_reason="answer",
         )
-        row = self._redact.data(training_row(job.prompt, rollout, answer.row["teacher"]))
+        teacher = job.key[1]
+        row = self._redact.data(training_row(job.prompt, rollout, teacher))
         if row_hash(row) != row_hash(answer.row):
             answer = self._store.rewrite(job.key, row)
-        if answer.unfit is not None or not job.prompt.rewards:
+        if anew or answer.scored is None:
+            answer = self._read_by_student(answer)
+        if answer.unfit is not None:
             return
-        whole = answer.reward is not None and not answer.reward.errors
-        if everything or not whole or answer.scored != scoring_key(job.prompt):
+        failed = answer.reward is not None and answer.reward.errors
+        if everything or failed or answer.scored != scoring_key(job.prompt):
             await self._score(job, answer, rollout)
 
     def _kept(self, job: Job, answered: Answered) -> Answer:
         rollout = answered.rollout
-        row = self._redact.data(training_row(job.prompt, rollout, self._teacher))
-        unfit = (
-            answered.unfit or why_unfit(rollout) or self._fits(row["messages"], row.get("tools"))
-        )
         return Answer(
             key=job.key,
-            row=row,
+            row=self._redact.data(training_row(job.prompt, rollout, self._teacher)),
             end=rollout.end_reason,
             turns=sum(message.get("role") == "assistant" for message in rollout.messages),
-            unfit=unfit,
+            unfit=answered.unfit or why_unfit(rollout),
             spent=answered.spent,
         )
 
+    def _read_by_student(self, answer: Answer) -> Answer:
+        """The answer with what the student says of it, where nothing else is wrong with it."""
+        if answer.unfit is not None and answer.unfit not in OF_THE_STUDENT:
+            return answer
+        unfit = self._reader.refuses(answer.row["messages"], answer.row.get("tools"))
+        return answer if unfit == answer.unfit else self._store.mark(answer.key, unfit)
+
     async def _score(self, job: Job, answer: Answer, rollout: Rollout) -> Answer:
+        """The answer with what its rewards say; of one without rewards, that nothing is left to be done."""
         reward: RewardResult | None = await self._rewarder.score(job.prompt, rollout)
         if reward is not None and reward.errors:
             reward = self._redact.data(reward)
@@ -221,6 +216,8 @@ class Desk:
         self._pay(job, answered, fault.message)
         self.tally.faults[fault.message] += 1
         self._in_a_row += 1
-        hopeless = isinstance(fault, Refused) and fault.status in _HOPELESS
+        # What is neither the endpoint's nor passing is ours: the next conversation would meet it, too.
+        ours = not isinstance(fault, Refused | BadAnswer | TemporaryError)
+        hopeless = ours or (isinstance(fault, Refused) and fault.status in _HOPELESS)
         if self.failure is None and (hopeless or self._in_a_row >= MAX_FAULTS):
             self.failure = fault

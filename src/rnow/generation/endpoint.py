@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from rnow.config.teachers import API_KEY
 from rnow.errors import InputError, TemporaryError
-from rnow.generation.desk import Fits
 from rnow.generation.wanted import AT_ONCE, Wanted
-from rnow.models.tokenizer import encode_texts
 from rnow.plan.prepare import Prepared
-from rnow.rollout.rendering import render
-from rnow.rollout.template_process import TemplateFault
 from rnow.serving.chat import ChatClient
 from rnow.serving.http import BadAnswer, Refused
 from rnow.serving.reach import CONNECT_SECONDS, check_listening
-from rnow.types import Message
 
 _OPENAI_KEY, _OPENAI = "OPENAI_API_KEY", "api.openai.com"
 
@@ -59,8 +54,11 @@ def client_of(wanted: Wanted, key: tuple[str, str] | None) -> ChatClient:
     )
 
 
-async def check_endpoint(client: ChatClient, wanted: Wanted) -> str:
+async def check_endpoint(client: ChatClient, wanted: Wanted, warn: Callable[[str], None]) -> str:
     """The model's name at the endpoint, which is there and takes the key.
+
+    Args:
+        warn: told where it is not well: requests are repeated for long, and nothing would be seen meanwhile.
 
     Raises:
         InputError: nobody listens, the key is refused, or it is not clear which model is meant.
@@ -70,15 +68,19 @@ async def check_endpoint(client: ChatClient, wanted: Wanted) -> str:
     try:
         names = await client.hurried(CONNECT_SECONDS).model_names()
     except Refused as error:
-        if error.status in (401, 403):
+        # A key of OpenAI's may be good for answers, and not for the list (401, "Missing scopes").
+        listless = wanted.model is not None and (error.status == 403 or "scope" in error.message)
+        if error.status in (401, 403) and not listless:
             raise InputError(
                 error.message,
                 title="Key refused",
                 where="--url",
                 fix=f"put the key into .env as {wanted.key_variable or API_KEY}=..., or name its variable with --key",
             ) from error
-    except (BadAnswer, TemporaryError):
+    except BadAnswer:
         pass  # many endpoints list nothing; the first request tells what is wrong
+    except TemporaryError as error:
+        warn(f"{error.message}: {error.why}")
     if wanted.model is not None:
         return wanted.model
     if names is None or len(names) != 1:
@@ -89,25 +91,3 @@ async def check_endpoint(client: ChatClient, wanted: Wanted) -> str:
             fix="name the model with --model",
         )
     return names[0]
-
-
-def student_reads(prepared: Prepared) -> Fits:
-    """Whether the student that will be trained can read a row: its chat template takes it, and its window holds it."""
-    rendered, mode = prepared.rendered, prepared.config.rollout.reasoning_mode
-
-    def fits(messages: Sequence[Message], names: Sequence[str] | None) -> str | None:
-        tools = [
-            schema for name, schema in prepared.tools.items() if names is None or name in names
-        ]
-        (found,) = render(
-            rendered.tokenizer,
-            [(messages, tools or None)],
-            reasoning_mode=mode,
-            generation_prompt=False,
-        )
-        if isinstance(found, TemplateFault):
-            return "the student's chat template refuses it"
-        (ids,) = encode_texts(rendered.tokenizer, [found.text])
-        return "longer than the student's window" if len(ids) > rendered.window else None
-
-    return fits

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 30.0
 """Between two lines where nothing can be drawn over."""
+_SHOWN = 10
+"""Reasons; an endpoint may word each refusal otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,24 +29,23 @@ class Summary:
 
     Attributes:
         output, rows: the file, and the rows in it.
-        answers: to these prompts, whoever gave them and whenever.
-        rejected: those of them that are no row, by reason.
+        answers: to these prompts, whoever gave them and whenever; ``gone``: to others, which are not in the file of prompts now.
+        rejected: those of ``answers`` that are no row, by reason.
         asked: conversations of this call, ``faults`` of them to no end, by reason; ``unasked``: left over.
         capped: a limit ended it.
-        spent, cost: on everything so far; ``cost`` is None without prices. ``estimated``: at most so much, as the endpoint does
-            not count.
+        spent, cost: on everything so far; ``cost`` is None without prices.
     """
 
     output: Path
     teacher: str
     rows: int
     answers: int
+    gone: int
     rejected: Counter[str]
     faults: Counter[str]
     asked: int
     unasked: int
     capped: bool
-    estimated: bool
     spent: Spent
     cost: float | None
 
@@ -57,14 +58,16 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     )
     for reason, count in summary.rejected.most_common():
         yield f"  left out: {count} x {reason}"
-    for reason, count in summary.faults.most_common():
+    if summary.gone:
+        yield f"  left out: {summary.gone} x its prompt is not asked any more"
+    for reason, count in summary.faults.most_common(_SHOWN):
         yield f"  no answer: {count} x {reason}"
     if summary.capped:
         yield (
             f"  a limit is reached: {_counted(summary.unasked, 'conversation')} not asked. "
             "Raise --max-tokens or --max-cost for the rest"
         )
-    most = "at most " if summary.estimated else ""
+    most = "at most " if summary.spent.estimated else ""
     cost = "" if summary.cost is None else f", cost {most}{summary.cost:.4g}"
     yield (
         f"  spent in all: {most}{summary.spent.prompt_tokens:,} tokens read, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from rnow.config.schema import DatasetSource, ModelSection, TeacherSection
 from rnow.errors import DataError, InputError, ModelError
 from rnow.generation.budget import Prices
 from rnow.generation.keep import Condition, read_conditions
-from rnow.generation.store import prompt_key
+from rnow.generation.store import answers_path, prompt_key
 from rnow.models.ids import check_model_id
 from rnow.plan.prepare import Prepared
 from rnow.project.dataset import place_of as row_place
 from rnow.serving.chat import check_address
+from rnow.text.strict_json import mend_surrogates
 from rnow.text.user_files import place_of
 from rnow.types import Prompt
 
@@ -82,6 +84,7 @@ def check_teacher(config: Config, wanted: Wanted, folder: Path) -> str:
     Raises:
         InputError: options that exclude each other, or no teacher.
     """
+    _refuse_odd(wanted)
     if wanted.url is not None and wanted.teacher is not None:
         raise InputError(
             "--teacher and --url both say who answers",
@@ -131,6 +134,35 @@ def check_teacher(config: Config, wanted: Wanted, folder: Path) -> str:
     return name
 
 
+def _refuse_odd(wanted: Wanted) -> None:
+    """What the command line reads as a text or a number and nobody can use."""
+    texts = {
+        "--teacher": wanted.teacher,
+        "--url": wanted.url,
+        "--model": wanted.model,
+        "--key": wanted.key_variable,
+        "--prompts": wanted.prompts,
+        "--output": wanted.output,
+    }
+    for option, text in texts.items():
+        if text is not None and not text.strip():
+            raise InputError(
+                f"{option} is empty", where=option, fix="give it a value, or leave it out"
+            )
+        if text is not None and text != mend_surrogates(text):
+            raise InputError(f"{option} is no text in UTF-8", where=option, fix="write it as UTF-8")
+    numbers = {
+        "--temperature": wanted.temperature,
+        "--max-cost": wanted.max_cost,
+        "--price-in": wanted.price_in,
+        "--price-out": wanted.price_out,
+        "--timeout": wanted.timeout,
+    }
+    for option, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            raise InputError(f"{option} is {number:g}", where=option, fix="give a finite number")
+
+
 def _configured_teacher(config: Config) -> str | None:
     """The teacher of a distill project, where it is one model."""
     section = config.teacher
@@ -153,10 +185,11 @@ def output_of(wanted: Wanted, folder: Path, sources: Sequence[DatasetSource]) ->
         InputError: it is no .jsonl file of a folder that is there, or what the prompts are read from.
     """
     path = place_of(wanted.output, folder, where="--output")
+    written = (path.resolve(), answers_path(path).resolve())
     for source in sources:
-        if place_of(source.path, folder, where="--prompts").absolute() == path.absolute():
+        if place_of(source.path, folder, where="--prompts").resolve() in written:
             raise InputError(
-                f"{source.path} holds the prompts, and the rows would replace them",
+                f"{source.path} holds the prompts, and would be written to",
                 where="--output",
                 fix="write elsewhere, e.g. --output sft.jsonl",
             )

@@ -6,7 +6,7 @@ from rnow.models.shape import ModelShape
 
 CPU_MICRO_BATCH_TOKENS = 2048
 GPU_MICRO_BATCH_TOKENS = 16384
-LEAST_MICRO_BATCH_TOKENS = 256
+LEAST_MICRO_BATCH_TOKENS = 512
 CPU_ACTIVATION_BYTES = 2**28
 GPU_ACTIVATION_BYTES = 12 * 2**30
 """Of one pass, where the tokens of the config do not say. Fixed: what happens to be free must not decide which rows share a

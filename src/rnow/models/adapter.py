@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rnow.disk.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE
 from rnow.disk.files import read_json_object, sha256_of
-from rnow.disk.folder import find_run_folder
+from rnow.disk.folder import find_run_folder, saved_steps
 from rnow.errors import ModelError
+from rnow.models.ids import looks_like_a_path
 from rnow.models.loading import stored_quantization
 from rnow.models.refusal import Refusal, one_line, read_json
 from rnow.models.resolved import ResolvedModel
@@ -36,6 +37,11 @@ OTHER_FORMS = (
 )  # fmt: skip
 """What PEFT's config says of an adapter that is more than ``lora_alpha / r * B A`` in every layer."""
 
+CHANGES_ITS_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Ways of PEFT to begin an adapter (``init_lora_weights``) that take what it begins with out of the base's weights: it belongs
+to a base that is in no file."""
+
+_SIZES = range(1, 2**63)
 _SELECTIONS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 """Choices among the target modules: which layers they leave is read off the tensors."""
 _PREFIX, _DOWN = "base_model.model.", ".lora_A.weight"
@@ -77,6 +83,11 @@ class TrainedAdapter:
         except (OSError, SafetensorError) as error:
             raise _unreadable(self.folder, self.refusal, error) from error
         for name, tensor in found.items():
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise self.refusal.error(
+                    f"the adapter in '{self.folder}' holds numbers of a kind that none is trained in: {name} is {tensor.dtype}",
+                    fix="save it as float32, float16 or bfloat16",
+                )
             if not bool(tensor.isfinite().all()):
                 raise self.refusal.error(
                     f"the adapter in '{self.folder}' holds numbers that are not finite, in {name}",
@@ -85,48 +96,77 @@ class TrainedAdapter:
         return found
 
     def content_hash(self) -> str:
-        """sha256 (hexadecimal) of all that it puts on a base: its weights, and how they are scaled."""
+        """sha256 (hexadecimal) of all that it puts on a base: its weights, and how they are scaled. Raises ModelError when they
+        cannot be read."""
         digest = hashlib.sha256(f"{self.rank} {self.alpha} ".encode())
-        digest.update(sha256_of(self.folder / ADAPTER_WEIGHTS).encode())
+        try:
+            digest.update(sha256_of(self.folder / ADAPTER_WEIGHTS).encode())
+        except OSError as error:
+            raise _unreadable(self.folder, self.refusal, error) from error
         return digest.hexdigest()
 
 
-def find_adapter(path: str, *, key: str, places: Sequence[Path]) -> TrainedAdapter | None:
+def find_adapter(
+    path: str, *, key: str, places: Sequence[Path], runs: Path | None = None
+) -> TrainedAdapter | None:
     """The adapter that ``path`` names: its folder, or a run's, of which the final adapter is meant or, before there is one, that
     of its newest checkpoint. None where it names something else, or nothing.
 
     Args:
         key: the setting it comes from.
-        places: where a relative path may start, the likeliest first. Of a folder of runs the name of a run is enough, as it was
-            given with ``-n``.
+        places: where a relative path may start, the likeliest first.
+        runs: the folder of runs, where a run may be meant by its name, as it was given with ``-n``.
 
     Raises:
         ModelError: it is damaged, or no plain LoRA adapter.
     """
     refusal = Refusal(path=path, key=key)
-    for place in places:
-        given = place_of(path, place, where=key)
-        for folder in (given, find_run_folder(place, path).path):
-            if _is_whole(folder):
-                return None
-            for candidate in _candidates(folder):
-                if (candidate / ADAPTER_CONFIG).is_file():
-                    return _read(candidate, refusal)
+    for folder in _named(path, key, places, runs):
+        if _is_whole(folder):
+            return None
+        if (held := _adapter_in(folder)) is not None:
+            return _read(held, refusal)
     return None
 
 
-def no_adapter(path: str, *, key: str, runs: Path, shown: Path, command: str) -> ModelError:
+def _named(path: str, key: str, places: Sequence[Path], runs: Path | None) -> Iterator[Path]:
+    """The folders that a path may name, which need not exist."""
+    for place in places:
+        yield place_of(path, place, where=key)
+    if runs is not None:
+        yield find_run_folder(runs, path).path
+
+
+def no_adapter(
+    path: str, *, key: str, places: Sequence[Path], runs: Path, shown: Path, command: str
+) -> ModelError:
     """The error for a name under which there is no adapter.
 
     Args:
-        runs: the folder of runs; ``shown``: as the user writes it.
+        places, runs: as ``find_adapter`` takes them; ``shown``: the latter as the user writes it.
         command: what to type, ended by the name of a run that is there.
     """
-    there = sorted(entry.name for entry in runs.glob("[!.]*") if entry.is_dir())
+    refusal = Refusal(path=path, key=key)
+    for folder in filter(Path.is_dir, _named(path, key, places, runs)):
+        if _is_whole(folder):
+            return refusal.error(
+                f"'{path}' is a whole model, not an adapter",
+                fix=f"set model.path: {path}, and remove {key}",
+            )
+        return refusal.error(
+            f"there is no adapter in '{path}'",
+            why="a run has one from its first checkpoint on (trainer.save_step)",
+            fix="wait for it, or name another run or folder",
+        )
+    there = sorted(entry.name for entry in runs.glob("[!.]*") if _adapter_in(entry) is not None)
     near = closest(Path(path).name, there, cutoff=0.0)
-    return Refusal(path=path, key=key).error(
+    fix = f"{command}{shown / near[0]}" if near else "train one first: rnow run"
+    here = looks_like_a_path(path) or (places[0] / path).parent.is_dir()
+    if path.count("/") == 1 and Path(path).parent != shown and not here:
+        fix = f"hf download {path} --local-dir adapter, then {key}: adapter"
+    return refusal.error(
         f"there is no adapter and no run '{path}'",
-        fix=f"{command}{shown / near[0]}" if near else "train one first: rnow run",
+        fix=fix,
         details=[f"there: {shown / name}" for name in there[:10]],
     )
 
@@ -182,21 +222,28 @@ def _refuse_other_vocabulary(adapter: TrainedAdapter, base: ResolvedModel) -> No
     mine, its = (one / "tokenizer.json" for one in (base.local_dir, adapter.folder))
     if not (mine.is_file() and its.is_file()) or mine.read_bytes() == its.read_bytes():
         return
-    if _vocabulary(mine) != _vocabulary(its):
+    ours, theirs = _tokens(mine), _tokens(its)
+    if any(ours[number] != theirs[number] for number in ours.keys() & theirs.keys()):
         raise _another_base(adapter, base, "the tokenizer beside the adapter has other tokens")
 
 
-def _vocabulary(file: Path) -> object:
-    """Tokens and their ids as tokenizer.json has them, added ones apart."""
+def _tokens(file: Path) -> dict[int, object]:
+    """What each id stands for. A tokenizer that was loaded and saved may have more of them than before: those that only
+    tokenizer_config.json had, or one for padding."""
     content = read_json_object(file)
     model, added = content.get("model"), content.get("added_tokens")
-    known = model.get("vocab") if isinstance(model, Mapping) else None
-    extra = {
-        token.get("content"): token.get("id")
-        for token in (added if isinstance(added, list) else ())
-        if isinstance(token, Mapping)
-    }
-    return known, extra
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    pairs: list[tuple[object, object]] = []
+    if isinstance(vocabulary, Mapping):
+        pairs = [(number, token) for token, number in vocabulary.items()]
+    elif isinstance(vocabulary, list):  # each with its score
+        pairs = [
+            (n, piece[0]) for n, piece in enumerate(vocabulary) if isinstance(piece, list) and piece
+        ]
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, Mapping):
+            pairs.append((token.get("id"), token.get("content")))
+    return {number: token for number, token in pairs if isinstance(number, int)}
 
 
 def _another_base(adapter: TrainedAdapter, base: ResolvedModel, why: str) -> ModelError:
@@ -212,10 +259,11 @@ def _is_whole(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file()
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    yield folder
-    yield folder / "adapter"
-    yield from sorted((folder / "checkpoints").glob("step-*"), reverse=True)
+def _adapter_in(folder: Path) -> Path | None:
+    """Where a folder holds an adapter: itself, or of a run the final one, else that of its newest checkpoint."""
+    steps = reversed(saved_steps(folder / "checkpoints").values())
+    held = (folder, folder / "adapter", *steps)
+    return next((one for one in held if (one / ADAPTER_CONFIG).is_file()), None)
 
 
 def _read(folder: Path, refusal: Refusal) -> TrainedAdapter:
@@ -226,16 +274,26 @@ def _read(folder: Path, refusal: Refusal) -> TrainedAdapter:
     other = [name for name in OTHER_FORMS if config.get(name)]
     if config.get("bias", "none") != "none":
         other.append("bias")
+    began = config.get("init_lora_weights")
+    if isinstance(began, str) and began.lower().startswith(CHANGES_ITS_BASE):
+        other.append(f"init_lora_weights {began}")
     if config.get("peft_type") != "LORA":
         other = [f"peft_type {config.get('peft_type')}"]
     if isinstance(alpha, float) and alpha.is_integer():
         alpha = int(alpha)
-    if other or not (isinstance(base, str) and isinstance(rank, int) and isinstance(alpha, int)):
+    if other or not (
+        isinstance(base, str)
+        and base
+        and isinstance(rank, int)
+        and isinstance(alpha, int)
+        and rank in _SIZES
+        and alpha in _SIZES
+    ):
         raise refusal.error(
             f"the adapter in '{folder}' is not one that rnow wrote, nor another plain LoRA adapter",
             why=f"its {ADAPTER_CONFIG} has {', '.join(other)}"
             if other
-            else f"its {ADAPTER_CONFIG} lacks a base, or a rank and a scale that are whole numbers",
+            else f"its {ADAPTER_CONFIG} lacks a base, or a rank and a scale that are whole numbers above 0",
             fix=f"merge it into its base, and use that as the model: {MERGE}",
         )
     return TrainedAdapter(
@@ -252,7 +310,10 @@ def _targets(folder: Path, config: Mapping[str, object], refusal: Refusal) -> tu
     """The names in its config; where those are a pattern, or some of their layers are left out, the layers that it has tensors of."""
     modules, parameters = config.get("target_modules"), config.get("target_parameters") or []
     stacked = [str(name) for name in parameters] if isinstance(parameters, list) else []
-    if isinstance(modules, list) and not any(config.get(name) for name in _SELECTIONS):
+    # One layer is a number, which may be 0.
+    if isinstance(modules, list) and all(
+        config.get(name) in (None, [], "") for name in _SELECTIONS
+    ):
         return (*map(str, modules), *stacked)
     if not modules and stacked:
         return tuple(stacked)
@@ -286,7 +347,7 @@ def _refuse_pickled(folder: Path, refusal: Refusal) -> None:
 def _unreadable(folder: Path, refusal: Refusal, error: Exception) -> ModelError:
     return refusal.error(
         f"{ADAPTER_WEIGHTS} in '{folder}' cannot be read: {one_line(error)}",
-        fix="name another run, or a folder checkpoints/step-... of this one",
+        fix="name another run, or a folder checkpoints/step-... of this one; a run that goes on removes its old ones",
     )
 
 

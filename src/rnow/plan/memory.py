@@ -21,7 +21,7 @@ from rnow.models.sharing import cells_per_token
 from rnow.plan.roles import STUDENT, Role, Stored
 from rnow.training.residency import Part
 
-Stage = Literal["always", "sampling", "teacher", "update"]
+Stage = Literal["always", "until the update", "sampling", "teacher", "update"]
 Residence = Literal["resident", "time_shared"]
 Kind = Literal["loaded", "engine weights", "engine cache"]
 """Held by this process; by a vLLM, which keeps it in main memory while it sleeps; by a vLLM, which gives it up then."""
@@ -48,6 +48,7 @@ JOINED_COPIES = 2
 MASK_BYTES = 1 + FLOAT32
 """Of one entry of an attention mask: whether it counts, and the number that SDPA adds for it."""
 
+_LASTING: tuple[Stage, ...] = ("always", "until the update")
 _STAGE_OF: Mapping[Part, Stage] = {"sampler": "sampling", "trainer": "update"}
 
 
@@ -330,7 +331,8 @@ def _trainer_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryP
     elif settings.merges_copy:
         # A float32 base is sampled through a merged copy of its linear layers (rnow.sampling.weights).
         merged = model.shape.linear_parameters * FLOAT32
-        parts.append(part("merged copy", "always", merged, host=model.pinned_bytes))
+        held: Stage = "always" if model.on_gpu else "until the update"
+        parts.append(part("merged copy", held, merged, host=model.pinned_bytes))
     parts += [
         part("adapter", "always", lora, host=lora),
         part("optimizer", "always", 2 * lora, host=2 * lora),
@@ -392,10 +394,15 @@ def _engine_parts(model: ModelMemory, settings: MemorySettings) -> list[MemoryPa
 
 def peak(parts: Sequence[MemoryPart]) -> tuple[int, Stage]:
     """The most bytes held at once, and the stage that holds them."""
-    always = sum(part.bytes for part in parts if part.stage == "always")
-    stages: tuple[Stage, ...] = ("sampling", "teacher", "update")
-    by_stage = {stage: _most_at_once(parts, stage) for stage in stages}
-    stage = max(stages, key=by_stage.__getitem__)
+    always, before = (
+        sum(part.bytes for part in parts if part.stage == stage) for stage in _LASTING
+    )
+    by_stage: dict[Stage, int] = {
+        "sampling": before + _most_at_once(parts, "sampling"),
+        "teacher": before + _most_at_once(parts, "teacher"),
+        "update": _most_at_once(parts, "update"),
+    }
+    stage = max(by_stage, key=by_stage.__getitem__)
     return always + by_stage[stage], stage
 
 
@@ -417,7 +424,7 @@ def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple
     for owner in owners.intersection(turns):
         there = [part for part in parts if part.owner == owner or part.owner not in turns]
         most, stage = peak(there)
-        if all(part.stage == "always" for part in there):
+        if all(part.stage in _LASTING for part in there):
             stage = _STAGE_OF.get(owner, "teacher")
         found.append((most + _asleep(parts, turns, owner), stage))
     return max(found, default=peak(parts))
@@ -425,7 +432,7 @@ def peak_in_turns(parts: Sequence[MemoryPart], turns: Collection[Part]) -> tuple
 
 def least(parts: Sequence[MemoryPart], turns: Collection[Part] = ()) -> int:
     """What is held however short the sequences are: at all times, or with ``turns`` by the largest of them."""
-    return peak_in_turns([part for part in parts if part.stage == "always"], turns)[0]
+    return peak_in_turns([part for part in parts if part.stage in _LASTING], turns)[0]
 
 
 def _asleep(parts: Sequence[MemoryPart], turns: Collection[Part], awake: Part) -> int:

@@ -385,9 +385,8 @@ def answering_teachers(
     judging = {prompt.teacher for prompt in prepared.evaluated}
     models = [model for model in teachers_of(prepared.models) if model.role.name in judging]
     if any(model.own_base for model in models):
-        return (
-            frozenset()
-        )  # its answers are those of the student before training, or of no model that is trained
+        # Its answers are those of the student before training, or of no model that is trained.
+        return frozenset()
     # A teacher of another tokenizer cannot answer in the student's tokens.
     asked = all(
         not role.crosses

@@ -86,8 +86,15 @@ class Prepared:
 
     @property
     def evaluated(self) -> Sequence[Prompt]:
-        """The held-out prompts that evaluations ask."""
-        return self.project.dataset.held_out[: self.config.evaluation.max_prompts]
+        """The held-out prompts that evaluations ask: of several datasets as many of each, as far as they reach."""
+        held = self.project.dataset.held_out
+        seen: Counter[str] = Counter()
+        places: list[tuple[int, int]] = []
+        for index, prompt in enumerate(held):
+            places.append((seen[prompt.dataset], index))
+            seen[prompt.dataset] += 1
+        chosen = sorted(places)[: self.config.evaluation.max_prompts]
+        return [held[index] for index in sorted(index for _, index in chosen)]
 
     @property
     def judged(self) -> dict[str, int]:
@@ -355,7 +362,10 @@ def _unused(project: Project, functions: Sequence[FunctionInfo], config: Config)
         if not any(info.file.name == file for info in functions):
             yield f"{file} has no function marked @{decorator}, so nothing of it is used: write @{decorator} above each"
     dataset = project.dataset
-    if project.rewards and not any(p.rewards for p in (*dataset.prompts, *dataset.held_out)):
+    # Those of midtrain are texts, and can name none.
+    texts = config.dataset_type == "midtrain"
+    named = any(p.rewards for p in (*dataset.prompts, *dataset.held_out))
+    if project.rewards and not texts and not named:
         yield (
             f"no row names a reward, so none of rewards.py is run ({', '.join(project.rewards)}): "
             f'give rows "rewards": ["{next(iter(project.rewards))}"]'
@@ -399,15 +409,18 @@ def _check_served(config: Config) -> None:
 
 
 def _check_evals(config: Config, *, held_out: int) -> None:
-    if config.evals and not held_out:
+    if held_out:
+        return
+    if config.data.val_split > 0:
+        raise InputError(
+            f"data.val_split {config.data.val_split} holds out nothing: each dataset has one row",
+            where="data.val_split",
+            why="one row at least of each dataset is trained on",
+            fix="add rows, or set it to 0",
+        )
+    if config.evals:
         raise ConfigError(
             "evals are scheduled, but no prompts are held out to evaluate",
             where="evals",
             fix="set data.val_split, e.g. 0.05, or remove evals",
-        )
-    if config.data.val_split > 0 and not held_out:
-        raise InputError(
-            f"data.val_split {config.data.val_split} holds out no prompt of this dataset",
-            where="data.val_split",
-            fix="raise it, or set it to 0",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 
@@ -40,6 +40,9 @@ from rnow.types import Prompt, rollout_id
 LEAST_WINDOW = 2
 """One token, and one that it predicts."""
 
+AT_ONCE = 1024
+"""Rows that are lists of numbers at the same time: forty bytes a token and more, against five of a ``TokenRow``."""
+
 Rows = dict[str, tuple[TokenRow, ...]]
 
 
@@ -76,6 +79,7 @@ def render_rows(
     vocabulary = cut_to_rows(vocabulary_size(tokenizer), models, warnings)
     if config.dataset_type == "midtrain":
         rows = _documents(tokenizer, prompts, window, student.resolved.path, warnings)
+        _refuse_empty(prompts, rows)
     else:
         key = f"{student.role.key}.path"
         require_chat_template(tokenizer, path=student.resolved.path, key=key)
@@ -107,26 +111,30 @@ def _conversations(
     warnings: list[str],
 ) -> Rows:
     """Rows of sft: each one sequence, with the assistant's tokens as loss tokens."""
-    shown = [
-        (prompt.messages, [tools[name] for name in tool_names(prompt, tools)] if tools else None)
-        for prompt in prompts
-    ]
-    masked = mask_conversations(
-        tokenizer,
-        shown,
-        partial(encode_texts, tokenizer),
-        stop_ids=stops,
-        reasoning_mode=config.rollout.reasoning_mode,
-    )
-    _refuse_unmasked(list(zip(prompts, masked, strict=True)))
     rows: Rows = {}
     altered: list[str] = []
-    for prompt, one in zip(prompts, masked, strict=True):
-        assert isinstance(one, MaskedConversation), "the others are refused"
-        if one.altered is not None:
-            altered.append(f"{place_of(prompt)} spells {one.altered!r}")
-        name = rollout_id(prompt.id, 0)
-        rows[prompt.id] = (TokenRow.of(name, prompt.dataset, one.token_ids, one.loss_mask),)
+    refused: list[tuple[Prompt, MaskFault | TemplateFault]] = []
+    for some in _portions(prompts):
+        masked = mask_conversations(
+            tokenizer,
+            [
+                (p.messages, [tools[name] for name in tool_names(p, tools)] if tools else None)
+                for p in some
+            ],
+            partial(encode_texts, tokenizer),
+            stop_ids=stops,
+            reasoning_mode=config.rollout.reasoning_mode,
+        )
+        for prompt, one in zip(some, masked, strict=True):
+            if not isinstance(one, MaskedConversation):
+                refused.append((prompt, one))
+                continue
+            if one.altered is not None:
+                altered.append(f"{place_of(prompt)} spells {one.altered!r}")
+            name = rollout_id(prompt.id, 0)
+            rows[prompt.id] = (TokenRow.of(name, prompt.dataset, one.token_ids, one.loss_mask),)
+    if refused:
+        raise _unmasked(refused)
     _tell_altered(altered, warnings)
     return rows
 
@@ -148,23 +156,26 @@ def _documents(
             why="the student would not learn where a text ends",
             fix="give a local copy of it an eos_token in tokenizer_config.json",
         )
-    read = [as_text(tokenizer, prompt.text or "") for prompt in prompts]
     first = opening_ids(tokenizer)
     rows: Rows = {}
-    texts = encode_texts(tokenizer, [one.text for one in read])
-    for prompt, ids in zip(prompts, texts, strict=True):
-        pieces = cut_windows((*first, *ids, end), window)
-        rows[prompt.id] = tuple(
-            TokenRow.of(rollout_id(prompt.id, index), prompt.dataset, piece, mask)
-            for index, (piece, mask) in enumerate(pieces)
-        )
-    altered = [
-        f"{place_of(prompt)} spells {one.altered!r}"
-        for prompt, one in zip(prompts, read, strict=True)
-        if one.altered is not None
-    ]
+    altered: list[str] = []
+    for some in _portions(prompts):
+        read = [as_text(tokenizer, prompt.text or "") for prompt in some]
+        texts = encode_texts(tokenizer, [one.text for one in read])
+        for prompt, one, ids in zip(some, read, texts, strict=True):
+            if one.altered is not None:
+                altered.append(f"{place_of(prompt)} spells {one.altered!r}")
+            rows[prompt.id] = tuple(
+                TokenRow.of(rollout_id(prompt.id, index), prompt.dataset, piece, mask)
+                for index, (piece, mask) in enumerate(cut_windows((*first, *ids, end), window))
+            )
     _tell_altered(altered, warnings)
     return rows
+
+
+def _portions(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(prompts), AT_ONCE):
+        yield prompts[start : start + AT_ONCE]
 
 
 def _tell_altered(altered: Sequence[str], warnings: list[str]) -> None:
@@ -173,12 +184,7 @@ def _tell_altered(altered: Sequence[str], warnings: list[str]) -> None:
         warnings.append(f"{noun} control tokens; {BROKEN} ({altered[0]})")
 
 
-def _refuse_unmasked(
-    masked: Sequence[tuple[Prompt, MaskedConversation | MaskFault | TemplateFault]],
-) -> None:
-    refused = [(prompt, one) for prompt, one in masked if not isinstance(one, MaskedConversation)]
-    if not refused:
-        return
+def _unmasked(refused: Sequence[tuple[Prompt, MaskFault | TemplateFault]]) -> DataError:
     prompt, first = refused[0]
     # Of one kind at a time: they are mended in different places.
     lines = [
@@ -188,7 +194,7 @@ def _refuse_unmasked(
     ]
     rows = "1 row" if len(lines) == 1 else f"{len(lines)} rows"
     if isinstance(first, TemplateFault):
-        raise DataError(
+        return DataError(
             f"the student's chat template refuses {rows}",
             title="Row does not fit the chat template",
             where=place_of(prompt),
@@ -196,16 +202,32 @@ def _refuse_unmasked(
             details=lines[:MAX_SHOWN],
             more=lines[MAX_SHOWN:],
         )
-    raise DataError(
+    return DataError(
         f"the student's chat template does not tell the answers of {rows} from the rest",
         title="Answers cannot be told",
         where=place_of(prompt),
         why="the loss is on what the student would write itself, token by token",
         fix="give each of these rows one answer, as its last message; set rollout.reasoning_mode: none if it is the thinking that "
-        "differs; or put {% generation %} marks around the assistant's text in the chat_template.jinja of a local copy of the model",
+        "differs; or, as rows with tool calls need it, put {% generation %} marks around the assistant's text in the chat_template.jinja "
+        "of a local copy of the model (docs/how-to/sft.md)",
         details=lines[:MAX_SHOWN],
         more=lines[MAX_SHOWN:],
     )
+
+
+def _refuse_empty(prompts: Sequence[Prompt], rows: Mapping[str, Sequence[TokenRow]]) -> None:
+    """Texts of nothing but letters that the tokenizer drops (zero-width ones)."""
+    empty = [p for p in prompts if not any(row.loss_tokens for row in rows[p.id])]
+    if empty:
+        places = [place_of(prompt) for prompt in empty]
+        raise DataError(
+            f"the student's tokenizer makes no token of the text of {len(empty)} row{'s' if len(empty) > 1 else ''}",
+            title="Empty texts",
+            where=places[0],
+            fix="remove these rows",
+            details=places[:MAX_SHOWN],
+            more=places[MAX_SHOWN:],
+        )
 
 
 def _refuse_long(

@@ -31,14 +31,15 @@ def find_start(config: Config, folder: Path) -> tuple[Config, TrainedAdapter | N
             where=ADAPTER,
             fix=f"remove model.adapter, or set model.path: {start.base}, the base",
         )
+    shown = Path(config.output_dir)
+    runs = folder / shown
     if model.adapter is not None:
-        shown = Path(config.output_dir)
-        runs = folder / shown
-        start = find_adapter(model.adapter, key=ADAPTER, places=[folder, runs])
+        start = find_adapter(model.adapter, key=ADAPTER, places=[folder, runs], runs=runs)
         if start is None:
             raise no_adapter(
                 model.adapter,
                 key=ADAPTER,
+                places=[folder, runs],
                 runs=runs,
                 shown=shown,
                 command="rnow run model.adapter=",
@@ -48,6 +49,12 @@ def find_start(config: Config, folder: Path) -> tuple[Config, TrainedAdapter | N
     if start is None:
         return config, None
     _refuse_another_size(config, start)
+    base = Path(start.base)
+    if model.adapter is None and base.is_absolute() and not base.exists():
+        raise start.refusal.error(
+            f"the base of the adapter in '{start.folder}' is not where it was: {start.base}",
+            fix=f"set model.path to where it is now, and model.adapter: {model.path}",
+        )
     changes: dict[str, object] = {"qlora_rank": start.rank, "qlora_alpha": start.alpha}
     if model.adapter is None:
         changes |= {"path": start.base, "adapter": model.path}
@@ -68,9 +75,15 @@ def _refuse_another_size(config: Config, start: TrainedAdapter) -> None:
 
 
 def _refuse_missing_run(config: Config, folder: Path) -> None:
-    """``runs/NAME`` that is not there has the form of a HuggingFace id: the hub would be asked for it."""
+    """``runs/NAME`` that is not there has the form of a HuggingFace id: the hub would be asked for it. One without a checkpoint
+    yet is no model."""
     path, shown = config.model.path, Path(config.output_dir)
-    if Path(path).parent == shown and not (folder / path).exists():
+    if Path(path).parent == shown and not (folder / path / "config.json").is_file():
         raise no_adapter(
-            path, key="model.path", runs=folder / shown, shown=shown, command="rnow run -m "
+            path,
+            key="model.path",
+            places=[folder],
+            runs=folder / shown,
+            shown=shown,
+            command="rnow run -m ",
         )

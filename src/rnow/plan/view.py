@@ -14,6 +14,7 @@ from rnow.plan.roles import STUDENT
 
 _STAGES: dict[Stage, str] = {
     "always": "always",
+    "until the update": "outside the update",
     "sampling": "while sampling",
     "teacher": "while scoring",
     "update": "in the update",

@@ -105,6 +105,7 @@ class LoraPolicy:
             lm, rank=rank, alpha=alpha, seed=seed, base_name=base_name, targets=targets
         )
         self._poll = poll
+        self._make_room: Callable[[], None] = lambda: None
         self._parameters = dict(trainable_parameters(self.model))
         self._beside = dict(objective.parameters)
         self._float16 = any(p.dtype == torch.float16 for p in self.model.parameters())
@@ -136,6 +137,7 @@ class LoraPolicy:
         """
         if batch.num_loss_tokens == 0:
             return UpdateResult(metrics={}, streams={}, skipped="no tokens")
+        self._make_room()
         first: PassStreams | None = None
         metrics: dict[str, float] = {}
         skipped: SkipReason | None = None
@@ -341,6 +343,10 @@ class LoraPolicy:
     def take_along(self, tensors: Tensors) -> None:
         """Move these too: what a sampler made of the base, and keeps for itself."""
         self._offload.take_along(tensors)
+
+    def before_updates(self, make_room: Callable[[], None]) -> None:
+        """Have this called before each update: what a sampler holds beside the base gives way to the activations."""
+        self._make_room = make_room
 
     @property
     def _trained(self) -> dict[str, torch.nn.Parameter]:

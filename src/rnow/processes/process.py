@@ -200,9 +200,14 @@ class ManagedProcess:
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that is free now. It may be taken before the caller uses it: whoever starts a server on it must try
     another one when the server says that the address is in use."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Of sockets that listen at an address or a name."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 _running: weakref.WeakSet[ManagedProcess] = weakref.WeakSet()

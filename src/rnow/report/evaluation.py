@@ -114,14 +114,20 @@ def evaluation_charts(folder: RunFolder) -> list[dict[str, object]]:
 
 
 def _passed(path: Path, step: int, success: float) -> dict[str, tuple[int, int]]:
-    """Prompt id -> how many of its kept answers were judged, and how many of those passed."""
+    """Prompt id -> how many of its kept answers were judged, and how many of those passed: ``count_passed`` of what was kept."""
     found: dict[str, tuple[int, int]] = {}
     for row in _answers(path, step):
         reward = row.get("reward")
         if isinstance(reward, int | float):
             judged, right = found.get(row["prompt_id"], (0, 0))
-            found[row["prompt_id"]] = (judged + 1, right + (reward >= success))
+            found[row["prompt_id"]] = (judged + 1, right + (_worked(row) and reward >= success))
     return found
+
+
+def _worked(row: Row) -> bool:
+    """``RewardResult.worked``."""
+    errors = row.get("reward_errors") or {}
+    return not errors or not (row.get("rewards") or {}).keys() <= errors.keys()
 
 
 def _answers(path: Path, step: int) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from typing import Any
 from rnow.config import Config, split_by_default
 from rnow.config.problems import KeyPath
 from rnow.config.schema import field_at, key_of
+from rnow.config.teachers import without_told
 from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder
 from rnow.display.terminal import format_bytes, format_clock
@@ -19,15 +20,21 @@ from rnow.report.text import MESSAGE, safe
 
 
 def changed_settings(config: Mapping[str, Any]) -> dict[str, object]:
-    """The keys of a config that are not as they are by default, with their defaults, JSON-ready.
+    """The keys of a config that are not as they are by default, with their defaults, JSON-ready; without what teachers alone are
+    told, since a page is passed on.
 
     ``whole``: it is of a version whose keys this one does not know, and all of it is listed.
     """
     try:
         changed, _ = split_by_default(Config(**config))
     except (RnowError, TypeError, KeyError):
-        return {"whole": True, "keys": [_setting(path, value) for path, value in _flat(config)]}
-    return {"whole": False, "keys": [_setting(path, value) for path, value in _flat(changed)]}
+        return {"whole": True, "keys": _settings(config)}
+    return {"whole": False, "keys": _settings(changed)}
+
+
+def _settings(config: Mapping[str, Any]) -> list[dict[str, object]]:
+    told = {key: without_told(value) for key, value in config.items()}
+    return [_setting(path, value) for path, value in _flat(told)]
 
 
 def _flat(data: Mapping[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, object]]:

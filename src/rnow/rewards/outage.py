@@ -68,7 +68,7 @@ class Outage:
 
 def _gave_up(info: FunctionInfo, outcome: CallOutcome, limit: float) -> TemporaryError:
     return TemporaryError(
-        f'the judge of reward "{info.name}" could not be asked for {limit:g} s; the state is saved',
+        f'the judge of reward "{info.name}" could not be asked for {limit:g} s',
         title="Judge unavailable",
         where=outcome.place or info.place,
         why=outcome.error,

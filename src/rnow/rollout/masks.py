@@ -153,8 +153,7 @@ def _between(rendered: Rendering, marks: tuple[str, str]) -> _Read | None:
         else:
             pieces.append(piece)
             at += len(piece)
-    spans = [(a, b) for a, b in spans if b > a]
-    if not spans:
+    if all(a == b for a, b in spans):
         return None
     return _Read(text="".join(pieces), spans=tuple(spans), whole=False, altered=rendered.altered)
 
@@ -330,6 +329,13 @@ class _Ending:
         ends: list[tuple[int, int]] = []
         for start, end in spans:
             closed = self._end_of(token_ids, start, end)
+            if closed is None and start == end and not read.whole:
+                continue  # a mark around nothing, and no end of a turn behind it
+            more = self._last_stop(token_ids, start, end) if closed is None and read.whole else None
+            if more is not None:
+                return MaskFault(
+                    f"the chat template writes more behind the end of an answer: {more[1][:24]!r}"
+                )
             if closed is None and not decode_all(self.tokenizer, token_ids[end:]).strip():
                 stop = self._own_stop
                 if stop is None:
@@ -354,10 +360,15 @@ class _Ending:
     def _end_of(self, ids: Sequence[int], start: int, end: int) -> int | None:
         """After the last stop token of a span, where nothing but blanks follows it inside; after the one that follows the span,
         where the span has none; None without either."""
-        inside = [at for at in range(start, end) if ids[at] in self.stops]
-        if inside and not decode_all(self.tokenizer, ids[inside[-1] + 1 : end]).strip():
-            return inside[-1] + 1
+        found = self._last_stop(ids, start, end)
+        if found is not None and not found[1].strip():
+            return found[0]
         return end + 1 if end < len(ids) and ids[end] in self.stops else None
+
+    def _last_stop(self, ids: Sequence[int], start: int, end: int) -> tuple[int, str] | None:
+        """The place after the last stop token of a span, and what follows it inside; None where it has none."""
+        after = [at + 1 for at in range(start, end) if ids[at] in self.stops]
+        return (after[-1], decode_all(self.tokenizer, ids[after[-1] : end])) if after else None
 
     @property
     def _own_stop(self) -> int | None:

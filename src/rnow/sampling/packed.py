@@ -32,6 +32,10 @@ class PackedLinear(nn.Module):
         """Keep a copy of ``weight``, of the shape that the replaced layer's had."""
         self._packed = pack(weight.T.contiguous() if self.transposed else weight)
 
+    def let_go(self) -> None:
+        """Keep nothing."""
+        self._packed = None
+
     @property
     def weight(self) -> NoReturn:
         raise ReadsWeights

@@ -87,6 +87,11 @@ class TransformersSampler:
             self._merged.load(adapter)
         self._version = version
 
+    def make_room(self) -> None:
+        """Free what only drawing needs; nothing can be drawn before the next ``load_policy``."""
+        if self._merged is not None:
+            self._merged.let_go()
+
     @contextmanager
     def live_rollout(self) -> Iterator[None]:
         """See ``Sampler.live_rollout``."""

@@ -39,7 +39,8 @@ class MergedWeights:
 
     ``load`` writes ``base + alpha / rank * B A`` into those weights from the untouched base, so nothing is ever
     subtracted and no rounding builds up. All other tensors (embeddings, norms, head) are shared with the base. Costs one
-    more copy of the linear layers, packed for sampling where that can be. Make it before PEFT wraps the base.
+    more copy of the linear layers, packed for sampling where that can be, from ``load`` to ``let_go``. Make it before PEFT wraps
+    the base.
     """
 
     def __init__(self, student: CausalLM) -> None:
@@ -73,6 +74,12 @@ class MergedWeights:
                 self._own.clear()
                 self.load(adapter)
 
+    def let_go(self) -> None:
+        """Free the weights of its own where they are in main memory (a card has its own ways to make room). It cannot draw before
+        the next ``load``."""
+        for own in self._own.values() if self.lm.device.type == "cpu" else ():
+            own.let_go()
+
     def _own_layer(self, target: str) -> _Own:
         if target not in self._own:
             module: Any = self.lm.model.get_submodule(target)
@@ -103,7 +110,7 @@ class _Own:
         self.layer: Any = PackedLinear(replaced) if packed else copy.copy(replaced)
         if not packed:
             self.layer._parameters = dict(replaced._parameters)
-            self.layer.weight = nn.Parameter(self._base.clone(), requires_grad=False)
+            self.layer.weight = nn.Parameter(self._base.new_empty(0), requires_grad=False)
 
     def hold(self, up: torch.Tensor, down: torch.Tensor, scale: float) -> None:
         """Make the weight ``base + scale * up down``."""
@@ -111,4 +118,12 @@ class _Own:
         if isinstance(self.layer, PackedLinear):
             self.layer.hold(torch.addmm(self._base, *factors, alpha=scale))
         else:
-            torch.addmm(self._base, *factors, alpha=scale, out=self.layer.weight.data)
+            room = self.layer.weight.data
+            self.layer.weight.data = torch.addmm(self._base, *factors, alpha=scale, out=room)
+
+    def let_go(self) -> None:
+        """Hold nothing."""
+        if isinstance(self.layer, PackedLinear):
+            self.layer.let_go()
+        else:
+            self.layer.weight.data = self._base.new_empty(0)

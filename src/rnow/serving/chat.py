@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 
 from rnow.core.messages import message_text
 from rnow.errors import InputError
-from rnow.serving.http import RETRIED, Json, Refused, ServerClient, answer_bytes, as_object
+from rnow.serving.http import RETRIED, Json, Refused, ServerClient, answer_bytes
 from rnow.text.json_values import read_arguments
+from rnow.text.strict_json import JsonError, read_json
 from rnow.types import Message, ToolCall
 
 _PASSING = RETRIED | {409, 425, *range(520, 531)}
@@ -27,6 +28,11 @@ _TOOLS_OFF = "--tool-call-parser"
 """In what vLLM says where it was started without tools."""
 _REASONING = ("reasoning_content", "reasoning")
 """Where servers put thinking: DeepSeek and vLLM, and OpenRouter."""
+_ASKED = "/chat/completions"
+_ENDS = {"max_tokens": "length", "model_length": "length", "abort": "error"}
+"""Words of some servers for what OpenAI, or OpenRouter (error), names otherwise: Mistral's, and those of vLLM and SGLang."""
+_MOST_TOKENS = 10**9
+"""Of one answer; above, a server does not count."""
 
 
 class Usage(NamedTuple):
@@ -44,7 +50,7 @@ class ChatAnswer:
         content: its text, without calls.
         reasoning: the thinking that the server keeps apart; empty where it does not, or there is none.
         calls: in order; those that cannot be run have ``error``.
-        finish_reason: ``stop``, ``length``, ``tool_calls``, ``content_filter`` or a word of the server's own.
+        finish_reason: ``stop``, ``length``, ``tool_calls``, ``content_filter``, ``error`` or a word of the server's own.
         usage: as the server counts; None where it does not say.
     """
 
@@ -60,7 +66,8 @@ class ChatClient(ServerClient):
     connections and bodies that are no chat completion are asked again until ``timeout``, as late as ``Retry-After`` says.
 
     Args:
-        url: up to ``/v1``, as the OpenAI SDK takes it. A path that ends otherwise (``.../v1beta/openai``) is taken as it is.
+        url: up to ``/v1``, as the OpenAI SDK takes it. A path that ends otherwise (``.../v1beta/openai``) is taken as it is,
+            without ``/chat/completions``.
     """
 
     wanted = "a chat completion"
@@ -72,8 +79,9 @@ class ChatClient(ServerClient):
         timeout: float = 600.0,
         max_concurrency: int = 16,
     ) -> None:
+        url = url.strip().rstrip("/").removesuffix(_ASKED)
         super().__init__(url, api_key, timeout, max_concurrency)
-        path = urlsplit(url.strip()).path.rstrip("/")
+        path = urlsplit(url).path.rstrip("/")
         self._root = "" if path and not path.endswith("/v1") else "/v1"
         self._retried = _PASSING
         self._cap = _CAP
@@ -122,7 +130,7 @@ class ChatClient(ServerClient):
             try:
                 read = await self._request(
                     "POST",
-                    f"{self._root}/chat/completions",
+                    f"{self._root}{_ASKED}",
                     body | {cap: max_tokens},
                     _completion,
                     most=answer_bytes(0, drawn=max_tokens),
@@ -153,8 +161,13 @@ def request_body(
 def check_address(url: str, *, where: str) -> None:
     """
     Raises:
-        InputError: the address of an endpoint holds a query, which would get lost.
+        InputError: it is no http(s) address, or the address of an endpoint holds a query, which would get lost.
     """
+    try:
+        ChatClient(url)
+    except InputError as error:
+        error.where = where
+        raise
     if urlsplit(url.strip()).query:
         raise InputError(
             "the address of the endpoint has a query",
@@ -188,8 +201,14 @@ def _call_as_sent(call: Mapping[str, object], index: int) -> Json:
 
 def _completion(text: str) -> Json | None:
     """The answer, with a message; None where it is something else: some proxies say with status 200 what is wrong."""
-    answer = as_object(text)
-    choices = None if answer is None else answer.get("choices")
+    try:
+        # As strictly as a file is read: what it says is sent back, rendered and written, where NaN and lone surrogates end.
+        answer = read_json(text)
+    except JsonError:
+        return None
+    if not isinstance(answer, dict):
+        return None
+    choices = answer.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     return answer if isinstance(first, dict) and isinstance(first.get("message"), dict) else None
 
@@ -202,11 +221,12 @@ def _answer(answer: Json, turn: int) -> ChatAnswer:
     given = message.get("tool_calls")
     calls = given if isinstance(given, list) else []
     reasoning = next((text for key in _REASONING if isinstance(text := message.get(key), str)), "")
+    end = str(choice.get("finish_reason") or "stop").lower()
     return ChatAnswer(
         content=message_text(message.get("content")),
         reasoning=reasoning,
         calls=tuple(_call(call, turn, index) for index, call in enumerate(calls)),
-        finish_reason=str(choice.get("finish_reason") or "stop"),
+        finish_reason=_ENDS.get(end, end),
         usage=_usage(answer.get("usage")),
     )
 
@@ -228,9 +248,13 @@ def _call(call: object, turn: int, index: int) -> ToolCall:
 
 
 def _usage(given: object) -> Usage | None:
+    """What a server counted. Some count thinking, which they bill, in the total alone (Gemini's, Grok's)."""
     if not isinstance(given, dict):
         return None
-    prompt, completion = given.get("prompt_tokens"), given.get("completion_tokens")
-    if type(prompt) is not int or type(completion) is not int or min(prompt, completion) < 0:
+    prompt, completion, total = (
+        value if type(value := given.get(f"{name}_tokens")) is int and value <= _MOST_TOKENS else -1
+        for name in ("prompt", "completion", "total")
+    )
+    if prompt < 1 or completion < 0:  # no prompt is empty
         return None
-    return Usage(prompt, completion)
+    return Usage(prompt, max(completion, total - prompt))

@@ -243,7 +243,15 @@ class ServerClient:
         Raises:
             BadAnswer: it is longer than ``most`` bytes, or packed.
         """
-        async with http.stream(method, self._base + path, json=body, timeout=None) as answer:
+        # A lone surrogate, which UTF-8 cannot hold, is its own escape in JSON: the server may think of it what it likes.
+        sent = None if body is None else json.dumps(body, ensure_ascii=False)
+        async with http.stream(
+            method,
+            self._base + path,
+            content=None if sent is None else sent.encode("utf-8", "backslashreplace"),
+            headers={} if sent is None else {"Content-Type": "application/json"},
+            timeout=None,
+        ) as answer:
             data = bytearray()
             async for chunk in answer.aiter_raw():
                 data += chunk
@@ -266,11 +274,19 @@ class ServerClient:
         if self._state is None or self._state.loop is not loop:
             # No connection outlives its request, so none is left behind in the loop of an earlier asyncio.run.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-            http = httpx.AsyncClient(
-                headers={"Accept-Encoding": "identity", **self._headers},
-                limits=limits,
-                trust_env=not self._loopback,
-            )
+            try:
+                http = httpx.AsyncClient(
+                    headers={"Accept-Encoding": "identity", **self._headers},
+                    limits=limits,
+                    trust_env=not self._loopback,
+                )
+            except (ImportError, ValueError, httpx.InvalidURL) as error:
+                raise InputError(
+                    "the proxy that the environment names cannot be used",
+                    where="HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY",
+                    why=self._clean(str(error)),
+                    fix="correct the variable, or unset it; for a SOCKS proxy: pip install 'httpx[socks]'",
+                ) from None
             self._state = _Loop(loop, http, asyncio.Semaphore(self._max_concurrency))
         return self._state
 
@@ -374,7 +390,7 @@ def _retry_after(header: str | None) -> float:
     except ValueError:
         try:
             date = parsedate_to_datetime(header or "")
-        except ValueError:
+        except (ValueError, OverflowError):  # a year of many digits
             return 0.0
         aware = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
         seconds = (aware - datetime.now(UTC)).total_seconds()

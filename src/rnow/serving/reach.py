@@ -8,15 +8,11 @@ import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from rnow.core.judge_http import is_loopback
 from rnow.errors import InputError
 
 CONNECT_SECONDS = 10.0
 """How long a connection to any server that the config names may take before training."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host of a URL is this machine by its very name: no proxy stands between."""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 async def check_listening(url: str, *, where: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import ExitStack, asynccontextmanager
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,13 +133,13 @@ async def student_answers(
     somebody holds it; a vLLM ends with the block.
 
     Args:
-        work: where a vLLM logs and finds adapters.
+        work: where a vLLM logs and finds adapters, in a folder of its own.
 
     Raises:
         ModelError: it cannot be loaded, or the adapter is of another model.
     """
     trained = prepared.start
-    with ExitStack() as stack:
+    with private_folder(work) as work, ExitStack() as stack:
         sampler: Sampler
         if prepared.student.role.backend == "vllm":
             vllm = start_vllm_sampler(prepared, work, stack, time_shared=False)
@@ -161,7 +163,7 @@ async def teachers_answer(
     """Every teacher, for the prompts that it judges; see ``student_answers``."""
     found: list[Answering] = []
     several = prepared.several_teachers
-    with ExitStack() as stack:
+    with private_folder(work) as work, ExitStack() as stack:
         for model in teachers_of(prepared.models):
             role = model.role
             with naming(role):
@@ -178,6 +180,15 @@ async def teachers_answer(
             own = role.name if several else None
             found.append(Answering(sampler=sampler, part=role.part, role=own))
         yield found
+
+
+@contextmanager
+def private_folder(work: RunFolder) -> Iterator[RunFolder]:
+    """A folder in ``work`` for this process alone, which whoever uses it makes. A vLLM is told of its adapter by the name of a
+    file: two commands at once would load each other's. Gone after the block, or kept, with its logs, where that failed."""
+    own = RunFolder(work.path / f"vllm-{os.getpid()}")
+    yield own
+    shutil.rmtree(own.path, ignore_errors=True)
 
 
 def free_memory() -> None:

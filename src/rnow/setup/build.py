@@ -381,7 +381,8 @@ class _Run:
             self._keep_changed_adapter(checkpoint)
             if not self._config.on_policy:
                 return await self._train(backends, checkpoint, None)
-            async with open_user_code(self._prepared, self._folder.path, training=True) as code:
+            taught = self._config.algorithm.reward_coef > 0
+            async with open_user_code(self._prepared, self._folder.path, waits=taught) as code:
                 return await self._train(backends, checkpoint, code)
 
     async def _load(self) -> Backends:
@@ -398,7 +399,7 @@ class _Run:
                 poll=self._stop.poll,
                 stage=self._display.stage,
             )
-            self._stop.from_here(lambda: self._display.note("stopping at the next safe point ..."))
+            self._stop.from_here(self._stopping)
             self._display.stage("checking the models against each other")
             await self._selfcheck(backends)
         except TemporaryError as error:
@@ -410,6 +411,11 @@ class _Run:
             self._unmake_folder(made)
             raise
         return backends
+
+    def _stopping(self) -> None:
+        self._display.note("stopping at the next safe point ...")
+        if self._locked:
+            self._folder.tell_stopping()
 
     def _unmake_folder(self, made: bool) -> None:
         if made:
@@ -456,7 +462,7 @@ class _Run:
         recorder.forget_after(done)
         if checkpoint is not None:
             saved = checkpoint.state.get("counters", {})
-            recorder.completion_tokens = int(saved.get("completion_tokens", 0))
+            recorder.count_on(saved)
             self._started -= float(saved.get("seconds", 0.0))
         replace_file(self._folder.config, dump_yaml(redacted_config(self._prepared)).encode())
         if backends.plan:
@@ -501,7 +507,7 @@ class _Run:
     def _counters(self, recorder: Recorder) -> dict[str, float]:
         """Totals of the whole run, earlier attempts included."""
         seconds = time.monotonic() - self._started
-        return {"completion_tokens": recorder.completion_tokens, "seconds": seconds}
+        return {**recorder.counters, "seconds": seconds}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         checkpoint = self._store.latest()
@@ -618,7 +624,7 @@ class _Run:
             backends.student.vocabulary,
             backends.gpu,
         )
-        self._display.note(f"the loss of the first rows is {loss:.3f} now")
+        self._display.note(f"the loss of the first rows is {loss:.3f} before training")
 
     def _build_recorder(self) -> Recorder:
         folder, note = self._folder, self._display.note

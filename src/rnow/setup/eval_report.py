@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rnow.training.evaluations import pass_at_k
 from rnow.training.intervals import HOW, Interval, difference_interval, mean_interval
 
 LENGTH = "completions/mean_length"
+FAILED = ("rollouts/failed_fraction", "reward/failure_fraction")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +55,22 @@ class Evaluated:
         known = [value for value in found if value is not None]
         return fmean(known) if known else None
 
+    @property
+    def failed(self) -> float:
+        """The share of answers of which there is no whole reward: the rollout failed, or a reward on it. What failed counts as 0."""
+        shares = [(s["samples"], s["metrics"]) for s in self.values["samplings"]]
+        lost = (samples * _failed(metrics) for samples, metrics in shares)
+        return math.fsum(lost) / sum(samples for samples, _ in shares)
+
     def _each(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         found = {k: s for s in self.values["samplings"] for k in s["pass_at"]}
         yield from sorted(found.items())
+
+
+def _failed(metrics: Mapping[str, float | None]) -> float:
+    """The share of one sampling: rewards were called on the rollouts that did not fail."""
+    rollouts, rewards = (metrics.get(name) or 0.0 for name in FAILED)
+    return rollouts + (1 - rollouts) * rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +119,7 @@ class EvalReport:
                         {name: value for name, value in sampling.items() if name != "passed"}
                         for sampling in row.values["samplings"]
                     ],
+                    "failed": row.failed,
                     "kept": str(row.kept.resolve()),
                     "measured_now": row.fresh,
                 }

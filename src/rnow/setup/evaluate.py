@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,9 +20,9 @@ from rnow.config.schema import DatasetSource
 from rnow.config.teachers import TEACHER
 from rnow.disk.evals import EVALS, EvalFile
 from rnow.disk.files import to_json
-from rnow.disk.folder import RunFolder, check_place
+from rnow.disk.folder import RunFolder, check_place, saved_steps
 from rnow.display.terminal import escape_control
-from rnow.errors import InputError, RnowError, StopRequested
+from rnow.errors import SAME_COMMAND, InputError, ModelError, RnowError, StopRequested
 from rnow.models.adapter import TrainedAdapter, check_base
 from rnow.models.loading import quiet_libraries
 from rnow.plan.prepare import Prepared, find_own_run
@@ -74,6 +76,7 @@ class Asked:
     Attributes:
         temperatures: k of pass@k -> the temperature at which its samples are drawn.
         samples: rollouts per prompt at each temperature, at least k; None: ``evaluation.num_samples``.
+        most: at most so many prompts, the first; None: ``evaluation.max_prompts``, and of a file all.
         prompts: a file of rows as train.jsonl has them; None: the held-out prompts.
         seed: of the samples; None: the config's. Which prompts are held out does not depend on it.
         again: measure what was measured already, too.
@@ -81,6 +84,7 @@ class Asked:
 
     temperatures: Mapping[int, float] = field(default_factory=lambda: TEMPERATURES)
     samples: int | None = None
+    most: int | None = None
     prompts: Path | None = None
     seed: int | None = None
     again: bool = False
@@ -118,11 +122,13 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """One subject, checked: its project as it is prepared for it, the prompts that it is asked, and where its numbers go."""
+    """One subject, checked: its project as it is prepared for it, the prompts that it is asked, what its numbers depend on and where
+    they go."""
 
     subject: Subject
     prepared: Prepared
     prompts: Sequence[Prompt]
+    depends: Mapping[str, object]
     file: EvalFile
 
 
@@ -137,17 +143,17 @@ def _evaluate(
     quiet_libraries()
     subjects = _find(config, names, folder, step)
     tasks = _prepare(config, subjects, folder, asked, console)
-    known = {task.file.path: task.file.read() for task in tasks if not asked.again}
     # By file: two subjects may be one, a run and the last of its steps.
-    missing = {task.file.path: task for task in tasks if known.get(task.file.path) is None}
+    found = {task.file.path: None if asked.again else task.file.read() for task in tasks}
+    missing = {task.file.path: task for task in tasks if found[task.file.path] is None}
     for task in missing.values():
         refuse_unable(task.prepared, teachers=task.subject.kind == TEACHER)
         check_place(task.subject.place, what="what is measured", fix="change the permissions")
     stop = StopFlag()
     try:
         with stop.watch(lambda: console.print("stopping ...")):
-            for task in missing.values():
-                run_anywhere(_measure(task, asked, console, stop))
+            for path, task in missing.items():
+                found[path] = run_anywhere(_measure(task, asked, console, stop))
                 free_memory()
     except StopRequested as stopped:
         stopped.why = stopped.why or "the subjects that were done are kept"
@@ -158,7 +164,7 @@ def _evaluate(
             subject=task.subject,
             kept=task.file.path,
             fresh=task.file.path in missing,
-            values=task.file.read() or {},
+            values=found[task.file.path] or {},
         )
         for task in tasks
     ]
@@ -180,11 +186,11 @@ def _find(config: Config, names: Sequence[str], folder: Path, step: int | None) 
 
 def _own(config: Config, folder: Path, step: int | None) -> list[str]:
     """What the project has to compare: its student before training and, once there is one, its run."""
-    run = find_own_run(config, folder).path
-    name = str(run.resolve()) if run.name in ROLES else run.name
+    run = find_own_run(config, folder)
+    name = str(run.path.resolve()) if run.path.name in ROLES else run.path.name
     if step is not None:
         return [name]
-    trained = any((run / kept).exists() for kept in ("adapter", "checkpoints"))
+    trained = run.adapter.exists() or saved_steps(run.checkpoints)
     return [STUDENT, name] if trained else [STUDENT]
 
 
@@ -209,10 +215,22 @@ def _prepare(
         if asked.prompts is None:
             refuse_seen(subject, prepared)
         redact = prepared.project.redact
-        depends = _depends_on(subject, prepared, prompts, asked)
-        file = EvalFile(subject.place, subject.label, depends, redact)
-        tasks.append(_Task(subject=subject, prepared=prepared, prompts=prompts, file=file))
+        depends = _depends_on(subject, prepared, prompts, asked, adapter=_adapter_of(subject))
+        tasks.append(
+            _Task(
+                subject=subject,
+                prepared=prepared,
+                prompts=prompts,
+                depends=depends,
+                file=EvalFile(subject.place, subject.label, depends, redact),
+            )
+        )
     return tasks
+
+
+def _adapter_of(subject: Subject) -> str | None:
+    """Its content. Raises ModelError when it cannot be read."""
+    return subject.trained and subject.trained.adapter.content_hash()
 
 
 def _student_of(
@@ -266,7 +284,11 @@ def _with_prompts(config: Config, file: Path | None) -> Config:
 def _prompts(prepared: Prepared, asked: Asked) -> list[Prompt]:
     """Those that name a reward: of the others nobody can say whether an answer is right."""
     dataset = prepared.project.dataset
-    found = prepared.evaluated if asked.prompts is None else dataset.prompts
+    most = asked.most
+    if asked.prompts is None:
+        found = dataset.held_out[: most or prepared.config.evaluation.max_prompts]
+    else:
+        found = dataset.prompts[:most]
     if not found:
         raise InputError(
             "no prompts are held out to evaluate",
@@ -287,9 +309,14 @@ def _prompts(prepared: Prepared, asked: Asked) -> list[Prompt]:
 
 
 def _depends_on(
-    subject: Subject, prepared: Prepared, prompts: Sequence[Prompt], asked: Asked
+    subject: Subject,
+    prepared: Prepared,
+    prompts: Sequence[Prompt],
+    asked: Asked,
+    *,
+    adapter: object,
 ) -> dict[str, object]:
-    """All that the numbers depend on: another evaluation with the same gives the same."""
+    """All that the numbers depend on: another evaluation with the same gives the same. ``adapter``: ``_adapter_of`` the subject."""
     facts, config = build_facts(prepared), prepared.config
     models: Sequence[RunModel] = (prepared.student,)
     names = ("student_weights", "student_config")
@@ -302,15 +329,18 @@ def _depends_on(
     ids = prepared.rendered.prompt_token_ids
     text = to_json(
         [
-            [p.id, ids[p.id], p.rewards, p.tools, p.metadata, p.variables, p.docker, p.docker_env,
-             p.teacher if subject.kind == TEACHER else None]
+            [p.id, ids[p.id], p.messages, p.rewards, p.tools, p.metadata, p.variables, p.docker,
+             p.docker_env, p.teacher if subject.kind == TEACHER else None]
             for p in prompts
         ]
     )  # fmt: skip
     return {
         **{name: facts.get(name) for name in (*names, *_DEPENDS_ON)},
-        "adapter": subject.trained and subject.trained.adapter.content_hash(),
-        "held_as": [[m.role.backend, dtype_name(m.role.dtype), m.quantization] for m in models],
+        "adapter": adapter,
+        "held_as": [
+            [m.role.backend, dtype_name(m.role.dtype), m.quantization, m.role.serving.served_model]
+            for m in models
+        ],
         "template_day": str(facts["template_date"])[:10],
         "vocabulary": prepared.rendered.vocabulary,
         "window": prepared.rendered.window,
@@ -330,8 +360,8 @@ def _samplings(config: Config, asked: Asked) -> list[Sampling]:
     ]
 
 
-async def _measure(task: _Task, asked: Asked, console: Console, stop: StopFlag) -> None:
-    """Load a subject, let it answer, and keep what came of it."""
+async def _measure(task: _Task, asked: Asked, console: Console, stop: StopFlag) -> dict[str, Any]:
+    """Load a subject, let it answer, and keep what came of it, which is given back."""
     prepared, subject = task.prepared, task.subject
     await check_addresses(prepared)
     work = RunFolder(prepared.project.folder / EVALS)
@@ -344,14 +374,36 @@ async def _measure(task: _Task, asked: Asked, console: Console, stop: StopFlag) 
             if subject.kind == TEACHER
             else student_answers(prepared, work, stop.poll)
         )
-        async with answers as answering, open_user_code(prepared) as code:
+        async with answers as answering, open_user_code(prepared, waits=True) as code:
             sampled = [
                 await _sample(task, asked, sampling, answering, code, stop.poll, show)
                 for sampling in _samplings(prepared.config, asked)
             ]
+    _refuse_changed(task, asked)
     values = {"subject": subject.to_dict(), "prompts": len(task.prompts), "samplings": sampled}
-    task.file.write(values)
+    kept = task.file.write(values)
     tell(console, prepared.project.redact(f"measured {subject.name}: {task.file.path}"))
+    return kept
+
+
+def _refuse_changed(task: _Task, asked: Asked) -> None:
+    """An adapter or a rewards.py that was written anew while the answers were drawn may be in the numbers or not.
+
+    Raises:
+        RnowError: something that they depend on is another than before.
+    """
+    known = task.depends
+    adapter = known["adapter"]
+    with suppress(ModelError):  # training removes old checkpoints; this one was loaded
+        adapter = _adapter_of(task.subject)
+    now = _depends_on(task.subject, task.prepared, task.prompts, asked, adapter=adapter)
+    if changed := [name for name, value in known.items() if now[name] != value]:
+        raise RnowError(
+            f"what {task.subject.name} was measured with changed meanwhile: {', '.join(changed)}",
+            title="Changed meanwhile",
+            why="its numbers may be of the one or the other, and are not kept",
+            fix=SAME_COMMAND,
+        )
 
 
 async def _sample(

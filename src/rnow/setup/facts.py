@@ -12,7 +12,7 @@ from typing import Any
 
 from rnow.config import config_hash, to_dict
 from rnow.config.estimator import has_value_head, kl_estimator
-from rnow.config.teachers import TEACHER, control_of
+from rnow.config.teachers import TEACHER, control_of, without_told
 from rnow.disk.answers import AnswerFiles
 from rnow.disk.files import sha256_of
 from rnow.disk.folder import RunFolder
@@ -32,8 +32,6 @@ from rnow.setup.objective import build_objective
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
-TOLD_TO_TEACHERS = ("template", "system_prompt")
-"""Keys of a teacher's section."""
 ANSWERS_SHOWN = 3
 ANSWER_WIDTH = 160
 """Letters of a prompt or an answer that are shown."""
@@ -109,15 +107,7 @@ def redacted_config(prepared: Prepared) -> dict[str, object]:
 
 def tracked_config(prepared: Prepared) -> dict[str, object]:
     """The same for a tracker, without what teachers alone are told."""
-    return {key: _without_told(value) for key, value in redacted_config(prepared).items()}
-
-
-def _without_told(value: object) -> object:
-    if isinstance(value, list):
-        return [_without_told(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_told(item) for key, item in value.items() if key not in TOLD_TO_TEACHERS}
+    return {key: without_told(value) for key, value in redacted_config(prepared).items()}
 
 
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:

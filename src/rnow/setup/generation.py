@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rnow.config import Config
+from rnow.config.schema import DatasetSource
 from rnow.disk.folder import RunFolder
 from rnow.errors import (
     EXIT_INTERRUPTED,
@@ -22,10 +23,11 @@ from rnow.generation.answered import Job
 from rnow.generation.asking import ask_endpoint, ask_model, missing
 from rnow.generation.budget import Budget
 from rnow.generation.chat import ChatSettings, ChatTeacher
-from rnow.generation.desk import Desk, Tally, all_fit, judge
-from rnow.generation.endpoint import check_endpoint, client_of, endpoint_key, student_reads
+from rnow.generation.desk import Desk, Tally, judge
+from rnow.generation.endpoint import check_endpoint, client_of, endpoint_key
 from rnow.generation.keep import Condition
-from rnow.generation.store import AnswerStore, TrainingFile, answers_path
+from rnow.generation.reader import Reader, reader_of
+from rnow.generation.store import Answer, AnswerStore, TrainingFile, answers_path
 from rnow.generation.view import Progress, Summary, summary_lines
 from rnow.generation.wanted import (
     AT_ONCE,
@@ -47,6 +49,8 @@ from rnow.plan.rendered import tool_names
 from rnow.plan.roles import STUDENT
 from rnow.project.secrets import load_secrets, reading_redactor, writing_redactor
 from rnow.protocols import Sampler
+from rnow.rewards.watch import failures
+from rnow.serving.http import BadAnswer, Refused, ServerDown
 from rnow.setup.answering import prepare_told, student_answers, tell
 from rnow.setup.usercode import UserCode, build_episodes, open_user_code, rollout_settings
 from rnow.tasks import run_anywhere
@@ -84,25 +88,20 @@ def generate(
 def _generate(config: Config, wanted: Wanted, folder: Path, console: Console) -> Summary:
     quiet_libraries()
     name = check_teacher(config, wanted, folder)
-    prompts_file = prompts_of(config, wanted, folder)
-    output = output_of(wanted, folder, prompts_file)
-    local = name if wanted.url is None else None
-    asked = as_student(config, prompts_file, local=local)
-    try:
-        prepared = prepare_told(asked, folder, console, weights=local is not None)
-    except RnowError as error:
-        places = {"data.train_file": "--prompts"} | (
-            {} if local is None else {"model.path": "--teacher"}
-        )
-        error.where = places.get(error.where or "", error.where)
-        raise
+    sources = prompts_of(config, wanted, folder)
+    output = output_of(wanted, folder, sources)
+    told: set[str] = set()
+    prepared = _prepare(config, sources, folder, console, told)
+    reader = reader_of(prepared)
+    if wanted.url is None:
+        prepared = _prepare(config, sources, folder, console, told, local=name)
     conditions = conditions_of(wanted, prepared)
     prompts = keyed(prepared)
     refuse_unrewarded(conditions, [prompt for prompt, _ in prompts])
     key = endpoint_key(prepared, wanted)
     if wanted.url is not None:
         client = client_of(wanted, key)
-        name = run_anywhere(check_endpoint(client, wanted))
+        name = run_anywhere(check_endpoint(client, wanted, prepared.warn))
     work = _Generation(
         prepared=prepared,
         wanted=wanted,
@@ -112,16 +111,38 @@ def _generate(config: Config, wanted: Wanted, folder: Path, console: Console) ->
         conditions=conditions,
         output=output,
         key=key,
+        reader=reader,
         stop=StopFlag(),
     )
     with AnswerStore(answers_path(output)) as store:
         return work.run(store)
 
 
+def _prepare(
+    config: Config,
+    sources: tuple[DatasetSource, ...],
+    folder: Path,
+    console: Console,
+    told: set[str],
+    *,
+    local: str | None = None,
+) -> Prepared:
+    """The prompts as the student reads them, or the model ``local`` that answers here."""
+    asked = as_student(config, sources, local=local)
+    try:
+        return prepare_told(asked, folder, console, weights=local is not None, told=told)
+    except RnowError as error:
+        places = {"data.train_file": "--prompts"}
+        if local is not None:
+            places["model.path"] = "--teacher"
+        error.where = places.get(error.where or "", error.where)
+        raise
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Generation:
     """One call, checked. ``name``: the teacher's; ``prompts``: each with its ``prompt_key``; ``key``: the variable that holds the
-    endpoint's key, and the key."""
+    endpoint's key, and the key; ``reader``: the student that is to learn the rows."""
 
     prepared: Prepared
     wanted: Wanted
@@ -131,11 +152,12 @@ class _Generation:
     conditions: Sequence[Condition]
     output: Path
     key: tuple[str, str] | None
+    reader: Reader
     stop: StopFlag
 
     def run(self, store: AnswerStore) -> Summary:
         if store.skipped:
-            self.prepared.warn(f"{store.path.name}: {store.skipped} lines cannot be read")
+            self.prepared.warn(f"{store.path.name}: lines that cannot be read: {store.skipped}")
         places = {key: index for index, (_, key) in enumerate(self.prompts)}
         training = TrainingFile(
             self.output,
@@ -163,6 +185,7 @@ class _Generation:
                 if self.stop.exit_code is None:
                     raise
             finally:
+                self.stop.from_here(lambda: None)  # this is soon over
                 if store.answers:
                     training.finish(store.answers.values())
         capped = desk is not None and desk.capped
@@ -171,8 +194,13 @@ class _Generation:
             tell(self.console, self.prepared.project.redact(line))
         if desk is None or self.stop.exit_code is not None:
             raise _stopped(self.stop)
-        self._raise_what_is_left(desk, summary)
+        self._raise_what_is_left(desk, store, summary)
         return summary
+
+    def _answers(self, store: AnswerStore) -> list[Answer]:
+        """Those to the prompts of this call."""
+        keys = {key for _, key in self.prompts}
+        return [answer for key, answer in store.answers.items() if key[0] in keys]
 
     async def _work(
         self,
@@ -195,7 +223,7 @@ class _Generation:
                 self.conditions,
                 teacher=self.name,
                 redact=reading_redactor(secrets, prepared.config),
-                fits=student_reads(prepared) if self.wanted.url is not None else all_fit,
+                reader=self.reader,
                 told=told,
             )
             known = {key: prompt for prompt, key in self.prompts}
@@ -207,8 +235,17 @@ class _Generation:
             await desk.bring_up_to_date(there, everything=self.wanted.rescore)
             training.open(store.answers.values())
             if jobs:
+                self._warn_of_template(jobs[0].prompt)
                 await self._ask(jobs, desk, budget, code)
         return desk
+
+    def _warn_of_template(self, prompt: Prompt) -> None:
+        """Before anything is paid for."""
+        answer = {"role": "assistant", "content": "4"}
+        if why := self.reader.refuses([*prompt.messages, answer], prompt.tools):
+            self.prepared.warn(
+                f"an answer of one word to the first prompt would be left out: {why}"
+            )
 
     async def _ask(self, jobs: Sequence[Job], desk: Desk, budget: Budget, code: UserCode) -> None:
         prepared, wanted = self.prepared, self.wanted
@@ -273,29 +310,29 @@ class _Generation:
         *,
         capped: bool,
     ) -> Summary:
-        keys = {key for _, key in self.prompts}
-        answers = [answer for key, answer in store.answers.items() if key[0] in keys]
+        answers = self._answers(store)
         reasons = (judge(answer, self.conditions) for answer in answers)
         return Summary(
             output=self.output,
             teacher=self.name,
             rows=training.rows,
             answers=len(answers),
+            gone=len(store.answers) - len(answers),
             rejected=Counter(reason for reason in reasons if reason is not None),
             faults=tally.faults,
             asked=tally.done,
             unasked=jobs - tally.done,
             capped=capped,
-            estimated=tally.estimated,
             spent=budget.spent,
             cost=None if self.wanted.prices is None else budget.cost,
         )
 
-    def _raise_what_is_left(self, desk: Desk, summary: Summary) -> None:
+    def _raise_what_is_left(self, desk: Desk, store: AnswerStore, summary: Summary) -> None:
         """What ended the call early, or is to be mended; nothing where all is well."""
         if desk.failure is not None:
-            raise _ended_early(desk.failure, None if self.wanted.url is None else "--url")
-        if failing := desk.failing:
+            raise _ended_early(desk.failure)
+        scored = (answer.reward for answer in self._answers(store))
+        if failing := failures(reward for reward in scored if reward is not None):
             raise RnowError(
                 "rewards failed on some of the answers",
                 title="Rewards fail",
@@ -312,12 +349,15 @@ class _Generation:
                 fix=f"{SAME_COMMAND}: it asks these again, and nothing else",
             )
         if not summary.rows:
+            fix = f"look at the answers in {answers_path(self.output).name}, or loosen --keep-if"
+            if not summary.answers:
+                fix = "raise the limit: the first request may cost more (rollout.max_tokens, a token per byte of the prompt)"
             raise RnowError(
                 "no answer is kept, so there is nothing to train on",
                 title="No rows",
                 where=str(self.output),
                 details=[f"{number} x {text}" for text, number in summary.rejected.most_common(5)],
-                fix=f"look at the answers in {answers_path(self.output).name}, or loosen --keep-if",
+                fix=fix,
             )
 
 
@@ -328,9 +368,10 @@ def _stopped(stop: StopFlag) -> StopRequested:
     return error
 
 
-def _ended_early(failure: RnowError, where: str | None) -> RnowError:
-    """What ended it, for the user. ``where``: the option that names the teacher."""
+def _ended_early(failure: RnowError) -> RnowError:
+    """What ended it, for the user."""
     again = f"{SAME_COMMAND}: what was answered is kept, and not asked again"
-    failure.where = failure.where or where
+    if isinstance(failure, BadAnswer | Refused | ServerDown):
+        failure.where = failure.where or "--url"
     failure.fix = f"{failure.fix}; then {again}" if failure.fix else again
     return failure

@@ -114,6 +114,7 @@ def build_student(
     policy = build_policy(prepared, student, poll, heads, recomputed)
     if sampler is not None:
         policy.take_along(lambda embedded=sampler: tensors_of(embedded.model))
+        policy.before_updates(sampler.make_room)
     as_teacher = score_with(prepared, student, poll, role=STUDENT)
     return LocalStudent(
         facts=StudentFacts(

@@ -98,8 +98,9 @@ def _rehearse(
     console: Console,
 ) -> Rehearsal:
     quiet_libraries()
-    places = (folder, folder / config.output_dir, Path())
-    trained = find_adapter(config.model.path, key="model.path", places=places)
+    runs = folder / config.output_dir
+    places = (folder, runs, Path())
+    trained = find_adapter(config.model.path, key="model.path", places=places, runs=runs)
     if trained is not None:
         config = as_trained(config, trained)
     elif not any((place / config.model.path).expanduser().exists() for place in places):
@@ -199,7 +200,7 @@ def rollout_record(
     return {
         "id": rollout.id,
         "completed": rollout.status == "completed",
-        "success": total is not None and total >= success_reward,
+        "success": reward is not None and reward.worked and reward.total >= success_reward,
         "total_reward": total,
         "rewards": {} if reward is None else dict(reward.breakdown),
         "errors": errors,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shlex
@@ -14,12 +15,13 @@ from pathlib import Path
 
 from rnow.config import Config
 from rnow.errors import InputError, StopRequested
+from rnow.models.adapter import check_base
 from rnow.models.loading import quiet_libraries
 from rnow.models.resolve import resolve_model
 from rnow.plan.engines import check_format
 from rnow.plan.rendered import choose_window
 from rnow.plan.roles import OWN_CARD, STUDENT, Role, RunModel, roles_of
-from rnow.processes.process import free_port
+from rnow.processes.process import family_of, free_port
 from rnow.sampling.vllm_engine import environment
 from rnow.sampling.vllm_settings import allowed_rank
 from rnow.sampling.vllm_worker import CPU_BATCHED_TOKENS
@@ -58,6 +60,7 @@ def serve(
     host: str = HOST,
     port: int | None = None,
     stage: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
     ready: Callable[[Served], None] = lambda served: None,
 ) -> None:
     """Serve the adapter, and its base beside it, until Ctrl-C or SIGTERM.
@@ -66,32 +69,25 @@ def serve(
         config: how the base is held (``model``) and vLLM set up (``sampler``).
         folder: where relative paths start.
         port: None: 8000 or, where that is taken, any.
-        stage: told what is being done.
+        stage: told what is being done; ``warn``: what cannot be told of the base.
         ready: called once, when the server answers.
 
     Raises:
-        InputError: (ModelError) vLLM is not installed, does not start with this model, or the port is taken.
+        InputError: (ModelError) vLLM is not installed or does not start with this model, the port is taken, or the base is another than
+            the adapter was trained on.
         StopRequested: before it was ready.
         TemporaryError: (ProcessFailed) the server ended by itself.
     """
     require_vllm("rnow serve", otherwise="")
     quiet_libraries()
     config = with_base(config, trained.adapter)
-    section = config.model
     role = roles_of(config)[STUDENT]
     check_format(role)
     address = Address(host=host, port=_choose_port(host, port), key=os.environ.get(KEY) or None)
     stage("looking for the base model")
-    base = RunModel(
-        role=role,
-        resolved=resolve_model(
-            section.path,
-            key="model.path",
-            base_dir=folder,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        ),
-    )
+    base = _base_of(config, role, folder)
+    for text in check_base(trained.adapter, base.resolved):
+        warn(text)
     served = _served(base, trained, address)
     window = choose_window(config.rollout.max_context_window, {STUDENT: base})
     stop = StopFlag()
@@ -138,36 +134,49 @@ async def _serve(
         server.stop()
 
 
-def _choose_port(host: str, port: int | None) -> int:
-    """The port asked for, else vLLM's default, else any. It may be taken before the server has it, which then says so."""
-    if _is_free(host, PORT if port is None else port):
-        return PORT if port is None else port
-    if port is None:
-        return free_port(host)
-    raise InputError(
-        f"port {port} of {host} is taken",
-        where="--port",
-        fix="name another with --port, or leave it out for one that is free",
+def _base_of(config: Config, role: Role, folder: Path) -> RunModel:
+    """Raises ModelError where there is no such model."""
+    section = config.model
+    resolved = resolve_model(
+        section.path,
+        key="model.path",
+        base_dir=folder,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
     )
+    return RunModel(role=role, resolved=resolved)
 
 
-def _is_free(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As servers do: a connection that ended a moment ago does not hold the port.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except socket.gaierror as error:
+def _choose_port(host: str, port: int | None) -> int:
+    """The port asked for, else vLLM's default, else any. It may be taken before the server has it, which then says so.
+
+    Raises:
+        InputError: it cannot be had, or nobody can listen at ``host``.
+    """
+    wanted = PORT if port is None else port
+    try:
+        with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
+            # As servers do: a connection that ended a moment ago does not hold the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, wanted))
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
             raise InputError(
-                f"{host} is no address of this machine",
+                f"{host!r} is no address of this machine",
                 where="--host",
-                why=error.strerror,
+                why=why,
                 fix="leave it out to serve this machine alone, or give 0.0.0.0 for all its addresses",
             ) from None
-        except OSError:
-            return False
-    return True
+        if port is None:
+            return free_port(host)
+        raise InputError(
+            f"port {port} of {host} cannot be had",
+            where="--port",
+            why=why,
+            fix="name another with --port, or leave it out for one that is free",
+        ) from None
+    return wanted
 
 
 def _served(base: RunModel, trained: Trained, address: Address) -> Served:

@@ -8,16 +8,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rnow.config import Config
+from rnow.config import Config, fill_name
 from rnow.display.display import Display
-from rnow.errors import InputError, StopRequested
+from rnow.errors import StopRequested
 from rnow.setup.build import check, run
 from rnow.setup.facts import RunSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How the run of one student ended: with a summary, or with an error."""
+    """How the run of one student ended: with a summary, or with an error. ``name`` is the run's."""
 
     student: str
     name: str
@@ -48,6 +48,7 @@ def run_each(
     def note(index: int, error: Exception) -> None:
         config = configs[index]
         failed(config, error)
+        _let_go(error)
         outcomes[index] = _outcome(config, error=error)
 
     for index, config in enumerate(configs):
@@ -55,7 +56,7 @@ def run_each(
             with display() as shown:
                 shown.stage(f"checking {config.model.path}")
                 check(config, folder)
-        except InputError as error:
+        except Exception as error:
             note(index, error)
     waiting = [index for index in range(len(configs)) if index not in outcomes]
     for place, index in enumerate(waiting):
@@ -77,8 +78,17 @@ def run_each(
 def _outcome(
     config: Config, *, summary: RunSummary | None = None, error: Exception | None = None
 ) -> Outcome:
-    name = config.model.name or ""
+    name = fill_name(config.model.name or "", config)
     return Outcome(student=config.model.path, name=name, summary=summary, error=error)
+
+
+def _let_go(error: BaseException) -> None:
+    """Its traceback, and those of what led to it, hold what the run had loaded: the next would find no room beside it."""
+    error.__traceback__ = None
+    causes = [error.__cause__, error.__context__]
+    for other in [*causes, *(error.exceptions if isinstance(error, BaseExceptionGroup) else ())]:
+        if other is not None and other.__traceback__ is not None:
+            _let_go(other)
 
 
 def _free_memory() -> None:

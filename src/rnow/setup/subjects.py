@@ -13,7 +13,7 @@ from rnow.config.teachers import TEACHER
 from rnow.disk import checkpoints
 from rnow.disk.evals import EVALS
 from rnow.disk.files import read_json_object
-from rnow.disk.folder import RunFolder, find_run_folder, folder_name
+from rnow.disk.folder import RunFolder, find_run_folder, folder_name, saved_steps
 from rnow.errors import InputError
 from rnow.models.adapter import TrainedAdapter, find_adapter
 from rnow.plan.prepare import Prepared
@@ -26,7 +26,7 @@ BASE = "base"
 ROLES = (STUDENT, BASE, TEACHER)
 """Subjects that are no run."""
 WHERE = "SUBJECT"
-_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+)")
+_STEP = re.compile(r"(?P<run>.+)@(?P<step>[0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +117,13 @@ def find_trained(
 
     Raises: as ``find_subject``.
     """
-    if step is None and not _exists(name, folder) and (match := _STEP.fullmatch(name)):
+    named, match = find_run_folder(folder / output_dir, name), _STEP.fullmatch(name)
+    if step is None and match and not (named.facts.is_file() or _exists(name, folder)):
         name, step = match["run"], int(match["step"])
-    named = find_run_folder(folder / output_dir, name)
+        named = find_run_folder(folder / output_dir, name)
     path = str(named.path.resolve()) if named.facts.is_file() else name
-    places = (folder, folder / output_dir, Path())
-    adapter = find_adapter(path, key=WHERE, places=places)
+    runs = folder / output_dir
+    adapter = find_adapter(path, key=WHERE, places=(folder, runs, Path()), runs=runs)
     if adapter is None:
         raise _no_such_run(name, path, folder, output_dir, command)
     found = _of_run(adapter)
@@ -183,15 +184,15 @@ def _started_from(config: Config, folder: Path) -> Trained | None:
 
 def _of_run(adapter: TrainedAdapter) -> Trained:
     """An adapter with the run in whose folder it lies, if any."""
-    parents = adapter.folder.parents
-    inside = adapter.folder.parent.name == "checkpoints"
-    run = RunFolder(parents[1] if inside else parents[0])
+    place = adapter.folder.resolve()
+    inside = place.parent.name == "checkpoints"
+    run = RunFolder(place.parents[1] if inside else place.parent)
     if not run.facts.is_file():
         return Trained(adapter=adapter, run=None, step=None)
     if inside:
-        return Trained(
-            adapter=adapter, run=run, step=int(adapter.folder.name.removeprefix("step-"))
-        )
+        # A copy of one, or one that was set aside as damaged, is of no step.
+        known = {folder.name: step for step, folder in saved_steps(run.checkpoints).items()}
+        return Trained(adapter=adapter, run=run, step=known.get(place.name))
     steps = read_json_object(run.summary).get("steps")
     return Trained(adapter=adapter, run=run, step=steps if isinstance(steps, int) else None)
 
@@ -234,8 +235,8 @@ def _is_run(folder: Path) -> bool:
 
 def _no_such_step(name: str, step: int, found: Trained, command: str) -> InputError:
     assert found.run is not None
-    found_steps = (found.step, *map(_number, found.run.checkpoints.glob("step-*")))
-    steps = sorted({number for number in found_steps if number is not None})
+    own = [] if found.step is None else [found.step]
+    steps = sorted({*saved_steps(found.run.checkpoints), *own})
     nearest = min(steps, key=lambda other: abs(other - step), default=None)
     return InputError(
         f"there is no checkpoint after step {step}; there are {_listed(steps)}",
@@ -244,11 +245,6 @@ def _no_such_step(name: str, step: int, found: Trained, command: str) -> InputEr
         why="trainer.save_step says when one is saved, trainer.keep_checkpoints how many are kept",
         fix=f"rnow {command} {name}@{nearest}" if nearest is not None else f"rnow {command} {name}",
     )
-
-
-def _number(folder: Path) -> int | None:
-    digits = folder.name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else None
 
 
 def _listed(steps: Sequence[int]) -> str:

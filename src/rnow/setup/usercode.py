@@ -57,13 +57,13 @@ class UserCode:
 
 @asynccontextmanager
 async def open_user_code(
-    prepared: Prepared, log_dir: Path | None = None, *, training: bool = False
+    prepared: Prepared, log_dir: Path | None = None, *, waits: bool = False
 ) -> AsyncIterator[UserCode]:
     """The project's tools and rewards, ready to be called; their processes end with the block.
 
     Args:
         log_dir: where what they print is kept; None keeps nothing.
-        training: the student learns from what they say: a judge that cannot be asked is waited for.
+        waits: for a judge that cannot be asked, since what the rewards say is what all this is for.
 
     Raises:
         InputError: a server is not there, or its tools are not those that the prompts were rendered with.
@@ -88,8 +88,7 @@ async def open_user_code(
             )
             await stack.enter_async_context(toolbox)
             _refuse_changed(prepared, toolbox)
-        teaching = training and prepared.config.algorithm.reward_coef > 0
-        outage = Outage(JUDGE_PATIENCE if teaching else 0.0, prepared.warn)
+        outage = Outage(JUDGE_PATIENCE if waits else 0.0, prepared.warn)
         rewarder = _build_rewarder(prepared, sandboxes, log_dir, outage)
         stack.callback(rewarder.close)
         yield UserCode(toolbox=toolbox, sandboxes=sandboxes, rewarder=rewarder)

@@ -35,14 +35,14 @@ class VllmTeacherSampler:
         if not teacher.answers:
             raise ModelError(
                 "only a vLLM server is asked for answers, with token ids in and out",
-                where="evaluation.teacher",
-                fix="set evaluation.teacher: false, or serve the teacher with vLLM",
+                where="teacher.url",
+                fix="serve the teacher with vLLM, or load it here: remove teacher.url",
             )
         if len(padding) > MAX_BIASED:
             raise ModelError(
                 f"the teacher has {len(padding)} ids that no tokenizer produces, and vLLM can leave out {MAX_BIASED}",
-                where="evaluation.teacher",
-                fix="set evaluation.teacher: false, or teacher.backend: transformers",
+                where="teacher.backend",
+                fix="set teacher.backend: transformers",
             )
         self._teacher = teacher
         self._vocabulary = vocabulary

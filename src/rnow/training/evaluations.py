@@ -145,11 +145,15 @@ class Evaluator:
 def count_passed(
     groups: Sequence[RolloutGroup], rewards: Mapping[str, RewardResult], success_reward: float
 ) -> dict[str, tuple[int, int]]:
-    """Prompt id -> how many of its rollouts were judged, and how many of those passed; prompts with rewards only."""
+    """Prompt id -> how many of its rollouts were judged, and how many of those passed; prompts with rewards only. One that failed, or
+    all of whose rewards did, has 0 for want of a reward, and passes nowhere."""
     return {
-        group.prompt.id: (len(totals), sum(total >= success_reward for total in totals))
+        group.prompt.id: (
+            len(found),
+            sum(reward.worked and reward.total >= success_reward for reward in found),
+        )
         for group in groups
-        if (totals := [rewards[r.id].total for r in group.rollouts if r.id in rewards])
+        if (found := [rewards[r.id] for r in group.rollouts if r.id in rewards])
     }
 
 

@@ -11,6 +11,8 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES, CHUNKS = 10_000, 100
+ROUNDING = 1e-9
+"""Values closer than this are equal: 2/3 - 1/2 and 1/2 - 1/3 are not the same number to a computer."""
 HOW = "95% intervals: percentile bootstrap over prompts; differences are of the same prompts"
 
 
@@ -35,7 +37,7 @@ def mean_interval(values: Sequence[float], *, least: float = 0.0, most: float = 
     if not values:
         raise ValueError("no prompt")
     mean, tail = fmean(values), (1 - CONFIDENCE) / 2
-    if min(values) == max(values):
+    if max(values) - min(values) < ROUNDING:
         others = 1 - tail ** (1 / len(values))
         return Interval(
             mean=mean, low=mean - others * (mean - least), high=mean + others * (most - mean)

@@ -89,6 +89,23 @@ class Recorder:
         self._transcripts.check()
         return StageClock(self._display.stage)
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """What a run that is continued counts on from."""
+        return {
+            "completion_tokens": self.completion_tokens,
+            "skipped": self._skipped,
+            "idle": self._idle,
+        }
+
+    def count_on(self, counters: Mapping[str, float]) -> None:
+        """Go on from those of a checkpoint. Steps in a row that ended the run are counted anew: something was changed since, or it is
+        to be tried again."""
+        self.completion_tokens = int(counters.get("completion_tokens", 0))
+        skipped, idle = (int(counters.get(name, 0)) for name in ("skipped", "idle"))
+        self._skipped = skipped if skipped < MAX_SKIPPED else 0
+        self._idle = idle if idle < MAX_IDLE else 0
+
     def forget_after(self, step: int) -> None:
         """Drop what an interrupted run recorded beyond the checkpoint it continues from, and show what is left."""
         for keeper in (*self._sinks, self._transcripts):
