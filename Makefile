@@ -1,6 +1,6 @@
 # make quickstart   install into .venv, then train the tiny student of templates/quickstart (a CPU is enough)
 # make test         lint, types and the default test suite, on two cores
-# make test-whole   whole runs: templates as they are shipped, runs killed and continued, the commands of benchmarks; about eight minutes
+# make test-whole   whole runs: templates as they are shipped, runs killed and continued, the commands of benchmarks; about four minutes
 # make test-vllm    the tests against the real vLLM: its CPU build, in an environment of its own (about 3 GB)
 # make resolve      asks the package index whether constraints-cuda.txt still resolves; fetches metadata only
 # make test-real    the tests with a real language model: fetches SmolLM2-135M (93 MB) once; about five minutes

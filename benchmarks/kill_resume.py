@@ -5,6 +5,9 @@ killed, and continued, and killed, ... A run that comes to its end is compared w
 transcripts and adapter, byte by byte; then the next begins, until there were enough kills. Every attempt is the real command in
 a process of its own.
 
+    python benchmarks/kill_resume.py
+    python benchmarks/kill_resume.py --template tool-quickstart --set teacher.residency=streamed
+
 A save is met by watching for the folder that it writes into; it counts as met when that folder is left behind.
 """
 
@@ -19,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rnow.disk.transcript_rows import read_step
 
 TIMED = ("time/", "throughput/", "memory/")
 SETTINGS = (
@@ -57,9 +62,9 @@ def run_dir(project: Path) -> Path:
     return project / "runs" / "quickstart"
 
 
-def start(project: Path, steps: int) -> subprocess.Popen[bytes]:
-    """The command, in a process of its own; what it prints is kept in log.txt."""
-    command = [sys.executable, "-m", "rnow", "run", *SETTINGS, f"trainer.max_steps={steps}"]
+def start(project: Path, steps: int, more: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """The command with ``more`` settings, in a process of its own; what it prints is kept in log.txt."""
+    command = [sys.executable, "-m", "rnow", "run", *SETTINGS, f"trainer.max_steps={steps}", *more]
     with (project / "log.txt").open("ab") as log:
         return subprocess.Popen(
             command,
@@ -82,12 +87,18 @@ def newest(project: Path) -> int:
 
 
 def kill_once(
-    project: Path, steps: int, *, moment: float, save: int | None, wait: float
+    project: Path,
+    steps: int,
+    more: Sequence[str] = (),
+    *,
+    moment: float,
+    save: int | None,
+    wait: float,
 ) -> Kill | None:
     """Start (or continue) the run and kill it ``moment`` seconds later, or ``wait`` seconds into its n-th ``save``. None when
     it came to its end before."""
     earlier = set(half_saves(project))  # of the attempt that was killed before
-    process = start(project, steps)
+    process = start(project, steps, more)
     began = time.monotonic()
     seen: set[Path] = set()
     while process.poll() is None:
@@ -131,11 +142,17 @@ def differences(mine: Path, whole: Path) -> Iterator[str]:
         for path in (run / "transcripts").glob("*")
     }
     for name in sorted(names):
-        contents = [
-            (run / name).read_bytes() if (run / name).is_file() else None for run in (mine, whole)
-        ]
-        if contents[0] != contents[1]:
+        files = mine / name, whole / name
+        contents = [file.read_bytes() if file.is_file() else None for file in files]
+        if contents[0] != contents[1] and (None in contents or _rows(files[0]) != _rows(files[1])):
             yield name
+
+
+def _rows(file: Path) -> str:
+    """What a table holds, but for where its project is, which the traceback of a tool names; of any other file its name."""
+    if file.suffix != ".parquet":
+        return str(file)
+    return json.dumps(read_step(file)).replace(str(file.parents[3]), "")
 
 
 def make_project(folder: Path, template: str) -> Path:
@@ -146,21 +163,31 @@ def make_project(folder: Path, template: str) -> Path:
 
 
 def measure(
-    folder: Path, *, kills: int, saves: int, steps: int, seed: int, template: str = "quickstart"
+    folder: Path,
+    *,
+    kills: int,
+    saves: int,
+    steps: int,
+    seed: int,
+    template: str = "quickstart",
+    more: Sequence[str] = (),
 ) -> list[Finished]:
-    """Kill until there were ``kills``, ``saves`` of them in a save; ``folder`` gets the projects."""
+    """Kill until there were ``kills``, ``saves`` of them in a save; ``folder`` gets the projects. ``more``: settings."""
     dice = random.Random(seed)
     original = make_project(folder / "original", template)
-    whole = shutil.copytree(original, folder / "whole")
+    # One place for all, one after the other: what a tool raised is kept with the path of its file.
+    place = folder / "project"
+    shutil.copytree(original, place)
     began = time.monotonic()
-    if start(whole, steps).wait() != 0:
-        raise RuntimeError(f"the uninterrupted run failed; see {whole}/log.txt")
+    if start(place, steps, more).wait() != 0:
+        raise RuntimeError(f"the uninterrupted run failed; see {place}/log.txt")
     seconds = time.monotonic() - began
+    whole = place.rename(folder / "whole")
     print(f"uninterrupted: {steps} steps in {seconds:.1f} s", flush=True)
     finished: list[Finished] = []
     done = met = 0
     while done < kills or met < saves:
-        project = shutil.copytree(original, folder / f"killed-{len(finished)}")
+        project = shutil.copytree(original, place)
         mine: list[Kill] = []
         attempts, ended = 1, False
         while not ended:
@@ -169,6 +196,7 @@ def measure(
             kill = kill_once(
                 project,
                 steps,
+                more,
                 moment=LONGEST if enough else dice.uniform(0.1, 0.9) * seconds,
                 save=dice.randint(1, SAVES_AHEAD) if in_save else None,
                 wait=dice.uniform(0, 0.01),
@@ -183,6 +211,7 @@ def measure(
                     flush=True,
                 )
         differs = tuple(differences(run_dir(project), run_dir(whole)))
+        project.rename(folder / f"killed-{len(finished)}")
         finished.append(Finished(kills=tuple(mine), attempts=attempts, differs=differs))
     return finished
 
@@ -214,6 +243,14 @@ def main() -> int:
     parser.add_argument("--saves", type=int, default=20, help="at least so many of them in a save")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--set",
+        dest="more",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting more",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         finished = measure(Path(folder), **vars(arguments))

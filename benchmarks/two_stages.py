@@ -9,13 +9,15 @@ The project is the template off-distill-agent. Its teacher answers the prompts o
 commands of that page. All arms have 16 conversations a step and one learning rate, the template's, which nobody tuned for any of them.
 Completion tokens are those that are trained on: written by the teacher in sft, by the student in distillation. An arm is judged at
 the checkpoint (one every two steps) whose count is nearest to the mark; ``both`` spends the first mark on the teacher's answers and goes
-on from that adapter. Judged is pass@1 on the 256 questions of held_out.jsonl, with the default temperature of `rnow eval`.
+on from that adapter. Judged is pass@1 on the 256 questions of held_out.jsonl at temperature 1, as answers are drawn in
+training: at the 0.2 of `rnow eval` these models hardly ever err, trained or not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,7 +35,7 @@ from common import RESULTS, put_between, write_results
 
 DOCS = Path(__file__).parents[1] / "docs" / "how-to" / "two-stages.md"
 BEGIN, END = "<!-- two stages: begin -->", "<!-- two stages: end -->"
-MARKS = (8_000, 16_000, 32_000)
+MARKS = (3_000, 16_000, 32_000)
 """Completion tokens at which arms are judged; the first is also the length of the first of two stages."""
 ROWS = 16
 """Conversations of a step, whoever wrote them."""
@@ -43,6 +45,7 @@ ON_POLICY = (
     "dataset_type=distill", "teacher.path=teacher", "data.train_file=prompts.jsonl",
     "data.batch_size=4", f"data.group_size={ROWS // 4}",
 )  # fmt: skip
+JUDGED = ("--prompts", "held_out.jsonl", "--pass", "1", "--temperature", "1", "--json")
 TITLES = {
     "sft": "the teacher's answers alone (sft)",
     "distill": "distillation alone",
@@ -99,13 +102,12 @@ def steps_for(project: Path, tokens: int) -> int:
     length = statistics.fmean(
         line["spent"]["completion_tokens"] for line in answers if "turns" in line
     )
-    return 2 * -(-int(1.25 * tokens / (length * ROWS)) // 2)
+    return 2 * math.ceil(1.25 * tokens / (length * ROWS) / 2)
 
 
 def judge(project: Path, subject: str, *settings: str) -> float:
     """pass@1 of the student, its teacher, or a run at a step."""
-    words = ("eval", subject, *settings, "--prompts", "held_out.jsonl", "--pass", "1", "--json")
-    (found,) = json.loads(rnow(project, *words))["subjects"]
+    (found,) = json.loads(rnow(project, "eval", subject, *settings, *JUDGED))["subjects"]
     return found["pass"]["pass@1"]["mean"]
 
 

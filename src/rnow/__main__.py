@@ -5,9 +5,11 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from rnow.cli.leave import leave
-    from rnow.cli.main import run_command_line
-
+    try:
+        from rnow.cli.leave import leave
+        from rnow.cli.main import run_command_line
+    except KeyboardInterrupt:  # while the program itself is being read
+        raise SystemExit(130) from None
     leave(run_command_line())
 
 

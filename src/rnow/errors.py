@@ -6,6 +6,7 @@ class here for anything a user can cause; let programming mistakes surface as or
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Sequence
 
@@ -32,6 +33,28 @@ ALL_ERRORS = "--all-errors"
 
 OFF_POLICY_PAGE = "docs/how-to/off-policy-distillation.md"
 """The way out where a teacher writes and cannot score."""
+
+
+_NO_MEMORY = (
+    "out of memory", "DefaultCPUAllocator", "can't allocate memory", "not enough memory", "Cannot allocate memory",
+)  # fmt: skip
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, on a card or off, was too small for what was tried: less at a time may fit. On a CPU torch says so with a
+    plain RuntimeError, and a library that cannot be loaded with an ImportError: known by their words."""
+    if isinstance(error, MemoryError) or any(
+        kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
+    ):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return not isinstance(error, RnowError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def ran_out_of_threads(error: BaseException) -> bool:
+    """Whether the system lets this user start no more threads."""
+    return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
 
 
 class RnowError(Exception):
@@ -159,3 +182,14 @@ class StopRequested(RnowError):
     ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def no_memory(error: BaseException) -> TemporaryError:
+    """What to tell of an error where memory ran out, and less at a time was no way out."""
+    return TemporaryError(
+        "this system has no more memory for it",
+        title="Out of memory",
+        why=(str(error).strip() or type(error).__name__).partition("\n")[0],
+        fix="end other programs, or take smaller models or settings (`rnow check` shows what needs how much), then "
+        f"{SAME_COMMAND}",
+    )

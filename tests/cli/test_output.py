@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import fcntl
 import io
 import os
@@ -10,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from rnow.__main__ import main
 from rnow.cli.output import Outlet, print_json
 from rnow.display.display import Harmless, QuietDisplay
 
@@ -35,6 +38,24 @@ atexit.register(time.sleep, 60)
 threading.Thread(target=time.sleep, args=(60,)).start()
 leave.leave(7)
 """
+
+
+CROWDED = """
+import sys, threading
+from rnow.cli.leave import leave
+
+def start(thread):
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start = start
+sys.stdout.write("held back until the end")
+leave(7)
+"""
+
+
+def test_the_exit_code_needs_no_thread() -> None:
+    ended = subprocess.run([sys.executable, "-c", CROWDED], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (7, b"held back until the end", b"")
 
 
 def closed() -> int:
@@ -106,6 +127,20 @@ def test_letters_that_an_encoding_lacks_are_escaped() -> None:
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Outlet(stream).write("ä")
     assert raw.getvalue() == rb"\xe4"
+
+
+def test_ctrl_c_while_the_program_is_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def read(name: str, *arguments: Any, **more: Any) -> Any:
+        if name == "rnow.cli.main":
+            raise KeyboardInterrupt
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", read)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
 
 
 def test_a_line_from_a_signal_in_the_middle_of_another_is_no_fault() -> None:

@@ -345,7 +345,7 @@ def test_a_refusal_with_another_reason_changes_no_later_question(judge: Judge) -
     sound: list[dict[str, Any]] = []
 
     def answer(request: dict[str, Any]) -> Answer:
-        if "bad" in request["messages"][1]["content"]:
+        if "bad" in request["messages"][-1]["content"]:
             return Answer(status=422, body=json.dumps({"input": request}))
         sound.append(request)
         return completion('{"score": 1}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import random
 import subprocess
 import sys
 import threading
@@ -222,6 +223,11 @@ def test_numbers_keep_five_digits(values: list[float]) -> None:
     assert np.array_equal(_rounded(found), found, equal_nan=True)
 
 
+def test_no_bits_of_a_number_that_is_none_make_one() -> None:
+    bits = [0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFF800001, 0xFFC00000, 0xFFFFFFFF]
+    assert np.isnan(_rounded(np.array(bits, np.uint32).view(np.float32))).all()
+
+
 @pytest.mark.parametrize(
     "text", ["a\u2028b\u2029c\x85d", "two\nlines\r\n", "\x1b[31m\x00", "𝛼 ü", "\ud83d alone"]
 )
@@ -347,6 +353,42 @@ def test_what_the_disk_refuses_is_heard_and_stays_heard(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "full"), MemoryError("no room")])
+def test_what_was_refused_once_is_tried_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    faults = [fault]
+
+    def refuse(path: Path, data: bytes) -> None:
+        if faults:
+            raise faults.pop()
+        replace_file(path, data)
+
+    monkeypatch.setattr("rnow.disk.transcripts.replace_file", refuse)
+    writer = make_writer(tmp_path)
+    writer.write(1, step(), LIVE)
+    writer.settle()
+    assert list(steps_of(tmp_path)) == [1]
+    faults += [fault, fault]
+    writer.write(2, step(), LIVE)
+    with pytest.raises(type(fault)):
+        writer.settle()
+    writer.write(3, step(), LIVE)
+    writer.settle()
+    assert list(steps_of(tmp_path)) == [1, 2, 3]
+
+
+def test_a_system_that_allows_no_more_threads_writes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    make_writer(tmp_path).write(1, step(), LIVE)
+    assert list(steps_of(tmp_path)) == [1]
+
+
 def test_the_folder_of_a_run_that_was_removed_is_not_made_again(tmp_path: Path) -> None:
     writer = make_writer(tmp_path / "run" / "transcripts")
     writer.write(1, step(), LIVE)
@@ -462,6 +504,27 @@ def test_a_damaged_transcript_is_told_by_its_name(tmp_path: Path, suffix: str, d
     with pytest.raises(InputError, match="cannot be read") as caught:
         read_step(path)
     assert caught.value.where == str(path)
+
+
+def test_no_damage_is_a_traceback(tmp_path: Path) -> None:
+    """Bytes changed and cut anywhere: read, or told by the file's name."""
+    write(tmp_path, step(text="a longer answer " * 20))
+    path = step_file(tmp_path, 12)
+    whole, draw = path.read_bytes(), random.Random(1)
+    told: list[InputError] = []
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data[: draw.choice([None, draw.randrange(len(data))])])
+        for choose in (None, lambda rows: range(len(rows))):
+            try:
+                read_step(path, choose)
+            except InputError as error:
+                told.append(error)
+    assert len(told) > 100
+    assert {error.where for error in told} == {str(path)}
+    assert all(error.why for error in told)
 
 
 def test_pandas_reads_all_steps_of_a_run_in_one_line(tmp_path: Path) -> None:

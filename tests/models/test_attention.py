@@ -12,10 +12,17 @@ import torch
 from tests.models.families import VOCABULARY, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rnow.models.attention import _folds, fold_heads, grouped_attention, register_grouped_attention
+from rnow.models import attention
+from rnow.models.attention import (
+    _folds,
+    capped_attention,
+    fold_heads,
+    grouped_attention,
+    register_grouped_attention,
+)
 from rnow.models.loading import load_causal_lm
 
 ROWS, KV_HEADS, GROUPS, WIDTH, KEYS = 3, 2, 3, 8, 11
@@ -95,6 +102,81 @@ def test_folding_is_chosen_where_it_copies_less() -> None:
 
     # keys and values of 2 x 2 heads x 8 numbers per key against one number per query
     assert [folds(n) for n in (1, 2, 32, 33)] == [True, True, True, False]
+
+
+CAP = 1.5
+
+
+def naive_capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    key, value = (tensor.repeat_interleave(GROUPS, dim=1) for tensor in (key, value))
+    scores = CAP * torch.tanh(torch.einsum("bhtd,bhsd->bhts", query, key) * SCALING / CAP)
+    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    return torch.einsum("bhts,bhsd->bthd", weights, value)
+
+
+def capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    return grouped_attention(MODULE, query, key, value, mask, scaling=SCALING, softcap=CAP)[0]
+
+
+@pytest.mark.parametrize("room", [1, 2**20])
+@pytest.mark.parametrize("queries", [1, 4, KEYS])
+@pytest.mark.parametrize("heads", [1, KV_HEADS * GROUPS])
+def test_squashed_scores_are_the_reference(
+    queries: int, heads: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CPU_CAPPED_BYTES", room)  # 1: one query at a time
+    found, expected = (gradients(way, queries, heads) for way in (capped, naive_capped))
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-12, rtol=0)
+
+
+def test_squashed_scores_without_a_mask_are_causal_and_with_numbers_added_too() -> None:
+    query, key, value = tensors(KEYS)
+    causal = torch.ones(KEYS, KEYS, dtype=torch.bool).tril().expand(ROWS, 1, -1, -1)
+    expected = naive_capped(query, key, value, causal)
+    for mask in (None, torch.where(causal, 0.0, -1e9).double()):
+        torch.testing.assert_close(capped(query, key, value, mask), expected, atol=1e-12, rtol=0)
+    whole = capped_attention(query, key, value, None, softcap=CAP, scaling=SCALING, causal=False)
+    everything = torch.ones_like(causal)
+    torch.testing.assert_close(
+        whole.transpose(1, 2), naive_capped(query, key, value, everything), atol=1e-12, rtol=0
+    )
+
+
+def test_a_query_that_sees_nothing_is_still_a_number() -> None:
+    query, key, value = tensors(KEYS)
+    mask = torch.zeros(ROWS, 1, KEYS, KEYS, dtype=torch.bool)
+    assert capped(query, key, value, mask).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
+def test_a_model_that_squashes_its_scores_is_computed_so(family: str, tmp_path: Path) -> None:
+    """Whatever kernel: transformers' own sdpa would leave it out."""
+    tiny_model(family, attn_logit_softcapping=1.0).save_pretrained(tmp_path)
+    ids = torch.arange(3, 43).view(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def states(kernel: str | None) -> Tensor:
+        lm = load_causal_lm(
+            tmp_path,
+            vocabulary=VOCABULARY,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            attn_implementation=kernel,
+        )
+        assert lm.model.config._attn_implementation == (kernel or "sdpa")
+        return lm.body(input_ids=ids, attention_mask=mask).last_hidden_state[:, 5:]
+
+    found, expected = states(None), states("eager")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    try:
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        left_out = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 5:]
+    finally:
+        register_grouped_attention()
+    assert (left_out - expected).abs().max() > 1e-3, "the cap changes nothing here"
 
 
 class Copies(TorchDispatchMode):

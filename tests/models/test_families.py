@@ -135,6 +135,9 @@ def noisy(family: str) -> dict[str, float]:
 @pytest.mark.parametrize("family", exact_families())
 def test_sampler_teacher_and_trainer_are_the_plain_forward(family: str, tmp_path: Path) -> None:
     lm = load(save(family, tmp_path, **noisy(family)))
+    written_out = load(tmp_path, attn_implementation="eager").model
+    first = torch.tensor(plain_logprobs(lm.model, prompts()[-1]))
+    close(torch.tensor(plain_logprobs(written_out, prompts()[-1])), first, "attention kernel")
     sampler = TransformersSampler.for_student(lm)
     policy = build_policy(
         lm, recomputed_layers=None if lm.model.supports_gradient_checkpointing else 0
@@ -168,7 +171,7 @@ def test_sampler_teacher_and_trainer_are_the_plain_forward(family: str, tmp_path
         close(scored[item.id].teacher_logprobs, values, "teacher")
         close(live[item.id], values, "trainer")
     checkpointed = gradient(policy)
-    policy._checkpointing = False
+    policy._recomputing = []
     policy._accumulate(batch_of(samples))
     assert torch.isfinite(checkpointed).all()
     assert checkpointed.any()

@@ -17,10 +17,11 @@ from tests.models.test_families import batch_of, build_policy, gradient
 
 from rnow.algorithm.batching import pad
 from rnow.algorithm.records import sampled_logprobs
+from rnow.errors import TemporaryError
 from rnow.models.families import SEPARATE_ROWS, SHARES_ROWS, UNUSABLE
 from rnow.models.loading import CausalLM, take_apart, with_sharing
 from rnow.models.scoring import hidden_rows, plan_samples
-from rnow.models.sharing import attention_mask, why_separate
+from rnow.models.sharing import attention_mask, find_sharing, why_separate
 from rnow.policy.student import LoraPolicy
 from rnow.teacher.transformers import TransformersTeacher
 from rnow.types import Sample
@@ -242,6 +243,19 @@ def test_a_window_that_cannot_be_tried_keeps_rows_apart(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", fixed)
     assert loaded("mistral").sharing is None
+
+
+@pytest.mark.parametrize(
+    "fault", [MemoryError("no room"), TemporaryError("the weights cannot be read any more")]
+)
+def test_what_says_nothing_of_the_model_is_no_reason_to_keep_rows_apart(fault: Exception) -> None:
+    lm = loaded("llama")
+
+    def fail(passes: Any) -> Any:
+        raise fault
+
+    with pytest.raises(type(fault)):
+        find_sharing(lm.model, lm.body, lm.device, fail)
 
 
 def test_the_try_leaves_the_config_as_it_was() -> None:

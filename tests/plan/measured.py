@@ -10,6 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 
+def held_bytes() -> int:
+    """Bytes of all tensors that Python code holds, in whatever thread; those that share a storage count once."""
+    import torch
+
+    # By type alone: isinstance would ask every object for its __class__, which some answer with a warning.
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in found}
+    return sum(storages.values())
+
+
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most bytes that ``work`` held at once beside what was there before."""
     import torch

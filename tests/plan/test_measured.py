@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plan.measured import peak_bytes
+from tests.plan.measured import held_bytes, peak_bytes
 from tests.plan.test_memory import ROLES
 from tests.policy.batches import make_batch
 
@@ -21,6 +21,7 @@ from rnow.algorithm.policy_gradient import PolicyGradient
 from rnow.algorithm.records import TeacherNeeds
 from rnow.models.loading import CausalLM, load_causal_lm
 from rnow.models.shape import shape_of
+from rnow.models.streaming import StreamedLayers
 from rnow.plan.memory import MemorySettings, ModelMemory, memory_parts
 from rnow.policy.student import LoraPolicy, OptimizerSettings
 from rnow.sampling.decode import Request, decode
@@ -73,12 +74,13 @@ class Case:
         recomputed: int = 0,
         hidden_states: bool = False,
         shared: int = 0,
+        streamed: bool = False,
     ) -> int:
-        """``shared``: tokens of a prompt that all rows have; otherwise each has one of its own."""
+        """``shared``: tokens of a prompt that all rows have; otherwise each has one of its own. ``streamed``: the teacher is."""
         model = ModelMemory(
             role=ROLES["student"], shape=shape_of(lm.model), width=4, quantization="none"
         )
-        teacher = replace(model, role=ROLES["teacher"])
+        teacher = replace(model, role=ROLES["teacher"], streamed=streamed)
         settings = MemorySettings(
             models={"student": model, "teacher": teacher},
             rank=16,
@@ -149,6 +151,35 @@ def test_loading_for_streaming(case: Case) -> None:
     held = sum(p.nbytes for p in (*lm.model.parameters(), *lm.layers.tensors) if not p.is_meta)
     model = ModelMemory(role=ROLES["teacher"], shape=shape_of(lm.model), width=4, quantization="none")  # fmt: skip
     check(round(replace(model, streamed=True).weight_bytes * 1.01), held)  # and what aligns them
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_waits_while_a_streamed_teacher_scores(
+    case: Case, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two layers, where one pass after the other has come to."""
+    held: list[int] = []
+    original = StreamedLayers._end
+
+    def end(self: StreamedLayers, index: int) -> None:
+        original(self, index)
+        held.append(held_bytes())
+
+    monkeypatch.setattr(StreamedLayers, "_end", end)
+    lm = case.load(streamed=True)
+    prompt = 3 * case.tokens // 4 if shared else 0
+    samples = [item.sample for item in case.batch(prompt).samples]
+    teacher = TransformersTeacher(lm, micro_batch_tokens=2 * case.tokens)
+    held.clear()
+    before = held_bytes()
+    teacher.score_now(samples)
+    most = max(held) - before
+    resident = case.planned(lm, "teacher", shared=prompt)
+    planned = case.planned(lm, "teacher", shared=prompt, streamed=True) - resident
+    if shared:
+        assert most <= planned
+    else:
+        check(planned, most)
 
 
 def test_scoring_for_the_whole_distribution(case: Case) -> None:

@@ -209,6 +209,12 @@ def test_a_row_longer_than_the_window(sft: Rows) -> None:
     assert "raise rollout.max_context_window to" in str(caught.value.fix)
 
 
+def test_a_window_of_one_token(sft: Rows, midtrain: Rows) -> None:
+    for project in (sft, midtrain):
+        with pytest.raises(InputError, match="leaves nothing to learn"):
+            project.prepared(rollout={"max_context_window": 1})
+
+
 @pytest.mark.parametrize(("kind", "noun"), [("sft", "rows"), ("midtrain", "windows of documents")])
 def test_a_batch_larger_than_the_dataset(
     tmp_path: Path, tiny_model_dir: MakeModel, kind: str, noun: str

@@ -205,8 +205,9 @@ def test_addresses() -> None:
     for url in ("h:8000", "ftp://h", "http://", "", "http://h:99999", "file:///etc/passwd"):
         with pytest.raises(InputError):
             VllmClient(url)
-    with pytest.raises(InputError, match="header"):
-        VllmClient("http://h", "key\n")
+    for key in ("key\n", " key", "key "):
+        with pytest.raises(InputError, match="header"):
+            VllmClient("http://h", key)
 
 
 # ---- a server that is unwell ----------------------------------------------------------------------------------------

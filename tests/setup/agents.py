@@ -152,6 +152,9 @@ class ScriptedSampler:
     def load_policy(self, adapter: Adapter, *, version: int) -> None:
         self._version = version
 
+    def make_room(self) -> None:
+        """Nothing is held."""
+
 
 def script_student(
     monkeypatch: pytest.MonkeyPatch, project: Project, script: Script

@@ -886,6 +886,7 @@ def test_openais_key_goes_to_nobody_else(
         ({"url": "http://h", "model": "m", "output": "prompts.jsonl"}, "holds the prompts"),
         ({"url": "http://h", "model": "m", "output": "no/train.jsonl"}, "cannot be the output"),
         ({"url": "http://h", "model": "m", "output": "train.json"}, "cannot be the output"),
+        ({"url": "http://h", "model": "m", "output": "."}, "cannot be the output"),
         ({"url": "http://h", "model": "m", "prompts": "promts.jsonl"}, "does not exist"),
         ({"url": "http://h", "model": "m", "keep_if": "rigth>=1"}, "nothing named"),
         ({"url": "http://h", "model": "m", "key_variable": "NO_SUCH_VARIABLE"}, "is not set"),

@@ -46,15 +46,18 @@ def check_rows(project: Path, summary: Summary, teacher: str) -> None:
         assert results[-1]["content"] == row["metadata"]["answer"]
 
 
-def test_a_server_of_its_own(project: Path, tmp_path: Path) -> None:
+def test_a_server_of_its_own(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """OpenAI's protocol as a real server speaks it: tools, calls, usage, the key."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     server = VllmServer(
         project / "teacher",
         name="tiny",
         log=tmp_path / "vllm.log",
         arguments=[
             *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-            *("--enforce-eager", "--max-model-len", "1024"),
+            "--enforce-eager",
         ],
     )
     try:

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "two-stages.md"
 PORT = "8010"
-STARTING = 300.0
+STARTING = 600.0
 
 
 def commands(port: int) -> list[str]:
@@ -67,7 +67,8 @@ def served(command: str, folder: Path, port: int) -> Iterator[None]:
         wait_for(server, f"http://127.0.0.1:{port}/health", folder / "vllm.log")
         yield
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         try:
             server.wait(30)
         except subprocess.TimeoutExpired:
@@ -103,6 +104,6 @@ def test_the_walk_as_it_is_written(tmp_path: Path) -> None:
         subject["pass"]["pass@1"]["mean"] for subject in report["subjects"]
     )
     assert answers > student + 0.1
-    assert distilled > answers + 0.02
+    assert distilled > answers + 0.05
     rows = [json.loads(line) for line in (project / "train.jsonl").read_text().splitlines()]
     assert {row["teacher"] for row in rows} == {"teacher"}

@@ -342,6 +342,27 @@ def test_streamed_out_of_memory_scores_half_at_a_time(
         teacher.score_now(samples)
 
 
+def test_streamed_scores_half_at_a_time_where_threads_are_few(
+    both: tuple[CausalLM, CausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = TransformersTeacher(both[1], micro_batch_tokens=1)
+    expected = teacher.score_now(LONG)
+    original, most = threading.Thread.start, 3
+
+    def start(thread: threading.Thread) -> None:
+        if sum(one.name == "rnow-pass" for one in threading.enumerate()) >= most:
+            raise RuntimeError("can't start new thread")
+        original(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    found = teacher.score_now(LONG)
+    for key, tensor in tensors(expected).items():
+        assert torch.equal(tensors(found)[key], tensor), "each pass is what it was"
+    most = 0
+    with pytest.raises(RuntimeError, match="start new thread"):
+        teacher.score_now(LONG)
+
+
 def test_streamed_stops_between_layers(both: tuple[CausalLM, CausalLM]) -> None:
     seen = []
 

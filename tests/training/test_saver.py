@@ -167,3 +167,15 @@ def test_a_step_whose_transcript_is_lost_is_not_saved(tmp_path: Path) -> None:
         run.steps(2)
     run.saver.rescue(2)
     assert run.saved == [1]
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(28, "No space left on device"), MemoryError("none left")]
+)
+def test_a_rescue_hides_nothing_of_what_ended_the_run(tmp_path: Path, fault: Exception) -> None:
+    def fail() -> None:
+        raise fault
+
+    run = Run(tmp_path, settle=fail)
+    run.saver.rescue(1)
+    assert run.saved == []

@@ -7,7 +7,16 @@ import sys
 import traceback
 
 from rnow.cli.output import clean, print_error, print_note
-from rnow.errors import EXIT_FAILED, SAME_COMMAND, InputError, RnowError, TemporaryError
+from rnow.errors import (
+    EXIT_FAILED,
+    SAME_COMMAND,
+    InputError,
+    RnowError,
+    TemporaryError,
+    no_memory,
+    ran_out_of_memory,
+    ran_out_of_threads,
+)
 
 _NOT_TAKEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
@@ -28,6 +37,8 @@ def report(error: Exception, *, everything: bool = False) -> int:
 def _refused_by_the_system(error: Exception) -> RnowError | None:
     """What the system refuses any program, so that it may meet any line of this one: a file of another user, or more of what
     it shares out."""
+    if ran_out_of_memory(error):
+        return no_memory(error)
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, PermissionError) and error.filename is not None:
         return InputError(
@@ -48,13 +59,13 @@ def _refused_by_the_system(error: Exception) -> RnowError | None:
             fix=f"free some space, or make it writable, then {SAME_COMMAND}",
         )
     if number in (errno.EMFILE, errno.ENFILE):
-        what, switch = "open files", "-n"
-    elif number == errno.EAGAIN or "can't start new thread" in str(error):
-        what, switch = "processes and threads", "-u"
+        what, switch, more = "open files", "-n", ""
+    elif number == errno.EAGAIN or ran_out_of_threads(error):
+        what, switch, more = "processes and threads", "-u", "; each takes memory, too: -v"
     else:
         return None
     return TemporaryError(
         f"this system allows no more {what}",
         why=str(error),
-        fix=f"raise the limit (`ulimit {switch}` shows it), or end other programs, then {SAME_COMMAND}",
+        fix=f"raise the limit (`ulimit {switch}` shows it{more}), or end other programs, then {SAME_COMMAND}",
     )

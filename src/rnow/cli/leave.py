@@ -26,11 +26,17 @@ def leave(code: int) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: os._exit(code))
-    threading.Thread(target=end, name="leaving", daemon=True).start()
+    try:
+        threading.Thread(target=end, name="leaving", daemon=True).start()
+        at_once = False
+    except RuntimeError:  # the system allows no more threads: nobody would end what takes its time
+        at_once = True
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # there is none
             try:
                 stream.flush()
             except (OSError, ValueError):
                 send_nowhere(stream)
+    if at_once:
+        os._exit(code)
     raise SystemExit(code)

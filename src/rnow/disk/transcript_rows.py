@@ -92,11 +92,11 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever readers of a format make of damaged bytes
         raise InputError(
             "this transcript cannot be read",
             where=str(path),
-            why=" ".join(str(error).split())[:200],
+            why=" ".join(str(error).split())[:200] or type(error).__name__,
             fix="look at another step, or run `rnow run` again where the run is not finished",
         ) from error
 
@@ -114,6 +114,7 @@ def ordered(rows: Sequence[Row], by: str | None = None, *, reverse: bool = False
 
 
 def _read_table(path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | None) -> list[Row]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -122,7 +123,7 @@ def _read_table(path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | N
         else:
             plain = [name for name in schema().names if name not in TOKEN_LISTS]
             rows = row_dicts(file.read(columns=plain))
-            table = file.read().take(list(choose(rows)))
+            table = file.read().take(pa.array(list(choose(rows)), pa.int64()))
     unknown = dict.fromkeys(schema().names)  # a file of an earlier version lacks columns
     return [unknown | row for row in row_dicts(table)]
 

@@ -71,7 +71,8 @@ class TranscriptWriter:
     """Writes the transcript of each step, beside what the run does next.
 
     One step at a time: the next waits until the one before it is on the disk, so that no more than one is held in memory. A
-    transcript is there whole or not at all. What the disk refuses is raised by the next call.
+    transcript is there whole or not at all. One that could not be written is tried once more by the next call, which raises
+    what went wrong if it still does.
 
     Args:
         folder: made when the first step is written.
@@ -87,7 +88,7 @@ class TranscriptWriter:
         self._redact = redact
         self._pieces: dict[int, str] = {}
         self._thread: threading.Thread | None = None
-        self._failed: BaseException | None = None
+        self._failed: tuple[_Step, Exception] | None = None
 
     def write(self, step: int, data: StepData, streams: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Begin to write all rollouts of one step, in place of what an interrupted run left for it.
@@ -96,7 +97,7 @@ class TranscriptWriter:
             streams: stream -> sample id -> float ``[tokens that the student wrote]``; see ``UpdateResult``.
 
         Raises:
-            OSError: an earlier step could not be written.
+            OSError, MemoryError: an earlier step could not be written.
         """
         self.settle()
         rows = [
@@ -118,24 +119,32 @@ class TranscriptWriter:
         for token in written.distinct().tolist():
             if token not in self._pieces:
                 self._pieces[token] = _utf8(self._redact(self._decode([token])))
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._work, args=(written,), name="transcripts", daemon=True
         )
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system allows no more threads
+            self._work(written)
+        else:
+            self._thread = thread
 
     def check(self) -> None:
         """
         Raises:
-            OSError: a step could not be written, as far as is known by now.
+            OSError, MemoryError: a step could not be written, as far as is known by now, nor can it be now.
         """
+        if self._failed is None:
+            return
+        self._work(self._failed[0])
         if self._failed is not None:
-            raise self._failed
+            raise self._failed[1]
 
     def settle(self, patience: float | None = None) -> None:
         """Wait until every step is on the disk, at most ``patience`` seconds.
 
         Raises:
-            OSError: one could not be written.
+            OSError, MemoryError: one could not be written.
         """
         if self._thread is not None:
             self._thread.join(patience)
@@ -155,8 +164,9 @@ class TranscriptWriter:
             self._folder.mkdir(exist_ok=True)  # but never the run folder: it may have been removed
             data = to_parquet(written.table(self._pieces, self._redact))
             replace_file(step_file(self._folder, written.step), data)
-        except BaseException as error:
-            self._failed = error
+            self._failed = None
+        except Exception as error:
+            self._failed = written, error
 
 
 _Rows = Sequence[tuple[Prompt, Rollout, RewardResult | None]]

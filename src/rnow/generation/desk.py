@@ -22,7 +22,7 @@ from rnow.types import RewardResult, Rollout
 
 MAX_FAULTS = 8
 """Conversations in a row that come to nothing before the rest is not tried."""
-_HOPELESS = frozenset({401, 402, 404, 405, 429})
+_HOPELESS = frozenset({301, 302, 303, 307, 308, 401, 402, 404, 405, 429})
 """Statuses that say something of the endpoint, the key or the model's name, not of one request. A 429 that is no more waited for
 is an exhausted quota. A 403 may be either: OpenRouter says it of a prompt that was flagged."""
 

@@ -185,6 +185,13 @@ def output_of(wanted: Wanted, folder: Path, sources: Sequence[DatasetSource]) ->
         InputError: it is no .jsonl file of a folder that is there, or what the prompts are read from.
     """
     path = place_of(wanted.output, folder, where="--output")
+    if path.suffix != ".jsonl" or path.is_dir() or not path.parent.is_dir():
+        raise InputError(
+            f"{wanted.output} cannot be the output",
+            where="--output",
+            why="it is a .jsonl file in a folder that exists",
+            fix="name one, e.g. --output train.jsonl",
+        )
     written = (path.resolve(), answers_path(path).resolve())
     for source in sources:
         if place_of(source.path, folder, where="--prompts").resolve() in written:
@@ -193,13 +200,6 @@ def output_of(wanted: Wanted, folder: Path, sources: Sequence[DatasetSource]) ->
                 where="--output",
                 fix="write elsewhere, e.g. --output sft.jsonl",
             )
-    if path.suffix != ".jsonl" or path.is_dir() or not path.parent.is_dir():
-        raise InputError(
-            f"{wanted.output} cannot be the output",
-            where="--output",
-            why="it is a .jsonl file in a folder that exists",
-            fix="name one, e.g. --output train.jsonl",
-        )
     return path
 
 

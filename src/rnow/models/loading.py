@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rnow.algorithm.head import Head
-from rnow.errors import ModelError, RnowError
+from rnow.errors import ModelError, RnowError, ran_out_of_memory
 from rnow.models.attention import register_grouped_attention
 from rnow.models.families import not_streamed
 from rnow.models.linear import freeze_linear
@@ -228,8 +228,18 @@ def load_causal_lm(
     loaded = take_apart(
         model, vocabulary=vocabulary, quantization=stored or quantization, layers=layers
     )
-    _check_weights(loaded, local_dir)
-    return with_sharing(loaded)
+    return _tried(loaded, local_dir)
+
+
+def _tried(loaded: CausalLM, local_dir: Path) -> CausalLM:
+    """The same model after its first passes, by which it is known how it shares rows."""
+    try:
+        _check_weights(loaded, local_dir)
+        return with_sharing(loaded)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise _not_loaded(local_dir, loaded.device, error) from error
 
 
 def with_sharing(loaded: CausalLM) -> CausalLM:
@@ -482,17 +492,6 @@ def _probe_head(loaded: CausalLM, local_dir: Path, expected: Tensor, hidden: Ten
             why=f"its logits differ from hidden states times head by {gap:.3g}; log-probabilities would be wrong",
             fix="use a model whose head is a linear layer (Qwen, Llama, Mistral, Gemma, Granite, Cohere ... are)",
         )
-
-
-_NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small for what was tried, on a card or off: less at a time may fit. On a CPU torch says so with
-    a plain RuntimeError, known by its words."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def out_of_memory(stage: str, tokens: int, error: BaseException) -> RnowError:

@@ -36,6 +36,7 @@ class ModelShape:
         largest_layer: of the largest of them.
         unstreamed: why they cannot; None where they can.
         query_width: values of one token's queries in one layer; the most, where layers differ.
+        head_width: of one head of them.
         separate: why each sample has a row of its own when it scores or is trained; empty where samples share them.
         recomputes: which layers can compute their activations again in the backward pass.
     """
@@ -53,6 +54,7 @@ class ModelShape:
     largest_layer: int = 0
     unstreamed: str | None = "it has no list of decoder layers"
     query_width: int = 0
+    head_width: int = 0
     separate: str = ""
     recomputes: Recomputes = "any number"
 
@@ -143,6 +145,7 @@ def shape_of(model: Any) -> ModelShape:
         if layers
         else "it has no list of decoder layers",
         query_width=max(map(_query_width, _layer_configs(config)), default=0),
+        head_width=max(map(_head_width, _layer_configs(config)), default=0),
         separate=why_separate(model.config) or "",
         recomputes=what_recomputes(model),
     )
@@ -170,14 +173,19 @@ def _kv_width(config: Any) -> int:
     if not isinstance(queries, int) or not queries:
         return 0
     heads = getattr(config, "num_key_value_heads", None)
-    return _query_width(config) // queries * (heads if isinstance(heads, int) else queries)
+    return _head_width(config) * (heads if isinstance(heads, int) else queries)
 
 
 def _query_width(config: Any) -> int:
+    head = _head_width(config)
+    return head * config.num_attention_heads if head else 0
+
+
+def _head_width(config: Any) -> int:
     queries = getattr(config, "num_attention_heads", None)
     if not isinstance(queries, int) or not queries:
         return 0
-    return queries * (getattr(config, "head_dim", None) or config.hidden_size // queries)
+    return getattr(config, "head_dim", None) or config.hidden_size // queries
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rnow.algorithm.batching import pad
 from rnow.algorithm.records import Branches, PaddedTokens
+from rnow.errors import RnowError, ran_out_of_memory, ran_out_of_threads
 from rnow.models.families import SHARES_ROWS, why_separate_family
 from rnow.types import Sample
 
@@ -171,7 +172,11 @@ def _agrees(model: Any, body: Any, device: torch.device, found: Sharing, run: Ru
             alone, shared = run(
                 [partial(_states, body, plain), partial(_states, body, packed, dtype, tried)]
             )
-    except Exception:  # whatever an architecture makes of a mask that it was not written for
+    except (
+        Exception
+    ) as error:  # whatever an architecture makes of a mask that it was not written for
+        if isinstance(error, RnowError) or ran_out_of_memory(error) or ran_out_of_threads(error):
+            raise
         return False
     exact = dtype == torch.float32 and not getattr(model, "is_quantized", False)
     tolerance = TOLERANCE if exact else HALF_TOLERANCE

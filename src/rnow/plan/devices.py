@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MARGIN = 0.05
 """Of a card, kept free."""
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +62,15 @@ def describe_device(name: str, cards: Sequence[int] = ()) -> DeviceInfo:
 
 
 def cpu_memory() -> tuple[int, int]:
-    """(total, available) bytes for this process: the machine's, or its container's if that is less."""
+    """(total, available) bytes for this process: the machine's, or those of its container or control group if that is less."""
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
     free = _meminfo_available() or page * os.sysconf("SC_AVPHYS_PAGES")
-    limit = _cgroup_number("memory.max")
-    if limit is not None and limit < total:
-        used = _cgroup_number("memory.current") or 0
-        return limit, min(free, max(0, limit - used))
-    return total, free
+    lower = [(limit, left) for limit, left in _limits() if limit < total]
+    return (
+        min([total, *(limit for limit, _ in lower)]),
+        max(0, min([free, *(left for _, left in lower)])),
+    )
 
 
 def free_disk(folder: Path) -> int:
@@ -92,9 +93,38 @@ def _meminfo_available() -> int | None:
     return None
 
 
-def _cgroup_number(name: str) -> int | None:
+def _limits() -> Iterator[tuple[int, int]]:
+    """Of each control group around this process, in either version of the kernel's interface: its limit, and how much of that may
+    still be taken. Files that the kernel keeps in memory count as free: it gives them up."""
     try:
-        text = (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
+        lines = OWN_GROUPS.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            base, limit_name, used_name, prefix = GROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            base, prefix = GROUPS / "memory", "total_"
+            limit_name, used_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # In a container the path may be one of outside, and only the base is there.
+        own = base / path.strip("/")
+        for group in (own, *(parent for parent in own.parents if parent.is_relative_to(base))):
+            limit, used = _numbers(group / limit_name), _numbers(group / used_name)
+            if "" in limit and "" in used:
+                kept = _numbers(group / "memory.stat")
+                files = sum(kept.get(f"{prefix}{kind}", 0) for kind in ("active_file", "inactive_file"))  # fmt: skip
+                yield limit[""], limit[""] - max(0, used[""] - files)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The numbers in a file of the kernel by their names; that of a line without one is called "". Empty where it does not say."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return {}
+    named = (line.rpartition(" ") for line in lines)
+    return {name: int(number) for name, _, number in named if number.isdecimal()}

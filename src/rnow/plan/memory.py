@@ -566,13 +566,14 @@ def _scoring_bytes(model: ModelMemory, settings: MemorySettings) -> float:
 
 
 def _waiting_bytes(model: ModelMemory, settings: MemorySettings) -> int:
-    """Hidden states of the whole step, and the masks of its passes: of a streamed model each waits for all others before every
-    layer."""
+    """What the passes of a step hold between two layers, since of a streamed model each waits there for all others: hidden states,
+    the embeddings that they began with, rotary positions, masks."""
     if not model.streamed:
         return 0
     longest = settings.sequence_tokens + settings.teacher_extra
     mask = settings.scoring_pass(model).mask_width
-    return settings.rollouts * longest * (model.shape.hidden * model.width + mask)
+    numbers = 2 * model.shape.hidden + 2 * model.shape.head_width
+    return settings.rollouts * longest * (numbers * model.width + mask)
 
 
 def _head_bytes(model: ModelMemory, settings: MemorySettings, rows: int) -> float:

@@ -7,7 +7,7 @@ from datetime import datetime
 from functools import partial
 
 from rnow.config import Config
-from rnow.errors import MAX_SHOWN, DataError, ModelError
+from rnow.errors import MAX_SHOWN, DataError, InputError, ModelError
 from rnow.models.refusal import one_line
 from rnow.models.tokenizer import (
     encode_texts,
@@ -73,7 +73,13 @@ def render_rows(
     # As in the files: the first line at fault is named.
     prompts = sorted(prompts, key=lambda prompt: (order.index(prompt.dataset), prompt.row))
     tokenizer = dated_tokenizer(student, now or local_time())
-    window = max(LEAST_WINDOW, choose_window(config.rollout.max_context_window, models))
+    window = choose_window(config.rollout.max_context_window, models)
+    if window < LEAST_WINDOW:
+        raise InputError(
+            "a window of one token leaves nothing to learn",
+            where="rollout.max_context_window",
+            fix=f"set it to {LEAST_WINDOW} or more, or leave it out",
+        )
     stops = stop_token_ids(tokenizer, student.resolved.local_dir)
     warnings = rope_warnings(models, window)
     vocabulary = cut_to_rows(vocabulary_size(tokenizer), models, warnings)

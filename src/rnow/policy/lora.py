@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rnow.errors import ModelError
+from rnow.errors import ModelError, ran_out_of_memory
 from rnow.models.adapter import TrainedAdapter
-from rnow.models.loading import CausalLM, ran_out_of_memory
+from rnow.models.loading import CausalLM
 from rnow.models.parts import adapted_by_default, linear_layers
 from rnow.models.refusal import one_line, shorten
 from rnow.policy.fused import fuse_lora

@@ -16,8 +16,9 @@ from rnow import progress
 from rnow.algorithm.batching import collate, head_of
 from rnow.algorithm.objective import Objective, Terms
 from rnow.algorithm.records import Batch, MicroBatch, PolicyState, SkipReason, UpdateResult
+from rnow.errors import ran_out_of_memory
 from rnow.models.activations import update_tokens
-from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
+from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.offload import Offload, Tensors, tensors_of
 from rnow.models.recompute import recomputing
 from rnow.models.scoring import PassPlan, hidden_rows, plan_samples

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from rnow import progress
-from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
+from rnow.errors import ran_out_of_memory
+from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.scoring import check_present
 from rnow.models.shape import kv_widths
 from rnow.sampling.decode import Drawn, Request, decode

@@ -119,10 +119,12 @@ class ServerClient:
                 "the model server's url is not an http(s) address",
                 fix="write it like http://127.0.0.1:8000",
             )
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        if api_key is not None and not (
+            api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()
+        ):
             raise InputError(
                 "the model server's API key holds characters that no header can carry",
-                fix="check the environment variable for line ends and quotes",
+                fix="check the environment variable for line ends, blanks around it, and quotes",
             )
         name = f"[{host}]" if ":" in host else host
         path = parts.path.rstrip("/").removesuffix("/v1")

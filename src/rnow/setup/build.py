@@ -53,6 +53,8 @@ from rnow.errors import (
     RnowError,
     StopRequested,
     TemporaryError,
+    no_memory,
+    ran_out_of_memory,
 )
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
@@ -233,10 +235,17 @@ def _train_in(
         try:
             work = _Run(prepared, folder, facts, display, log, stack, stop, locked=locked)
             return run_anywhere(work.load_and_train())
-        except OSError as error:
-            if (fault := _disk_fault(error, folder)) is None:
+        except Exception as error:
+            if (fault := _fault_outside(error, folder)) is None:
                 raise
             raise fault from error
+
+
+def _fault_outside(error: Exception, folder: RunFolder) -> TemporaryError | None:
+    """What memory or a disk refused, for the user; None for an error of another kind."""
+    if ran_out_of_memory(error):
+        return no_memory(error)
+    return _disk_fault(error, folder) if isinstance(error, OSError) else None
 
 
 def _teacher_fault(error: TemporaryError, models: Models) -> ModelError | None:

@@ -199,6 +199,9 @@ def _prepare(
 ) -> list[_Task]:
     """Every subject with its project, which is prepared once for each base and kind of adapter."""
     config = _with_prompts(config, asked.prompts)
+    if asked.most is not None:
+        section = config.evaluation.model_copy(update={"max_prompts": asked.most})
+        config = config.model_copy(update={"evaluation": section})
     teachers = any(subject.kind == TEACHER for subject in subjects)
     ready: dict[object, Prepared] = {}
     told: set[str] = set()
@@ -284,11 +287,7 @@ def _with_prompts(config: Config, file: Path | None) -> Config:
 def _prompts(prepared: Prepared, asked: Asked) -> list[Prompt]:
     """Those that name a reward: of the others nobody can say whether an answer is right."""
     dataset = prepared.project.dataset
-    most = asked.most
-    if asked.prompts is None:
-        found = dataset.held_out[: most or prepared.config.evaluation.max_prompts]
-    else:
-        found = dataset.prompts[:most]
+    found = prepared.evaluated if asked.prompts is None else dataset.prompts[: asked.most]
     if not found:
         raise InputError(
             "no prompts are held out to evaluate",
@@ -317,7 +316,8 @@ def _depends_on(
     adapter: object,
 ) -> dict[str, object]:
     """All that the numbers depend on: another evaluation with the same gives the same. ``adapter``: ``_adapter_of`` the subject."""
-    facts, config = build_facts(prepared), prepared.config
+    # Of the adapter its content is told apart: its file may be gone by now.
+    facts, config = build_facts(replace(prepared, start=None)), prepared.config
     models: Sequence[RunModel] = (prepared.student,)
     names = ("student_weights", "student_config")
     if subject.kind == TEACHER:

@@ -22,7 +22,8 @@ from rnow.algorithm.records import (
     sampled_logprobs,
 )
 from rnow.algorithm.topk import top_logprobs
-from rnow.models.loading import CausalLM, out_of_memory, ran_out_of_memory
+from rnow.errors import ran_out_of_memory, ran_out_of_threads
+from rnow.models.loading import CausalLM, out_of_memory
 from rnow.models.offload import Offload
 from rnow.models.scoring import hidden_rows, plan_samples, scoring_tokens
 from rnow.types import Sample
@@ -98,13 +99,14 @@ class TransformersTeacher:
         return evidence
 
     def _score_or_halve(self, passes: Sequence[Pass], needs: TeacherNeeds) -> dict[str, Evidence]:
-        """Score passes together, or where memory is too small for that one half of them after the other."""
+        """Score passes together, or where memory is too small for that, or threads too few, one half of them after the other."""
         if not passes:
             return {}
         try:
             return self._score_passes(passes, needs)
         except (RuntimeError, MemoryError) as error:
-            if not ran_out_of_memory(error):
+            short_of_memory = ran_out_of_memory(error)
+            if not short_of_memory and (len(passes) == 1 or not ran_out_of_threads(error)):
                 raise
             samples, _ = passes[0]
             if len(passes) == len(samples) == 1:

@@ -305,7 +305,7 @@ class Recorder:
 
     def close(self, patience: float) -> None:
         """Let the last transcript be written and close the sinks, each within ``patience`` seconds."""
-        with suppress(OSError):  # whatever ends the run was there first
+        with suppress(Exception):  # whatever ends the run was there first
             self._transcripts.settle(patience)
         for sink in self._sinks:
             sink.close(patience)

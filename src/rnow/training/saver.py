@@ -14,7 +14,7 @@ from rnow.disk.checkpoints import (
     restore_random_state,
 )
 from rnow.disk.journal import JournalFolder
-from rnow.errors import InputError, RnowError
+from rnow.errors import InputError
 from rnow.protocols import Policy
 
 
@@ -98,8 +98,8 @@ class Saver:
         """Save the state after ``step`` before the run ends with a fault. Nothing is saved when the policy has moved on
         since (the fault came between an update and the end of its step): the step would be trained twice."""
         if self._policy.updates == self._updates_of_step:
-            # Neither a disk's fault nor weights that cannot be saved may hide what happened first.
-            with suppress(RnowError, OSError):
+            # Neither a disk's fault nor memory's, nor weights that cannot be saved may hide what happened first.
+            with suppress(Exception):
                 self.save(step)
 
     def rescue_finished(self) -> None:

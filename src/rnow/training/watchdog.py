@@ -86,7 +86,7 @@ class Watchdog:
         which needs no interpreter, writes the stacks to stderr and ends the process (with 1, which is all it can)."""
         if not self._flag.handled or sys.__stderr__ is None:
             return
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no stderr, or no more threads
             seconds = min(self._seconds + SAVE_SECONDS, threading.TIMEOUT_MAX)
             faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
