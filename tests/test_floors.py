@@ -24,6 +24,7 @@ HOUSE = (
     ("setup",),
     ("generation", "comparing"),
     ("plan",),
+    ("report",),
     ("training", "export"),
     ("sampling", "teacher", "policy", "rewards", "tools"),
     ("models", "trackers"),

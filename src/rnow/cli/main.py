@@ -21,6 +21,7 @@ from rnow.cli import (
     generate,
     init,
     rehearse,
+    report_page,
     rollouts,
     run,
     runs,
@@ -54,6 +55,7 @@ app.command("schema")(schema.print_schema)
 app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
 app.command("rollouts")(rollouts.show_rollouts)
+app.command("report")(report_page.make_report)
 app.command("generate")(generate.generate_rows)
 app.command("status")(status.show_status)
 app.command("stop")(status.stop_run)

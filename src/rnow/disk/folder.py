@@ -36,6 +36,8 @@ class RunFolder:
         config: the resolved config.
         facts: what the run was started with; decides what a restart without a checkpoint may reuse.
         process: the last process that worked here, for `rnow status` and `rnow stop`.
+        plan: what the last start expected to need (``plan.Plan.to_dict``).
+        report: all of it to look at, in one page.
         log: what that run showed, as plain lines.
         metrics: one JSON object per step.
         evaluations: one JSON object per evaluation.
@@ -54,6 +56,8 @@ class RunFolder:
         self.config = path / "config.yml"
         self.facts = path / "run.json"
         self.process = path / PROCESS
+        self.plan = path / "plan.json"
+        self.report = path / "report.html"
         self.log = path / "run.log"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
@@ -93,7 +97,8 @@ class RunFolder:
             self.answers,
         ):
             check_place(folder)
-        for file in (self.config, self.facts, self.metrics, self.evaluations, self.summary):
+        files = (self.config, self.facts, self.plan, self.metrics, self.evaluations, self.summary)
+        for file in files:
             try:
                 kind = _kind(file)
             except _NotWritable as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,9 +122,16 @@ def read_lines(path: Path) -> list[tuple[bytes, Row | None]]:
     return [(line, _row(line)) for line in [*whole, *filter(None, lines[-1:])]]
 
 
+def each_row(path: Path) -> Iterator[Row]:
+    """The lines of a file of ``JsonlSink`` that can be read, oldest first, one at a time; none where there is no file."""
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from (row for line in lines if (row := _row(line)) is not None)
+
+
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a file of ``JsonlSink`` that can be read, oldest first."""
-    return [row for _, row in read_lines(path) if row is not None]
+    """All of them."""
+    return list(each_row(path))
 
 
 def read_evaluations(path: Path) -> list[Row]:

@@ -71,7 +71,7 @@ from rnow.training.residency import Part
 
 MOMENTS_AND_ADAPTER = 3
 TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 25, 24
-"""Bytes for one token: compressed, its id, text and five numbers; its id, one number and its part of the messages."""
+"""Bytes for one token: compressed, its id, text and six numbers; its id, one number and its part of the messages."""
 MAX_ADVICE = 4
 HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server of its own, or free main memory"
 
@@ -476,8 +476,10 @@ def may_take_turns(prepared: Prepared) -> frozenset[Part]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residencies:
     """What of a run is not in its place all the time: the parts that take turns on a card, the teachers, by role, whose
-    layers are streamed, and how many of the student's layers compute their activations again in the backward pass."""
+    layers are streamed, and how many of the student's layers compute their activations again in the backward pass; and
+    the plan that says so."""
 
+    plan: Plan
     turns: frozenset[Part] = frozenset()
     streamed: frozenset[str] = frozenset()
     recomputed: int = 0
@@ -495,7 +497,7 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
     streamed = frozenset(name for name, model in plan.models.items() if model.streaming)
     shared = plan.devices[0]
     if not turns or shared.residency == "resident":
-        return Residencies(streamed=streamed, recomputed=plan.recomputed_layers)
+        return Residencies(plan=plan, streamed=streamed, recomputed=plan.recomputed_layers)
     if not shared.host_suffices:
         raise ConfigError(
             "what sleeps while the parts of the run take turns does not fit main memory",
@@ -503,7 +505,7 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
             why=f"it needs {format_bytes(shared.host_bytes)}, and {format_bytes(shared.host_free_bytes)} are free",
             fix=HOST_FIX,
         )
-    return Residencies(turns=turns, streamed=streamed, recomputed=plan.recomputed_layers)
+    return Residencies(plan=plan, turns=turns, streamed=streamed, recomputed=plan.recomputed_layers)
 
 
 def _completion_tokens(prepared: Prepared) -> int:

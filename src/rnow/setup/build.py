@@ -65,6 +65,7 @@ from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.roles import Models, teachers_of
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.project.secrets import load_secrets, writing_redactor
+from rnow.report.sink import ReportSink
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
 from rnow.serving.http import LOOK_AT_SERVER
@@ -473,6 +474,9 @@ class _Run:
             recorder.count_on(saved)
             self._started -= float(saved.get("seconds", 0.0))
         replace_file(self._folder.config, dump_yaml(redacted_config(self._prepared)).encode())
+        if backends.plan:
+            plan = self._prepared.project.redact.data(backends.plan)
+            replace_file(self._folder.plan, readable_json(plan))
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
         try:
             await train(self._build_parts(backends, recorder, saver, journals, code), done)
@@ -508,7 +512,7 @@ class _Run:
         )
         answers = answer_lines(self._folder, self._answers(), recorder.evaluations())
         closing = closing_lines(self._folder.adapter.resolve())
-        self._display.finish([*answers, *closing])
+        self._display.finish([*answers, *closing, f"report: {self._folder.report.resolve()}"])
         return RunSummary(values=values)
 
     def _answers(self) -> AnswerFiles:
@@ -651,7 +655,9 @@ class _Run:
                 warn=note,
                 settings=settings,
                 redact=redact_names,
-            )
+            ),
+            # After the one whose files it reads, before trackers, which may send the page.
+            ReportSink(folder, warn=note),
         ]
         if names := self._config.tracked_by:
             assert self._store.run is not None, "the facts are written"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rnow.config.schema import TrackerName
+from rnow.config.teachers import without_told
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Warn
 from rnow.text.redact import Redactor
@@ -16,9 +17,6 @@ from rnow.trackers.sink import TrackerSink
 from rnow.trackers.tensorboard_tracker import TensorBoardTracker
 from rnow.trackers.trackio_tracker import TrackioTracker
 from rnow.trackers.wandb_tracker import WandbTracker
-
-TOLD_TO_TEACHERS = ("template", "system_prompt")
-"""Keys of a teacher's section."""
 
 
 def build_trackers(
@@ -50,7 +48,7 @@ def build_trackers(
         id=run_id,
         project=project,
         name=redact(folder.path.name),
-        config={key: _without_told(value) for key, value in config.items()},
+        config={key: without_told(value) for key, value in config.items()},
     )
     wandb = replace(
         tracked,
@@ -65,12 +63,3 @@ def build_trackers(
     }
     trackers = [build[name]() for name in names]
     return TrackerSink(trackers, folder, warn=warn, redact=redact)
-
-
-def _without_told(value: object) -> object:
-    """Without what teachers alone are told."""
-    if isinstance(value, list):
-        return [_without_told(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_told(item) for key, item in value.items() if key not in TOLD_TO_TEACHERS}

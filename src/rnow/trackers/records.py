@@ -57,8 +57,7 @@ class Tracked:
     @property
     def report(self) -> Path | None:
         """The run's report.html, where it has one."""
-        path = self.folder.path / "report.html"
-        return path if path.is_file() else None
+        return self.folder.report if self.folder.report.is_file() else None
 
 
 class Tracker(Protocol):
