@@ -185,7 +185,7 @@ def test_other_rewards_are_told() -> None:
 
 TABLE: dict[Change, str] = {
     "free": """
-        project_id project_name description organization_id output_dir residency trackers wandb_project wandb_name
+        project_id project_name description organization_id output_dir residency report trackers wandb_project wandb_name
         evals
         model.name model.description model.adapter teacher.url
         trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints

@@ -592,6 +592,10 @@ class Schema(Section):
         "Sampler, teacher and trainer on one card: all at once, or in turns, those that wait in main memory. "
         "`auto` takes turns where all at once would not fit.",
     )
+    report: bool = key(
+        True,
+        "Write report.html while the run trains; `rnow report` makes it of any run. See [The report](how-to/report.md).",
+    )
     trackers: Annotated[tuple[TrackerName, ...], BeforeValidator(text_or_list)] = key(
         (),
         "Where the metrics are shown besides metrics.jsonl: `wandb`, `tensorboard`, `mlflow`, `trackio`, one or several. See "

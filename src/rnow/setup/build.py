@@ -512,7 +512,9 @@ class _Run:
         )
         answers = answer_lines(self._folder, self._answers(), recorder.evaluations())
         closing = closing_lines(self._folder.adapter.resolve())
-        self._display.finish([*answers, *closing, f"report: {self._folder.report.resolve()}"])
+        if self._config.report:
+            closing.append(f"report: {self._folder.report.resolve()}")
+        self._display.finish([*answers, *closing])
         return RunSummary(values=values)
 
     def _answers(self) -> AnswerFiles:
@@ -656,9 +658,10 @@ class _Run:
                 settings=settings,
                 redact=redact_names,
             ),
-            # After the one whose files it reads, before trackers, which may send the page.
-            ReportSink(folder, warn=note),
         ]
+        if self._config.report:
+            # After the sink whose files it reads, before trackers, which may send the page.
+            sinks.append(ReportSink(folder, warn=note))
         if names := self._config.tracked_by:
             assert self._store.run is not None, "the facts are written"
             trackers = build_trackers(
