@@ -43,6 +43,7 @@ def test_an_answer_whose_reward_failed_has_not_passed(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0] |= {"reward": 0.0, "reward_errors": {"right": "raised"}}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.evaluations.write_text(json.dumps({"name": "after", "step": 20, "pass@1": 0.875}) + "\n")
     assert [*read_measured(run)["after: pass@1"].by_prompt.values()] == [0.75, 1.0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from tests.report.runs import (
 from tests.report.test_build import hostile_run
 from tests.web.needs import missing
 
+from rnow.comparing.compared import compare
+from rnow.comparing.page import compare_page
+from rnow.comparing.runs import read_runs
 from rnow.disk.folder import RunFolder
 from rnow.report.build import write_report
 from rnow.web.chromium import find_chromium
@@ -29,6 +33,8 @@ pytestmark = [
 ]
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+AXE = Path(sys.prefix) / "node_modules" / "axe-core" / "axe.min.js"
+"""Where `make test-agents` puts it."""
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +48,10 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """A page of a run, opened; and what went on behind it."""
+    """A page, of a run where a run is given, opened; and what went on behind it."""
 
-    def __init__(self, chromium: Any, folder: RunFolder, **options: Any) -> None:
-        path = write_report(folder)
+    def __init__(self, chromium: Any, shown: RunFolder | Path, **options: Any) -> None:
+        path = write_report(shown) if isinstance(shown, RunFolder) else shown
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.dialogs: list[str] = []
@@ -195,6 +201,56 @@ def test_first_step_against_last(chromium: Any, run: RunFolder) -> None:
     assert visit.text("#answers h3") == "before"
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("kind", ["report", "compare"])
+@pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not installed: make test-agents")
+def test_no_accessibility_fault(
+    chromium: Any, run: RunFolder, tmp_path: Path, kind: str, scheme: str, size: dict[str, int]
+) -> None:
+    shown = run if kind == "report" else comparison(tmp_path)
+    visit = Visit(chromium, shown, viewport=size, color_scheme=scheme)
+    for chart in visit.page.locator("#charts figure").all():
+        chart.scroll_into_view_if_needed()
+        chart.locator("canvas").wait_for()
+    visit.page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    if kind == "report":
+        visit.page.hover("#list .t >> nth=1")
+    visit.page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = visit.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    assert found["passes"], "axe looked at something"
+    faults = [
+        (fault["impact"], fault["id"], [node["html"] for node in fault["nodes"][:3]])
+        for fault in found["violations"]
+    ]
+    assert faults == []
+
+
+def comparison(folder: Path) -> Path:
+    """The page of two runs side by side."""
+    runs = [make_run(folder / name, steps=steps) for name, steps in (("one", 4), ("two", 6))]
+    path = folder / "both.html"
+    path.write_bytes(compare_page(compare(read_runs(runs))))
+    return path
+
+
+def test_runs_side_by_side(chromium: Any, tmp_path: Path) -> None:
+    visit = Visit(chromium, comparison(tmp_path))
+    assert visit.text("#state") == "one: 4 steps; two: 6 steps"
+    charts = visit.page.locator("#charts figure")
+    assert visit.text("#charts figure >> nth=0 >> h3").startswith("teacher_kl")
+    for chart in charts.all():
+        chart.scroll_into_view_if_needed()
+        chart.locator("canvas").wait_for()
+        labels = {label.strip() for label in chart.locator(".u-legend th").all_inner_texts()}
+        assert {"one", "two"} <= labels
+    assert "after: pass@1" in visit.text("#evaluations")
+    assert visit.count("nav a") == visit.count("section:not([hidden])") == 4
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert visit.page.evaluate(wide) <= 0
+    visit.is_quiet()
+
+
 def test_light_and_dark_are_switched(chromium: Any, run: RunFolder) -> None:
     visit = Visit(chromium, run, color_scheme="light")
     colour = "getComputedStyle(document.body).backgroundColor"
@@ -213,7 +269,7 @@ def test_hostile_text_is_inert(chromium: Any, tmp_path: Path) -> None:
             summary.click()
     visit.page.hover("#list .t >> nth=0")
     assert visit.count("img") == 0
-    assert visit.count("script") == 3
+    assert visit.count("script") == 4
     text = visit.text("body")
     assert "</script><script>alert(1)</script>" in text
     assert "\\x1b[31m\\u202e" in text

@@ -24,7 +24,7 @@ from tests.report.runs import (
 
 from rnow.disk.folder import RunFolder
 from rnow.report.build import build_report, has_something, write_report
-from rnow.report.page import ASSETS, SCRIPTS, STYLES
+from rnow.report.page import ASSETS
 from rnow.report.statistics import spread
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>[/red]\x1b[31m\u202e\u2066<|im_end|>{{ 7*7 }}"
@@ -124,14 +124,14 @@ def test_only_its_own_scripts_and_styles_may_act(tmp_path: Path, *, hostile: boo
     elements = Elements(build_report(folder).decode())
     policy = policy_of(elements)
     kinds = [attributes.get("type") for tag, attributes in elements.found if tag == "script"]
-    assert kinds == ["application/json", None, None]
+    assert kinds == ["application/json", None, None, None]
     for tag, allowed in (("script", "script-src"), ("style", "style-src")):
         texts = [text for kind, text in elements.raw if kind == tag]
         acting = texts[1:] if tag == "script" else texts
         digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in acting]
         assert policy[allowed] == [f"'sha256-{digest}'" for digest in digests]
-    for name in (*SCRIPTS, *STYLES):
-        assert not re.search(r"</(script|style)", (ASSETS / name).read_text(), re.IGNORECASE)
+    for path in (*ASSETS.glob("*.js"), *ASSETS.glob("*.css")):
+        assert not re.search(r"</(script|style)", path.read_text(), re.IGNORECASE), path.name
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def compare_runs(
     from rnow.cli.compare_view import compare_view
     from rnow.cli.output import console, hide, print_json, print_note, redacted
     from rnow.comparing.compared import compare
-    from rnow.comparing.page import render
+    from rnow.comparing.page import compare_page
     from rnow.comparing.runs import SHOWN, read_runs
     from rnow.disk.files import replace_file
     from rnow.project.secrets import load_secrets
@@ -55,8 +55,7 @@ def compare_runs(
     if not compared.courses:
         raise _nothing_to_show(folders, metrics)
     if html is not None:
-        page = render(compared).encode("utf-8", "backslashreplace")
-        replace_file(_place(html), page)
+        replace_file(_place(html), compare_page(compared))
         print_note(f"written: {html}")
     if as_json:
         print_json(compared.to_dict())

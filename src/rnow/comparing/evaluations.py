@@ -13,8 +13,8 @@ from rnow.disk.evals import EVALS
 from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Row, read_evaluations
+from rnow.report.evaluation import kept_answers, pass_rates, passed_answers, success_reward
 from rnow.training.intervals import Interval, difference_interval, mean_interval, pass_at_k
-from rnow.types import RewardResult
 
 _HEADLINE = ("teacher_kl", "loss", "reward/mean")
 """Metrics of an evaluation that are compared, beside every pass@k."""
@@ -46,13 +46,13 @@ class Measured:
 def read_measured(folder: RunFolder) -> dict[str, Measured]:
     """What is known of a run: ``after: pass@1`` and the like, then what ``rnow eval`` kept, ``eval 1f0c2b7a: pass@4 at 0.6``; of
     each the newest."""
-    success = _success_reward(folder)
+    success = success_reward(read_json_object(folder.facts).get("config"))
     found: dict[str, Measured] = {}
     newest = {row["name"]: row for row in read_evaluations(folder.evaluations)}
     order = {name: place for place, name in enumerate(_FIRST)}
     for name in sorted(newest, key=lambda name: order.get(name, len(order))):
         row = newest[name]
-        answers = _read_answers(folder.answers / f"{name}.jsonl", row["step"])
+        answers = kept_answers(folder.answers / f"{name}.jsonl", row["step"])
         found |= {f"{name}: {metric}": one for metric, one in _of_row(row, answers, success)}
     return found | _read_kept(folder.path / EVALS)
 
@@ -60,67 +60,24 @@ def read_measured(folder: RunFolder) -> dict[str, Measured]:
 def difference(first: Measured, other: Measured) -> Interval | None:
     """``other`` - ``first``, prompt by prompt; None where they are not of the same prompts."""
     same = first.prompts == other.prompts and first.by_prompt.keys() == other.by_prompt.keys()
-    return difference_interval(first.by_prompt, other.by_prompt) if same and first.prompts else None
-
-
-def _success_reward(folder: RunFolder) -> float:
-    config = read_json_object(folder.facts).get("config")
-    section = config.get("evaluation") if isinstance(config, dict) else None
-    value = section.get("success_reward") if isinstance(section, dict) else None
-    return float(value) if isinstance(value, int | float) else 1.0
+    known = first.prompts and first.by_prompt
+    return difference_interval(first.by_prompt, other.by_prompt) if same and known else None
 
 
 def _of_row(
     row: Row, answers: Sequence[Mapping[str, Any]], success: float
 ) -> Iterator[tuple[str, Measured]]:
-    """The numbers of one line of evaluations.jsonl; pass@k from the answers, where they are kept."""
-    counts: dict[str, list[bool]] = {}
-    for answer in answers:
-        if answer["reward"] is not None:
-            right = _worked(answer) and answer["reward"] >= success
-            counts.setdefault(answer["prompt_id"], []).append(right)
-    asked = _hash_of({answer["prompt_id"]: answer["messages"] for answer in answers})
+    """The numbers of one line of evaluations.jsonl; pass@k by prompt too, where the answers are kept."""
+    passed = passed_answers(answers, success)
+    asked = _hash_of({answer["prompt_id"]: answer.get("messages") for answer in answers})
     for metric, value in row.items():
-        if not isinstance(value, int | float) or metric == "step":
+        if not isinstance(value, int | float):
             continue
-        number = metric.removeprefix("pass@")
-        if number == metric:
-            if metric in _HEADLINE:
-                yield metric, Measured(value=value, step=row["step"])
-            continue
-        k = int(number) if number.isdecimal() else 0
-        enough = bool(counts) and 0 < k <= min(map(len, counts.values()))
-        by_prompt = (
-            {prompt: pass_at_k(len(own), sum(own), k) for prompt, own in counts.items()}
-            if enough
-            else {}
-        )
-        yield metric, Measured(value=value, step=row["step"], by_prompt=by_prompt, prompts=asked)
-
-
-def _worked(answer: Mapping[str, Any]) -> bool:
-    """As for whoever counted them when they were measured (``training.evaluations.count_passed``)."""
-    reward = RewardResult(total=0.0, breakdown=answer["rewards"], errors=answer["reward_errors"])
-    return reward.worked
-
-
-def _read_answers(path: Path, step: int) -> list[Mapping[str, Any]]:
-    """The answers of one evaluation; none where those of another step are there, or a file that is not whole."""
-    try:
-        lines = filter(None, path.read_text(encoding="utf-8").split("\n"))
-        rows = [json.loads(line) for line in lines]
-        wanted = ("step", "prompt_id", "messages", "reward", "rewards", "reward_errors")
-        kept = [{name: row[name] for name in wanted} for row in rows]
-        whole = all(
-            isinstance(row["prompt_id"], str)
-            and isinstance(row["reward"], int | float | None)
-            and isinstance(row["rewards"], dict)
-            and isinstance(row["reward_errors"], dict)
-            for row in kept
-        )
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
-    return [row for row in kept if row["step"] == step] if whole else []
+        if metric.startswith("pass@"):
+            rates = pass_rates(metric, value, passed)
+            yield metric, Measured(value=value, step=row["step"], by_prompt=rates, prompts=asked)
+        elif metric in _HEADLINE:
+            yield metric, Measured(value=value, step=row["step"])
 
 
 def _read_kept(folder: Path) -> dict[str, Measured]:

@@ -15,7 +15,12 @@ from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import each_row
 from rnow.display.terminal import format_clock, format_number
 from rnow.report.curves import Curves, build_charts, other_metrics, read_curves
-from rnow.report.evaluation import evaluation_charts, evaluation_table, held_out_answers
+from rnow.report.evaluation import (
+    evaluation_charts,
+    evaluation_table,
+    held_out_answers,
+    success_reward,
+)
 from rnow.report.health import read_health
 from rnow.report.page import render
 from rnow.report.rollouts import Rollouts, read_rollouts
@@ -70,7 +75,7 @@ def build_report(folder: RunFolder, *, enough: Callable[[], bool] = lambda: Fals
         "width": curves.width,
         "charts": [*charts, *evaluation_charts(folder)],
         "more": other_metrics(curves, charts),
-        "evaluation": evaluation_table(folder, _success(config)),
+        "evaluation": evaluation_table(folder, success_reward(config)),
         "heldOut": held_out_answers(folder),
         "settings": changed_settings(config) if config else None,
         "plan": plan_against_use(folder, curves),
@@ -100,12 +105,6 @@ def _config(folder: RunFolder) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _success(config: dict[str, Any]) -> float:
-    evaluation = config.get("evaluation")
-    found = evaluation.get("success_reward") if isinstance(evaluation, dict) else None
-    return float(found) if isinstance(found, int | float) else 1.0
 
 
 def _planned_steps(folder: RunFolder) -> int | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rnow.core.messages import get_response
@@ -47,16 +48,22 @@ def evaluation_table(folder: RunFolder, success_reward: float) -> dict[str, obje
     if not names:
         return None
     passed = {
-        name: _passed(folder.answers / f"{name}.jsonl", newest[name]["step"], success_reward)
+        name: passed_answers(
+            kept_answers(folder.answers / f"{name}.jsonl", newest[name]["step"]), success_reward
+        )
         for name in names
     }
     values = {
         name: {
-            metric: _interval(metric, value, passed[name])
+            metric: value
             for metric, value in newest[name].items()
             if metric not in ("name", "step", "settings") and not metric.startswith(LEFT_OUT)
         }
         for name in names
+    }
+    rates = {
+        name: {metric: pass_rates(metric, value, passed[name]) for metric, value in found.items()}
+        for name, found in values.items()
     }
     metrics = sorted({metric for found in values.values() for metric in found}, key=_place)
     settings = newest.get("after", newest[names[-1]]).get("settings")
@@ -72,10 +79,12 @@ def evaluation_table(folder: RunFolder, success_reward: float) -> dict[str, obje
         "rows": [
             {
                 "metric": safe(metric),
-                "cells": [values[name].get(metric) for name in names],
-                "difference": _difference(metric, passed)
-                if _has_interval(values, metric)
-                else None,
+                "cells": [
+                    _cell(values[name].get(metric), rates[name].get(metric, {})) for name in names
+                ],
+                "difference": _difference(
+                    *(rates.get(name, {}).get(metric, {}) for name in ("before", "after"))
+                ),
             }
             for metric in metrics
         ],
@@ -113,10 +122,43 @@ def evaluation_charts(folder: RunFolder) -> list[dict[str, object]]:
     return charts
 
 
-def _passed(path: Path, step: int, success: float) -> dict[str, tuple[int, int]]:
-    """Prompt id -> how many of its kept answers were judged, and how many of those passed: ``count_passed`` of what was kept."""
+def success_reward(config: object) -> float:
+    """``evaluation.success_reward`` of a config as plain data; its default where there is none."""
+    evaluation = config.get("evaluation") if isinstance(config, dict) else None
+    found = evaluation.get("success_reward") if isinstance(evaluation, dict) else None
+    return float(found) if isinstance(found, int | float) else 1.0
+
+
+def kept_answers(path: Path, step: int) -> list[Row]:
+    """The answers of one evaluation after so many steps, as ``disk.answers`` writes them; none where the file has those of another
+    step, or is not whole."""
+    try:
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [row for row in rows if row.get("step") == step] if all(map(_sound, rows)) else []
+
+
+def _sound(row: object) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("prompt_id"), str):
+        return False
+    said = [row.get("messages") or [], row.get("answer") or []]
+    judged = [row.get("rewards") or {}, row.get("reward_errors") or {}]
+    return all(
+        isinstance(part, list) and all(isinstance(message, dict) for message in part)
+        for part in said
+    ) and all(isinstance(part, dict) for part in judged)
+
+
+def passed_answers(rows: Sequence[Row], success: float) -> dict[str, tuple[int, int]]:
+    """Prompt id -> how many of its kept answers were judged, and how many of those passed: ``count_passed`` of what was kept.
+
+    Args:
+        success: an answer whose reward is at least this much counts as passed.
+    """
     found: dict[str, tuple[int, int]] = {}
-    for row in _answers(path, step):
+    for row in rows:
         reward = row.get("reward")
         if isinstance(reward, int | float):
             judged, right = found.get(row["prompt_id"], (0, 0))
@@ -130,49 +172,33 @@ def _worked(row: Row) -> bool:
     return not errors or not (row.get("rewards") or {}).keys() <= errors.keys()
 
 
-def _answers(path: Path, step: int) -> Iterator[Row]:
-    try:
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                row = json.loads(line)
-                if row["step"] == step and isinstance(row["prompt_id"], str):
-                    yield row
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # not kept by this version, or cut
-
-
-def _each(metric: str, passed: Mapping[str, tuple[int, int]]) -> dict[str, float] | None:
-    """Prompt id -> pass@k; None of another metric, or where the answers do not say."""
-    k = metric.removeprefix("pass@")
-    if not metric.startswith("pass@") or not k.isdecimal() or not passed:
-        return None
-    if any(judged < int(k) for judged, _ in passed.values()):
-        return None
-    return {prompt: pass_at_k(*counts, int(k)) for prompt, counts in passed.items()}
-
-
-def _interval(
+def pass_rates(
     metric: str, value: float | None, passed: Mapping[str, tuple[int, int]]
-) -> dict[str, float] | None:
-    if value is None or not math.isfinite(value):
+) -> dict[str, float]:
+    """Prompt id -> its pass@k; empty of another metric, and where the kept answers do not say, or do not bear ``value`` out.
+
+    Args:
+        value: what was recorded, the mean over the prompts.
+        passed: see ``passed_answers``.
+    """
+    k = metric.removeprefix("pass@")
+    if not metric.startswith("pass@") or not k.isdecimal() or int(k) < 1:
+        return {}
+    if value is None or not passed or any(judged < int(k) for judged, _ in passed.values()):
+        return {}
+    found = {prompt: pass_at_k(*counts, int(k)) for prompt, counts in passed.items()}
+    return found if abs(fmean(found.values()) - value) < SAME else {}
+
+
+def _cell(value: object, rates: Mapping[str, float]) -> dict[str, float] | None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    each = _each(metric, passed)
-    if each is None:
-        return {"mean": rounded(value)}
-    found = mean_interval([*each.values()])
-    return _plain(found) if abs(found.mean - value) < SAME else {"mean": rounded(value)}
+    return _plain(mean_interval([*rates.values()])) if rates else {"mean": rounded(value)}
 
 
-def _difference(metric: str, passed: Mapping[str, Mapping[str, tuple[int, int]]]) -> object:
-    before, after = (_each(metric, passed.get(name, {})) for name in ("before", "after"))
-    if before is None or after is None or before.keys() != after.keys():
-        return None
-    return _plain(difference_interval(before, after))
-
-
-def _has_interval(values: Mapping[str, Mapping[str, Row | None]], metric: str) -> bool:
-    found = [values.get(name, {}).get(metric) for name in ("before", "after")]
-    return all(cell is not None and "low" in cell for cell in found)
+def _difference(before: Mapping[str, float], after: Mapping[str, float]) -> object:
+    same = before and before.keys() == after.keys()
+    return _plain(difference_interval(before, after)) if same else None
 
 
 def _plain(interval: Interval) -> dict[str, float]:
@@ -222,7 +248,7 @@ def held_out_answers(folder: RunFolder) -> list[dict[str, object]]:
 
 def _first_answers(path: Path, step: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for row in _answers(path, step):
+    for row in kept_answers(path, step):
         if row["prompt_id"] in found:
             continue
         answer: Sequence[Any] = row.get("answer") or ()
