@@ -48,26 +48,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# In the order in which a user needs them.
 app.command("init")(init.init)
-app.command("check")(check.check)
 app.command("doctor")(doctor.examine)
+app.command("check")(check.check)
 app.command("schema")(schema.print_schema)
-app.command("run")(run.run)
 app.command("test")(rehearse.rehearse_rollouts)
-app.command("rollouts")(rollouts.show_rollouts)
-app.command("report")(report_page.make_report)
 app.command("generate")(generate.generate_rows)
+app.command("run")(run.run)
+app.command("study")(study.run_study)
 app.command("status")(status.show_status)
 app.command("stop")(status.stop_run)
 app.command("logs")(status.show_logs)
 app.add_typer(runs.app, name="runs")
-app.command("download", hidden=True)(download.download)
-app.command("eval")(evaluate.evaluate_subjects)
-app.command("serve")(serve.serve_run)
-app.command("track")(track.track_run)
+app.command("rollouts")(rollouts.show_rollouts)
+app.command("report")(report_page.make_report)
 app.command("compare")(compare.compare_runs)
-app.command("study")(study.run_study)
+app.command("track")(track.track_run)
+app.command("eval")(evaluate.evaluate_subjects)
 app.command("export")(export.export_run)
+app.command("serve")(serve.serve_run)
+app.command("download", hidden=True)(download.download)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),
