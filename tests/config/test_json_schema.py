@@ -27,6 +27,10 @@ CHECK = jsonschema.Draft7Validator(SCHEMA)
 BASE: dict[str, Any] = {"dataset_type": "distill", "model": {"path": "s"}, "teacher": {"path": "t"}}
 
 ACCEPTED: list[dict[str, Any]] = [
+    {"trackers": "mlflow"},
+    {"trackers": ["wandb", "tensorboard"]},
+    {"trackers": None},
+    {"report": False},
     {"model": {"path": ["s"]}},
     {"model": {"path": "s", "lora_targets": "q_proj"}},
     {"model": {"path": "s", "lora_targets": ["q_proj", "v_proj"], "qlora_alpha": None}},
@@ -65,6 +69,8 @@ REFUSED: list[dict[str, Any]] = [
     {"model": {"path": ""}},
     {"model": {}},
     {"dataset_type": "dpo"},
+    {"trackers": "neptune"},
+    {"trackers": ["wandb", "neptune"]},
     {"algorithm": {"drop_equal_groups": 1}},
     {"sampler": {"mode": "server"}},
     {"thinking_mode": "hardest"},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rnow.cli.find import find_run
+from rnow.cli.find import complete_run, find_run
 from rnow.cli.options import AsJson, Folder
 from rnow.errors import InputError
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 def compare_runs(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs: folders (runs/NAME) or names.")
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Runs: folders (runs/NAME) or names.",
+            autocompletion=complete_run,
+        ),
     ],
     metrics: Annotated[
         list[str] | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rnow.config.legacy import OLD_THINKING_MODES, REMOVED, RENAMED
 from rnow.config.problems import KeyPath, dotted
-from rnow.config.schema import LISTS, SECTIONS, ReasoningMode, Schema, key_of
+from rnow.config.schema import LISTS, SECTIONS, ReasoningMode, Schema, TrackerName, key_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -24,6 +24,7 @@ _TEXTS: Node = {"type": "array", "items": _TEXT, "minItems": 1}
 _TOP = ""
 
 OTHER_FORMS: Mapping[str, tuple[Node, ...]] = {
+    "trackers": ({"enum": [*get_args(TrackerName)]}, _NULL),
     "model.path": (_TEXTS,),
     "model.lora_targets": (_TEXT,),
     "data.train_file": (

@@ -90,6 +90,7 @@ def convert(
             f"llama.cpp's converter wrote no whole file for '{name}'",
             title="Not converted",
             why=str(error),
+            fix="look whether the disk is full, then run the same command again; or export the merged model instead (--merge)",
         ) from error
 
 

@@ -111,5 +111,10 @@ def _hub_fault(error: Exception, repository: str) -> RnowError:
             fix="log in with a token that may write: hf auth login (or set HF_TOKEN); is the owner you, or an organisation of yours?",
         )
     if isinstance(error, HfHubHTTPError | OSError):
-        return InputError(f"{repository} was not pushed", where=WHERE, why=one_line(error))
+        return InputError(
+            f"{repository} was not pushed",
+            where=WHERE,
+            why=one_line(error),
+            fix=f"mend what it says, then {SAME_COMMAND} with --force: what was written stays",
+        )
     raise error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rnow.config import Config, config_for
 from rnow.disk.checkpoints import export_adapter
 from rnow.disk.files import read_json_object, replace_file
+from rnow.display.downloads import DownloadLines
 from rnow.errors import InputError, ModelError, RnowError
 from rnow.export import gguf, hub, llama
 from rnow.export.card import CARD, CURVE, RunRecord, read_record, write_card
@@ -203,7 +204,7 @@ class _Export:
     @cached_property
     def _base(self) -> ResolvedModel:
         section, moved = self._config.model, self._wanted.base is not None
-        known = self._facts.get("student_revision")
+        known, lines = self._facts.get("student_revision"), DownloadLines()
         try:
             return resolve_model(
                 section.path,
@@ -211,6 +212,7 @@ class _Export:
                 base_dir=self._folder,
                 revision=None if moved or not isinstance(known, str) else known,
                 trust_remote_code=section.trust_remote_code,
+                watch=lambda coming: self._stage(coming.line()) if lines.due(coming) else None,
             )
         except ModelError as error:
             error.where = "--base" if moved else error.where
