@@ -66,6 +66,7 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
         ["generate", "--help"],
         ["eval", "--help"],
         ["serve", "--help"],
+        ["report", "--help"],
         ["compare", "--help"],
         ["study", "--help"],
         ["track", "--help"],
