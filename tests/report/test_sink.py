@@ -121,6 +121,21 @@ def test_what_goes_wrong_is_told_once_and_ends_nothing(
     assert "rnow report run" in warning
 
 
+def test_a_run_without_a_thread_to_spare_goes_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for step in (1, 2):
+        desk.clock.now += EVERY_SECONDS + 1
+        desk.sink.log(step, {})
+    desk.sink.close(30)
+    (warning,) = desk.warnings
+    assert "can't start new thread" in warning
+
+
 def test_a_folder_that_is_gone_is_no_matter(tmp_path: Path) -> None:
     warnings: list[str] = []
     sink = ReportSink(RunFolder(tmp_path / "gone"), warn=warnings.append)

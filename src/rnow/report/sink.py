@@ -61,16 +61,20 @@ class ReportSink:
         if self._thread is not None:
             self._thread.join(patience)
         if not self._busy() and has_something(self._folder):
-            self._begin().join(max(0.0, until - self._clock()))
+            self._begin()
+            if self._thread is not None:
+                self._thread.join(max(0.0, until - self._clock()))
         self._tell()
 
     def _busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _begin(self) -> threading.Thread:
+    def _begin(self) -> None:
         self._thread = threading.Thread(target=self._work, name="report", daemon=True)
-        self._thread.start()
-        return self._thread
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system allows no more threads
+            self._thread, self._wrong = None, error
 
     def _work(self) -> None:
         began = self._clock()
