@@ -32,7 +32,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
             outcome.name,
             str(values.get("steps", "-")),
             _progress(values),
-            "trained" if outcome.error is None else f"failed: {_reason(outcome.error)}",
+            "trained" if outcome.error is None else f"failed: {outcome.reason}",
         ]
         style = "" if outcome.error is None else "red"
         table.add_row(*(Text(escape_control(cell), style=style) for cell in cells))
@@ -43,7 +43,7 @@ def outcome_values(outcomes: Sequence[Outcome]) -> dict[str, object]:
     """The same for scripts: the summary of each run that was trained, and the error of each that failed."""
     return {
         "runs": [
-            {"student": one.student, "name": one.name, "error": one.error and _reason(one.error)}
+            {"student": one.student, "name": one.name, "error": one.reason}
             | dict({"status": "failed"} if one.summary is None else one.summary.values)
             for one in outcomes
         ]
@@ -63,10 +63,6 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     for error in (outcome.error for outcome in outcomes if outcome.error is not None):
         return error.exit_code if isinstance(error, RnowError) else EXIT_FAILED
     return 0
-
-
-def _reason(error: Exception) -> str:
-    return error.message if isinstance(error, RnowError) else f"{type(error).__name__}: {error}"
 
 
 def _progress(values: Mapping[str, object]) -> str:

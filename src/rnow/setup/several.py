@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rnow.config import Config, fill_name
 from rnow.display.display import Display
-from rnow.errors import StopRequested
+from rnow.errors import RnowError, StopRequested
 from rnow.setup.build import check, run
 from rnow.setup.facts import RunSummary
 
@@ -23,6 +23,13 @@ class Outcome:
     name: str
     summary: RunSummary | None = None
     error: Exception | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed."""
+        if self.error is None or isinstance(self.error, RnowError):
+            return self.error and self.error.message
+        return f"{type(self.error).__name__}: {self.error}"
 
 
 def run_each(

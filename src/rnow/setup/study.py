@@ -12,7 +12,7 @@ from rnow.config import Config, fill_name, load_config
 from rnow.config.overrides import SHORTHANDS, lookup
 from rnow.config.schema import KEYS
 from rnow.display.tables import headline
-from rnow.errors import ConfigError, InputError, RnowError
+from rnow.errors import ConfigError, InputError
 from rnow.setup.several import Outcome
 from rnow.training.intervals import OVER_SEEDS, Interval, seeds_interval
 
@@ -264,7 +264,7 @@ def study_of(name: str, runs: Sequence[StudyRun], outcomes: Sequence[Outcome]) -
             Result(
                 run=run,
                 measures={} if outcome.summary is None else measures(outcome.summary.values),
-                error=outcome.error and _reason(outcome.error),
+                error=outcome.reason,
             )
             for run, outcome in zip(runs, outcomes, strict=True)
         ],
@@ -313,7 +313,3 @@ def _differences(first: Sequence[Result], other: Sequence[Result]) -> dict[str, 
 
 def _plain(value: Interval | float) -> object:
     return asdict(value) if isinstance(value, Interval) else {"mean": value}
-
-
-def _reason(error: Exception) -> str:
-    return error.message if isinstance(error, RnowError) else f"{type(error).__name__}: {error}"
