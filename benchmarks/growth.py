@@ -1,17 +1,20 @@
 """How time and memory of a step grow: with the length of answers, the group, the vocabulary, the models and the number of steps.
 
-    python benchmarks/growth.py                       # about fifteen minutes on an idle machine
-    python benchmarks/growth.py --axes steps --large  # one axis, and 64 answers of 4,096 tokens with a vocabulary of 151,936
+    python benchmarks/growth.py                       # about twenty minutes on an idle machine
+    python benchmarks/growth.py --axes steps          # one axis
+    python benchmarks/growth.py --add --large         # one step of 64 answers of 4,096 tokens, vocabulary 151,936, a quarter of an hour,
+                                                      # beside what results/ has
 
 Each point is a run of the program in a process of its own, on one core, as in vs_trl.py (whose models, prompts and clock these
 are): random models of the same shape as student and teacher, the default objective, answers of exactly the asked length. One number
-is changed at a time. Seconds are medians of the steps after the first two; memory is the most in training above the loaded
-models. ``slope``: of the logarithm of the seconds over that of the number, between the two largest points: 1 is linear.
+is changed at a time. Seconds are medians of the steps after the first two (of ``--large`` its only step); memory is the most in
+training above the loaded models. ``slope``: of the logarithm of the seconds over that of the number, between the two largest points: 1 is linear.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -21,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write_results
+from common import RESULTS, machine, write_results
 from random_models import qwen3_shape
 from vs_trl import DROPPED, Bench, Size, prepare
 from vs_trl_sides import STAGES
@@ -32,7 +35,7 @@ SIDE = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One run: ``prompts`` times ``group`` answers of ``new`` tokens a step."""
+    """One run: ``prompts`` times ``group`` answers of ``new`` tokens a step; the first ``dropped`` steps do not count."""
 
     new: int = 64
     group: int = 4
@@ -41,6 +44,7 @@ class Point:
     layers: int = 4
     steps: int = 6
     prompts: int = 4
+    dropped: int = DROPPED
 
     def size(self) -> Size:
         """In the words of vs_trl.py."""
@@ -63,8 +67,9 @@ AXES: Mapping[str, tuple[str, Sequence[int]]] = {
 }
 """Title -> the field of ``Point``, its values."""
 LARGE = Point(
-    new=4096, group=4, prompts=16, vocabulary=151_936, hidden=128, layers=2, steps=DROPPED + 1
+    new=4096, group=4, prompts=16, vocabulary=151_936, hidden=128, layers=2, steps=1, dropped=0
 )
+LARGE_TITLE = "64 answers of 4,096 tokens"
 
 
 def main() -> None:
@@ -72,21 +77,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [field for field, _ in AXES.values()]
-    parser.add_argument("--axes", nargs="*", choices=names, default=names)
+    parser.add_argument("--axes", nargs="*", choices=names, help="default all; with --large none")
     parser.add_argument("--large", action="store_true", help="only it, or with --axes")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what results/ has of axes not measured now"
+    )
     parser.add_argument("--quick", action="store_true", help="two tiny points; writes nothing")
     given = parser.parse_args()
     if given.quick:
         tiny = replace(Point(), new=8, hidden=64, vocabulary=512, steps=DROPPED + 1)
         measure("quick", "new", [tiny, replace(tiny, new=16)])
         return
+    axes = ([] if given.large else names) if given.axes is None else given.axes
     rows: list[dict[str, Any]] = []
     for title, (field, values) in AXES.items():
-        if field in given.axes:
+        if field in axes:
             points = [replace(Point(), **{field: value}) for value in values]
             rows += measure(title, field, points)
     if given.large:
-        rows += measure("64 answers of 4,096 tokens", "new", [LARGE])
+        rows += measure(LARGE_TITLE, "new", [LARGE])
+    if given.add:
+        rows = with_earlier(rows)
     print(f"written to {write_results('growth', rows)}")
     if find_spec("matplotlib") is None:
         print("there is no plot without matplotlib: pip install matplotlib")
@@ -96,6 +107,29 @@ def main() -> None:
         RESULTS / "growth.png",
     )
     print(f"written to {RESULTS / 'growth.png'}")
+
+
+def with_earlier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With those of results/ whose titles are not measured now, in the order of a whole run.
+
+    Raises:
+        SystemExit: there are none, or they are of another machine or other versions.
+    """
+    path = RESULTS / "growth.json"
+    if not path.exists():
+        sys.exit(f"there is no {path} to add to: measure without --add")
+    kept = json.loads(path.read_text())
+    # Every run has one thread, whatever this process may have.
+    now, then = (
+        {name: value for name, value in about.items() if name not in ("date", "threads")}
+        for about in (machine(), kept["machine"])
+    )
+    if now != then:
+        sys.exit(f"{path} was measured on another machine or with other versions: {then}")
+    measured = {row["title"] for row in rows}
+    every = [*(row for row in kept["rows"] if row["title"] not in measured), *rows]
+    titles = [*AXES, LARGE_TITLE]
+    return sorted(every, key=lambda row: titles.index(row["title"]))
 
 
 def measure(title: str, field: str, points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -110,12 +144,12 @@ def measure(title: str, field: str, points: Sequence[Point]) -> list[dict[str, A
             )
             prepare(bench.folder, "point", sizes["point"])
             run = bench.speed("point", SIDE, steps=point.steps, accumulation=1)
-        found = of_process(run, DROPPED)
+        found = of_process(run, point.dropped)
         # Of many steps: whether the last ones cost what the first ones did.
-        half = (point.steps - DROPPED) // 2
+        half = (point.steps - point.dropped) // 2
         early, late = (
             of_process({**run, "steps": steps}, 0)["seconds"]
-            for steps in (run["steps"][DROPPED : DROPPED + half], run["steps"][-half:])
+            for steps in (run["steps"][point.dropped : point.dropped + half], run["steps"][-half:])
         ) if half else (found["seconds"], found["seconds"])  # fmt: skip
         value = getattr(point, field)
         row = {
@@ -124,6 +158,7 @@ def measure(title: str, field: str, points: Sequence[Point]) -> list[dict[str, A
             "value": value,
             "first_half": early,
             "last_half": late,
+            "others": run["others"],
         } | {
             key: found[key]
             for key in ("seconds", *STAGES, "rest", "peak_mb", "weights_mb", "tokens_per_s")

@@ -1,6 +1,6 @@
 """The tables of docs/performance.md from the results that are there: measures nothing.
 
-python benchmarks/count.py && python benchmarks/growth.py --axes new group vocabulary hidden layers steps --large
+python benchmarks/count.py && python benchmarks/growth.py && python benchmarks/growth.py --add --large
 python benchmarks/performance.py
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, put_between
+from vs_trl_table import QUIET
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 AS_IT_IS = "as it is"
@@ -106,10 +107,10 @@ def levers(rows: Sequence[Row]) -> str:
 
 
 def grown(rows: Sequence[Row]) -> str:
-    """A line for each point."""
+    """A line for each point; in brackets the seconds of those beside which others worked."""
     lines = [
         (
-            row["title"], f"{row['value']:,}", f"{row['seconds']:.3f} s", *(f"{row[name]:.3f}" for name in ("rollout", "teacher", "update", "rest")),
+            row["title"], f"{row['value']:,}", f"({row['seconds']:.0f} s)" if row["others"] > QUIET else f"{row['seconds']:.3f} s", *(f"{row[name]:.3f}" for name in ("rollout", "teacher", "update", "rest")),
             "" if row["slope"] is None or row["field"] == "steps" else f"{row['slope']:.2f}", f"{row['peak_mb']:.0f} MB",
         )
         for row in rows

@@ -324,7 +324,8 @@ def _plot_stages(axis: Any, lines: Sequence[Row]) -> None:
         below = [a + b for a, b in zip(below, part, strict=True)]
     _name(axis, lines)
     axis.set_ylabel("seconds of a step, times TRL's")
-    axis.legend(fontsize=7)
+    axis.set_ylim(0, 1.2)  # above the highest bar, the legend
+    axis.legend(fontsize=7, ncols=4, loc="upper center")
 
 
 def _name(axis: Any, lines: Sequence[Row]) -> None:

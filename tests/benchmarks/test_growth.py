@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,22 @@ def test_the_plot_is_drawn(script: Any, tmp_path: Path) -> None:
     ]
     script.plot(rows, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_what_is_added_stands_beside_what_was_measured(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    new = [{"title": script.LARGE_TITLE, "value": 4096}, {"title": "layers", "value": 4}]
+    with pytest.raises(SystemExit, match="measure without --add"):
+        script.with_earlier(new)
+    earlier = [{"title": title, "value": 1} for title in ("steps", "layers", "vocabulary")]
+    kept = {"machine": script.machine() | {"date": "2020-01-01"}, "rows": earlier}
+    (tmp_path / "growth.json").write_text(json.dumps(kept))
+    found = [(row["title"], row["value"]) for row in script.with_earlier(new)]
+    large = (script.LARGE_TITLE, 4096)
+    assert found == [("vocabulary", 1), ("layers", 4), ("steps", 1), large]
+    kept["machine"]["cpu"] = "another"
+    (tmp_path / "growth.json").write_text(json.dumps(kept))
+    with pytest.raises(SystemExit, match="another machine"):
+        script.with_earlier(new)
