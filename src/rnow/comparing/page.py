@@ -75,7 +75,7 @@ def _course_rows(found: Comparison) -> Iterator[dict[str, object]]:
         for run, one in zip(found.runs, courses, strict=True):
             if one is not None:
                 best = None if one.best is None else {"step": one.best[0], "value": one.best[1]}
-                row = {"metric": safe(name), "run": safe(run.label)}
+                row: dict[str, object] = {"metric": safe(name), "run": safe(run.label)}
                 yield row | {"first": one.first, "last": one.last, "best": best}
 
 

@@ -138,7 +138,7 @@ class WandbTracker:
         rows: list[Row] = []
         with suppress(InputError):  # no number is lost with it
             read_step(path, lambda found: rows.extend(found) or ())
-        return {"rollouts": wandb.Table(columns=list(COLUMNS), data=rollout_table(rows))}
+        return {"rollouts": wandb.Table(columns=list(COLUMNS), data=[*rollout_table(rows)])}
 
 
 def rollout_table(rows: Sequence[Row]) -> list[list[Any]]:
