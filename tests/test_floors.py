@@ -22,11 +22,12 @@ HOUSE = (
     ("__init__", "__main__"),  # the entrances: `from rnow import ...` and `python -m rnow`
     ("cli",),
     ("setup",),
-    ("generation",),
+    ("generation", "comparing"),
     ("plan",),
-    ("training",),
+    ("report",),
+    ("training", "export"),
     ("sampling", "teacher", "policy", "rewards", "tools"),
-    ("models",),
+    ("models", "trackers"),
     ("disk",),
     ("rollout", "project"),
     ("usercode", "serving"),
@@ -41,17 +42,20 @@ HEAVY = frozenset(
         "accelerate",
         "bitsandbytes",
         "datasets",
+        "mlflow",
         "pandas",
         "peft",
         "pyarrow",
+        "tensorboard",
         "tokenizers",
         "torch",
+        "trackio",
         "transformers",
         "vllm",
         "wandb",
     }
 )
-HEAVY_ROOMS = frozenset({"sampling", "teacher", "policy", "models", "disk", "algorithm"})
+HEAVY_ROOMS = frozenset({"export", "sampling", "teacher", "policy", "models", "disk", "algorithm"})
 OPEN_FLOOR = 0
 LONGEST_FUNCTION = 60
 SHARED_NAMES = frozenset({"__version__"})  # `from rnow import __version__` is open to every floor

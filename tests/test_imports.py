@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "peft", "vllm", "bitsandbytes", "datasets", "wandb")
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
+HEAVY = ("torch", "transformers", "peft", "vllm", "bitsandbytes", "datasets", *TRACKERS)
 NOT_FOR_HELP = (*HEAVY, "pydantic", "yaml", "numpy")
 
 
@@ -65,11 +66,18 @@ def test_help_loads_nothing_it_does_not_show(tmp_path: Path, arguments: list[str
         ["generate", "--help"],
         ["eval", "--help"],
         ["serve", "--help"],
+        ["report", "--help"],
+        ["compare", "--help"],
+        ["study", "--help"],
+        ["track", "--help"],
+        ["export", "--help"],
         ["init", "-y", "-t", "distill"],
         ["init", "--list"],
         ["login"],
         ["status"],
         ["runs", "clean"],
+        ["schema"],
+        ["doctor", "--help"],
     ],
 )
 def test_light_commands_load_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:

@@ -81,8 +81,6 @@ class Tokenizer(Protocol):
         """The rendered text with ``tokenize=False``, else token ids."""
         ...
 
-    def save_pretrained(self, save_directory: str) -> object: ...
-
 
 @runtime_checkable
 class Sampler(Protocol):

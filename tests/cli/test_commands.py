@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import types
@@ -193,14 +194,77 @@ def test_run_in_another_folder(
     assert build.calls[0][2]["folder"] == Path("my project")
 
 
-def test_run_json_is_the_only_thing_on_standard_output(
+def events_of(out: str) -> list[dict[str, Any]]:
+    """The lines of standard output, each of which is an event."""
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_run_json_is_events_and_nothing_else_on_standard_output(
     project: Path, build: Build, rnow_: Run
 ) -> None:
-    build.notes = ["a note from the run"]
-    code, out, error = rnow_("run", "--json", "data.batch_size=2")
+    build.notes = ["a note from\nthe run \u202e\x1b[31m"]
+    code, out, error = rnow_("run", "--json", "data.batch_size=2", "trainer.max_billing=3")
     assert code == 0
-    assert json.loads(out) == {"steps": 7}
-    assert "a note from the run" in error
+    assert "a note from" in error
+    events = events_of(out)
+    assert [event["event"] for event in events] == [
+        "start",
+        "stage",
+        "warning",
+        "note",
+        "note",
+        "note",
+        "finished",
+    ]
+    assert events[0]["rnow"] == __version__
+    assert events[1]["stage"] == "starting"
+    assert events[2]["text"].startswith("trainer.max_billing is ignored")
+    assert events[3]["text"] == "data.batch_size: 4 (default) -> 2"
+    assert events[5]["text"] == build.notes[0]
+    assert out.isascii(), "nothing that could control a terminal"
+    assert "\x1b" not in out
+    assert (events[-1]["summary"], events[-1]["exit_code"]) == ({"steps": 7}, 0)
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--json", "--quiet"]])
+def test_run_json_says_how_it_failed(
+    project: Path, build: Build, rnow_: Run, flags: list[str]
+) -> None:
+    build.error = ModelError("it does not fit", where="teacher.path", fix="take a smaller one")
+    code, out, error = rnow_("run", *flags)
+    assert code == 2
+    assert "it does not fit" in error
+    last = events_of(out)[-1]
+    assert (last["event"], last["exit_code"]) == ("failed", 2)
+    assert last["where"].startswith("config.yml:")
+    assert last["fix"] == "take a smaller one"
+    build.error = OSError(errno.EMFILE, "too many open files")
+    code, out, _ = rnow_("run", *flags)
+    assert (code, events_of(out)[-1]["exit_code"]) == (75, 75)
+    (project / "config.yml").write_text("dataset_type: [\n")
+    code, out, _ = rnow_("run", *flags)
+    assert code == 2
+    assert [event["event"] for event in events_of(out)][-1] == "failed"
+
+
+def test_run_json_holds_no_secret(project: Path, build: Build, rnow_: Run) -> None:
+    (project / ".env").write_text('TOKEN="very-se\\"cret"\n')
+    build.notes = ['uses very-se"cret']
+    out = rnow_("run", "--json")[1]
+    assert "cret" not in out.replace("[TOKEN]", "")
+    assert "uses [TOKEN]" in out
+
+
+def test_quiet_is_errors_and_the_result_alone(project: Path, build: Build, rnow_: Run) -> None:
+    build.notes = ["a note"]
+    code, out, error = rnow_("run", "--quiet", "trainer.max_billing=3", "-b", "2")
+    assert (code, error) == (0, "")
+    assert out == "run: 7 steps; no adapter\n"
+    assert rnow_("run", "-q", "--json")[2] == ""
+    build.error = InputError("not here")
+    code, out, error = rnow_("run", "-q")
+    assert (code, out) == (2, "")
+    assert "not here" in error
 
 
 @pytest.mark.parametrize("command", [["check"], ["run", "--debug"]])
@@ -427,6 +491,20 @@ def test_init_writes_here_and_says_what_next(empty: Path, rnow_: Run) -> None:
     assert "kept your config.yml" in out
 
 
+def test_init_writes_what_tells_editors_of_the_keys(empty: Path, rnow_: Run) -> None:
+    assert "wrote .config.schema.json" in rnow_("init", "-t", "distill")[1]
+    first = (empty / "config.yml").read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=.config.schema.json"
+    schema = empty / ".config.schema.json"
+    assert schema.read_text() == rnow_("schema")[1]
+    schema.write_text(schema.read_text().replace("The student", "An older student"))
+    assert "wrote .config.schema.json" in rnow_("init", "-t", "distill", "-y")[1], "renewed"
+    assert "An older student" not in schema.read_text()
+    schema.write_text("{}")  # the user's own
+    assert ".config.schema.json" not in rnow_("init", "-t", "distill", "-y")[1]
+    assert schema.read_text() == "{}"
+
+
 def test_init_into_another_folder_names_it(empty: Path, rnow_: Run) -> None:
     code, out, _ = rnow_("init", "-t", "distill", "--dir", "a b/c")
     assert code == 0
@@ -489,13 +567,18 @@ def test_init_interrupted_at_the_question_writes_nothing(empty: Path) -> None:
     assert [path.name for path in empty.iterdir()] == ["config.yml"]
 
 
-def on_a_terminal(arguments: list[str], *, answers: str, cwd: Path) -> tuple[int, str]:
-    """Run a command on a pseudo-terminal and type the answers."""
+def on_a_terminal(
+    arguments: list[str], *, answers: str, cwd: Path, **settings: str
+) -> tuple[int, str]:
+    """Run a command on a pseudo-terminal and type the answers. ``settings``: of its environment."""
+    left_out = ("NO_COLOR", "FORCE_COLOR", "CI", "GITHUB_ACTIONS")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
     master, slave = pty.openpty()
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "rnow", *arguments],
             cwd=cwd,
+            env=kept | {"TERM": "xterm-256color"} | settings,
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -509,6 +592,44 @@ def on_a_terminal(arguments: list[str], *, answers: str, cwd: Path) -> tuple[int
         return process.wait(timeout=30), shown.decode()
     finally:
         os.close(master)
+
+
+def completed(words: str, cwd: Path) -> list[str]:
+    """What a shell is told after ``words``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rnow"],
+        cwd=cwd,
+        env=os.environ
+        | {
+            "_RNOW_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split(" ")) - 1),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_and_runs(empty: Path) -> None:
+    for name in ("tiny", "tiny-2", "other", ".hidden"):
+        (empty / "runs" / name).mkdir(parents=True)
+    assert completed("rnow doc", empty) == ["doctor"]
+    assert completed("rnow logs ti", empty) == ["tiny", "tiny-2"]
+    assert completed("rnow run --qui", empty) == ["--quiet"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"NO_COLOR": "1"}])
+def test_no_color_is_no_color(empty: Path, settings: dict[str, str]) -> None:
+    """On a terminal, of errors and of help."""
+    colour = re.compile(r"\x1b\[[0-9;]*(3[0-79]|4[0-79]|9[0-7]|10[0-7]|38;|48;)[0-9;]*m")
+    shown = ""
+    for arguments in (["run"], ["--help"]):
+        shown += on_a_terminal(arguments, answers="", cwd=empty, **settings)[1]
+    assert "no config.yml here" in shown
+    assert bool(colour.search(shown)) is not bool(settings)
 
 
 @pytest.mark.parametrize("verb", ["deploy"])

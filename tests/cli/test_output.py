@@ -18,6 +18,7 @@ import pytest
 from rnow.__main__ import main
 from rnow.cli.output import Outlet, print_json
 from rnow.display.display import Harmless, QuietDisplay
+from rnow.display.downloads import Download
 
 SAY = """
 import sys
@@ -170,7 +171,9 @@ def test_no_fault_of_a_display_reaches_the_loop(
     display = Harmless(Broken())
     display.start([])
     display.stage("rollout")
+    display.download(Download(name="m", done=1, total=2, rate=1.0))
     display.step(1, 2, {})
+    display.saved(1, "checkpoints/step-000001")
     display.note("n")
     display.warn("w")
     display.evaluation("before", {})

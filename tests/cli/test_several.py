@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rnow.cli.several import outcome_table
+from rnow.cli.several import outcome_table, result_line
 from rnow.errors import ModelError
 from rnow.setup.facts import RunSummary
 from rnow.setup.several import Outcome
@@ -35,6 +35,19 @@ def test_how_far_each_came(values: dict[str, Any], said: str) -> None:
     one = Outcome(student="a", name="sweep-a", summary=RunSummary(values={"steps": 3, **values}))
     row = shown([one]).splitlines()[2]
     assert row.split() == ["a", "sweep-a", "3", *said.split(), "trained"]
+
+
+def test_the_line_of_a_result() -> None:
+    values = {
+        "run_dir": "/home/ann/runs/tiny",
+        "adapter": "/home/ann/runs/tiny/adapter",
+        "steps": 3,
+    }
+    assert result_line(values) == "tiny: 3 steps; /home/ann/runs/tiny/adapter"
+    measured = values | {"teacher_kl": COURSE}
+    assert result_line(measured) == (
+        "tiny: 3 steps, teacher_kl 2.000 -> 0.500; /home/ann/runs/tiny/adapter"
+    )
 
 
 def test_one_that_failed() -> None:

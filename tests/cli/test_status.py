@@ -292,6 +292,82 @@ def test_clean_deletes_a_run_that_is_named(runs: Path, rnow_: Run, start: Start)
     assert busy.exists()
 
 
+def add_checkpoints(run: Path, *steps: int) -> None:
+    """Whole ones, of 1 kB each."""
+    for step in steps:
+        folder = run / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_model.safetensors").write_bytes(bytes(1000))
+        manifest = {"files": {"adapter_model.safetensors": {"size": 1000, "sha256": ""}}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def begun_from(run: Path, **model: str) -> None:
+    facts = {"name": "tiny", "config": {"model": {"path": "base", **model}}}
+    (run / "run.json").write_text(json.dumps(facts))
+
+
+def test_clean_keeps_the_last_checkpoint_of_a_finished_run(runs: Path, rnow_: Run) -> None:
+    done = make_run(runs, "done", steps=3, finished=True)
+    add_checkpoints(done, 1, 2, 3)
+    half = make_run(runs, "half", steps=3)
+    add_checkpoints(half, 2, 3)
+    hurt = make_run(runs, "hurt", steps=3, finished=True)
+    add_checkpoints(hurt, 2, 3)
+    (hurt / "checkpoints" / "step-000003" / "adapter_model.safetensors").write_bytes(b"cut")
+    out = rnow_("runs", "clean", "--yes")[1]
+    assert "kB  done: checkpoints before its last, step-000001, step-000002" in out
+    assert "deleted: 1" in out
+    assert checkpoints(done) == ["step-000003"]
+    assert checkpoints(half) == ["step-000002", "step-000003"], "it is not finished"
+    assert checkpoints(hurt) == ["step-000002", "step-000003"], "its last one is damaged"
+
+
+def test_clean_leaves_what_others_start_from(runs: Path, rnow_: Run) -> None:
+    first = make_run(runs, "first", steps=3, finished=True)
+    add_checkpoints(first, 1, 2, 3)
+    second = make_run(runs, "second", steps=3, finished=True)
+    begun_from(second, adapter="runs/first/checkpoints/step-000001")
+    third = make_run(runs, "third", steps=3, finished=True)
+    begun_from(third, adapter="second")
+    begun_from(first, path="third")  # a model of that name, which is no run
+    assert rnow_("runs", "clean", "--yes")[0] == 0
+    assert checkpoints(first) == ["step-000001", "step-000003"]
+    for name, by in (("first", "second"), ("second", "third")):
+        code, _, err = rnow_("runs", "clean", name, "--yes")
+        assert code == 2
+        assert f"{name} is what {by} starts from" in err
+        assert f"rnow runs clean {name} {by}" in err
+    (runs.parent / "config.yml").write_text(
+        "dataset_type: distill\nmodel: {path: runs/third}\nteacher: {path: t}\n"
+    )
+    code, _, err = rnow_("runs", "clean", "third", "--yes")
+    assert code == 2
+    assert "third is what config.yml starts from" in err
+    (runs.parent / "config.yml").unlink()
+    assert rnow_("runs", "clean", "third", "second", "--yes")[0] == 0
+    assert [path.name for path in runs.iterdir()] == ["first"]
+
+
+def test_clean_lists_a_run_that_was_begun_over(runs: Path, rnow_: Run) -> None:
+    stopped = make_run(runs, "tiny", steps=3)
+    begun_from(stopped)
+    other = make_run(runs, "other", steps=3)
+    for path in (stopped, *stopped.iterdir(), other, *other.iterdir()):
+        os.utime(path, (1e9, 1e9))
+    again = make_run(runs, "tiny-2", steps=2)
+    begun_from(again)
+    assert rnow_("runs", "clean")[1].startswith("nothing to delete"), "that one may fail yet"
+    (again / "summary.json").write_text(json.dumps({"steps": 2}))
+    out = rnow_("runs", "clean")[1]
+    assert "tiny: stopped after step 3, and begun over as tiny-2, which is finished" in out
+    assert "other" not in out
+
+
 def test_clean_does_not_delete_a_run_that_began_while_it_asked(
     runs: Path, rnow_: Run, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

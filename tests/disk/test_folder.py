@@ -164,6 +164,7 @@ def test_the_id_for_wandb_is_made_once(tmp_path: Path, known: bytes) -> None:
     made = RunFolder(tmp_path).wandb_id()
     assert re.fullmatch("[0-9a-f]{16}", made)
     assert RunFolder(tmp_path).wandb_id() == made
+    assert RunFolder(tmp_path).wandb_id(renew=True) != made
 
 
 def test_a_very_long_name_still_makes_a_folder(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from tests.rollouts import read_transcripts, turns_of
 
 from rnow.algorithm.batching import build_samples
-from rnow.algorithm.records import HiddenEvidence, StepData, TrainingSample
+from rnow.algorithm.records import HiddenEvidence, StepData, TopKEvidence, TrainingSample
 from rnow.disk.files import replace_file
-from rnow.disk.transcript_rows import read_step, steps_of
+from rnow.disk.transcript_rows import read_columns, read_step, steps_of
 from rnow.disk.transcripts import TranscriptWriter, _rounded, schema, step_file
 from rnow.errors import InputError
 from rnow.text.redact import Redactor
@@ -97,6 +97,7 @@ def test_all_fields(tmp_path: Path) -> None:
     live = LIVE | {
         "logprobs": {"dataset_0/17#2": torch.tensor([-0.125, -0.25])},
         "advantages": {"dataset_0/17#2": torch.tensor([0.5, -1.5])},
+        "entropy": {"dataset_0/17#2": torch.tensor([0.75, 0.5])},
         "ratio": {"dataset_0/17#2": torch.tensor([1.0, 1.0])},
     }
     write(tmp_path / "transcripts", step(reward=reward), live)
@@ -126,8 +127,38 @@ def test_all_fields(tmp_path: Path) -> None:
         "logprobs": [-0.125, -0.25],
         "teacher_logprobs": [-0.25, -0.5],
         "kl": [0.125, 0.25],
+        "entropy": [0.75, 0.5],
         "advantages": [0.5, -1.5],
+        "teacher_top_ids": None,
+        "teacher_top_tokens": None,
+        "teacher_top_logprobs": None,
     }
+
+
+def test_the_teachers_likeliest_tokens_are_kept(tmp_path: Path) -> None:
+    """Five of those it was asked for, of the rollouts that it was asked about."""
+    data = step(token_ids=(1, 84, 3, 1, 85), loss_mask=(False, True, True, False, True), sampler_logprobs=(0.0,) * 5)  # fmt: skip
+    ids = torch.tensor([[84, 9, 8, 7, 6, 5], [3, 1, 2, 4, 5, 6], [2, 85, 1, 3, 4, 5]])
+    logprobs = torch.log_softmax(-torch.arange(6.0), 0).expand(3, 6)
+    evidence = TopKEvidence(teacher_logprobs=torch.zeros(3), ids=ids, logprobs=logprobs)
+    (sample,) = data.training
+    other = replace(data.groups[0].rollouts[0], index=3)
+    data = replace(
+        data,
+        training=[replace(sample, evidence=evidence)],
+        groups=[replace(data.groups[0], rollouts=(other, *data.groups[0].rollouts))],
+    )
+    write(tmp_path, data, {})
+    without, row = read_step(step_file(tmp_path, 12))
+    assert row["teacher_top_ids"] == ids[:, :5].tolist()
+    assert row["teacher_top_tokens"][1] == ["<3>", "<1>", "<2>", "<4>", "<5>"]
+    for found in row["teacher_top_logprobs"]:
+        assert found == pytest.approx(logprobs[0, :5].tolist(), rel=2**-16)
+    assert without["teacher_top_ids"] is without["teacher_top_tokens"] is None
+    assert read_columns(step_file(tmp_path, 12), ["teacher_top_ids"]).to_pylist() == [
+        {"teacher_top_ids": None},
+        {"teacher_top_ids": ids[:, :5].tolist()},
+    ]
 
 
 def test_tokens_name_their_turn(tmp_path: Path) -> None:

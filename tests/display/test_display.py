@@ -12,6 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from rnow.display.display import Display, QuietDisplay, wants_live
+from rnow.display.downloads import Download
 from rnow.display.history import StepHistory, stage_seconds
 from rnow.display.live_table import LiveTable, choose_columns
 from rnow.display.plain_lines import PlainLines
@@ -407,4 +408,6 @@ def test_history_stays_bounded(clock: Clock) -> None:
 def test_quiet_display_is_a_display() -> None:
     display: Display = QuietDisplay()
     display.start([])
+    display.download(Download(name="m", done=1, total=2, rate=1.0))
+    display.saved(1, "checkpoints/step-000001")
     display.close()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rnow.display.terminal import (
     bar,
     escape_control,
+    format_bytes,
     format_clock,
     format_number,
     format_rate,
@@ -127,3 +128,19 @@ def test_rates_and_times() -> None:
         "2d 02:00",
         "-:--",
     ]
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (99_910_000_000, "99.9 GB"),
+        (99_960_000_000, "100 GB"),
+        (65.5e9, "65.5 GB"),
+        (3.2e14, "320 TB"),
+    ],
+)
+def test_sizes_are_short(amount: float, text: str) -> None:
+    assert format_bytes(amount) == text

@@ -46,7 +46,10 @@ class FakeHub:
     def model_info(self, _api: Any, repo_id: str, **_: Any) -> Any:
         if self.listing_error is not None:
             raise self.listing_error
-        siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in self.files.items()]
+        siblings = [
+            SimpleNamespace(rfilename=name, size=size, blob_id=f"blob-of-{name}", lfs=None)
+            for name, size in self.files.items()
+        ]
         return SimpleNamespace(siblings=siblings, sha=COMMIT)
 
     def snapshot_download(self, repo_id: str, **options: Any) -> str:

@@ -110,9 +110,10 @@ def test_shared_rows_give_the_numbers_and_gradients_of_separate_ones(
         policy._accumulate(batch)
         gradients.append(gradient(policy).clone())
     policy.lm = together
-    scale = gradients[1].abs().max().item()
-    assert scale > 0
-    torch.testing.assert_close(gradients[0], gradients[1], atol=TOLERANCE * scale, rtol=0)
+    # Of the whole vector: a single component may be what is left of sums that cancel.
+    apart_norm = gradients[1].norm().item()
+    assert apart_norm > 0
+    assert (gradients[0] - gradients[1]).norm().item() < TOLERANCE * apart_norm
 
 
 def test_in_float64_nothing_but_rounding_differs() -> None:

@@ -71,6 +71,7 @@ def test_nothing_changed() -> None:
     "change",
     [
         {"wandb_project": "p"},
+        {"trackers": ["mlflow"]},
         {"trainer__save_step": 5},
         {"trainer__num_epochs": 3},
         {"trainer__max_steps": 9},
@@ -184,7 +185,8 @@ def test_other_rewards_are_told() -> None:
 
 TABLE: dict[Change, str] = {
     "free": """
-        project_id project_name description organization_id output_dir residency wandb_project wandb_name evals
+        project_id project_name description organization_id output_dir residency report trackers wandb_project wandb_name
+        evals
         model.name model.description model.adapter teacher.url
         trainer.save_step trainer.save_minutes trainer.watchdog_minutes trainer.keep_checkpoints
         trainer.micro_batch_tokens trainer.gradient_checkpointing trainer.max_billing

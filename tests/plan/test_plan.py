@@ -22,7 +22,7 @@ from rnow.plan import choices as choices_module
 from rnow.plan import plan as plan_module
 from rnow.plan.choices import teacher_answers
 from rnow.plan.devices import MARGIN, DeviceInfo, describe_device
-from rnow.plan.plan import Plan, build_plan, choose_residencies, format_bytes
+from rnow.plan.plan import Plan, build_plan, choose_residencies
 from rnow.plan.prepare import Prepared
 from rnow.plan.rendered import render_prompts
 from rnow.plan.roles import RunModel, roles_of
@@ -277,6 +277,50 @@ def test_a_full_disk_does_not_fit(
     assert not plan.disk_suffices
     assert not plan.fits
     assert "set output_dir to another disk" in shown(plan, 200)
+
+
+def test_what_is_to_be_downloaded_is_said_with_the_disk_that_takes_it(
+    models: tuple[ResolvedModel, ResolvedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    assert plan_of(models).download is None
+    assert "to download" not in shown(plan_of(models))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "new" / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", "https://ann:key@hub.example")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("rnow.plan.devices.shutil.disk_usage", lambda _: usage(0, 0, 9 * 10**9))
+    coming = tuple(
+        replace(model, revision="c0ffee", missing_bytes=size)
+        for model, size in zip(models, (4 * 10**9, 3 * 10**9), strict=True)
+    )
+    plan = plan_of(coming)
+    assert plan.download is not None
+    assert plan.download.models == {"student": 4 * 10**9, "teacher": 3 * 10**9}
+    assert plan.fits
+    text = " ".join(shown(plan, 300).split())
+    assert "to download: student 4.0 GB, teacher 3.0 GB, from https://hub.example into" in text
+    assert "9.0 GB free" in text
+    download = plan.to_dict()["download"]
+    assert isinstance(download, dict)
+    assert download["free_bytes"] == 9 * 10**9
+    large = (coming[0], replace(coming[1], missing_bytes=6 * 10**9))
+    plan = plan_of(large)
+    assert not plan.fits
+    text = " ".join(shown(plan, 300).split())
+    assert "does not fit; free space in" in text
+    assert "export HF_HOME=/path/on/it" in text
+    # What comes takes room that the run would have had on the same disk.
+    full = (replace(coming[0], missing_bytes=9 * 10**9), models[1])
+    assert not plan_of(full).disk_suffices
+    # One model in two roles comes once; of a teacher behind a server only the tokenizer does.
+    same = (coming[0], replace(coming[0], local_dir=coming[1].local_dir))
+    plan = plan_of(same)
+    assert plan.download is not None
+    assert plan.download.models == {"student": 4 * 10**9}
+    plan = plan_of(coming, teacher={"backend": "vllm", "url": "http://localhost:1/v1"})
+    assert plan.download is not None
+    assert plan.download.models == {"student": 4 * 10**9}
 
 
 def test_two_devices_are_planned_apart(
@@ -709,19 +753,3 @@ def test_text_from_the_config_cannot_control_the_terminal(
     assert "\x07" not in text
     assert "[bold]x[/bold]" in text
     assert "[red]" in text
-
-
-@pytest.mark.parametrize(
-    ("amount", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1500, "1.5 kB"),
-        (99_910_000_000, "99.9 GB"),
-        (99_960_000_000, "100 GB"),
-        (65.5e9, "65.5 GB"),
-        (3.2e14, "320 TB"),
-    ],
-)
-def test_sizes_are_short(amount: float, text: str) -> None:
-    assert format_bytes(amount) == text

@@ -15,14 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rnow.config import load_config
+from rnow.config.json_schema import MADE_BY
 from rnow.errors import InputError
 from rnow.project import templates
 from rnow.project.templates import (
+    MODELINE,
+    SCHEMA,
     Template,
     find_template,
     load_templates,
     plan_init,
     set_project_name,
+    write_schema,
     write_template,
 )
 
@@ -161,6 +165,22 @@ def test_what_a_template_shares_is_there(name: str) -> None:
         assert all((ROOT / "templates" / line).exists() for line in named)
 
 
+def test_the_schema_is_renewed_and_what_is_not_ours_stays(tmp_path: Path) -> None:
+    target = tmp_path / SCHEMA
+    assert write_schema(tmp_path)
+    assert json.loads(target.read_text())["$comment"] == MADE_BY
+    assert not write_schema(tmp_path), "it is there"
+    target.write_text(json.dumps({"$comment": MADE_BY, "of": "an earlier version"}))
+    assert write_schema(tmp_path)
+    target.unlink()
+    os.mkfifo(target)  # would be waited on for ever
+    assert not write_schema(tmp_path)
+    target.unlink()
+    target.symlink_to("nowhere")
+    assert not write_schema(tmp_path)
+    assert target.is_symlink()
+
+
 def test_unknown_template_gets_a_suggestion() -> None:
     with pytest.raises(InputError) as caught:
         find_template("Distil")
@@ -204,7 +224,10 @@ def test_any_name_is_read_back_as_text(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(load_templates()))
 def test_every_template_is_a_valid_project(name: str, tmp_path: Path) -> None:
     item = find_template(name)
-    assert item.description
+    assert item.description.endswith((".", ")"))
+    assert "$schema" not in item.description
+    lines = (item.folder / "config.yml").read_text().splitlines()
+    assert lines[:2] == [MODELINE, f"# {item.description}"]
     write_template(plan_init(item, tmp_path), project_name="my project")
     loaded = load_config(tmp_path)
     assert loaded.config.project_name == "my project"

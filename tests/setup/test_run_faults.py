@@ -674,18 +674,17 @@ def test_a_standstill_ends_with_75_and_the_state_saved(
 
 HUNG_SERVICE = """
 import atexit, time
+from unittest.mock import MagicMock
 
 class Settings:
     base_url = "https://wandb.test"
     def __init__(self, **settings): pass
 
-class Run:
-    def log(self, metrics, step): pass
-    def finish(self): time.sleep(600)
+Table = Artifact = MagicMock()
 
 def init(**arguments):
     atexit.register(time.sleep, 600)
-    return Run()
+    return MagicMock(summary={}, starting_step=0, finish=lambda: time.sleep(600))
 """
 LESS_PATIENCE = """
 import sys

@@ -101,7 +101,12 @@ def test_the_same_command_goes_on_and_trains_nothing_twice(
     code, output, errors = sweep.run("--json")
     assert code == 0, errors
     assert begun[2:] == ["sweep-b"], "the first is finished"
-    runs = json.loads(output)["runs"]
+    events = [json.loads(line) for line in output.splitlines()]
+    finished = [(one["student"], one["name"]) for one in events if one["event"] == "finished"]
+    assert finished == [("a", "sweep-a"), ("b", "sweep-b")]
+    assert (events[-1]["event"], events[-1]["exit_code"]) == ("runs", 0)
+    assert {one["student"] for one in events if one["event"] == "step"} == {"b"}
+    runs = events[-1]["runs"]
     assert [(one["student"], one["status"], one["steps"]) for one in runs] == [
         ("a", "finished", 2),
         ("b", "finished", 2),
@@ -123,9 +128,21 @@ def test_a_fault_in_the_middle_of_one_is_reported_and_the_next_begins(
     code, output, errors = sweep.run("--json")
     assert code == 1
     assert "Traceback" in errors
-    one, other = json.loads(output)["runs"]
+    events = [json.loads(line) for line in output.splitlines()]
+    assert [one["student"] for one in events if one["event"] == "failed"] == ["a"]
+    one, other = events[-1]["runs"]
     assert (one["status"], one["error"]) == ("failed", "ZeroDivisionError: a fault of ours")
     assert (other["status"], other["error"]) == ("finished", None)
+
+
+def test_quiet_is_a_line_for_each(sweep: Sweep) -> None:
+    sweep.write("a", "./nowhere")
+    code, output, errors = sweep.run("--quiet")
+    assert code == EXIT_BAD_INPUT
+    (line,) = output.splitlines()
+    assert line.startswith("sweep-a: ")
+    assert line.endswith("runs/sweep-a/adapter")
+    assert errors.startswith("Unusable student model")
 
 
 class Weights:
@@ -161,7 +178,8 @@ def test_what_a_failed_one_had_loaded_is_let_go_and_no_kind_of_fault_ends_the_ot
         ],
         folder=tmp_path,
         fresh=False,
-        display=lambda: nullcontext(QuietDisplay()),
+        display=lambda config: nullcontext(QuietDisplay()),
+        done=lambda config, summary: None,
         failed=lambda config, error: None,
     )
     assert begun == ["a", "b"]

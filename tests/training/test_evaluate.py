@@ -13,7 +13,8 @@ from tests.fakes import FakeEnvironment, FakeRewarder, FakeSampler, FakeTeacher
 
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings
-from rnow.training.evaluations import Answering, Evaluator, count_passed, pass_at_k
+from rnow.training.evaluations import Answering, Evaluator, count_passed
+from rnow.training.intervals import pass_at_k
 from rnow.training.residency import Residency
 from rnow.types import Prompt, RewardResult, Rollout
 

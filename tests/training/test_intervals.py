@@ -8,7 +8,7 @@ from statistics import NormalDist, fmean, stdev
 
 import pytest
 
-from rnow.training.intervals import difference_interval, mean_interval
+from rnow.training.intervals import difference_interval, mean_interval, seeds_interval
 
 
 def test_it_is_about_that_of_the_normal_approximation() -> None:
@@ -76,3 +76,30 @@ def test_what_cannot_be_compared() -> None:
         difference_interval({"a": 1.0}, {"b": 1.0})
     with pytest.raises(ValueError, match="no prompt"):
         mean_interval([])
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile"),
+    [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (11, 2.228), (31, 2.042)],
+)
+def test_few_seeds_are_wide(count: int, quantile: float) -> None:
+    """Against the table of every textbook: mean +- t s / sqrt(n)."""
+    draw = random.Random(count)
+    values = [draw.gauss(3.0, 2.0) for _ in range(count)]
+    found = seeds_interval(values)
+    half = quantile * stdev(values) / math.sqrt(count)
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (fmean(values), fmean(values) - half, fmean(values) + half), rel=1e-3
+    )
+
+
+def test_three_seeds_cover_as_often_as_they_say() -> None:
+    draw = random.Random(3)
+    found = [seeds_interval([draw.gauss(1.0, 0.1) for _ in range(3)]) for _ in range(2000)]
+    covered = sum(one.low <= 1.0 <= one.high for one in found) / len(found)
+    assert 0.935 < covered < 0.965
+
+
+def test_one_seed_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="one seed"):
+        seeds_interval([1.0])

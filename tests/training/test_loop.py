@@ -56,7 +56,8 @@ def test_the_files_of_a_run(summary: RunSummary, project: Project) -> None:
     names = {path.name for path in project.run_dir.iterdir()}
     assert names == {
         ".lock", "adapter", "answers", "checkpoints", "config.yml", "evaluations.jsonl", "journal",
-        "metrics.jsonl", "process.json", "run.json", "run.log", "summary.json", "transcripts",
+        "metrics.jsonl", "plan.json", "process.json", "report.html", "run.json", "run.log", "summary.json",
+        "transcripts",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (project.run_dir / "checkpoints").iterdir())
     assert checkpoints == ["step-000002", "step-000003"]

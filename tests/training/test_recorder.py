@@ -387,3 +387,16 @@ def test_closing_writes_the_last_transcript(desk: Desk, monkeypatch: pytest.Monk
     go.set()
     desk.recorder.close(10.0)
     assert list(steps_of(desk.folder.transcripts)) == [1]
+
+
+def test_whoever_forgets_finds_in_the_files_what_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path)
+    for step in (1, 2, 3):
+        desk.record(step)
+    found: list[int] = []
+    monkeypatch.setattr(desk.sink, "forget_from", lambda step: found.append(len(desk.rows)))
+    desk.recorder.forget_after(1)
+    assert found == [3], "a tracker may have shown all of them"
+    assert len(desk.rows) == 1

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from rnow.cli.find import complete_run
 from rnow.cli.options import AsJson, Folder, Model, load, placed
 from rnow.errors import InputError
 
@@ -22,6 +23,7 @@ Given = Annotated[
         metavar="[SUBJECT]... [KEY=VALUE]...",
         help="student, base, teacher, a run, RUN@STEP or an adapter's folder; and settings that win over config.yml.",
         show_default="student and the project's run",
+        autocompletion=complete_run,
     ),
 ]
 Step = Annotated[

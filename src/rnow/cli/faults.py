@@ -25,13 +25,18 @@ def report(error: Exception, *, everything: bool = False) -> int:
     """Print an error and give its exit code. An RnowError is a short report on standard error, and so is what the system
     refuses; anything else is a fault of the program, shown with its traceback, and gives 1. ``everything``: every fault of
     a long list."""
-    known = error if isinstance(error, RnowError) else _refused_by_the_system(error)
-    if known is not None:
+    known = as_reported(error)
+    if isinstance(known, RnowError):
         print_error(known, everything=everything)
         return known.exit_code
     sys.stderr.write(clean("".join(traceback.format_exception(error))))
     print_note("This is a fault in rnow itself; please report it with the lines above.")
     return EXIT_FAILED
+
+
+def as_reported(error: Exception) -> Exception:
+    """An error as ``report`` takes it: what the system refuses becomes an RnowError."""
+    return error if isinstance(error, RnowError) else _refused_by_the_system(error) or error
 
 
 def _refused_by_the_system(error: Exception) -> RnowError | None:

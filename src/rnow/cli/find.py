@@ -17,8 +17,24 @@ if TYPE_CHECKING:
 RUNS = "runs"
 """Where runs are unless ``output_dir`` says otherwise; those are named by their folder."""
 
+
+def complete_run(incomplete: str) -> list[str]:
+    """The names of runs here that begin so, for the shell."""
+    try:
+        return sorted(
+            path.name for path in Path(RUNS).glob("[!.]*") if path.name.startswith(incomplete)
+        )
+    except OSError:
+        return []
+
+
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="The run: its folder (runs/NAME), or its name.")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="The run: its folder (runs/NAME), or its name.",
+        autocompletion=complete_run,
+    ),
 ]
 
 

@@ -38,7 +38,14 @@ def init(
 ) -> None:
     """Write a project into this folder. Existing files are never changed without asking."""
     from rnow.cli.output import print_lines, print_note
-    from rnow.project.templates import find_template, load_templates, plan_init, write_template
+    from rnow.project.templates import (
+        SCHEMA,
+        find_template,
+        load_templates,
+        plan_init,
+        write_schema,
+        write_template,
+    )
 
     if list_:
         templates = load_templates().values()
@@ -53,6 +60,8 @@ def init(
     plan = plan_init(find_template(template), folder)
     overwrite = _choose(plan, yes=yes, force=force)
     written = write_template(plan, overwrite=overwrite, project_name=name)
+    if write_schema(folder):
+        written = (*written, SCHEMA)
     kept = [path for path in plan.conflicts if path not in overwrite]
     print_lines(_report(plan, written, kept, name))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -12,16 +13,23 @@ from rnow import __version__
 from rnow.cli import (
     account,
     check,
+    compare,
+    doctor,
     download,
     evaluate,
+    export,
     generate,
     init,
     rehearse,
+    report_page,
     rollouts,
     run,
     runs,
+    schema,
     serve,
     status,
+    study,
+    track,
 )
 from rnow.cli.faults import report
 from rnow.cli.hosted import hosted_client_note
@@ -37,23 +45,30 @@ app = typer.Typer(
     name="rnow",
     help="Train a student language model by on-policy distillation on this machine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# In the order in which a user needs them.
 app.command("init")(init.init)
+app.command("doctor")(doctor.examine)
 app.command("check")(check.check)
-app.command("run")(run.run)
+app.command("schema")(schema.print_schema)
 app.command("test")(rehearse.rehearse_rollouts)
-app.command("rollouts")(rollouts.show_rollouts)
 app.command("generate")(generate.generate_rows)
+app.command("run")(run.run)
+app.command("study")(study.run_study)
 app.command("status")(status.show_status)
 app.command("stop")(status.stop_run)
 app.command("logs")(status.show_logs)
 app.add_typer(runs.app, name="runs")
-app.command("download", hidden=True)(download.download)
+app.command("rollouts")(rollouts.show_rollouts)
+app.command("report")(report_page.make_report)
+app.command("compare")(compare.compare_runs)
+app.command("track")(track.track_run)
 app.command("eval")(evaluate.evaluate_subjects)
+app.command("export")(export.export_run)
 app.command("serve")(serve.serve_run)
+app.command("download", hidden=True)(download.download)
 for _name, _answer in (
     *((name, account.not_needed) for name in account.NOT_NEEDED),
     *((name, account.missing) for name in account.MISSING),
@@ -121,12 +136,13 @@ def _run_command_line(given: list[str]) -> int:
     everything = ALL_ERRORS in given
     given = [argument for argument in given if argument != ALL_ERRORS]
     try:
-        if not {"-h", "--help", "--version"}.intersection(given):
+        completing = "_RNOW_COMPLETE" in os.environ
+        if not (completing or {"-h", "--help", "--version", "-q", "--quiet"}.intersection(given)):
             note = hosted_client_note()
             if note:
                 print_note(note)
         _refuse_unknown(given)
-        app(args=given, prog_name="rnow")
+        app(args=export.with_default_type(given), prog_name="rnow")
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else EXIT_FAILED * bool(exit_.code)
     except KeyboardInterrupt:

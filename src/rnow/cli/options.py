@@ -52,15 +52,22 @@ Name = Annotated[
         metavar="NAME",
     ),
 ]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print errors, and one line with the result, alone."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
 
 
-def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> LoadedConfig:
+def load(
+    folder: Path, overrides: Sequence[str] | None, *, quiet: bool = False, **flags: str | None
+) -> LoadedConfig:
     """The project's config with the command line laid over it; warnings and changes are printed to standard error.
 
     Args:
         folder: the project folder.
         overrides: ``key=value`` settings; they win over flags.
+        quiet: print nothing.
         flags: values of shorthand flags by their name in ``rnow.config.SHORTHANDS``, None where not given.
 
     Raises:
@@ -84,10 +91,11 @@ def load(folder: Path, overrides: Sequence[str] | None, **flags: str | None) -> 
     settings = [f"{SHORTHANDS[name]}={value}" for name, value in flags.items() if value is not None]
     loaded = load_config(folder, [*settings, *(overrides or [])])
     hide(writing_redactor(secrets, loaded.configs[0]))
-    for line in loaded.warnings:
-        print_warning(line)
-    for line in loaded.changes:
-        print_note(line)
+    if not quiet:
+        for line in loaded.warnings:
+            print_warning(line)
+        for line in loaded.changes:
+            print_note(line)
     return loaded
 
 

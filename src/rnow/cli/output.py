@@ -118,9 +118,10 @@ def hide(redact: Redactor) -> None:
     _redact = redact
 
 
-def redacted(data: T) -> T:
-    """Data that is about to become text, without the secrets: a text may be folded in the middle of one."""
-    return _redact.data(data)
+def redacted(data: T, *, keys: bool = False) -> T:
+    """Data that is about to become text, without the secrets: a text may be folded in the middle of one. ``keys``: those of
+    mappings too."""
+    return _redact.data(data, keys=keys)
 
 
 def clean(text: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +9,6 @@ import typer
 
 from rnow.cli.check import show_plan
 from rnow.cli.options import (
-    AsJson,
     BatchSize,
     ContextWindow,
     Epochs,
@@ -20,12 +17,14 @@ from rnow.cli.options import (
     Model,
     Name,
     Overrides,
+    Quiet,
     load,
     placed,
 )
 
 if TYPE_CHECKING:
-    from rnow.config import Config, LoadedConfig
+    from rnow.cli.run_output import RunOutput
+    from rnow.config import LoadedConfig
 
 
 def run(
@@ -41,7 +40,11 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over in a new run folder instead of continuing.")
     ] = False,
-    as_json: AsJson = False,
+    quiet: Quiet = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print what happens as JSON, an event per line, for programs."),
+    ] = False,
 ) -> None:
     """Train the project's student, or each of a list of them. Run it again to continue after a stop."""
     given = {
@@ -53,60 +56,40 @@ def run(
         "name": name,
     }
     if debug:
-        show_plan(load(folder, overrides, **given), folder, as_json=as_json)
+        show_plan(load(folder, overrides, quiet=quiet, **given), folder, as_json=as_json)
         return
 
-    from rnow.cli.output import console, print_json, settle
-    from rnow.display.display import build_display
+    from rnow.cli.run_output import RunOutput
 
-    shown_on = console(stderr=as_json, aside=True)
-    display = build_display(shown_on)
+    output = RunOutput(as_json=as_json, quiet=quiet)
     try:
-        # The model libraries, which checking needs, take seconds to import: something is seen before.
-        display.stage("starting")
-        loaded = load(folder, overrides, **given)
-        if len(loaded.configs) == 1:
-            from rnow.setup import build
+        with output.display() as display:
+            # The model libraries, which checking needs, take seconds to import: something is seen before.
+            display.stage("starting")
+            loaded = load(folder, overrides, quiet=quiet, **given)
+            output.loaded(loaded)
+            summary = None
+            if len(loaded.configs) == 1:
+                from rnow.setup import build
 
-            with placed(loaded):
-                summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)
-    finally:
-        display.close()
-        settle(shown_on)
-    if len(loaded.configs) > 1:
-        _run_each(loaded, folder, fresh=fresh, as_json=as_json)
-    elif as_json:
-        print_json(summary.values)
-
-
-def _run_each(loaded: LoadedConfig, folder: Path, *, fresh: bool, as_json: bool) -> None:
-    """One run for each student, then a table of all. Raises typer.Exit with another code than 0 when one failed."""
-    from rnow.cli.faults import report
-    from rnow.cli.output import console, print_json, settle
-    from rnow.cli.several import exit_code, outcome_table, outcome_values
-    from rnow.display.display import Display, build_display
-    from rnow.setup.several import run_each
-
-    shown_on = console(stderr=as_json, aside=True)
-
-    @contextmanager
-    def display() -> Iterator[Display]:
-        shown = build_display(shown_on)
-        try:
-            with placed(loaded):
-                yield shown
-        finally:
-            shown.close()
-            settle(shown_on)
-
-    def failed(config: Config, error: Exception) -> None:
-        report(error)
-
-    outcomes = run_each(loaded.configs, folder=folder, fresh=fresh, display=display, failed=failed)
-    if as_json:
-        print_json(outcome_values(outcomes))
-    else:
-        shown_on.print(outcome_table(outcomes))
-        settle(shown_on)
-    if code := exit_code(outcomes):
+                with placed(loaded):
+                    summary = build.run(loaded.config, folder=folder, fresh=fresh, display=display)
+        if summary is not None:
+            output.finished(summary.values)
+            return
+        code = _run_each(loaded, folder, fresh=fresh, output=output)
+    except (Exception, KeyboardInterrupt) as error:
+        output.ended(error)
+        raise
+    if code:
         raise typer.Exit(code)
+
+
+def _run_each(loaded: LoadedConfig, folder: Path, *, fresh: bool, output: RunOutput) -> int:
+    """One run for each student, then a table of all. Gives the exit code: another than 0 when one failed."""
+    from rnow.cli.run_output import train_each
+    from rnow.cli.several import exit_code
+
+    outcomes = train_each(loaded.configs, loaded, folder, fresh=fresh, output=output)
+    output.all_done(outcomes)
+    return exit_code(outcomes)

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from rnow.cli.find import RUNS
+from rnow.cli.find import RUNS, complete_run
 from rnow.cli.options import Folder, load, placed
 
 Run = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="A run (its name or folder), RUN@STEP, or an adapter's folder."
+        metavar="RUN",
+        help="A run (its name or folder), RUN@STEP, or an adapter's folder.",
+        autocompletion=complete_run,
     ),
 ]
 Settings = Annotated[

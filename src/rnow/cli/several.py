@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rnow.display.tables import headline, quiet_table
@@ -31,7 +32,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
             outcome.name,
             str(values.get("steps", "-")),
             _progress(values),
-            "trained" if outcome.error is None else f"failed: {_reason(outcome.error)}",
+            "trained" if outcome.error is None else f"failed: {outcome.reason}",
         ]
         style = "" if outcome.error is None else "red"
         table.add_row(*(Text(escape_control(cell), style=style) for cell in cells))
@@ -42,11 +43,19 @@ def outcome_values(outcomes: Sequence[Outcome]) -> dict[str, object]:
     """The same for scripts: the summary of each run that was trained, and the error of each that failed."""
     return {
         "runs": [
-            {"student": one.student, "name": one.name, "error": one.error and _reason(one.error)}
+            {"student": one.student, "name": one.name, "error": one.reason}
             | dict({"status": "failed"} if one.summary is None else one.summary.values)
             for one in outcomes
         ]
     }
+
+
+def result_line(values: Mapping[str, object]) -> str:
+    """What a run came to, of its summary: ``quickstart: 150 steps, pass@1 0.41 -> 0.93; runs/quickstart/adapter``."""
+    name = Path(str(values.get("run_dir", "run"))).name
+    progress = _progress(values)
+    parts = [f"{values.get('steps', '-')} steps", *([] if progress == "-" else [progress])]
+    return f"{name}: {', '.join(parts)}; {values.get('adapter', 'no adapter')}"
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -54,10 +63,6 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     for error in (outcome.error for outcome in outcomes if outcome.error is not None):
         return error.exit_code if isinstance(error, RnowError) else EXIT_FAILED
     return 0
-
-
-def _reason(error: Exception) -> str:
-    return error.message if isinstance(error, RnowError) else f"{type(error).__name__}: {error}"
 
 
 def _progress(values: Mapping[str, object]) -> str:

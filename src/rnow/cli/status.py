@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rnow.cli.find import RUNS, RunName, find_run
+from rnow.cli.find import RUNS, RunName, complete_run, find_run
 from rnow.cli.options import AsJson, Folder
 from rnow.errors import InputError, RnowError
 
@@ -35,7 +35,10 @@ MEASURED = ("teacher_kl", "loss", "reward")
 MaybeRun = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]", help="A run's folder or name; else every run here.", show_default=False
+        metavar="[RUN]",
+        help="A run's folder or name; else every run here.",
+        show_default=False,
+        autocompletion=complete_run,
     ),
 ]
 

@@ -50,6 +50,20 @@ Everything else has a default. A key that does not exist is an error, with a sug
 The file is YAML 1.2, read strictly: only `true` and `false` are booleans (`no` and `on` are text), `1e-5` is a number, `010` is
 ten, a date is text. Duplicate keys, tabs as indentation, tags, merge keys and a second document are errors.
 
+## In an editor
+
+`rnow schema` prints this page as a JSON Schema: keys are completed, explained as you point at them, and underlined where they are
+misspelt, without a network. `rnow init` writes it to `.config.schema.json` beside config.yml, and the first line of every template
+names it:
+
+```yaml
+# yaml-language-server: $schema=.config.schema.json
+```
+
+VS Code reads that line with the extension YAML (redhat.vscode-yaml), Neovim, Helix and Emacs with yaml-language-server, JetBrains as
+it is. For a config that has no such line: write it, and `rnow schema > .config.schema.json`. After an update of rnow,
+`rnow init -y -t NAME` or the same command renews the file. The rules between keys are checked by `rnow check` alone.
+
 ## Overrides
 
 `rnow run trainer.learning_rate=2e-5 data.batch_size=8` sets keys for one run. The key is the dotted path, the value is YAML

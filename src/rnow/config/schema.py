@@ -37,6 +37,7 @@ from rnow.config.problems import KeyPath
 DatasetType = Literal["distill", "sft", "rl", "midtrain"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Control = Literal["shuffled", "none"]
+TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 ReasoningMode = Literal["disabled", "none", "minimal", "low", "medium", "high", "xhigh"]
 Text = Annotated[str, Field(min_length=1)]
 Url = Annotated[Text, AfterValidator(hide_user_info)]
@@ -591,7 +592,23 @@ class Schema(Section):
         "Sampler, teacher and trainer on one card: all at once, or in turns, those that wait in main memory. "
         "`auto` takes turns where all at once would not fit.",
     )
-    wandb_project: Text | None = key(None, "Log to this W&B project.", "off")
+    report: bool = key(
+        True,
+        "Write report.html while the run trains; `rnow report` makes it of any run. See [The report](how-to/report.md).",
+    )
+    trackers: Annotated[tuple[TrackerName, ...], BeforeValidator(text_or_list)] = key(
+        (),
+        "Where the metrics are shown besides metrics.jsonl: `wandb`, `tensorboard`, `mlflow`, `trackio`, one or several. See "
+        "[Trackers](how-to/trackers.md).",
+        "none",
+        "text, or a list of texts",
+    )
+    wandb_project: Text | None = key(
+        None,
+        "Log to this W&B project, whether or not `trackers` names `wandb`. Where it does and there is none: `project_name`, else "
+        "the name of the project's folder.",
+        "off",
+    )
     wandb_name: Text | None = key(None, "Name of the run in W&B.", "the run's name")
     data: DataSection = Field(default_factory=DataSection)
     model: ModelSection
@@ -613,6 +630,12 @@ class Schema(Section):
     def on_policy(self) -> bool:
         """Whether the student learns from its own answers; in sft and midtrain it learns from the rows."""
         return self.dataset_type in ("distill", "rl")
+
+    @property
+    def tracked_by(self) -> tuple[TrackerName, ...]:
+        """The trackers that are listed, and W&B where it has a project; each once."""
+        by_project = () if self.wandb_project is None else ("wandb",)
+        return tuple(dict.fromkeys((*self.trackers, *by_project)))
 
 
 SECTIONS: Mapping[str, type[Section]] = {

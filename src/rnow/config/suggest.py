@@ -45,6 +45,7 @@ _MEANT = {
     "rollout.temperature": "temp",
     "rollout.rollout_timeout": "timeout",
     "rollout.mcp_url": "mcp",
+    "trackers": "report_to tracker loggers logger log_with tensorboard mlflow trackio",
     "wandb_project": "wandb",
     "wandb_name": "wandb_run_name",
     "model.name": "run_name",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 """The role of the model in the section ``teacher``; every other teacher is ``teacher/<name>``."""
 
+TOLD_TO_TEACHERS = ("template", "system_prompt")
+"""Keys of a teacher's section."""
 
 API_KEY = "RNOW_TEACHER_API_KEY"
 """The variable that holds the key of teachers' servers; one of several may have its own, ``key_variable``."""
@@ -106,3 +108,12 @@ def key_variable(role: str) -> str:
 
 def _key_of_own(index: int) -> KeyPath:
     return "data", "train_file", index, "teacher"
+
+
+def without_told(data: object) -> object:
+    """A config as plain data, without what teachers alone are told: for what leaves the run's folder."""
+    if isinstance(data, list):
+        return [without_told(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    return {key: without_told(item) for key, item in data.items() if key not in TOLD_TO_TEACHERS}

@@ -36,6 +36,8 @@ class RunFolder:
         config: the resolved config.
         facts: what the run was started with; decides what a restart without a checkpoint may reuse.
         process: the last process that worked here, for `rnow status` and `rnow stop`.
+        plan: what the last start expected to need (``plan.Plan.to_dict``).
+        report: all of it to look at, in one page.
         log: what that run showed, as plain lines.
         metrics: one JSON object per step.
         evaluations: one JSON object per evaluation.
@@ -45,6 +47,7 @@ class RunFolder:
         transcripts: every rollout, token by token, a table per step.
         journal: rollouts of a step in progress.
         adapter: the trained adapter, as PEFT loads it.
+        exports: what `rnow export` made of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,6 +56,8 @@ class RunFolder:
         self.config = path / "config.yml"
         self.facts = path / "run.json"
         self.process = path / PROCESS
+        self.plan = path / "plan.json"
+        self.report = path / "report.html"
         self.log = path / "run.log"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
@@ -62,12 +67,17 @@ class RunFolder:
         self.transcripts = path / "transcripts"
         self.journal = path / "journal"
         self.adapter = path / "adapter"
+        self.exports = path / "export"
 
-    def wandb_id(self) -> str:
-        """An id for W&B, made once, so that a resumed run continues the same W&B run."""
+    def wandb_id(self, *, renew: bool = False) -> str:
+        """An id for W&B, made once, so that a resumed run continues the same W&B run.
+
+        Args:
+            renew: make another one, for a W&B run that takes the place of the one before.
+        """
         path = self.path / "wandb-id"
         known = path.read_bytes().strip() if path.is_file() else b""
-        if not re.fullmatch(rb"[0-9a-f]{16}", known):
+        if renew or not re.fullmatch(rb"[0-9a-f]{16}", known):
             known = uuid.uuid4().hex[:16].encode()
             path.write_bytes(known)
         return known.decode()
@@ -87,7 +97,8 @@ class RunFolder:
             self.answers,
         ):
             check_place(folder)
-        for file in (self.config, self.facts, self.metrics, self.evaluations, self.summary):
+        files = (self.config, self.facts, self.plan, self.metrics, self.evaluations, self.summary)
+        for file in files:
             try:
                 kind = _kind(file)
             except _NotWritable as error:

@@ -16,6 +16,9 @@ from rnow.disk.folder import LOCK, RunFolder
 from rnow.disk.sinks import read_rows
 from rnow.display.history import StepHistory, followed_metric
 
+MANIFEST = "manifest.json"
+"""Of a checkpoint; ``disk.checkpoints``, which loads torch, has the same."""
+
 State = Literal["running", "elsewhere", "stopped", "finished"]
 _PACE_ROWS = 21
 
@@ -116,6 +119,37 @@ def read_state(folder: RunFolder) -> RunState:
         host=host if isinstance(host, str) else None,
         changed=_changed(folder),
     )
+
+
+def start_of(folder: RunFolder) -> tuple[str | None, str | None]:
+    """What a run was told to start from: its ``model.path`` and its ``model.adapter``, as they were written."""
+    config = read_json_object(folder.facts).get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        return None, None
+    path, adapter = model.get("path"), model.get("adapter")
+    return path if isinstance(path, str) else None, adapter if isinstance(adapter, str) else None
+
+
+def run_name(folder: RunFolder) -> str:
+    """The name that a run was given, which those have in common that ``--fresh`` began beside each other."""
+    name = read_json_object(folder.facts).get("name")
+    return name if isinstance(name, str) else folder.path.name
+
+
+def spare_checkpoints(folder: RunFolder) -> list[Path]:
+    """Checkpoints of a run besides the newest, oldest first; none where that one is not whole, by the sizes in its manifest."""
+    *older, newest = sorted(folder.checkpoints.glob("step-*")) or [folder.checkpoints]
+    files = read_json_object(newest / MANIFEST).get("files")
+    if not isinstance(files, dict) or not files:
+        return []
+    for name, entry in files.items():
+        try:
+            if not isinstance(entry, dict) or (newest / name).stat().st_size != entry.get("size"):
+                return []
+        except OSError:
+            return []
+    return older
 
 
 def _holds(pid: int, folder: RunFolder) -> bool:

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: its folder, and Weights & Biases when asked for.
+"""Where the numbers of a run go: its folder, and whatever else is told them.
 
 The numbers of a step never stop a run: what cannot be written is reported once, through ``warn``.
 """
@@ -6,27 +6,16 @@ The numbers of a step never stop a run: what cannot be written is reported once,
 from __future__ import annotations
 
 import json
-import netrc
 import os
-import queue
-import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from rnow.disk.files import json_line, replace_file, unused
-from rnow.text.install import install_command
 from rnow.text.redact import Redactor
 
 Warn = Callable[[str], None]
 Row = dict[str, Any]
-
-START_SECONDS = 10.0
-"""How long a run waits for W&B to begin; later it begins beside the training."""
-
-MAX_UNSENT = 10_000
 
 
 class Sink(Protocol):
@@ -42,7 +31,8 @@ class Sink(Protocol):
 
     def forget_from(self, step: int) -> None:
         """The run is about to write this step and the later ones: what an earlier start logged of them goes. Called once,
-        before anything is logged, with 1 where a run begins."""
+        before anything is logged, with 1 where a run begins; of the run's own files last, so that others find in them what
+        there was."""
         ...
 
     def close(self, patience: float) -> None:
@@ -132,9 +122,16 @@ def read_lines(path: Path) -> list[tuple[bytes, Row | None]]:
     return [(line, _row(line)) for line in [*whole, *filter(None, lines[-1:])]]
 
 
+def each_row(path: Path) -> Iterator[Row]:
+    """The lines of a file of ``JsonlSink`` that can be read, oldest first, one at a time; none where there is no file."""
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from (row for line in lines if (row := _row(line)) is not None)
+
+
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a file of ``JsonlSink`` that can be read, oldest first."""
-    return [row for _, row in read_lines(path) if row is not None]
+    """All of them."""
+    return list(each_row(path))
 
 
 def read_evaluations(path: Path) -> list[Row]:
@@ -155,144 +152,6 @@ def _row(line: bytes) -> Row | None:
         for key, value in row.items()
     )
     return row if holds else None
-
-
-class WandbSink:
-    """Sends metrics to Weights & Biases; without a key the run is recorded offline, in ``dir``.
-
-    W&B is spoken to in a thread of its own: whatever does not come back there holds up nobody.
-
-    Args:
-        project: the W&B project.
-        name: the display name of the run, or None for W&B's own choice.
-        config: the resolved config, secrets already redacted by the caller.
-        dir: where W&B keeps its files (it makes a ``wandb`` folder there).
-        run_id: makes a resumed run continue the same W&B run.
-        redact: takes the secrets out of the names of metrics and evaluations.
-        warn: called with one line when something fails; from then on this sink does nothing.
-    """
-
-    def __init__(
-        self,
-        project: str,
-        name: str | None,
-        config: Mapping[str, Any],
-        dir: Path,
-        *,
-        run_id: str | None = None,
-        warn: Warn,
-        redact: Redactor | None = None,
-    ) -> None:
-        self._warn = warn
-        self._redact = redact or Redactor()
-        self._over = False
-        self._unsent: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MAX_UNSENT)
-        self._started = threading.Event()
-        arguments = {
-            "project": project,
-            "name": name,
-            "config": dict(config),
-            "dir": str(dir),
-            "id": run_id,
-            "resume": "allow" if run_id else None,
-        }
-        self._thread = threading.Thread(
-            target=self._work, args=(arguments,), name="wandb", daemon=True
-        )
-        self._thread.start()
-        if not self._started.wait(START_SECONDS):
-            warn("Weights & Biases has not answered yet; training goes on, and its metrics wait")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of one step."""
-        if self._over:
-            return
-        try:
-            self._unsent.put_nowait((step, self._redact.data(dict(metrics), keys=True)))
-        except queue.Full:
-            self._give_up("stopped accepting metrics", f"{MAX_UNSENT} steps are not sent")
-
-    def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """See ``Sink.evaluated``: ``eval/<name>/<metric>``."""
-        self.log(step, {f"eval/{name}/{key}": value for key, value in metrics.items()})
-
-    def forget_from(self, step: int) -> None:
-        """Nothing is taken back: W&B cannot rewind a run, and goes on where it is."""
-
-    def close(self, patience: float) -> None:
-        """Finish the W&B run; its service process ends."""
-        if self._over:
-            return
-        with suppress(queue.Full):
-            self._unsent.put_nowait(None)
-        self._thread.join(patience)
-        if self._thread.is_alive():
-            self._give_up("did not finish", f"no answer in {patience:g} s; `wandb sync` may help")
-        self._over = True
-
-    def _work(self, arguments: dict[str, Any]) -> None:
-        """Everything that is said to W&B."""
-        doing = "could not start"
-        try:
-            run = self._start(arguments)
-            self._started.set()
-            doing = "stopped accepting metrics"
-            while (line := self._unsent.get()) is not None:
-                step, metrics = line
-                run.log(metrics, step=step)
-            doing = "did not finish cleanly"
-            run.finish()
-        except ImportError:
-            self._over = True
-            self._warn(
-                f"wandb_project is set but wandb is not installed: {install_command('wandb')}"
-            )
-        except Exception as error:
-            self._give_up(doing, str(error))
-        finally:
-            self._started.set()
-
-    def _start(self, arguments: dict[str, Any]) -> Any:
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE") or None
-        if mode is None and not has_wandb_key(wandb.Settings().base_url, os.environ):
-            mode = "offline"
-            self._warn(
-                f"no Weights & Biases key found: recording offline in {Path(arguments['dir']) / 'wandb'}; "
-                "send it later with `wandb sync`"
-            )
-        settings = wandb.Settings(
-            console="off",
-            silent=True,
-            disable_git=True,
-            save_code=False,
-            init_timeout=30,
-            # The command line, with every override on it, would be in W&B's metadata.
-            x_disable_meta=True,
-        )
-        return wandb.init(**arguments, mode=mode, settings=settings)  # pyright: ignore[reportArgumentType]
-
-    def _give_up(self, what: str, why: str) -> None:
-        if not self._over:
-            self._over = True
-            self._warn(f"Weights & Biases {what}: {why} (training goes on without it)")
-
-
-def has_wandb_key(base_url: str, environment: Mapping[str, str]) -> bool:
-    """Whether W&B can log in to ``base_url`` without asking: a key or identity token in the environment, or a netrc entry."""
-    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(base_url).hostname or ""
-    named = environment.get("NETRC")
-    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    for file in files:
-        try:
-            if netrc.netrc(file).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
 
 
 def _append_whole(path: Path, line: bytes) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rnow.disk.files import to_json
 from rnow.disk.transcripts import FLOAT_LISTS, TOKEN_LISTS, schema, step_of
 from rnow.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Row = dict[str, Any]
 """The columns of ``transcripts.schema()`` by name, ``messages`` and ``answer`` as they were, ``rewards`` and ``reward_errors`` as
@@ -24,6 +29,7 @@ SORTS = {
 """What rollouts can be sorted by, and the column."""
 
 _JSON = ("messages", "answer")
+_MAPS = ("rewards", "reward_errors")
 _OLD_LISTS = {
     "turn": "turn",
     "token_ids": "id",
@@ -51,8 +57,41 @@ def read_step(
     Raises:
         InputError: the file is none, or cut, or of another kind.
     """
-    try:
+    with _readable(path):
         return _read_lines(path, choose) if path.suffix == ".jsonl" else _read_table(path, choose)
+
+
+def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
+    """Some columns of one transcript, of whichever form; null where an earlier version did not keep one.
+
+    Raises:
+        InputError: the file is none, or cut, or of another kind.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = pa.schema([schema().field(name) for name in names])
+    with _readable(path):
+        if path.suffix == ".jsonl":
+            rows = [
+                row
+                | {name: to_json(row[name]) for name in _JSON}
+                | {name: list(row[name].items()) for name in _MAPS}
+                for row in _read_lines(path)
+            ]
+            return pa.Table.from_pylist(rows, schema=wanted)
+        with pq.ParquetFile(path) as file:
+            there = set(file.schema_arrow.names)
+            table = file.read(columns=[name for name in names if name in there])
+        for name in (name for name in names if name not in there):
+            table = table.append_column(name, pa.nulls(len(table), wanted.field(name).type))
+        return table.select(list(names)).cast(wanted)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # whatever readers of a format make of damaged bytes
         raise InputError(
             "this transcript cannot be read",
@@ -83,17 +122,21 @@ def _read_table(path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | N
             table = file.read()
         else:
             plain = [name for name in schema().names if name not in TOKEN_LISTS]
-            rows = _row_dicts(file.read(columns=plain))
+            rows = row_dicts(file.read(columns=plain))
             table = file.read().take(pa.array(list(choose(rows)), pa.int64()))
-    return _row_dicts(table)
+    unknown = dict.fromkeys(schema().names)  # a file of an earlier version lacks columns
+    return [unknown | row for row in row_dicts(table)]
 
 
-def _row_dicts(table: Any) -> list[Row]:
+def row_dicts(table: pa.Table) -> list[Row]:
+    """The rows of a table that has ``messages`` and ``answer`` among its columns."""
     rows = table.to_pylist(maps_as_pydicts="strict")
     return [row | {name: json.loads(row[name]) for name in _JSON} for row in rows]
 
 
-def _read_lines(path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | None) -> list[Row]:
+def _read_lines(
+    path: Path, choose: Callable[[Sequence[Row]], Iterable[int]] | None = None
+) -> list[Row]:
     # Not splitlines(): U+2028 and its like stand unescaped inside the texts.
     lines = filter(None, path.read_text(encoding="utf-8").split("\n"))
     rows = [_from_line(json.loads(line)) for line in lines]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-    from rnow.algorithm.records import StepData
+    from rnow.algorithm.records import StepData, TrainingSample
 
 Array = np.ndarray[Any, Any]
 
@@ -39,12 +39,19 @@ STREAMS = {
     "logprobs": "logprobs",
     "teacher_logprobs": "teacher_logprobs",
     "teacher_kl": "kl",
+    "entropy": "entropy",
     "advantages": "advantages",
 }
 """Streams of the update that are kept, and their columns."""
 
 FLOAT_LISTS = ("sampler_logprobs", *STREAMS.values())
-TOKEN_LISTS = ("turn", "token_ids", "tokens", "loss_mask", *FLOAT_LISTS)
+TOP_LISTS = ("teacher_top_ids", "teacher_top_tokens", "teacher_top_logprobs")
+"""The teacher's likeliest tokens, where it was asked for them: a list for each token."""
+TOKEN_LISTS = ("turn", "token_ids", "tokens", "loss_mask", *FLOAT_LISTS, *TOP_LISTS)
+TOP_KEPT = 5
+"""Of those, so many."""
+
+_FLOATS = (*FLOAT_LISTS, "teacher_top_logprobs")
 _DROPPED_BITS = 8  # of the 24 that float32 has
 
 
@@ -104,11 +111,12 @@ class TranscriptWriter:
             # Of the samples no more than this: hidden states of a teacher would be held through another step.
             advantages={item.sample.id: item.reward_advantage for item in data.training},
             streams={name: streams.get(name, {}) for name in STREAMS},
+            tops=_tops(data.training),
             token_ids=np.fromiter(
                 chain.from_iterable(_turns(rows, "token_ids")), np.int32, count=_tokens(rows)
             ),
         )
-        for token in np.unique(written.token_ids).tolist():
+        for token in written.distinct().tolist():
             if token not in self._pieces:
                 self._pieces[token] = _utf8(self._redact(self._decode([token])))
         thread = threading.Thread(
@@ -166,21 +174,31 @@ _Rows = Sequence[tuple[Prompt, Rollout, RewardResult | None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """What is written of one step. ``token_ids``: int32, of all rows one after the other."""
+    """What is written of one step.
+
+    Attributes:
+        tops: sample id -> the teacher's likeliest tokens, ids int32 and log-probabilities float32 ``[tokens, k]``.
+        token_ids: int32, of all rows one after the other.
+    """
 
     step: int
     rows: _Rows
     advantages: Mapping[str, float]
     streams: Mapping[str, Mapping[str, Tensor]]
+    tops: Mapping[str, tuple[Array, Array]]
     token_ids: Array
+
+    def distinct(self) -> Array:
+        """Every token that is named, once."""
+        return np.unique(
+            np.concatenate([self.token_ids, *(ids.ravel() for ids, _ in self.tops.values())])
+        )
 
     def table(self, pieces: Mapping[int, str], redact: Redactor) -> pa.Table:
         """The rows as columns of ``schema()``."""
         import pyarrow as pa
 
         counts = [rollout.completion_tokens for _, rollout, _ in self.rows]
-        distinct, which = np.unique(self.token_ids, return_inverse=True)
-        texts = pa.array([pieces[token] for token in distinct.tolist()], pa.string())
         trained = [rollout.id in self.advantages for _, rollout, _ in self.rows]
         sampled = np.fromiter(
             chain.from_iterable(_turns(self.rows, "logprobs")), np.float32, count=sum(counts)
@@ -189,14 +207,28 @@ class _Step:
         columns = self._plain(kls, redact) | {
             "turn": _lists(self._turn_numbers(), counts),
             "token_ids": _lists(self.token_ids, counts),
-            "tokens": _lists(texts.take(pa.array(which)), counts),
+            "tokens": _lists(_texts(self.token_ids, pieces), counts),
             "loss_mask": _lists(np.repeat(np.array(trained, bool), counts), counts),
             "sampler_logprobs": _lists(_rounded(sampled), counts),
         }
         for name, column in STREAMS.items():
             found = kls if name == "teacher_kl" else self._of(name, counts)
             columns[column] = _nullable_lists(found)
-        return pa.table(columns, schema=schema())
+        return pa.table(columns | self._top_columns(pieces), schema=schema())
+
+    def _top_columns(self, pieces: Mapping[int, str]) -> dict[str, pa.ListArray]:
+        import pyarrow as pa
+
+        found = [self.tops.get(rollout.id) for _, rollout, _ in self.rows]
+        ids = [None if top is None else top[0] for top in found]
+        flat = [top for top in found if top is not None]
+        every = np.concatenate([np.empty(0, np.int32), *(top[0].ravel() for top in flat)])
+        logprobs = np.concatenate([np.empty(0, np.float32), *(top[1].ravel() for top in flat)])
+        return {
+            "teacher_top_ids": _nested_lists(ids, pa.array(every)),
+            "teacher_top_tokens": _nested_lists(ids, _texts(every, pieces)),
+            "teacher_top_logprobs": _nested_lists(ids, pa.array(_rounded(logprobs))),
+        }
 
     def _plain(self, kls: Sequence[Array | None], redact: Redactor) -> dict[str, list[object]]:
         """Columns with one value per rollout."""
@@ -265,6 +297,9 @@ def schema() -> pa.Schema:
             "tokens": pa.list_(text),
             "loss_mask": pa.list_(pa.bool_()),
             **{name: pa.list_(pa.float32()) for name in FLOAT_LISTS},
+            "teacher_top_ids": pa.list_(pa.list_(pa.int32())),
+            "teacher_top_tokens": pa.list_(pa.list_(text)),
+            "teacher_top_logprobs": pa.list_(pa.list_(pa.float32())),
         }
     )
 
@@ -274,12 +309,13 @@ def to_parquet(table: pa.Table) -> bytes:
     import pyarrow.parquet as pq
 
     leaves = {
-        name: f"{name}.list.element" if name in TOKEN_LISTS else name for name in table.column_names
+        name: name + ".list.element" * ((name in TOKEN_LISTS) + (name in TOP_LISTS))
+        for name in table.column_names
     }
     # Of the longest texts no statistics, which would hold them once more.
     options: dict[str, Any] = {
-        "use_dictionary": [leaf for name, leaf in leaves.items() if name not in FLOAT_LISTS],
-        "use_byte_stream_split": [leaves[name] for name in FLOAT_LISTS],
+        "use_dictionary": [leaf for name, leaf in leaves.items() if name not in _FLOATS],
+        "use_byte_stream_split": [leaves[name] for name in _FLOATS],
         "write_statistics": ["step", "reward", "advantage", "teacher_kl"],
     }
     sink = io.BytesIO()
@@ -296,12 +332,35 @@ def _tokens(rows: _Rows) -> int:
     return sum(rollout.completion_tokens for _, rollout, _ in rows)
 
 
+def _tops(training: Sequence[TrainingSample]) -> dict[str, tuple[Array, Array]]:
+    """See ``_Step.tops``; of the samples whose teacher was asked for them."""
+    from rnow.algorithm.records import TopKEvidence
+
+    return {
+        item.sample.id: (
+            item.evidence.ids[:, :TOP_KEPT].cpu().numpy().astype(np.int32),
+            item.evidence.logprobs[:, :TOP_KEPT].cpu().float().numpy().copy(),
+        )
+        for item in training
+        if isinstance(item.evidence, TopKEvidence)
+    }
+
+
+def _texts(token_ids: Array, pieces: Mapping[int, str]) -> pa.Array:
+    import pyarrow as pa
+
+    distinct, which = np.unique(token_ids, return_inverse=True)
+    texts = pa.array([pieces[token] for token in distinct.tolist()], pa.string())
+    return texts.take(pa.array(which))
+
+
 def _lists(values: Array | pa.Array, counts: Sequence[int]) -> pa.ListArray:
     """Values one after the other, as one list per count."""
     import pyarrow as pa
 
     offsets = np.cumsum([0, *counts], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    held = values if isinstance(values, pa.Array) else pa.array(values)
+    return pa.ListArray.from_arrays(pa.array(offsets), held)
 
 
 def _nullable_lists(parts: Sequence[Array | None]) -> pa.ListArray:
@@ -309,12 +368,22 @@ def _nullable_lists(parts: Sequence[Array | None]) -> pa.ListArray:
     import pyarrow as pa
 
     known = [_rounded(part) for part in parts if part is not None]
+    return _masked(parts, pa.array(np.concatenate([np.empty(0, np.float32), *known])))
+
+
+def _nested_lists(parts: Sequence[Array | None], values: pa.Array) -> pa.ListArray:
+    """Parts ``[tokens, k]``, whose values stand one after the other, as lists of k for each token, with null for None."""
+    widths = [part.shape[1] for part in parts if part is not None for _ in range(len(part))]
+    return _masked(parts, _lists(values, widths))
+
+
+def _masked(parts: Sequence[Array | None], values: pa.Array) -> pa.ListArray:
+    """What is known, one after the other, as a list for each part, with null for None."""
+    import pyarrow as pa
+
     offsets = np.cumsum([0, *(0 if part is None else len(part) for part in parts)], dtype=np.int32)
-    return pa.ListArray.from_arrays(
-        pa.array(offsets),
-        pa.array(np.concatenate(known) if known else np.empty(0, np.float32)),
-        mask=pa.array([part is None for part in parts], pa.bool_()),
-    )
+    missing = pa.array([part is None for part in parts], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=missing)
 
 
 def _rounded(values: Array) -> Array:

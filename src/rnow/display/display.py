@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from rich.console import Console
 
+from rnow.display.downloads import Download
 from rnow.display.live_table import LiveTable
 from rnow.display.plain_lines import PlainLines
 
@@ -25,6 +27,10 @@ class Display(Protocol):
 
     def stage(self, name: str) -> None:
         """What is happening now, e.g. ``rollout`` or ``loading the teacher``."""
+        ...
+
+    def download(self, download: Download) -> None:
+        """A model comes from the hub; told a few times a second, and once more when it is there."""
         ...
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -43,6 +49,10 @@ class Display(Protocol):
         """Results of one evaluation, e.g. ``before`` with ``{"pass@1": 0.52, "teacher_kl": 0.4}``."""
         ...
 
+    def saved(self, step: int, folder: str) -> None:
+        """The state after so many steps is committed to a checkpoint."""
+        ...
+
     def finish(self, lines: Sequence[str]) -> None:
         """The run is done. Lines that begin with four spaces are code to copy."""
         ...
@@ -59,6 +69,8 @@ class QuietDisplay:
 
     def stage(self, name: str) -> None: ...
 
+    def download(self, download: Download) -> None: ...
+
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
     def note(self, text: str) -> None: ...
@@ -67,6 +79,8 @@ class QuietDisplay:
         self.note(f"warning: {text}")
 
     def evaluation(self, name: str, results: Mapping[str, float]) -> None: ...
+
+    def saved(self, step: int, folder: str) -> None: ...
 
     def finish(self, lines: Sequence[str]) -> None: ...
 
@@ -86,6 +100,9 @@ class RedactingDisplay:
     def stage(self, name: str) -> None:
         self._display.stage(self._redact(name))
 
+    def download(self, download: Download) -> None:
+        self._display.download(replace(download, name=self._redact(download.name)))
+
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._display.step(step, total, metrics)
 
@@ -97,6 +114,9 @@ class RedactingDisplay:
 
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._display.evaluation(name, results)
+
+    def saved(self, step: int, folder: str) -> None:
+        self._display.saved(step, self._redact(folder))
 
     def finish(self, lines: Sequence[str]) -> None:
         self._display.finish([self._redact(line) for line in lines])
@@ -119,6 +139,10 @@ class Both:
         for display in self._each:
             display.stage(name)
 
+    def download(self, download: Download) -> None:
+        for display in self._each:
+            display.download(download)
+
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         for display in self._each:
             display.step(step, total, metrics)
@@ -134,6 +158,10 @@ class Both:
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         for display in self._each:
             display.evaluation(name, results)
+
+    def saved(self, step: int, folder: str) -> None:
+        for display in self._each:
+            display.saved(step, folder)
 
     def finish(self, lines: Sequence[str]) -> None:
         for display in self._each:
@@ -157,6 +185,9 @@ class Harmless:
     def stage(self, name: str) -> None:
         self._try(lambda: self._display.stage(name))
 
+    def download(self, download: Download) -> None:
+        self._try(lambda: self._display.download(download))
+
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._try(lambda: self._display.step(step, total, metrics))
 
@@ -168,6 +199,9 @@ class Harmless:
 
     def evaluation(self, name: str, results: Mapping[str, float]) -> None:
         self._try(lambda: self._display.evaluation(name, results))
+
+    def saved(self, step: int, folder: str) -> None:
+        self._try(lambda: self._display.saved(step, folder))
 
     def finish(self, lines: Sequence[str]) -> None:
         self._try(lambda: self._display.finish(lines))

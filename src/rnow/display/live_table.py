@@ -16,6 +16,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from rnow.display.downloads import Download
 from rnow.display.history import StepHistory, StepRow, followed_metric, stage_seconds
 from rnow.display.tables import headline_text, quiet_table, result_table
 from rnow.display.terminal import (
@@ -61,6 +62,7 @@ class LiveTable:
         self._history = StepHistory(clock)
         self._began = clock()
         self._stage = ""
+        self._downloads: dict[str, Download] = {}
         self._live: Live | None = None
         self._finished = False
         self._evaluations: dict[str, Mapping[str, float]] = {}
@@ -76,6 +78,11 @@ class LiveTable:
     def stage(self, name: str) -> None:
         self._stage = name
         self._open()
+
+    def download(self, download: Download) -> None:
+        self._downloads[download.name] = download
+        coming = [one.line() for one in self._downloads.values() if one.done < one.total]
+        self.stage("; ".join(coming) or download.line())
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._open()
@@ -93,6 +100,9 @@ class LiveTable:
         mark = "● " if self._unicode else "* "
         line = Text.assemble((mark, "cyan"), f"{name}  ", (shown, "bold"))
         self._console.print(Text(escape_control(line.plain), spans=line.spans), highlight=False)
+
+    def saved(self, step: int, folder: str) -> None:
+        """Not shown: the step's own line is there."""
 
     def finish(self, lines: Sequence[str]) -> None:
         self._finished = True

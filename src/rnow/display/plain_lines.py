@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from rnow.display.downloads import Download, DownloadLines
 from rnow.display.history import StepHistory, followed_metric, stage_seconds
 from rnow.display.tables import headline_text, result_table
 from rnow.display.terminal import (
@@ -43,6 +44,7 @@ class PlainLines:
         self._clock = clock
         self._stamp = stamp
         self._history = StepHistory(clock)
+        self._downloads = DownloadLines(clock)
         self._last_stage = ""
         self._last_line_at = -math.inf
         self._evaluations: dict[str, Mapping[str, float]] = {}
@@ -57,6 +59,10 @@ class PlainLines:
             self._flush()
             self._tell(f"{name} ...")
         self._last_stage = name
+
+    def download(self, download: Download) -> None:
+        if self._downloads.due(download):
+            self._tell(download.line())
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._history.add(step, total, metrics)
@@ -76,6 +82,9 @@ class PlainLines:
         self._flush()
         self._evaluations[name] = dict(results)
         self._tell(f"evaluation {name}:  {headline_text(results)}")
+
+    def saved(self, step: int, folder: str) -> None:
+        """Not shown: the step's own line is there."""
 
     def finish(self, lines: Sequence[str]) -> None:
         self._flush()

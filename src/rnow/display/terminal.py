@@ -125,3 +125,12 @@ def format_clock(seconds: float) -> str:
         days, hour = divmod(hours, 24)
         return f"{days}d {hour:02d}:{minute:02d}"
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
+
+
+def format_bytes(amount: float) -> str:
+    """``1.2 GB``, ``34 MB``: powers of ten, as disks and cards are sold."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if amount >= size:
+            value = amount / size
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:,.0f} {unit}"
+    return f"{amount:.0f} B"

@@ -34,9 +34,57 @@ class Reading:
         for name, pattern in self.sources:
             converter.add_tensor(self.target, name, pattern, lambda name=name: load(name))
         made = converter.convert(self.target, model=model, config=model.config)
-        return {
-            name: value[0] if isinstance(value, list) else value for name, value in made.items()
-        }
+        return _single(made)
+
+    def undo(self, parameters: Mapping[str, Tensor], model: Any) -> Mapping[str, Tensor]:
+        """The tensors of the files by name, from the parameters that ``convert`` gave. Only with a converter.
+
+        Raises:
+            ValueError: they would be others than those that it was made from.
+        """
+        back = self.converter.reverse_transform()
+        first = ""
+        for target, value in parameters.items():
+            renamed, pattern = back.rename_source_key(target)
+            first = first or renamed
+            back.add_tensor(renamed, target, pattern or target, value)
+        found = _single(back.convert(first, model=model, config=model.config))
+        renamings = _renamings(model)
+        known = {_renamed(name, renamings): name for name, _ in self.sources}
+        names = {made: _stored_name(made, known) for made in found}
+        if {*names.values()} != {name for name, _ in self.sources}:
+            raise ValueError(f"{self.target} would be taken apart into {', '.join(found)[:200]}")
+        return {str(names[made]): value for made, value in found.items()}
+
+
+def _single(made: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _renamings(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return [
+        each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)
+    ]
+
+
+def _renamed(name: str, renamings: Sequence[Any]) -> str:
+    """The name in the files as it is when a converter looks at it."""
+    for entry in renamings:
+        name, _ = entry.rename_source_key(name)
+    return name
+
+
+def _stored_name(made: str, known: Mapping[str, str]) -> str | None:
+    """Whose it is; the model's prefix may be in one of the two names alone."""
+    found = [
+        stored
+        for renamed, stored in known.items()
+        if made == renamed or made.endswith(f".{renamed}") or renamed.endswith(f".{made}")
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def plan_readings(model: Any, names: Sequence[str]) -> list[Reading]:

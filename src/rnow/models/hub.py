@@ -10,12 +10,21 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rnow.errors import ModelError
+from rnow.models.downloads import (
+    Watch,
+    cache_folder,
+    missing_bytes,
+    remember,
+    unwatched,
+    watched,
+)
 from rnow.models.folder import TOKENIZER_FILES, check_folder, model_folders
 from rnow.models.refusal import Refusal, adapter_refused, one_line, read_json, shorten
-from rnow.models.resolved import ResolvedModel
+from rnow.models.resolved import HubFile, ResolvedModel
 from rnow.models.weight_files import (
     SHARD,
     WEIGHTS,
@@ -25,6 +34,7 @@ from rnow.models.weight_files import (
 )
 from rnow.text.suggest import closest
 
+MORE_ROOM = "free space in {cache}, or point the cache at a larger disk: export HF_HOME=/path/on/it"
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
 
@@ -35,21 +45,22 @@ def fetch(
     weights: bool,
     trust_remote_code: bool,
     base_dir: Path,
+    watch: Watch = unwatched,
 ) -> ResolvedModel:
     """Download what is missing of the model that ``refusal`` names; see ``rnow.models.resolve.resolve_model``.
 
     Args:
         base_dir: the project folder, searched for a folder of nearly that name when the hub has none.
+        watch: told how far the download is.
 
     Raises:
         ModelError: the hub has no such model, does not let us have it, or it cannot be used.
     """
-    import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     path = refusal.path
     try:
-        sizes, commit = _list_repository(path, revision)
+        listed, commit = _list_repository(path, revision)
     except HFValidationError as error:
         raise refusal.error(
             f"'{path}' is neither a folder nor a HuggingFace id",
@@ -57,52 +68,122 @@ def fetch(
         ) from error
     except Exception as error:
         # Anything but "unreachable" is final; what is already on this machine needs no hub.
-        if _unreachable(error):
+        if is_unreachable(error):
             with suppress(ModelError, OSError, LookupError):
                 return _resolve_from_cache(revision, refusal)
         raise _hub_error(error, revision, base_dir, refusal) from error
 
-    files = _wanted_files(sizes, trust_remote_code, refusal)
-    shards = [name for name in files if name.endswith(".safetensors")]
-    if not weights:
-        files = [name for name in files if name not in shards]
-    _check_free_space(sizes, files, commit, refusal)
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(path, revision=commit, allow_patterns=files)
-        )
-    except Exception as error:
-        raise _hub_error(error, revision, base_dir, refusal) from error
-    if weights:
-        for name in shards:
-            check_safetensors(folder / name, refusal)
+    names = _wanted_files({file.name for file in listed}, trust_remote_code, refusal)
+    files = tuple(file for file in listed if file.name in names)
+    wanted = files if weights else tuple(file for file in files if not _is_weights(file))
+    check_room([(refusal, missing_bytes(path, commit, wanted))])
+    folder = _download(refusal, commit, wanted, base_dir=base_dir, watch=watch)
+    remember(path, revision, commit)
     read_json(folder / "config.json", refusal)
     return ResolvedModel(
         path=path,
         local_dir=folder,
         revision=commit,
-        weights_bytes=sum(sizes[name] for name in shards),
+        weights_bytes=sum(file.size for file in files if _is_weights(file)),
+        files=files,
+        missing_bytes=missing_bytes(path, commit, files),
     )
 
 
-def _list_repository(path: str, revision: str | None) -> tuple[dict[str, int], str]:
-    """Names and sizes of a repository's files, and the commit they belong to."""
+def fetch_weights(
+    model: ResolvedModel, *, key: str, base_dir: Path, watch: Watch = unwatched
+) -> ResolvedModel:
+    """The model with its weights, for one that ``fetch`` found without them; any other as it is.
+
+    Args:
+        key: the setting that names it.
+
+    Raises:
+        ModelError: as ``fetch``.
+    """
+    if not model.files or model.revision is None:
+        return model
+    refusal = Refusal(path=model.path, key=key)
+    folder = _download(refusal, model.revision, model.files, base_dir=base_dir, watch=watch)
+    return replace(model, local_dir=folder, missing_bytes=0)
+
+
+def check_room(downloads: Sequence[tuple[Refusal, int]]) -> None:
+    """Hold the bytes that are to come for each setting, together, against the disk of the cache.
+
+    Raises:
+        ModelError: they do not fit; nothing has been fetched yet.
+    """
+    needed = sum(size for _, size in downloads)
+    if not needed:
+        return
+    cache = cache_folder()
+    free = shutil.disk_usage(_existing_parent(cache)).free
+    if needed <= free:
+        return
+    coming = [(refusal, size) for refusal, size in downloads if size]
+    refusal = coming[0][0]
+    what = f"'{refusal.path}' needs" if len(coming) == 1 else "the models need"
+    each = [f"{one.key}: '{one.path}', {size / 1e9:.1f} GB" for one, size in coming]
+    raise refusal.error(
+        f"{what} {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
+        details=each if len(coming) > 1 else (),
+        fix=MORE_ROOM.format(cache=_existing_parent(cache)),
+    )
+
+
+def _download(
+    refusal: Refusal, commit: str, files: Sequence[HubFile], *, base_dir: Path, watch: Watch
+) -> Path:
+    """The folder with these files; weights among them are looked at."""
+    import huggingface_hub
+
+    names = [file.name for file in files]
+    try:
+        with watched(refusal.path, commit, files, watch):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    refusal.path, revision=commit, allow_patterns=names
+                )
+            )
+    except Exception as error:
+        raise _hub_error(error, commit, base_dir, refusal) from error
+    for file in files:
+        if _is_weights(file):
+            check_safetensors(folder / file.name, refusal)
+    return folder
+
+
+def _is_weights(file: HubFile) -> bool:
+    return file.name.endswith(".safetensors")
+
+
+def _list_repository(path: str, revision: str | None) -> tuple[list[HubFile], str]:
+    """A repository's files, and the commit they belong to."""
     import huggingface_hub
 
     info = huggingface_hub.HfApi().model_info(
         path, revision=revision, files_metadata=True, timeout=30
     )
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    return sizes, info.sha or revision or "main"
+    files = [
+        HubFile(
+            name=sibling.rfilename,
+            size=sibling.size or 0,
+            # The cache names contents as the hub does: large ones by their sha256, others by git's hash.
+            blob=(sibling.lfs.sha256 if sibling.lfs else sibling.blob_id) or "",
+        )
+        for sibling in info.siblings or ()
+    ]
+    return sorted(files, key=lambda file: file.name), info.sha or revision or "main"
 
 
-def _wanted_files(sizes: dict[str, int], trust_remote_code: bool, refusal: Refusal) -> list[str]:
+def _wanted_files(listed: set[str], trust_remote_code: bool, refusal: Refusal) -> set[str]:
     """The files of the repository that a model in the transformers format consists of."""
-    names = {name for name in sizes if "/" not in name}
+    names = {name for name in listed if "/" not in name}
     if "adapter_config.json" in names:
         raise adapter_refused(refusal)
     if "config.json" not in names:
-        kind = "GGUF files" if any(name.endswith(".gguf") for name in sizes) else "no config.json"
+        kind = "GGUF files" if any(name.endswith(".gguf") for name in listed) else "no config.json"
         raise refusal.error(
             f"the repository '{refusal.path}' holds {kind}: it is no transformers model",
             fix=f"{refusal.key}: the original model's id",
@@ -127,28 +208,7 @@ def _wanted_files(sizes: dict[str, int], trust_remote_code: bool, refusal: Refus
             fix="name another model, or a revision that is complete",
         )
     suffixes = (*_SMALL_FILES, ".py") if trust_remote_code else _SMALL_FILES
-    return sorted({name for name in names if name.endswith(suffixes)} | weights)
-
-
-def _check_free_space(
-    sizes: dict[str, int], files: Sequence[str], commit: str, refusal: Refusal
-) -> None:
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    path = refusal.path
-    needed = sum(
-        sizes[name]
-        for name in files
-        if not isinstance(huggingface_hub.try_to_load_from_cache(path, name, revision=commit), str)
-    )
-    cache = _existing_parent(Path(constants.HF_HUB_CACHE))
-    free = shutil.disk_usage(cache).free
-    if needed > free:
-        raise refusal.error(
-            f"'{path}' needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
-            fix=f"free space in {cache}, or set HF_HOME to a folder on a larger disk",
-        )
+    return {name for name in names if name.endswith(suffixes)} | weights
 
 
 def _existing_parent(folder: Path) -> Path:
@@ -160,14 +220,22 @@ def _existing_parent(folder: Path) -> Path:
 def _resolve_from_cache(revision: str | None, refusal: Refusal) -> ResolvedModel:
     """A model found whole in the cache while the hub cannot be reached."""
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     path = refusal.path
-    folder = Path(huggingface_hub.snapshot_download(path, revision=revision, local_files_only=True))
+    try:
+        found = huggingface_hub.snapshot_download(path, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        # Where files are missing that no model needs (its README), it is said where the others are.
+        found = getattr(error, "snapshot_path", None)
+        if found is None:
+            raise
+    folder = Path(found)
     weights = check_folder(folder, refusal)
     return ResolvedModel(path=path, local_dir=folder, revision=folder.name, weights_bytes=weights)
 
 
-def _unreachable(error: BaseException) -> bool:
+def is_unreachable(error: BaseException) -> bool:
     """Whether the hub did not answer at all, or only with a server's error."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -196,7 +264,7 @@ def _hub_error(
     )
 
     path = refusal.path
-    from_outside = isinstance(error, OSError | ValueError) or _unreachable(error)
+    from_outside = isinstance(error, OSError | ValueError) or is_unreachable(error)
     if not from_outside and not type(error).__module__.startswith("huggingface_hub"):
         raise error
     if isinstance(error, GatedRepoError):
@@ -220,14 +288,14 @@ def _hub_error(
     if getattr(error, "errno", None) == errno.ENOSPC:
         return refusal.error(
             f"the disk filled up while '{path}' was downloaded",
-            fix="free space, or set HF_HOME to a folder on a larger disk; the download continues where it stopped",
+            fix=f"{MORE_ROOM.format(cache=cache_folder())}; files that are whole are not fetched again",
         )
     if isinstance(error, OfflineModeIsEnabled):
         return refusal.error(
             f"'{path}' is not on this machine, and offline mode is on (HF_HUB_OFFLINE)",
             fix=_without_the_hub(refusal.key, "unset HF_HUB_OFFLINE"),
         )
-    if _unreachable(error) or isinstance(error, LocalEntryNotFoundError):
+    if is_unreachable(error) or isinstance(error, LocalEntryNotFoundError):
         return refusal.error(
             f"'{path}' is not on this machine, and the HuggingFace hub cannot be reached",
             why=one_line(error),

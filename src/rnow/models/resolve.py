@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from rnow.errors import ModelError
+from rnow.models.downloads import Watch, unwatched
 from rnow.models.folder import check_folder, no_such_folder
 from rnow.models.hub import fetch
 from rnow.models.ids import check_model_id, looks_like_a_path
@@ -35,6 +36,7 @@ def resolve_model(
     revision: str | None = None,
     weights: bool = True,
     trust_remote_code: bool = False,
+    watch: Watch = unwatched,
 ) -> ResolvedModel:
     """Find a model, download what is missing, and check that its files are complete.
 
@@ -47,6 +49,7 @@ def resolve_model(
         revision: branch, tag or commit of a hub model.
         weights: False fetches everything but the weights (for ``rnow check``); they are still known to exist.
         trust_remote_code: fetch the repository's Python files too.
+        watch: told how far the download of a hub model is.
 
     Raises:
         ModelError: there is no such model, it is incomplete, or it is not of a kind that can be used.
@@ -74,6 +77,7 @@ def resolve_model(
         weights=weights,
         trust_remote_code=trust_remote_code,
         base_dir=base_dir,
+        watch=watch,
     )
 
 

@@ -113,6 +113,15 @@ def slow_paths(config: Config) -> list[str]:
     return found
 
 
+def missing_trackers(config: Config) -> list[str]:
+    """What to install for the trackers that the config names; a run goes on without those that are not there."""
+    return [
+        f"trackers: {name} is not installed: {install_command(name)}"
+        for name in config.tracked_by
+        if find_spec(name) is None
+    ]
+
+
 def unusable_gpu() -> str | None:
     """Why torch does not use an NVIDIA card that this machine has; None without one, and where the user hides it."""
     import torch

@@ -75,10 +75,20 @@ def cpu_memory() -> tuple[int, int]:
 
 def free_disk(folder: Path) -> int:
     """Free bytes of the disk that ``folder`` is on, or will be."""
+    return shutil.disk_usage(nearest(folder)).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether two folders are, or will be, on one disk."""
+    return nearest(one).stat().st_dev == nearest(other).stat().st_dev
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the innermost above it that exists."""
     folder = folder.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def _meminfo_available() -> int | None:

@@ -15,9 +15,11 @@ from typing import Any
 from rnow.algorithm.head import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, cpu_tile_bytes
 from rnow.config import Config
 from rnow.config.teachers import TEACHER
+from rnow.display.terminal import format_bytes
 from rnow.errors import ConfigError
 from rnow.models.activations import update_tokens
 from rnow.models.adapter import describe
+from rnow.models.downloads import cache_folder, hub_address
 from rnow.models.loading import choose_device
 from rnow.models.scoring import scoring_tokens
 from rnow.models.shape import ModelShape, build_empty, shape_of
@@ -28,11 +30,12 @@ from rnow.plan.choices import (
     LAYER_SECONDS,
     control_warning,
     describe_signal,
+    missing_trackers,
     reads_hidden_states,
     slow_paths,
     teacher_answers,
 )
-from rnow.plan.devices import DeviceInfo, cpu_memory, describe_device, free_disk
+from rnow.plan.devices import DeviceInfo, cpu_memory, describe_device, free_disk, same_disk
 from rnow.plan.memory import (
     ENGINE_WORK,
     MemoryPart,
@@ -57,6 +60,7 @@ from rnow.plan.roles import (
     engine_share,
     sharers,
     teachers_of,
+    to_fetch,
 )
 from rnow.plan.sources import rows_of
 from rnow.plan.streamed import Streaming, asked_to_stream, could_stream, describe_streaming
@@ -67,7 +71,7 @@ from rnow.training.residency import Part
 
 MOMENTS_AND_ADAPTER = 3
 TRANSCRIPT_TOKEN, JOURNAL_TOKEN = 25, 24
-"""Bytes for one token: compressed, its id, text and five numbers; its id, one number and its part of the messages."""
+"""Bytes for one token: compressed, its id, text and six numbers; its id, one number and its part of the messages."""
 MAX_ADVICE = 4
 HOST_FIX = "set teacher.quantization: nf4, give a teacher a device or a server of its own, or free main memory"
 
@@ -137,6 +141,28 @@ class DevicePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadPlan:
+    """What ``rnow run`` has to fetch first: bytes by role, from where, into which folder, and what its disk has free.
+    ``beside_run``: the run folder is on the same disk."""
+
+    models: Mapping[str, int]
+    source: str
+    folder: str
+    free_bytes: int
+    beside_run: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of all models."""
+        return sum(self.models.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for it."""
+        return self.bytes <= self.free_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowsPlan:
     """What is trained on where nothing is sampled: ``sequences`` of one epoch, rows of sft or windows of documents, and the
     ``tokens`` and ``loss_tokens`` in them; the tokens of the ``longest``, held out ones too; what ends a document, where the rows
@@ -189,6 +215,7 @@ class Plan:
     layers: int
     starts_from: str | None
     devices: tuple[DevicePlan, ...]
+    download: DownloadPlan | None
     checkpoint_bytes: int
     checkpoints_bytes: int
     journal_bytes: int
@@ -200,12 +227,14 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether memory and disk suffice by the estimate."""
-        return self.disk_suffices and all(device.fits for device in self.devices)
+        fetched = self.download is None or self.download.fits
+        return fetched and self.disk_suffices and all(device.fits for device in self.devices)
 
     @property
     def disk_suffices(self) -> bool:
-        """Whether the longest answers of the whole run fit the disk too."""
-        return self.disk_bytes <= self.disk_free_bytes
+        """Whether the longest answers of the whole run fit the disk too, beside models that are yet to come there."""
+        coming = self.download.bytes if self.download and self.download.beside_run else 0
+        return self.disk_bytes + coming <= self.disk_free_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -238,8 +267,7 @@ def build_plan(
     config, dataset, rendered = prepared.config, prepared.project.dataset, prepared.rendered
     data, trainer = config.data, config.trainer
     per_step = data.batch_size * data.group_size if config.on_policy else 0
-    rollouts = prepared.num_steps * per_step
-    turns = may_take_turns(prepared)
+    rollouts, turns = prepared.num_steps * per_step, may_take_turns(prepared)
     layout, planned = _where_it_fits(_layout(prepared, known=devices or {}), turns)
     layout, planned = _fewest_recomputed(layout, turns, planned)
     completion, checkpoint = layout.completion, layout.adapter * 4 * MOMENTS_AND_ADAPTER
@@ -273,6 +301,7 @@ def build_plan(
         layers=layout.shapes[STUDENT].layers,
         starts_from=None if prepared.start is None else describe(prepared.start),
         devices=planned,
+        download=_download_plan(prepared, run_dir),
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (trainer.keep_checkpoints + 1),  # and the next
         # Of the step after the last checkpoint and of the one in progress.
@@ -281,6 +310,20 @@ def build_plan(
         disk_free_bytes=free_disk(run_dir),
         notices=(*prepared.notices, *_teacher_notice(layout)),
         warnings=_warnings(prepared),
+    )
+
+
+def _download_plan(prepared: Prepared, run_dir: Path) -> DownloadPlan | None:
+    coming = to_fetch(prepared.models.values())
+    if not coming:
+        return None
+    cache = cache_folder()
+    return DownloadPlan(
+        models={model.role.name: size for model, size in coming},
+        source=hub_address(),
+        folder=str(cache),
+        free_bytes=free_disk(cache),
+        beside_run=same_disk(cache, run_dir),
     )
 
 
@@ -312,6 +355,7 @@ def _warnings(prepared: Prepared) -> tuple[str, ...]:
         *prepared.rendered.warnings,
         *unread_settings(config, agentic=project.agentic),
         *slow_paths(config),
+        *missing_trackers(config),
     )
 
 
@@ -432,8 +476,10 @@ def may_take_turns(prepared: Prepared) -> frozenset[Part]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residencies:
     """What of a run is not in its place all the time: the parts that take turns on a card, the teachers, by role, whose
-    layers are streamed, and how many of the student's layers compute their activations again in the backward pass."""
+    layers are streamed, and how many of the student's layers compute their activations again in the backward pass; and
+    the plan that says so."""
 
+    plan: Plan
     turns: frozenset[Part] = frozenset()
     streamed: frozenset[str] = frozenset()
     recomputed: int = 0
@@ -451,7 +497,7 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
     streamed = frozenset(name for name, model in plan.models.items() if model.streaming)
     shared = plan.devices[0]
     if not turns or shared.residency == "resident":
-        return Residencies(streamed=streamed, recomputed=plan.recomputed_layers)
+        return Residencies(plan=plan, streamed=streamed, recomputed=plan.recomputed_layers)
     if not shared.host_suffices:
         raise ConfigError(
             "what sleeps while the parts of the run take turns does not fit main memory",
@@ -459,7 +505,7 @@ def choose_residencies(prepared: Prepared, run_dir: Path) -> Residencies:
             why=f"it needs {format_bytes(shared.host_bytes)}, and {format_bytes(shared.host_free_bytes)} are free",
             fix=HOST_FIX,
         )
-    return Residencies(turns=turns, streamed=streamed, recomputed=plan.recomputed_layers)
+    return Residencies(plan=plan, turns=turns, streamed=streamed, recomputed=plan.recomputed_layers)
 
 
 def _completion_tokens(prepared: Prepared) -> int:
@@ -765,12 +811,3 @@ def _lacking(settings: MemorySettings, device: str) -> tuple[str, ...]:
                 f"{settings.window:,} tokens need {format_bytes(needed)}"
             )
     return tuple(lines)
-
-
-def format_bytes(amount: float) -> str:
-    """``1.2 GB``, ``34 MB``: powers of ten, as disks and cards are sold."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if amount >= size:
-            value = amount / size
-            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:,.0f} {unit}"
-    return f"{amount:.0f} B"

@@ -16,7 +16,10 @@ from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder, choose_run_folder, find_run_folder
 from rnow.errors import ConfigError, InputError
 from rnow.models.adapter import TrainedAdapter, check_base
+from rnow.models.downloads import Watch, unwatched
+from rnow.models.hub import check_room, fetch_weights
 from rnow.models.ids import check_model_id
+from rnow.models.refusal import Refusal
 from rnow.models.resolve import resolve_model
 from rnow.models.resolved import ResolvedModel
 from rnow.plan.choices import teacher_backend
@@ -31,6 +34,7 @@ from rnow.plan.roles import (
     roles_of,
     shares_base,
     teachers_of,
+    to_fetch,
     used_roles,
 )
 from rnow.plan.rows import render_rows
@@ -185,6 +189,7 @@ def prepare(
     training: bool = True,
     teachers: bool = False,
     fresh: bool = False,
+    watch: Watch = unwatched,
 ) -> Prepared:
     """Check ids, data, models and tokenizers, in the order of what is cheapest to be told.
 
@@ -193,6 +198,7 @@ def prepare(
         weights: fetch the weights too (a run), or only what describes them (a check).
         training: the number of steps matters; False leaves batch sizes out, and the teachers unless ``teachers``.
         fresh: a new run is begun, instead of that which the run folder holds.
+        watch: told how far the downloads are.
 
     Raises:
         InputError: the first thing that is wrong.
@@ -204,8 +210,7 @@ def prepare(
     tools = None if listed is None else listed.schemas
     project = _load(config, folder, tools, training=training)
     dataset = project.dataset
-    judged = {prompt.teacher for prompt in (*dataset.prompts, *dataset.held_out)}
-    roles = used_roles(configured, judged)
+    roles = used_roles(configured, {p.teacher for p in (*dataset.prompts, *dataset.held_out)})
     if training:  # what is not trained is rehearsed, by transformers alone
         _check_evals(config, held_out=len(dataset.held_out))
         check_engines(roles)
@@ -218,7 +223,7 @@ def prepare(
     notices += _check_horizon(config, agentic=agentic, dataset=dataset)
     notices += _told_of_servers(config, images, agentic=agentic)
     source = plan_source(config, project) if training and config.on_policy else None
-    models = _models(roles, folder, weights=weights, teachers=training or teachers)
+    models = _models(roles, folder, weights=weights, teachers=training or teachers, watch=watch)
     now = _date_of(_run_folder(config, folder, fresh=fresh, writable=training))
     rendered = _render(config, dataset, models, tools, now, training=training)
     if training and source is None:
@@ -298,15 +303,29 @@ def _asked(project: Project, config: Config) -> Project:
 
 
 def _models(
-    roles: Mapping[str, Role], folder: Path, *, weights: bool, teachers: bool
+    wanted: Mapping[str, Role], folder: Path, *, weights: bool, teachers: bool, watch: Watch
 ) -> dict[str, RunModel]:
-    """The models of these roles; with ``teachers`` off the student alone."""
+    """The models of these roles; with ``teachers`` off the student alone. That all of them fit the disk is known before the first
+    weight is fetched."""
+    roles = [role for role in wanted.values() if teachers or role.trained]
+    resolved = {role.name: _resolve(role, folder) for role in roles}
+    if weights:
+        models = [RunModel(role=role, resolved=resolved[role.name]) for role in roles]
+        check_room(
+            [
+                (Refusal(path=model.resolved.path, key=f"{model.role.key}.path"), size)
+                for model, size in to_fetch(models)
+            ]
+        )
+        for role in filter(lambda role: role.needs_weights, roles):
+            key = f"{role.key}.path"
+            resolved[role.name] = fetch_weights(
+                resolved[role.name], key=key, base_dir=folder, watch=watch
+            )
     found: dict[str, RunModel] = {}
-    for name, role in roles.items():
-        if not (teachers or role.trained):
-            continue
-        model = RunModel(role=role, resolved=_resolve(role, folder, weights=weights))
-        found[name] = replace(
+    for role in roles:
+        model = RunModel(role=role, resolved=resolved[role.name])
+        found[role.name] = replace(
             model, own_base=not role.trained and shares_base(model, found[STUDENT])
         )
     return found
@@ -320,16 +339,15 @@ def _date_of(run: RunFolder) -> datetime | None:
         return None
 
 
-def _resolve(role: Role, folder: Path, *, weights: bool) -> ResolvedModel:
-    section, key = role.section, f"{role.key}.path"
-    # Of a model that only a server elsewhere holds, the tokenizer is enough.
-    wanted = weights and (role.trained or role.serving.url is None)
+def _resolve(role: Role, folder: Path) -> ResolvedModel:
+    """What describes the model, which is small; of its weights the sizes."""
+    section = role.section
     return resolve_model(
         section.path,
-        key=key,
+        key=f"{role.key}.path",
         base_dir=folder,
         revision=section.revision,
-        weights=wanted,
+        weights=False,
         trust_remote_code=section.trust_remote_code,
     )
 

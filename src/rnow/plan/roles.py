@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -57,6 +57,12 @@ class Role:
     def trained(self) -> bool:
         """Whether the run changes it: the trainer holds its weights, whatever samples from it."""
         return self.name == STUDENT
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether its weights are read on this machine: of a model that only a server elsewhere holds, the tokenizer is
+        enough."""
+        return self.trained or self.serving.url is None
 
     @property
     def starts_vllm(self) -> bool:
@@ -207,6 +213,16 @@ def used_roles(roles: Mapping[str, Role], judges: Collection[str | None]) -> dic
 def teachers_of(models: Models) -> list[RunModel]:
     """The models that judge the student."""
     return [model for model in models.values() if not model.role.trained]
+
+
+def to_fetch(models: Iterable[RunModel]) -> list[tuple[RunModel, int]]:
+    """The models of which something has yet to come from the hub, each with its bytes; one that has two roles counts once."""
+    coming: dict[tuple[str, str | None], tuple[RunModel, int]] = {}
+    for model in models:
+        resolved = model.resolved
+        if model.role.needs_weights and resolved.missing_bytes:
+            coming.setdefault((resolved.path, resolved.revision), (model, resolved.missing_bytes))
+    return list(coming.values())
 
 
 def shares_base(teacher: RunModel, student: RunModel) -> bool:

@@ -7,9 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rnow.display.tables import quiet_table
-from rnow.display.terminal import bar, escape_control
+from rnow.display.terminal import bar, escape_control, format_bytes
+from rnow.models.hub import MORE_ROOM
 from rnow.plan.memory import Residence, Stage
-from rnow.plan.plan import HOST_FIX, DevicePlan, ModelPlan, Plan, RowsPlan, format_bytes
+from rnow.plan.plan import HOST_FIX, DevicePlan, DownloadPlan, ModelPlan, Plan, RowsPlan
 from rnow.plan.roles import STUDENT
 
 _STAGES: dict[Stage, str] = {
@@ -38,6 +39,8 @@ def plan_view(plan: Plan, console: Console) -> RenderableType:
         if device.peaks:
             parts.append(_residency(device))
     parts += [Text(), _disk(plan)]
+    if plan.download is not None:
+        parts.append(_download(plan.download))
     parts += [Text(escape_control(notice)) for notice in plan.notices]
     for warning in plan.warnings:
         line = Text("warning: ", style="yellow")
@@ -231,6 +234,18 @@ def _disk(plan: Plan) -> Text:
     if plan.checkpoints_bytes > plan.disk_free_bytes:
         return Text(f"{text}: {advice}", style="bold red")
     return Text(f"{text}: may not suffice for the longest answers; {advice}", style="bold yellow")
+
+
+def _download(download: DownloadPlan) -> Text:
+    each = ", ".join(f"{role} {format_bytes(size)}" for role, size in download.models.items())
+    text = (
+        f"to download: {each}, from {download.source} into {download.folder}; "
+        f"{format_bytes(download.free_bytes)} free"
+    )
+    if download.fits:
+        return Text(escape_control(text))
+    advice = MORE_ROOM.format(cache=download.folder)
+    return Text(escape_control(f"{text}: does not fit; {advice}"), style="bold red")
 
 
 def _count(number: int) -> str:

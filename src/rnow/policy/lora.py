@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rnow.errors import ModelError, ran_out_of_memory
 from rnow.models.adapter import TrainedAdapter
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 
+_WRAPPED = "base_model.model."
+"""How PEFT's names of a wrapped model's parts begin."""
+
 
 def attach_lora(
     lm: CausalLM,
@@ -29,6 +33,7 @@ def attach_lora(
     alpha: int,
     seed: int,
     base_name: str,
+    base_revision: str | None = None,
     targets: Sequence[str] = (ALL_LINEAR,),
 ) -> Any:
     """Wrap ``lm.model`` with PEFT LoRA; dropout 0, weights in float32.
@@ -38,6 +43,7 @@ def attach_lora(
 
     Args:
         base_name: what the adapter's config names as its base: the path the user gave.
+        base_revision: the commit of a base from the hub.
         targets: the layers it changes, see ``lora_config``.
 
     Raises:
@@ -49,11 +55,93 @@ def attach_lora(
         torch.manual_seed(seed)
         model = _wrap(lm.model, config)
     model.peft_config["default"].base_model_name_or_path = base_name
+    model.peft_config["default"].revision = base_revision
     for _, parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
     fuse_lora(model)
     model.eval()
     return model
+
+
+def attach_trained(lm: CausalLM, adapter: TrainedAdapter) -> Any:
+    """Wrap ``lm.model`` with an adapter that was trained, as ``attach_lora`` does with a new one.
+
+    Raises:
+        ModelError: it cannot be read, or does not fit this model.
+    """
+    model = attach_lora(
+        lm,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        seed=0,
+        base_name=adapter.base,
+        targets=adapter.targets,
+    )
+    try:
+        copy_adapter(dict(trainable_parameters(model)), adapter.tensors())
+    except ValueError as error:
+        raise _unfit(adapter, [str(error)]) from error
+    return model
+
+
+@torch.no_grad()
+def copy_adapter(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Give an adapter's ``parameters`` (by their names in the model) the values of ``tensors`` (by their names on disk).
+
+    Raises:
+        ValueError: names or shapes do not match.
+    """
+    mine = {saved_name(name): parameter for name, parameter in parameters.items()}
+    if mine.keys() != tensors.keys():
+        raise ValueError("the saved adapter has other layers than this one")
+    for name, parameter in mine.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
+            )
+        parameter.copy_(tensors[name])
+
+
+def adapter_deltas(model: Any, adapter: TrainedAdapter) -> dict[str, Callable[[], Tensor]]:
+    """What an adapter adds to each parameter that it changes, by the parameter's name in ``model``: made in float32 in main memory
+    when it is asked for. The model is wrapped, and of no use afterwards.
+
+    Args:
+        model: it may be without weights, on torch's meta device. ``check_fit`` passed it.
+
+    Raises:
+        ModelError: the adapter cannot be read, or as ``lora_config``.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    tensors = adapter.tensors()
+    config = lora_config(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+    with torch.random.fork_rng(devices=[]):
+        wrapped = _wrap(model.float(), config)
+    for name, _ in trainable_parameters(wrapped):
+        owner, _, leaf = name.rpartition(".")
+        value = tensors[saved_name(name)].float()
+        wrapped.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    return {
+        _changed_parameter(path, layer): partial(_delta, layer)
+        for path, layer in wrapped.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def _changed_parameter(path: str, layer: Any) -> str:
+    """The base's own name of what a LoRA layer changes. Of experts PEFT wraps one parameter around the other."""
+    module = path.removeprefix(_WRAPPED).replace(".base_layer", "")
+    return f"{module}.{getattr(layer, 'parameter_name', 'weight')}"
+
+
+@torch.no_grad()
+def _delta(layer: Any) -> Tensor:
+    if not hasattr(layer, "parameter_name"):
+        return layer.get_delta_weight("default")
+    # PEFT's own sum goes to where the base is, which may be nowhere.
+    left, right, scale = layer.get_delta_factors("default")
+    return torch.matmul(left, right) * scale
 
 
 def adapter_shapes(model: Any, *, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,13 @@ from rnow.models.recompute import recomputing
 from rnow.models.scoring import PassPlan, hidden_rows, plan_samples
 from rnow.models.shape import shape_of
 from rnow.policy.float16 import add_gradients
-from rnow.policy.lora import ALL_LINEAR, attach_lora, saved_name, trainable_parameters
+from rnow.policy.lora import (
+    ALL_LINEAR,
+    attach_lora,
+    copy_adapter,
+    saved_name,
+    trainable_parameters,
+)
 from rnow.policy.streams import PassStreams
 from rnow.types import Adapter
 
@@ -67,7 +73,7 @@ class LoraPolicy:
         lm: the base; it is wrapped in place.
         rank, alpha: of the adapter.
         seed: draws the adapter's start.
-        base_name: what the adapter's config names as its base.
+        base_name: what the adapter's config names as its base; ``base_revision``: its commit, of one from the hub.
         targets: the layers it changes, as ``lora_config`` takes them.
         micro_batch_tokens: padded tokens per forward/backward pass; from the model's sizes when None
             (``rnow.models.activations``). It changes memory and speed, not the gradient: that is normalised by the loss tokens
@@ -85,6 +91,7 @@ class LoraPolicy:
         alpha: int,
         seed: int,
         base_name: str,
+        base_revision: str | None = None,
         objective: Objective,
         optimizer: OptimizerSettings,
         targets: Sequence[str] = (ALL_LINEAR,),
@@ -103,7 +110,13 @@ class LoraPolicy:
             on_gpu=lm.device.type != "cpu",
         )
         self.model = attach_lora(
-            lm, rank=rank, alpha=alpha, seed=seed, base_name=base_name, targets=targets
+            lm,
+            rank=rank,
+            alpha=alpha,
+            seed=seed,
+            base_name=base_name,
+            base_revision=base_revision,
+            targets=targets,
         )
         self._poll = poll
         self._make_room: Callable[[], None] = lambda: None
@@ -256,22 +269,13 @@ class LoraPolicy:
         tensors = {saved_name(name): p.detach() for name, p in self._parameters.items()}
         return Adapter(tensors=tensors, config=_plain(config))
 
-    @torch.no_grad()
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
         """See ``Policy.load_adapter``.
 
         Raises:
             ValueError: names or shapes do not match this adapter.
         """
-        mine = {saved_name(name): p for name, p in self._parameters.items()}
-        if mine.keys() != tensors.keys():
-            raise ValueError("the saved adapter has other layers than this one")
-        for name, parameter in mine.items():
-            if parameter.shape != tensors[name].shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
-                )
-            parameter.copy_(tensors[name])
+        copy_adapter(self._parameters, tensors)
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:

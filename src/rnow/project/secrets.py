@@ -18,7 +18,9 @@ from rnow.text.redact import Redactor
 from rnow.text.user_files import is_present, read_regular
 from rnow.usercode.environment import SECRET, plainly_secret
 
-OWN_VARIABLES = (API_KEY, "RNOW_SAMPLER_API_KEY", "HF_TOKEN", "WANDB_API_KEY")
+OWN_VARIABLES = (
+    API_KEY, "RNOW_SAMPLER_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD",
+)  # fmt: skip
 """Keys that rnow and its libraries send, in the environment."""
 
 _USER_INFO = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://)?([^\s/?#@]+)@")

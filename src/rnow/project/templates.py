@@ -11,12 +11,17 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rnow.config.json_schema import MADE_BY, schema_text
 from rnow.errors import InputError
 from rnow.text.install import install_command
 from rnow.text.suggest import closest
-from rnow.text.user_files import place_of
+from rnow.text.user_files import place_of, read_regular
 
 _CONFIG = "config.yml"
+SCHEMA = Path(".config.schema.json")
+"""What tells editors of config.yml's keys."""
+MODELINE = f"# yaml-language-server: $schema={SCHEMA}"
+"""The first line of every template's config, by which editors find it."""
 _SHARED = "shared.txt"
 ROWS_SCRIPT = "generate_teacher_data.py"
 """Of a template whose rows a teacher has yet to write."""
@@ -27,7 +32,7 @@ _YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """A folder that ``rnow init`` can copy. ``description`` is the first comment of its config.yml.
+    """A folder that ``rnow init`` can copy. ``description`` is the first comment of its config.yml that is for people.
 
     What it has in common with another template is there once: a line of its ``shared.txt`` names a file or a folder of that one
     (``quickstart/student``), which is copied under its own name too.
@@ -104,7 +109,8 @@ def load_templates() -> dict[str, Template]:
     for folder in sorted(templates_folder().iterdir()):
         config = folder / _CONFIG
         if config.is_file():
-            first = config.read_text(encoding="utf-8").partition("\n")[0]
+            text = config.read_text(encoding="utf-8").removeprefix(f"{MODELINE}\n")
+            first = text.partition("\n")[0]
             description = first.removeprefix("#").strip() if first.startswith("#") else ""
             found[folder.name] = Template(name=folder.name, folder=folder, description=description)
     return found
@@ -184,6 +190,32 @@ def write_template(
             details=[f"already written: {path}" for path in written],
         ) from error
     return tuple(written)
+
+
+def write_schema(folder: Path) -> bool:
+    """Write what the first line of a template's config names, or renew what an earlier version wrote; a file of that name that is
+    the user's stays. Gives whether something was written.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    target, text = folder / SCHEMA, schema_text()
+    if os.path.lexists(target):
+        try:
+            there = read_regular(target).decode("utf-8")
+        except (InputError, OSError, UnicodeDecodeError):
+            return False
+        if there == text or MADE_BY not in there:
+            return False
+    try:
+        _write_whole(target, text.encode("utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot write {target}: {error.strerror}",
+            where=str(folder),
+            fix="choose a folder you can write to, with --dir",
+        ) from error
+    return True
 
 
 def set_project_name(config_text: str, name: str) -> str:

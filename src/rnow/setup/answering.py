@@ -15,9 +15,11 @@ from rich.markup import escape
 
 from rnow.config import Config
 from rnow.disk.folder import RunFolder
+from rnow.display.downloads import Download, DownloadLines
 from rnow.display.terminal import escape_control
 from rnow.errors import InputError
 from rnow.models.adapter import TrainedAdapter
+from rnow.models.downloads import Watch
 from rnow.plan.engines import check_engines
 from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.roles import STUDENT, teachers_of
@@ -60,8 +62,15 @@ def prepare_told(
         teachers: they answer too.
         told: lines that were shown before and are not again; new ones are added.
     """
-    with console.status("checking ..."):
-        prepared = prepare(config, folder, weights=weights, training=False, teachers=teachers)
+    with console.status("checking ...") as status:
+        prepared = prepare(
+            config,
+            folder,
+            weights=weights,
+            training=False,
+            teachers=teachers,
+            watch=show_downloads(console, lambda line: status.update(escape(line))),
+        )
     known = set() if told is None else told
     redact = prepared.project.redact
 
@@ -80,6 +89,20 @@ def prepare_told(
     for notice in prepared.notices:
         prepared.note(notice)
     return prepared
+
+
+def show_downloads(console: Console, redraw: Callable[[str], None]) -> Watch:
+    """A ``Watch`` that redraws a line on a terminal, and prints one now and then elsewhere."""
+    lines = DownloadLines()
+
+    def show(download: Download) -> None:
+        line = escape_control(download.line())
+        if console.is_terminal:
+            redraw(line)
+        elif lines.due(download):
+            tell(console, line)
+
+    return show
 
 
 def tell(console: Console, text: str, *, mark: str = "") -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rnow.algorithm.head import Head
 from rnow.config.teachers import TEACHER
@@ -59,6 +59,7 @@ class Backends:
         gpu: has the part awake that works, where they take turns on one card.
         sampler_facts: what the summary says of the sampler.
         poll: raises when a stop was asked for.
+        plan: what was expected of the run when they were loaded, JSON-ready; empty where nothing was.
     """
 
     student: StudentFacts
@@ -70,6 +71,7 @@ class Backends:
     gpu: Residency
     sampler_facts: dict[str, str | None]
     poll: Callable[[], None]
+    plan: Mapping[str, object] = field(default_factory=dict)
 
 
 async def load_backends(
@@ -124,6 +126,7 @@ async def load_backends(
         gpu=loader.gpu,
         sampler_facts=facts,
         poll=poll,
+        plan=chosen.plan.to_dict(),
     )
 
 

@@ -14,12 +14,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from rich.console import Console
 
-from rnow.config import Config, dump_yaml
+from rnow.config import Config, dump_yaml, to_dict
 from rnow.config.keys import Reader
 from rnow.config.schema import KEYS
 from rnow.config.teachers import control_of
@@ -36,7 +35,7 @@ from rnow.disk.files import read_json_object, readable_json, replace_file, to_js
 from rnow.disk.folder import RunFolder
 from rnow.disk.journal import JournalFolder
 from rnow.disk.run_log import RunLog
-from rnow.disk.sinks import JsonlSink, Sink, WandbSink, read_rows
+from rnow.disk.sinks import JsonlSink, Sink, read_rows
 from rnow.disk.transcripts import TranscriptWriter
 from rnow.display.display import (
     Both,
@@ -56,6 +55,8 @@ from rnow.errors import (
     no_memory,
     ran_out_of_memory,
 )
+from rnow.export.card import read_record, write_card
+from rnow.export.files import copy_tokenizer
 from rnow.models.loading import quiet_libraries
 from rnow.plan import changes
 from rnow.plan.choices import control_warning, sampler_backend, scores_early, slow_paths
@@ -64,7 +65,7 @@ from rnow.plan.prepare import Prepared, prepare
 from rnow.plan.roles import Models, teachers_of
 from rnow.plan.unread import find_readers, unread_settings
 from rnow.project.secrets import load_secrets, writing_redactor
-from rnow.protocols import Tokenizer
+from rnow.report.sink import ReportSink
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.rendering import tell_of_alterations
 from rnow.serving.http import LOOK_AT_SERVER
@@ -80,9 +81,9 @@ from rnow.setup.facts import (
     header_lines,
     redacted_config,
     repeat,
-    tracked_config,
 )
 from rnow.setup.objective import build_objective
+from rnow.setup.trackers import build_trackers
 from rnow.setup.usercode import (
     UserCode,
     build_episodes,
@@ -175,7 +176,7 @@ def _refuse_other(config: object) -> None:
 def _run(config: Config, *, folder: Path, fresh: bool, display: Display) -> RunSummary:
     quiet_libraries()
     display.stage("checking")
-    prepared = prepare(config, folder, weights=True, fresh=fresh)
+    prepared = prepare(config, folder, weights=True, fresh=fresh, watch=display.download)
     log = RunLog(prepared.project.redact)
     display = Both(display, log.display)
     prepared = replace(prepared, warn=display.warn, note=display.note)
@@ -462,7 +463,7 @@ class _Run:
             facts=self._facts,
             counters=partial(self._counters, recorder),
             settle=recorder.settle,
-            committed=partial(self._write_facts, saved=True),
+            committed=self._committed,
         )
         async with backends.gpu.only("trainer"):
             done = saver.restore(checkpoint)
@@ -473,6 +474,9 @@ class _Run:
             recorder.count_on(saved)
             self._started -= float(saved.get("seconds", 0.0))
         replace_file(self._folder.config, dump_yaml(redacted_config(self._prepared)).encode())
+        if backends.plan:
+            plan = self._prepared.project.redact.data(backends.plan)
+            replace_file(self._folder.plan, readable_json(plan))
         self._display.start(header_lines(self._prepared, backends, self._folder.path, done))
         try:
             await train(self._build_parts(backends, recorder, saver, journals, code), done)
@@ -485,7 +489,11 @@ class _Run:
     def _finish(self, backends: Backends, recorder: Recorder, steps: int) -> RunSummary:
         self._display.stage("writing the adapter")
         export_adapter(backends.policy.adapter(), self._folder.adapter)
-        _save_tokenizer(self._prepared.rendered.tokenizer, self._folder.adapter)
+        copy_tokenizer(
+            self._prepared.student.resolved.local_dir,
+            self._prepared.rendered.tokenizer,
+            self._folder.adapter,
+        )
         values = build_values(
             self._folder,
             steps=steps,
@@ -497,12 +505,15 @@ class _Run:
             control=control_of(self._config),
             on_policy=self._config.on_policy,
         )
+        write_card(self._folder.adapter, read_record(self._folder, summary=values))
         replace_file(self._folder.summary, readable_json(values))
         self._stop.result_is_there(
             lambda: self._display.note("the run is done; Ctrl-C once more leaves at once")
         )
         answers = answer_lines(self._folder, self._answers(), recorder.evaluations())
         closing = closing_lines(self._folder.adapter.resolve())
+        if self._config.report:
+            closing.append(f"report: {self._folder.report.resolve()}")
         self._display.finish([*answers, *closing])
         return RunSummary(values=values)
 
@@ -553,6 +564,10 @@ class _Run:
             self._display.warn(
                 f"no checkpoint was saved before this run ended: it begins again, and writes its first {done} steps anew"
             )
+
+    def _committed(self, step: int) -> None:
+        self._write_facts(saved=True)
+        self._display.saved(step, str(self._folder.checkpoints / folder_name(step)))
 
     def _write_facts(self, *, saved: bool) -> None:
         """run.json: the facts, which run this is, and whether it has had a checkpoint."""
@@ -642,20 +657,25 @@ class _Run:
                 warn=note,
                 settings=settings,
                 redact=redact_names,
-            )
+            ),
         ]
-        if self._config.wandb_project is not None:
-            sinks.append(
-                WandbSink(
-                    redact_names(self._config.wandb_project),
-                    redact_names(self._config.wandb_name or folder.path.name),
-                    tracked_config(self._prepared),
-                    folder.path,
-                    run_id=folder.wandb_id(),
-                    warn=note,
-                    redact=redact_names,
-                )
+        if self._config.report:
+            # After the sink whose files it reads, before trackers, which may send the page.
+            sinks.append(ReportSink(folder, warn=note))
+        if names := self._config.tracked_by:
+            assert self._store.run is not None, "the facts are written"
+            trackers = build_trackers(
+                names,
+                folder,
+                home=self._prepared.project.folder,
+                run_id=self._store.run,
+                config=redacted_config(self._prepared),
+                labels=to_dict(self._config),
+                warn=self._display.warn,
+                note=note,
+                redact=redact_names,
             )
+            sinks.append(trackers)
         decode = self._prepared.rendered.tokenizer.decode
         return Recorder(
             folder,
@@ -726,23 +746,3 @@ class _Run:
             scores_early=scores_early(self._config),
             gpu=backends.gpu,
         )
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Each file in one step, as the adapter's: what lay under its name (half a file, a named pipe) goes."""
-    try:
-        with TemporaryDirectory(dir=folder, prefix=".tmp-") as aside:
-            tokenizer.save_pretrained(aside)
-            for file in filter(Path.is_file, Path(aside).rglob("*")):
-                target = folder / file.relative_to(aside)
-                target.parent.mkdir(exist_ok=True)
-                replace_file(target, file.read_bytes())
-    except OSError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception, a full disk included
-        raise TemporaryError(
-            "the tokenizer could not be written beside the adapter",
-            where=str(folder),
-            why=str(error),
-            fix=f"mend that, then {SAME_COMMAND}",
-        ) from error

@@ -10,8 +10,13 @@ from statistics import fmean
 from typing import Any
 
 from rnow.setup.subjects import Subject
-from rnow.training.evaluations import pass_at_k
-from rnow.training.intervals import HOW, Interval, difference_interval, mean_interval
+from rnow.training.intervals import (
+    HOW,
+    Interval,
+    difference_interval,
+    mean_interval,
+    pass_at_k,
+)
 
 LENGTH = "completions/mean_length"
 FAILED = ("rollouts/failed_fraction", "reward/failure_fraction")

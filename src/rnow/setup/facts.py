@@ -32,8 +32,6 @@ from rnow.setup.objective import build_objective
 from rnow.training.evaluations import AFTER, BEFORE
 from rnow.training.evaluations import TEACHER as TEACHER_ROW
 
-TOLD_TO_TEACHERS = ("template", "system_prompt")
-"""Keys of a teacher's section."""
 ANSWERS_SHOWN = 3
 ANSWER_WIDTH = 160
 """Letters of a prompt or an answer that are shown."""
@@ -105,19 +103,6 @@ def _hash_of(file: Path) -> str | None:
 def redacted_config(prepared: Prepared) -> dict[str, object]:
     """The resolved config without the project's secrets."""
     return prepared.project.redact.data(to_dict(prepared.config))
-
-
-def tracked_config(prepared: Prepared) -> dict[str, object]:
-    """The same for a tracker, without what teachers alone are told."""
-    return {key: _without_told(value) for key, value in redacted_config(prepared).items()}
-
-
-def _without_told(value: object) -> object:
-    if isinstance(value, list):
-        return [_without_told(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_told(item) for key, item in value.items() if key not in TOLD_TO_TEACHERS}
 
 
 def header_lines(prepared: Prepared, backends: Backends, run_dir: Path, done: int) -> list[str]:

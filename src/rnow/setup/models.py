@@ -216,6 +216,7 @@ def build_policy(
         seed=config.seed,
         # An adapter outlives the folder it was trained from: a local base is named by its full path.
         base_name=str(resolved.local_dir.resolve()) if resolved.revision is None else model.path,
+        base_revision=resolved.revision,
         objective=build_objective(prepared, heads),
         optimizer=OptimizerSettings(
             learning_rate=trainer.learning_rate,

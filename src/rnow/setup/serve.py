@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rnow.config import Config
+from rnow.display.downloads import DownloadLines
 from rnow.errors import InputError, StopRequested
 from rnow.models.adapter import check_base
 from rnow.models.loading import quiet_libraries
@@ -85,7 +86,7 @@ def serve(
     check_format(role)
     address = Address(host=host, port=_choose_port(host, port), key=os.environ.get(KEY) or None)
     stage("looking for the base model")
-    base = _base_of(config, role, folder)
+    base = _base_of(config, role, folder, stage)
     for text in check_base(trained.adapter, base.resolved):
         warn(text)
     served = _served(base, trained, address)
@@ -134,15 +135,16 @@ async def _serve(
         server.stop()
 
 
-def _base_of(config: Config, role: Role, folder: Path) -> RunModel:
+def _base_of(config: Config, role: Role, folder: Path, stage: Callable[[str], None]) -> RunModel:
     """Raises ModelError where there is no such model."""
-    section = config.model
+    section, lines = config.model, DownloadLines()
     resolved = resolve_model(
         section.path,
         key="model.path",
         base_dir=folder,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
+        watch=lambda download: stage(download.line()) if lines.due(download) else None,
     )
     return RunModel(role=role, resolved=resolved)
 

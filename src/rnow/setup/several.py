@@ -1,4 +1,4 @@
-"""One run for each student of a list, one after the other. One that fails holds up none of the others."""
+"""Several runs, one after the other: one for each student of a list, or of a study. One that fails holds up none of the others."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from pathlib import Path
 
 from rnow.config import Config, fill_name
 from rnow.display.display import Display
-from rnow.errors import StopRequested
+from rnow.errors import RnowError, StopRequested
 from rnow.setup.build import check, run
 from rnow.setup.facts import RunSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How the run of one student ended: with a summary, or with an error. ``name`` is the run's."""
+    """How one of the runs ended: with a summary, or with an error. ``name`` is the run's."""
 
     student: str
     name: str
     summary: RunSummary | None = None
     error: Exception | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed."""
+        if self.error is None or isinstance(self.error, RnowError):
+            return self.error and self.error.message
+        return f"{type(self.error).__name__}: {self.error}"
 
 
 def run_each(
@@ -30,15 +37,19 @@ def run_each(
     *,
     folder: Path,
     fresh: bool,
-    display: Callable[[], AbstractContextManager[Display]],
+    display: Callable[[Config], AbstractContextManager[Display]],
+    done: Callable[[Config, RunSummary], None],
     failed: Callable[[Config, Exception], None],
+    label: Callable[[Config], str] = lambda config: config.model.path,
 ) -> list[Outcome]:
-    """Train the students of these configs, each as ``run`` does in a run folder of its own. What a run would refuse is told of all
+    """Train what these configs say, each as ``run`` does in a run folder of its own. What a run would refuse is told of all
     of them before the first one trains; the others train all the same.
 
     Args:
         display: makes what is told of one run.
+        done: told of each that is trained, as it is done.
         failed: told of each that fails, as it fails.
+        label: what tells one of the configs from the others.
 
     Raises:
         StopRequested: Ctrl-C or SIGTERM. It ends all; the same command goes on with the one that was stopped.
@@ -53,8 +64,8 @@ def run_each(
 
     for index, config in enumerate(configs):
         try:
-            with display() as shown:
-                shown.stage(f"checking {config.model.path}")
+            with display(config) as shown:
+                shown.stage(f"checking {label(config)}")
                 check(config, folder)
         except Exception as error:
             note(index, error)
@@ -62,12 +73,13 @@ def run_each(
     for place, index in enumerate(waiting):
         config = configs[index]
         try:
-            with display() as shown:
+            with display(config) as shown:
                 summary = run(config, folder=folder, fresh=fresh, display=shown)
+            done(config, summary)
             outcomes[index] = _outcome(config, summary=summary)
         except StopRequested as stop:
-            left = [configs[other].model.path for other in waiting[place + 1 :]]
-            stop.details = (*stop.details, *(f"not begun: {path}" for path in left))
+            left = [label(configs[other]) for other in waiting[place + 1 :]]
+            stop.details = (*stop.details, *(f"not begun: {name}" for name in left))
             raise
         except Exception as error:
             note(index, error)

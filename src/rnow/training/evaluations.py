@@ -13,6 +13,7 @@ from rnow.protocols import Environment, Rewarder, Sampler, Teacher
 from rnow.rewards.score import score_rewards
 from rnow.rewards.watch import RewardWatch
 from rnow.rollout.collect import RolloutSettings, collect_rollouts
+from rnow.training.intervals import pass_at_k
 from rnow.training.metrics import reward_metrics, rollout_metrics, tool_trouble
 from rnow.training.recorder import Recorder
 from rnow.training.residency import Part, Residency
@@ -154,12 +155,6 @@ def count_passed(
         for group in groups
         if (found := [rewards[r.id] for r in group.rollouts if r.id in rewards])
     }
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that at least one of k samples is right, from c right ones among n: 1 - C(n-c, k) / C(n, k)
-    (Chen et al. 2021, eq. 1)."""
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

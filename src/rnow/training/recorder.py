@@ -38,7 +38,7 @@ class Recorder:
     """Records each step and each evaluation.
 
     Args:
-        sinks: receivers of the metrics.
+        sinks: receivers of the metrics, the run's own files first.
         num_steps: of the whole run, for the display.
         agentic: the student has tools.
         by_dataset, by_teacher: there are several, and what differs between them is recorded for each besides.
@@ -108,7 +108,7 @@ class Recorder:
 
     def forget_after(self, step: int) -> None:
         """Drop what an interrupted run recorded beyond the checkpoint it continues from, and show what is left."""
-        for keeper in (*self._sinks, self._transcripts):
+        for keeper in (*reversed(self._sinks), self._transcripts):
             keeper.forget_from(step + 1)
         found = {row["step"] for row in read_rows(self._folder.metrics)}
         if lost := [str(number) for number in range(1, step + 1) if number not in found]:

@@ -27,7 +27,7 @@ class Saver:
         facts: what every checkpoint states about the run (config, ids, hashes, versions), JSON-ready.
         counters: totals to carry over a resume, e.g. completion tokens.
         settle: called before each checkpoint; returns when what the steps left is on the disk, or raises.
-        committed: called after each checkpoint.
+        committed: called after each checkpoint, with the steps that are done.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Saver:
         facts: Mapping[str, Any],
         counters: Callable[[], Mapping[str, float]],
         settle: Callable[[], None] = lambda: None,
-        committed: Callable[[], None] = lambda: None,
+        committed: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._store = store
         self._journals = journals
@@ -134,4 +134,4 @@ class Saver:
         )
         self._saved_step = step
         self._saved_at = time.monotonic()
-        self._committed()
+        self._committed(step)

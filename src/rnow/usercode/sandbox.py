@@ -45,8 +45,8 @@ _WAIT_SECONDS = 1800.0  # for one to become free
 
 _SHARED = ""  # the rollout of what all rollouts share
 _TITLE = "No sandbox"
-_INSTALL_BUBBLEWRAP = "install bubblewrap (Debian, Ubuntu: apt-get install bubblewrap)"
-_INSTALL_CONTAINERS = (
+INSTALL_BUBBLEWRAP = "install bubblewrap (Debian, Ubuntu: apt-get install bubblewrap)"
+INSTALL_CONTAINERS = (
     "install Docker or Podman and start it (`docker info` or `podman info` must work)"
 )
 _OF_LIMITS = ("cgroup", "controller", "cpu", "pids", "memory limit", "resource limit")
@@ -102,7 +102,7 @@ def _no_containers(image: str, where: str | None, reason: str) -> InputError:
         title=_TITLE,
         where=where,
         why=reason,
-        fix=f'{_INSTALL_CONTAINERS}, or remove "docker" from the rows',
+        fix=f'{INSTALL_CONTAINERS}, or remove "docker" from the rows',
     )
 
 
@@ -112,7 +112,7 @@ def _no_sandbox(bubblewrap: str, containers: str, where: str | None) -> InputErr
         title=_TITLE,
         where=where,
         why=f"{bubblewrap}; {containers}",
-        fix=f"{_INSTALL_BUBBLEWRAP}, or remove sandbox=True to run it in the tool host of this machine",
+        fix=f"{INSTALL_BUBBLEWRAP}, or remove sandbox=True to run it in the tool host of this machine",
     )
 
 

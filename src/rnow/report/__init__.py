@@ -1,0 +1,1 @@
+"""``report.html``: one page that shows a run, made from its folder alone."""

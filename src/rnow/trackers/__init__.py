@@ -1,0 +1,1 @@
+"""Trackers: the numbers of a run shown elsewhere, beside its own files."""
