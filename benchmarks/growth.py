@@ -144,7 +144,9 @@ def measure(title: str, field: str, points: Sequence[Point]) -> list[dict[str, A
                 folder=Path(name).resolve(), pythons={SIDE: Path(sys.executable)}, sizes=sizes
             )
             prepare(bench.folder, "point", sizes["point"])
-            run = bench.speed("point", SIDE, steps=point.steps, accumulation=1)
+            run = bench.speed(
+                "point", SIDE, steps=point.steps, accumulation=1, dropped=point.dropped
+            )
         found = of_process(run, point.dropped)
         # Of many steps: whether the last ones cost what the first ones did.
         half = (point.steps - point.dropped) // 2

@@ -359,8 +359,10 @@ class Bench:
     pythons: Mapping[str, Path]
     sizes: Mapping[str, Size] = field(default_factory=lambda: SIZES)
 
-    def speed(self, name: str, side: str, *, steps: int, accumulation: int) -> dict[str, Any]:
-        """One process of one side."""
+    def speed(
+        self, name: str, side: str, *, steps: int, accumulation: int, dropped: int = DROPPED
+    ) -> dict[str, Any]:
+        """One process of one side. ``dropped``: steps that the printed figures leave out."""
         size = self.sizes[name]
         task = Task(
             side=side,
@@ -380,7 +382,7 @@ class Bench:
         del found["task"], found["points"]
         about = {"size": name, "side": side, "seed": 0, "accumulation": accumulation}
         row = {**about, **found, "others": others.cores}
-        at = shown.of_process(row, DROPPED)
+        at = shown.of_process(row, dropped)
         print(
             f"  {name} {side:8} step {at['seconds']:.3f} s, {at['tokens_per_s']:.0f} tokens/s, "
             f"{row['peak_mb']:.0f} MB above the models, first step after {row['first_step_s']:.1f} s",
