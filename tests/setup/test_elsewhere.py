@@ -92,6 +92,7 @@ def test_the_doubles_are_what_they_stand_for(
         policy.load_adapter({})
 
 
+@pytest.mark.whole
 def test_a_whole_run_gives_the_numbers_of_a_run_in_one_process(
     tmp_path: Path,
     tiny_model_dir: Callable[..., Path],

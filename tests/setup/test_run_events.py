@@ -68,7 +68,7 @@ def test_a_run_and_how_it_goes_on(project: Project, capfd: pytest.CaptureFixture
     assert not named(events, "step")
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_models_come_from_a_hub_and_then_from_the_cache(project: Project, tmp_path: Path) -> None:
     models = {
         "org/student": {path.name: path.read_bytes() for path in project.student.iterdir()},
