@@ -21,16 +21,17 @@ Row = Mapping[str, Any]
 
 
 def main() -> None:
-    count, growth = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("count", "growth")
-    )
-    for name, body in (
-        ("machine", machine(count)),
-        ("profile", profile(count["rows"])),
-        ("levers", levers(count["rows"])),
-        ("growth", grown(growth["rows"])),
+    for name, parts in (
+        ("count", {"machine": machine, "profile": profile, "levers": levers}),
+        ("growth", {"growth": grown}),
     ):
-        put_between(PAGE, f"<!-- {name}: begin -->", f"<!-- {name}: end -->", body)
+        results = RESULTS / f"{name}.json"
+        if not results.exists():
+            print(f"there is no {results}: its tables stay as they are")
+            continue
+        found = json.loads(results.read_text())
+        for part, written in parts.items():
+            put_between(PAGE, f"<!-- {part}: begin -->", f"<!-- {part}: end -->", written(found))
     print(f"written to {PAGE}")
 
 
@@ -50,10 +51,10 @@ def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", "".join(aligned) + "|", *rows])
 
 
-def profile(rows: Sequence[Row]) -> str:
+def profile(results: Mapping[str, Any]) -> str:
     """A line for each size and stage: where the time goes, and the least that it could be."""
     lines = []
-    for row in rows:
+    for row in results["rows"]:
         if row["what"] != "count" or row["form"] != AS_IT_IS or row["size"] not in SIZES:
             continue
         kinds, tokens = row["by_kind"], row["tokens"]
@@ -84,9 +85,9 @@ def profile(rows: Sequence[Row]) -> str:
     return table(head, lines)
 
 
-def levers(rows: Sequence[Row]) -> str:
+def levers(results: Mapping[str, Any]) -> str:
     """A line for each part that was put back as it was: seconds beside those of the stage as it is."""
-    counted = [row for row in rows if row["what"] == "count" and row["size"] in SIZES]
+    counted = [row for row in results["rows"] if row["what"] == "count" and row["size"] in SIZES]
     now = {(row["size"], row["stage"]): row for row in counted if row["form"] == AS_IT_IS}
     lines = []
     for row in counted:
@@ -106,14 +107,14 @@ def levers(rows: Sequence[Row]) -> str:
     return table(("size", "stage", "as before", "seconds", "operations", "bytes"), lines)
 
 
-def grown(rows: Sequence[Row]) -> str:
+def grown(results: Mapping[str, Any]) -> str:
     """A line for each point; in brackets the seconds of those beside which others worked."""
     lines = [
         (
             row["title"], f"{row['value']:,}", f"({row['seconds']:.0f} s)" if row["others"] > QUIET else f"{row['seconds']:.3f} s", *(f"{row[name]:.3f}" for name in ("rollout", "teacher", "update", "rest")),
             "" if row["slope"] is None or row["field"] == "steps" else f"{row['slope']:.2f}", f"{row['peak_mb']:.0f} MB",
         )
-        for row in rows
+        for row in results["rows"]
     ]  # fmt: skip
     head = (
         "what grows",

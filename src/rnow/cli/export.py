@@ -13,7 +13,6 @@ from rnow.cli.find import RUNS
 from rnow.cli.options import Folder, load
 from rnow.cli.serve import Run
 
-DEFAULT_TYPE = "q8_0"
 _TYPE = re.compile(r"(i?q|tq|f|bf|mxfp)\d\w*", re.IGNORECASE)
 
 
@@ -71,11 +70,14 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 def with_default_type(given: Sequence[str]) -> list[str]:
     """The arguments of a command line, with the type that ``--gguf`` alone stands for: an option's value cannot be left out
     otherwise."""
+    if given[:1] != ["export"]:
+        return list(given)
+    from rnow.export.gguf import DEFAULT_TYPE
+
     found: list[str] = []
-    for index, argument in enumerate(given):
+    for argument, following in zip(given, [*given[1:], ""], strict=True):
         found.append(argument)
-        following = given[index + 1] if index + 1 < len(given) else ""
-        if given[0] == "export" and argument == "--gguf" and not _TYPE.fullmatch(following):
+        if argument == "--gguf" and not _TYPE.fullmatch(following):
             found.append(DEFAULT_TYPE)
     return found
 

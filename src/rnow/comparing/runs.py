@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 from rnow.comparing.evaluations import Measured, read_measured
+from rnow.config.overrides import dotted_values
 from rnow.disk.files import read_json_object
 from rnow.disk.folder import RunFolder
 from rnow.disk.sinks import Row, read_rows
@@ -96,7 +97,7 @@ def read_run(folder: RunFolder, label: str | None = None) -> Compared:
         folder=folder.path,
         steps=rows[-1]["step"] if rows else 0,
         rows=rows,
-        settings=dict(_dotted(config)) if isinstance(config, dict) else {},
+        settings=dict(dotted_values(config)) if isinstance(config, dict) else {},
         contents={what: facts[name] for name, what in _CONTENTS.items() if name in facts},
         measured=read_measured(folder),
     )
@@ -166,11 +167,3 @@ def thinned(found: Course, *, end: int, count: int) -> list[float]:
 
 def _all_equal(values: Sequence[object]) -> bool:
     return len({json.dumps(value, sort_keys=True) for value in values}) == 1
-
-
-def _dotted(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rnow.config.places import COMMAND_LINE
@@ -116,6 +116,15 @@ def lookup(data: object, path: KeyPath) -> tuple[bool, object]:
             return False, None
         data = data[part]
     return True, data
+
+
+def dotted_values(data: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The dotted key of each value of a config as plain data, and the value; what is not set is left out."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from dotted_values(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value
 
 
 def describe_changes(before: dict[str, object], overrides: Sequence[Override]) -> list[str]:

@@ -31,7 +31,7 @@ from rnow.disk.files import (
     unused,
     write_synced,
 )
-from rnow.disk.folder import saved_steps
+from rnow.disk.folder import MANIFEST, saved_steps
 from rnow.disk.tensors import gather
 from rnow.errors import SAME_COMMAND, InputError, RnowError, TemporaryError
 from rnow.types import Adapter
@@ -40,7 +40,6 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MOMENTS = "optimizer.safetensors"
 STATE = "state.json"
-MANIFEST = "manifest.json"
 FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MOMENTS, STATE)
 FREE_SPACE_MARGIN = 1.1
 

@@ -24,6 +24,8 @@ MAX_NAME = 180
 
 ANOTHER_PLACE = "choose another place with output_dir=PATH, or change the permissions"
 
+MANIFEST = "manifest.json"
+"""In the folder of a checkpoint."""
 LOCK = ".lock"
 PROCESS = "process.json"
 _CHECKPOINT = re.compile("step-[0-9]{6,}")
@@ -202,6 +204,14 @@ def check_place(path: Path, *, what: str = "the run folder", fix: str = ANOTHER_
         _try_unreal(place)
     except _NotWritable as error:
         raise _cannot_write(path, str(error), what=what, fix=fix) from error.__cause__
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the innermost above it that exists."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def _try_unreal(place: Path) -> None:

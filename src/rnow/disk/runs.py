@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rnow.disk.files import read_json_object
-from rnow.disk.folder import LOCK, RunFolder
+from rnow.disk.folder import LOCK, MANIFEST, RunFolder
 from rnow.disk.sinks import read_rows
 from rnow.display.history import StepHistory, followed_metric
-
-MANIFEST = "manifest.json"
-"""Of a checkpoint; ``disk.checkpoints``, which loads torch, has the same."""
 
 State = Literal["running", "elsewhere", "stopped", "finished"]
 _PACE_ROWS = 21

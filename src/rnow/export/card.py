@@ -263,9 +263,8 @@ def draw_curve(rows: Sequence[Facts]) -> bytes | None:
         axes.spines[["top", "right"]].set_visible(False)
         out = BytesIO()
         figure.savefig(out, format="png", dpi=_DPI, metadata={"Software": None})
-    except (
-        Exception
-    ):  # an extra: neither a broken installation nor a cache that cannot be written ends a run
+    except Exception:
+        # An extra: neither a broken installation nor a cache that cannot be written ends a run.
         return None
     return out.getvalue()
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rnow.disk.files import sync_folder
-from rnow.disk.folder import check_place
+from rnow.disk.folder import check_place, nearest
 from rnow.errors import SAME_COMMAND, InputError, TemporaryError
 
 MARGIN = 1.05
@@ -42,9 +42,7 @@ def check_room(folder: Path, needed: int) -> None:
         InputError: it cannot be written to, or its disk is too small.
     """
     check_place(folder, what="the export", fix="name another folder with -o")
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    place = nearest(folder)
     free, least = shutil.disk_usage(place).free, int(needed * MARGIN)
     if free < least:
         raise InputError(

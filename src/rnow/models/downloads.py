@@ -90,9 +90,8 @@ def watched(path: str, commit: str, files: Sequence[HubFile], watch: Watch) -> I
             watch(look.now())
 
     thread = threading.Thread(target=work, name="download", daemon=True)
-    with suppress(
-        RuntimeError
-    ):  # a system that allows no more threads shows nothing, and fetches all the same
+    # A system that allows no more threads shows nothing, and fetches all the same.
+    with suppress(RuntimeError):
         thread.start()
     try:
         yield

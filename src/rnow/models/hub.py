@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from rnow.disk.folder import nearest
 from rnow.errors import ModelError
 from rnow.models.downloads import (
     Watch,
@@ -117,8 +118,8 @@ def check_room(downloads: Sequence[tuple[Refusal, int]]) -> None:
     needed = sum(size for _, size in downloads)
     if not needed:
         return
-    cache = cache_folder()
-    free = shutil.disk_usage(_existing_parent(cache)).free
+    cache = nearest(cache_folder())
+    free = shutil.disk_usage(cache).free
     if needed <= free:
         return
     coming = [(refusal, size) for refusal, size in downloads if size]
@@ -128,7 +129,7 @@ def check_room(downloads: Sequence[tuple[Refusal, int]]) -> None:
     raise refusal.error(
         f"{what} {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
         details=each if len(coming) > 1 else (),
-        fix=MORE_ROOM.format(cache=_existing_parent(cache)),
+        fix=MORE_ROOM.format(cache=cache),
     )
 
 
@@ -209,12 +210,6 @@ def _wanted_files(listed: set[str], trust_remote_code: bool, refusal: Refusal) -
         )
     suffixes = (*_SMALL_FILES, ".py") if trust_remote_code else _SMALL_FILES
     return {name for name in names if name.endswith(suffixes)} | weights
-
-
-def _existing_parent(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
 
 
 def _resolve_from_cache(revision: str | None, refusal: Refusal) -> ResolvedModel:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rnow.disk.folder import nearest
+
 MARGIN = 0.05
 """Of a card, kept free."""
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -81,14 +83,6 @@ def free_disk(folder: Path) -> int:
 def same_disk(one: Path, other: Path) -> bool:
     """Whether two folders are, or will be, on one disk."""
     return nearest(one).stat().st_dev == nearest(other).stat().st_dev
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the innermost above it that exists."""
-    folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
 
 
 def _meminfo_available() -> int | None:

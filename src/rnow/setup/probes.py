@@ -334,7 +334,8 @@ def look_at_disk(folder: Path) -> Iterator[Finding]:
 
 
 def _disk(name: str, folder: Path, fix: str) -> Finding:
-    from rnow.plan.devices import free_disk, nearest
+    from rnow.disk.folder import nearest
+    from rnow.plan.devices import free_disk
 
     there = nearest(folder)
     free = free_disk(folder)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from rnow.config.overrides import dotted_values
 from rnow.disk.files import to_json
 from rnow.display.terminal import one_line
 from rnow.text.redact import without_user_info
@@ -159,18 +160,18 @@ def metric_name(name: str) -> str:
     family, slash, rest = name.partition("/")
     full = f"{family}/{rest.replace('/', '.')}" if slash else f"train/{name}"
     full = full.replace("@", "_at_")
-    return re.sub(r"[^/\w.\- ]", "_", full)[:MAX_KEY]
+    return _permitted(full)
 
 
-def flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """A config as MLflow's parameters: dotted keys, values as text; what is not set is left out."""
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{name}.")
-        elif value is not None:
-            text = value if isinstance(value, str) else json.dumps(value)
-            yield re.sub(r"[^/\w.\- ]", "_", name)[:MAX_KEY], text[:MAX_PARAM]
+def flat(config: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """A config as MLflow's parameters: dotted keys, values as text."""
+    for key, value in dotted_values(config):
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield _permitted(key), text[:MAX_PARAM]
+
+
+def _permitted(name: str) -> str:
+    return re.sub(r"[^/\w.\- ]", "_", name)[:MAX_KEY]
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
